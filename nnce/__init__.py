@@ -1,0 +1,17 @@
+"""Backpropagation derived by hand for networks of sigmoid neurons, as PyTorch Functions.
+
+Two losses, the quadratic one and the cross-entropy. The equations are in `nnce.rules`; the README
+says what else is where.
+"""
+
+from nnce.checkpoint import load as load
+from nnce.checkpoint import save as save
+from nnce.functional import linear as linear
+from nnce.functional import sigmoid as sigmoid
+from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy
+from nnce.functional import sigmoid_quadratic as sigmoid_quadratic
+from nnce.modules import MLP as MLP
+from nnce.modules import Linear as Linear
+from nnce.modules import Sigmoid as Sigmoid
+from nnce.modules import SigmoidCrossEntropyLoss as SigmoidCrossEntropyLoss
+from nnce.modules import SigmoidQuadraticLoss as SigmoidQuadraticLoss

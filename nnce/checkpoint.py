@@ -1,0 +1,62 @@
+"""Save a trained network to a file, and load it again."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnce.modules import MLP
+
+_FORMAT = "nnce.MLP 1"
+
+
+def save(network: MLP, path: str | os.PathLike[str]) -> None:
+    """Save a network, so that `load` gives it back: sizes, dtype and parameters.
+
+    The file appears whole or not at all: it is written beside its place and moved there, so a plug
+    pulled half-way leaves the one before it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    content = {
+        "format": _FORMAT,
+        "sizes": network.sizes,
+        "state_dict": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
+    }
+    with unfinished.open("wb") as file:
+        torch.save(content, file)
+    os.replace(unfinished, path)
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MLP:
+    """Load a network that `save` or `scripts/train.py` wrote, in the dtype it was saved with.
+
+    Only tensors and plain values are read; nothing in the file is executed.
+
+    Args:
+        path: the file.
+        device: where to put the network.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds something else.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or no network that nnce saved") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no network that nnce saved")
+    state = content["state_dict"]
+    # A generator of its own: loading must not move PyTorch's global one.
+    network = MLP(
+        content["sizes"], generator=torch.Generator(), dtype=next(iter(state.values())).dtype
+    )
+    network.load_state_dict(state)
+    return network.to(device)

@@ -1,0 +1,236 @@
+"""Data sets as tensors on a device, split in three, and seeded mini-batches of them.
+
+One encoding everywhere: x [n, features] in [0, 1], y [n, classes] one-hot, both of one
+floating-point dtype. Values are checked here, once; nothing after this looks at them again.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
+# 28 by 28 pixels in 10 classes.
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS = ("digits", *_TORCHVISION)
+
+# The last 10,000 of the 60,000 training images: where Nielsen's book takes its validation set.
+_VALIDATION_SIZE = 10_000
+# 1,797 digits make 1,197 for training and 300 each for validation and test.
+_DIGITS_HELD_OUT = 300
+
+
+class DataError(ValueError):
+    """The data asked for cannot be had, or are not what they should be."""
+
+
+class Split(NamedTuple):
+    """One of a data set's three parts."""
+
+    x: Tensor
+    """Inputs [n, features], in [0, 1]."""
+    y: Tensor
+    """Targets [n, classes], one-hot."""
+
+
+class Dataset(NamedTuple):
+    """A data set, split in three."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+    def splits(self) -> dict[str, Split]:
+        """The three parts by name, in the order train, validation, test."""
+        return self._asdict()
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_size: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Dataset:
+    """Load a data set by name.
+
+    Args:
+        name: "digits" (scikit-learn's 1,797 handwritten 8×8 digits, inside the installed package;
+            a fixed stratified split of 1,197, 300 and 300), or "mnist", "fashion-mnist", "kmnist"
+            (through torchvision; the last 10,000 of the 60,000 training images are the validation
+            set).
+        data_dir: where torchvision finds the set, in its own layout (`MNIST/raw/…`), or downloads
+            it to; None for `$NNCE_DATA`, or `data` if that is not set. "digits" needs none.
+        train_size: take the first so many training examples; None for all.
+        device, dtype: of the tensors.
+
+    Raises:
+        DataError: the name is unknown, the files are not there and cannot be downloaded, they are
+            damaged, the package that reads them is missing, or train_size does not fit.
+    """
+    if name not in DATASETS:
+        raise DataError(f"expected a data set out of {', '.join(DATASETS)}, got {name!r}")
+    if train_size is not None and train_size < 1:
+        raise DataError(f"expected a train size of at least 1, got {train_size}")
+    if name == "digits":
+        parts = _digits()
+    else:
+        default = os.environ.get("NNCE_DATA") or "data"
+        parts = _torchvision(name, Path(default if data_dir is None else data_dir))
+
+    images, labels = parts[0]
+    if train_size is not None and train_size > len(images):
+        raise DataError(
+            f"expected a train size of at most {len(images):,} for {name}, got {train_size:,}"
+        )
+    parts[0] = (images[:train_size], labels[:train_size])
+    splits = [
+        Split(images.to(device, dtype), one_hot(labels, 10).to(device, dtype))
+        for images, labels in parts
+    ]
+    for split in splits:
+        check(*split)
+    return Dataset(*splits)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Integer labels [n] in 0 … classes − 1 as rows of 0 with one 1, [n, classes].
+
+    Raises:
+        DataError: a label is out of range.
+    """
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"expected labels from 0 to {classes - 1}, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+    return torch.nn.functional.one_hot(labels.long(), classes)
+
+
+def check(x: Tensor, y: Tensor) -> None:
+    """Check what the rules take for granted: inputs and targets in [0, 1], without NaN, in pairs.
+
+    Soft targets are allowed. Use it once on data of your own.
+
+    Raises:
+        DataError: the sentence says what is wrong and where it is seen first.
+    """
+    if len(x) != len(y):
+        raise DataError(
+            f"expected as many targets as inputs, got {len(x)} inputs, {len(y)} targets"
+        )
+    for name, values in (("inputs x", x), ("targets y", y)):
+        if not values.is_floating_point():
+            raise DataError(f"expected {name} of a floating-point dtype, got {values.dtype}")
+        wrong = ~((values >= 0) & (values <= 1))  # NaN is neither
+        if wrong.any():
+            row = wrong.nonzero()[0].tolist()
+            value = values[tuple(row)].item()
+            raise DataError(f"expected {name} in [0, 1], got {value} at {row}")
+
+
+def minibatches(
+    n: int, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """One epoch: the indices of n examples in a new order, batch_size at a time.
+
+    The order is drawn on the CPU, so that it is the same on every device. The last mini-batch may
+    be shorter.
+    """
+    order = torch.randperm(n, generator=generator)
+    yield from order.to(device).split(batch_size)
+
+
+# ----------------------------------------------------------------------------------- the sources
+
+_Part = tuple[Tensor, Tensor]  # images [n, features] in [0, 1], labels [n]
+
+
+def _digits() -> list[_Part]:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(
+            f"digits needs scikit-learn: pip install 'nnce[scripts]' ({error})"
+        ) from error
+    x, labels = load_digits(return_X_y=True)
+
+    def hold_out(x: Any, labels: Any) -> Any:
+        return train_test_split(
+            x, labels, test_size=_DIGITS_HELD_OUT, stratify=labels, random_state=0
+        )
+
+    x, x_test, labels, labels_test = hold_out(x, labels)
+    x, x_validation, labels, labels_validation = hold_out(x, labels)
+    return [
+        (torch.from_numpy(x) / 16, torch.from_numpy(labels))
+        for x, labels in ((x, labels), (x_validation, labels_validation), (x_test, labels_test))
+    ]
+
+
+def _torchvision(name: str, data_dir: Path) -> list[_Part]:
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        # A torchvision of another build than torch dies here: "operator torchvision::nms does not
+        # exist".
+        raise DataError(
+            f"{name} needs a torchvision of the same build as torch {torch.__version__}: "
+            f"pip install --upgrade torch torchvision ({str(error).splitlines()[0]})"
+        ) from error
+    loader = getattr(datasets, _TORCHVISION[name])
+    x, labels = _read(loader, name, data_dir, train=True)
+    x_test, labels_test = _read(loader, name, data_dir, train=False)
+    return [
+        (x[:-_VALIDATION_SIZE], labels[:-_VALIDATION_SIZE]),
+        (x[-_VALIDATION_SIZE:], labels[-_VALIDATION_SIZE:]),
+        (x_test, labels_test),
+    ]
+
+
+def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
+    """One half of a set of MNIST's format, downloaded first if it is not there."""
+    folder = data_dir / _TORCHVISION[name] / "raw"
+    try:
+        dataset = loader(data_dir, train=train)
+    except RuntimeError:  # torchvision's word for "not there"
+        dataset = _download(loader, name, data_dir, train=train)
+    except Exception as error:  # whatever reading a damaged file gives: EOFError, ValueError, …
+        raise DataError(_damaged(name, folder, train, str(error) or repr(error))) from error
+    expected = (60_000 if train else 10_000, 28, 28)
+    found = (tuple(dataset.data.shape), tuple(dataset.targets.shape))
+    if found != (expected, expected[:1]):
+        raise DataError(
+            _damaged(
+                name, folder, train, f"expected images {expected} and as many labels, got {found}"
+            )
+        )
+    return dataset.data.flatten(1) / 255, dataset.targets
+
+
+def _download(loader: Any, name: str, data_dir: Path, *, train: bool) -> Any:
+    try:
+        # torchvision prints a line for each mirror that fails; the sentence below says it all.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return loader(data_dir, train=train, download=True)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise DataError(
+            f"{name} is not in {data_dir} and could not be downloaded ({reason}); give the folder "
+            f"that holds {_TORCHVISION[name]}/raw with --data-dir or $NNCE_DATA"
+        ) from error
+
+
+def _damaged(name: str, folder: Path, train: bool, why: str) -> str:
+    half = "train" if train else "t10k"
+    return (
+        f"the files of {name} in {folder} ({half}-…) are damaged or not {name}'s: {why}; "
+        f"delete them and run again"
+    )

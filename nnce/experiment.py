@@ -1,0 +1,211 @@
+"""What the scripts share: options, device, run directory, `results.json`, the closing table."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from nnce import data
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+RESULTS = "results.json"
+Row = Mapping[str, object]
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not "(default: None)": such an option's help says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser: defaults in the help, and an error is one line on standard error."""
+
+    def __init__(self, description: str | None) -> None:
+        """Take a script's docstring for its description."""
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one clear line."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_common_options(self) -> None:
+        """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
+        self.add_argument("--data", choices=data.DATASETS, default="digits", help="data set")
+        self.add_argument(
+            "--data-dir",
+            type=Path,
+            help="where the data are, or are downloaded to (default: $NNCE_DATA, else data)",
+        )
+        self.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
+        )
+        self.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
+        self.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
+        self.add_argument(
+            "--run-dir",
+            type=Path,
+            help="where the results go, a new or empty folder (default: a new one under runs/)",
+        )
+
+    @contextlib.contextmanager
+    def user_errors(self) -> Iterator[None]:
+        """Around what depends on the user's input: its ValueError or OSError is one line."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+
+
+def device(name: str) -> torch.device:
+    """The device of --device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device on this machine")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
+    """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
+
+    If the block ends, by whatever error, before there is a `results.json`, the directory is removed
+    again, so that no half-written run stays behind. With keep=False, for a dry run, nothing stays.
+
+    Raises:
+        ValueError: the chosen directory holds something, or cannot be made or written.
+    """
+    path = chosen or _new_directory(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"the run directory {path} is already used; choose a new one")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".probe").touch()
+        (path / ".probe").unlink()
+    except OSError as error:
+        raise ValueError(f"the run directory {path} cannot be written: {error.strerror}") from error
+    try:
+        yield path
+    finally:
+        if not (keep and (path / RESULTS).exists()):
+            for leftover in path.iterdir():
+                leftover.unlink()
+            for folder in made:
+                folder.rmdir()
+
+
+def _new_directory(parent: Path, name: str) -> Path:
+    path = parent / name
+    number = 2
+    while path.exists():  # two runs within one second
+        path = parent / f"{name}-{number}"
+        number += 1
+    return path
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def write_results(
+    run_dir: Path,
+    *,
+    config: Mapping[str, object],
+    device: torch.device,
+    seconds: float,
+    rows: Sequence[Row],
+    **more: Any,
+) -> Path:
+    """Write `results.json`, for programs: what was asked, where it ran, and what came out.
+
+    Args:
+        run_dir: the run's directory.
+        config: every option.
+        device: where it ran.
+        seconds: how long it took.
+        rows: the closing table.
+        more: what else the script measured, by name.
+    """
+    path = run_dir / RESULTS
+    content = {
+        "config": config,
+        "versions": versions(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "rows": rows,
+        **more,
+    }
+    write_json(path, content)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on, by package."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("nnce", "torchvision", "numpy", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: "cpu", or the name of the graphics card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows with the same keys as a Markdown table, numbers to the right."""
+    header = list(rows[0])
+    cells = [header, *([_cell(row[key]) for key in header] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    numeric = [isinstance(rows[0][key], int | float) for key in header]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, numeric, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join(
+        "-" * (width + 1) + (":" if right else "-")
+        for width, right in zip(widths, numeric, strict=True)
+    )
+    return "\n".join([line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def tensorboard_command(run_dir: Path) -> str:
+    """The command that shows this run's curves, beside those of its neighbours."""
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    return f"{_from_here(tensorboard)} --logdir {_from_here(run_dir.parent)}"
+
+
+def _from_here(path: Path) -> Path:
+    with contextlib.suppress(ValueError):
+        return path.absolute().relative_to(Path.cwd())
+    return path

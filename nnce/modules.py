@@ -1,0 +1,198 @@
+"""Layers, networks and losses as `torch.nn.Module`s: parameters and options, nothing else.
+
+The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnce import functional
+from nnce.functional import Reduction
+
+Init = Literal["scaled", "large"]
+
+
+class Linear(nn.Module):
+    """z = W a_prev + b (equation 1), differentiated by hand (equations 6 and 7).
+
+    Takes the place of `torch.nn.Linear`, whose parameter names and shapes it has; only the start is
+    another. Both starts are the textbook's, drawn on the generator's device in float64, so that a
+    seed means the same network in every dtype and on every device.
+
+    Args:
+        in_features: n_in, at least 1.
+        out_features: n_out, at least 1.
+        bias: whether there is a bias b.
+        init: "scaled" for weights from N(0, 1/n_in), "large" for weights from N(0, 1); biases are
+            from N(0, 1) in both.
+        generator: where the random numbers come from; PyTorch's global generator if None.
+        device, dtype: of the parameters.
+
+    Shape: a_prev [..., in_features] -> z [..., out_features].
+
+    Raises:
+        ValueError: a size is not positive or the initialisation unknown.
+
+    Source: M. Nielsen, Neural Networks and Deep Learning, chapters 1 and 3, `network2.py`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        init: Init = "scaled",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the parameters and draw them."""
+        super().__init__()
+        if min(in_features, out_features) < 1:
+            raise ValueError(
+                f"expected positive sizes, got in_features={in_features}, "
+                f"out_features={out_features}"
+            )
+        if init not in ("scaled", "large"):
+            raise ValueError(f"expected init 'scaled' or 'large', got {init!r}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.init = init
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights and biases anew, the weights first."""
+        scale = self.in_features**-0.5 if self.init == "scaled" else 1.0
+        with torch.no_grad():
+            self.weight.copy_(scale * _standard_normal(self.weight, generator))
+            if self.bias is not None:
+                self.bias.copy_(_standard_normal(self.bias, generator))
+
+    def forward(self, a_prev: Tensor) -> Tensor:
+        """z [..., out_features] of a_prev [..., in_features]."""
+        return functional.linear(a_prev, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes and the start."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, init={self.init!r}"
+        )
+
+
+def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float64)
+
+
+class Sigmoid(nn.Module):
+    """a = σ(z) (equation 1), differentiated by hand from z (equation 8). Any shape."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """a in [0, 1] of z, of z's shape."""
+        return functional.sigmoid(z)
+
+
+class MLP(nn.Sequential):
+    """A network of sigmoid neurons: `Linear`, `Sigmoid`, `Linear`, …, and z of the last layer.
+
+    The last sigmoid belongs to the loss; `nnce.functional.sigmoid(network(x))` are the activations.
+    The parameters have the names of a `torch.nn.Sequential` of `torch.nn.Linear` and
+    `torch.nn.Sigmoid`, so either one loads the other's `state_dict`.
+
+    Args:
+        sizes: neurons of each layer, the input first: (784, 30, 10).
+        init, generator, device, dtype: as for `Linear`; layers are drawn from the first to the
+            last.
+
+    Shape: x [..., sizes[0]] -> z [..., sizes[-1]].
+
+    Raises:
+        ValueError: fewer than two sizes, or one that is not positive.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        init: Init = "scaled",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make and draw the layers."""
+        self.sizes = tuple(sizes)
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise ValueError(
+                f"expected at least two positive sizes, the input's first, got {self.sizes}"
+            )
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True):
+            layers += [
+                Linear(n_in, n_out, init=init, generator=generator, device=device, dtype=dtype),
+                Sigmoid(),
+            ]
+        super().__init__(*layers[:-1])
+
+    def linears(self) -> list[Linear]:
+        """The layers that have parameters, from the first to the last."""
+        return [layer for layer in self if isinstance(layer, Linear)]
+
+
+class _Loss(nn.Module):
+    """What the two losses share: a reduction, checked when they are made."""
+
+    def __init__(self, reduction: Reduction = "batchmean") -> None:
+        super().__init__()
+        functional.check_reduction(reduction)
+        self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        """The reduction."""
+        return f"reduction={self.reduction!r}"
+
+
+class SigmoidQuadraticLoss(_Loss):
+    """C = ½ ‖σ(z) − y‖², the notes' first error function: `nnce.functional.sigmoid_quadratic`.
+
+    Args:
+        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+
+    Shape: z and y [..., components], y in [0, 1] -> one number, or z's shape for "none".
+
+    Raises:
+        ValueError: the reduction is unknown.
+    """
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """C of the weighted inputs z of the last layer and the targets y."""
+        return functional.sigmoid_quadratic(z, y, reduction=self.reduction)
+
+
+class SigmoidCrossEntropyLoss(_Loss):
+    """C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))]: `nnce.functional.sigmoid_cross_entropy`.
+
+    With `reduction="mean"` it takes the place of `torch.nn.BCEWithLogitsLoss`.
+
+    Args:
+        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+
+    Shape: z and y [..., components], y in [0, 1] -> one number, or z's shape for "none".
+
+    Raises:
+        ValueError: the reduction is unknown.
+    """
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """C of the weighted inputs z of the last layer and the targets y."""
+        return functional.sigmoid_cross_entropy(z, y, reduction=self.reduction)

@@ -1,0 +1,293 @@
+"""One training loop for every engine: stochastic gradient descent on one network.
+
+`start` makes the state, `train` moves it and yields a record per epoch. The engines differ only in
+who differentiates. What is measured is measured by the rules, alike for every engine.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nnce import data, functional, rules
+from nnce.backprop import Loss, backprop, check_loss, loss_per_component
+from nnce.modules import MLP, Init
+
+Engine = Literal["autograd", "functions"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+# The textbook's rates, by loss.
+DEFAULT_LR: dict[Loss, float] = {"quadratic": 3.0, "cross-entropy": 0.5}
+
+# σ'(z) is ¼ at most; below this a neuron counts as saturated (|z| above 4.6).
+SATURATED = 0.01
+# How many validation examples the figures of the layers are taken from.
+_LAYER_EXAMPLES = 1_000
+# How many examples are evaluated at once, to bound the memory that wide layers take.
+_EVALUATION_CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run depends on beside the data. Same settings and machine, same bits.
+
+    Raises ValueError, naming the value, where one makes no sense.
+    """
+
+    hidden: tuple[int, ...] = (30,)
+    """Neurons of each hidden layer; none for a single layer."""
+    loss: Loss = "cross-entropy"
+    engine: Engine = "functions"
+    epochs: int = 30
+    batch_size: int = 10
+    lr: float | None = None
+    """Learning rate η; None for the textbook's: 0.5 for cross-entropy, 3.0 for quadratic."""
+    momentum: float = 0.0
+    l2: float = 0.0
+    """λ of the notes: weights (not biases) decay by λ / n_train, as in the textbook."""
+    init: Init = "scaled"
+    seed: int = 0
+    """Fixes the start and the order of the mini-batches, 0 to 2³² − 1. The two are drawn from
+    streams of their own, so networks of different shape see the same mini-batches."""
+
+    def __post_init__(self) -> None:
+        """Check every value, and fill in the rate."""
+        check_loss(self.loss)
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"expected engine {' or '.join(map(repr, ENGINES))}, got {self.engine!r}"
+            )
+        if self.lr is None:
+            object.__setattr__(self, "lr", DEFAULT_LR[self.loss])
+        if not all(size >= 1 for size in self.hidden):
+            raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if not 0 < self.rate < float("inf"):
+            raise ValueError(f"expected a positive learning rate, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"expected momentum in [0, 1), got {self.momentum}")
+        if not 0 <= self.l2 < float("inf"):
+            raise ValueError(f"expected l2 of at least 0, got {self.l2}")
+        if not 0 <= self.seed < 2**32:  # what PyTorch's CPU generator tells apart
+            raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, the default filled in."""
+        assert self.lr is not None
+        return self.lr
+
+
+@dataclass
+class State:
+    """Everything that changes while training."""
+
+    network: MLP
+    optimizer: torch.optim.SGD
+    """Holds the momentum."""
+    generator: torch.Generator
+    """Draws the order of the mini-batches."""
+    epoch: int = 0
+    step: int = 0
+
+
+class LayerFigures(NamedTuple):
+    """How one layer learns, over the first 1,000 validation examples."""
+
+    dz_norm: float
+    """‖dC/dz‖ of one example, averaged over the examples."""
+    saturated: float
+    """The share of (example, neuron) pairs with σ'(z) below 0.01, in [0, 1]."""
+
+
+class Record(NamedTuple):
+    """What is known at an epoch's end; epoch 0 is the start, before any step."""
+
+    epoch: int
+    step: int
+    seconds: float
+    """Training alone, of this epoch, without evaluation."""
+    loss: dict[str, float]
+    """C, by split: "train", "validation", "test"."""
+    accuracy: dict[str, float]
+    """The share of examples whose largest output is the right one, in [0, 1], by split."""
+    layers: list[LayerFigures]
+    """From the first layer with weights to the last."""
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+def start(settings: Settings, dataset: data.Dataset) -> State:
+    """The network before the first step, on the data's device and in their dtype."""
+    x, y = dataset.train
+    # Two streams out of one seed.
+    parent = torch.Generator().manual_seed(settings.seed)
+    init_seed, order_seed = torch.randint(2**32, (2,), generator=parent).tolist()
+    network = MLP(
+        (x.shape[1], *settings.hidden, y.shape[1]),
+        init=settings.init,
+        generator=torch.Generator().manual_seed(init_seed),
+        device=x.device,
+        dtype=x.dtype,
+    )
+    weights = [linear.weight for linear in network.linears()]
+    biases = [linear.bias for linear in network.linears()]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": settings.l2 / len(x)},
+        {"params": biases},
+    ]
+    optimizer = torch.optim.SGD(
+        groups,
+        lr=settings.rate,
+        momentum=settings.momentum,
+        fused=True,
+    )
+    return State(network, optimizer, torch.Generator().manual_seed(order_seed))
+
+
+def train(state: State, settings: Settings, dataset: data.Dataset) -> Iterator[Record]:
+    """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
+
+    Args:
+        state: from `start`; moved in place, so `state.network` is the trained network.
+        settings: those the state was made with.
+        dataset: on one device, in one floating-point dtype.
+
+    Raises:
+        Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
+    """
+    if state.epoch == 0:
+        yield _record(state, settings, dataset, seconds=0.0)
+    while state.epoch < settings.epochs:
+        began = time.perf_counter()
+        losses = _train_epoch(state, settings, dataset.train)
+        if losses.is_cuda:
+            torch.cuda.synchronize(losses.device)
+        seconds = time.perf_counter() - began
+        _check_steps(losses, state, settings)
+        record = _record(state, settings, dataset, seconds)
+        if not torch.tensor(record.loss["train"]).isfinite():
+            raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
+        yield record
+
+
+def torch_twin(network: MLP) -> nn.Sequential:
+    """The same network of `torch.nn`'s own layers, on the very same parameters."""
+    layers: list[nn.Module] = []
+    for linear in network.linears():
+        twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
+        twin.weight = linear.weight
+        twin.register_parameter("bias", linear.bias)
+        layers += [twin, nn.Sigmoid()]
+    return nn.Sequential(*layers[:-1])
+
+
+# ------------------------------------------------------------------------------------ the engines
+
+
+def _builtin_quadratic(z: Tensor, y: Tensor) -> Tensor:
+    # PyTorch's mean is over components too and has no ½.
+    return 0.5 * nn.functional.mse_loss(z.sigmoid(), y, reduction="sum") / len(z)
+
+
+def _builtin_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
+
+
+_Forward = Callable[[Tensor], Tensor]
+_Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def _engine(network: MLP, settings: Settings) -> tuple[_Forward, _Criterion]:
+    """Network and loss whose `backward()` fills in the gradients."""
+    if settings.engine == "autograd":
+        return torch_twin(network), (
+            _builtin_quadratic if settings.loss == "quadratic" else _builtin_cross_entropy
+        )
+    return network, (
+        functional.sigmoid_quadratic
+        if settings.loss == "quadratic"
+        else functional.sigmoid_cross_entropy
+    )
+
+
+def _train_epoch(state: State, settings: Settings, split: data.Split) -> Tensor:
+    """One pass over the training data; the loss of each step."""
+    forward, criterion = _engine(state.network, settings)
+    x, y = split
+    losses = []
+    for batch in data.minibatches(len(x), settings.batch_size, state.generator, x.device):
+        state.optimizer.zero_grad()
+        loss = criterion(forward(x[batch]), y[batch])
+        loss.backward()
+        state.optimizer.step()
+        losses.append(loss.detach())
+    state.step += len(losses)
+    state.epoch += 1
+    return torch.stack(losses)
+
+
+def _check_steps(losses: Tensor, state: State, settings: Settings) -> None:
+    wrong = (~losses.isfinite()).nonzero()
+    if len(wrong):
+        step = state.step - len(losses) + int(wrong[0]) + 1
+        raise Diverged(_diverged(f"in epoch {state.epoch}, step {step}", settings))
+
+
+def _diverged(when: str, settings: Settings) -> str:
+    return (
+        f"the loss is no longer a finite number {when}, with loss={settings.loss}, "
+        f"lr={settings.lr}, momentum={settings.momentum}, l2={settings.l2}, "
+        f"init={settings.init}, seed={settings.seed}; try a smaller learning rate"
+    )
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(network: MLP, split: data.Split, loss: Loss) -> tuple[float, float]:
+    """C and accuracy of a network on a split: (loss at least 0, accuracy in [0, 1])."""
+    total = torch.zeros((), dtype=torch.float64, device=split.x.device)
+    right = torch.zeros((), dtype=torch.int64, device=split.x.device)
+    for x, y in zip(
+        split.x.split(_EVALUATION_CHUNK), split.y.split(_EVALUATION_CHUNK), strict=True
+    ):
+        z = network(x)
+        total += loss_per_component(z, y, loss).sum(dtype=torch.float64)
+        right += (z.argmax(-1) == y.argmax(-1)).sum()
+    return total.item() / len(split.x), right.item() / len(split.x)
+
+
+def layer_figures(network: MLP, split: data.Split, loss: Loss) -> list[LayerFigures]:
+    """How each layer learns, over the first 1,000 examples of a split."""
+    found = backprop(network, split.x[:_LAYER_EXAMPLES], split.y[:_LAYER_EXAMPLES], loss=loss)
+    return [
+        LayerFigures(
+            dz_norm=dz.norm(dim=-1).mean().item(),
+            saturated=(rules.sigmoid_prime(z) < SATURATED).double().mean().item(),
+        )
+        for z, dz in zip(found.z, found.dz, strict=True)
+    ]
+
+
+def _record(state: State, settings: Settings, dataset: data.Dataset, seconds: float) -> Record:
+    measured = {
+        name: evaluate(state.network, split, settings.loss)
+        for name, split in dataset.splits().items()
+    }
+    return Record(
+        epoch=state.epoch,
+        step=state.step,
+        seconds=seconds,
+        loss={name: loss for name, (loss, _) in measured.items()},
+        accuracy={name: accuracy for name, (_, accuracy) in measured.items()},
+        layers=layer_figures(state.network, dataset.validation, settings.loss),
+    )

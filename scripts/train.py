@@ -1,0 +1,205 @@
+"""Train one network of sigmoid neurons, with gradients derived by hand or by autograd."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import nnce
+from nnce import backprop, data, experiment, training
+from nnce.monitor import Monitor
+
+
+def parser() -> experiment.ArgumentParser:
+    """The options."""
+    parser = experiment.ArgumentParser(__doc__)
+    parser.add_common_options()
+    parser.add_argument(
+        "--hidden", type=int, nargs="*", default=[30], help="neurons of each hidden layer"
+    )
+    parser.add_argument(
+        "--loss", choices=backprop.LOSSES, default="cross-entropy", help="what to minimise"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=training.ENGINES,
+        default="functions",
+        help="who differentiates: PyTorch's autograd, or nnce's Functions inside it",
+    )
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the training data")
+    parser.add_argument("--batch-size", type=int, default=10, help="examples in a mini-batch")
+    rates = ", ".join(f"{lr} for {loss}" for loss, lr in training.DEFAULT_LR.items())
+    parser.add_argument("--lr", type=float, help=f"learning rate; if not given, {rates}")
+    parser.add_argument("--momentum", type=float, default=0.0, help="as torch.optim.SGD's")
+    parser.add_argument("--l2", type=float, default=0.0, help="λ; weights decay by λ / n_train")
+    parser.add_argument(
+        "--init",
+        choices=("scaled", "large"),
+        default="scaled",
+        help="weights from N(0, 1/n_in), or from N(0, 1)",
+    )
+    parser.add_argument(
+        "--train-size", type=int, help="use the first so many training examples; all if not given"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, train on one mini-batch, and leave nothing behind",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as asked; the exit status."""
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
+    try:
+        with contextlib.ExitStack() as stack:
+            with options_parser.user_errors():
+                settings, dataset = prepare(options)
+                run_dir = stack.enter_context(
+                    experiment.run_directory(
+                        options.run_dir, run_name(options), keep=not options.dry_run
+                    )
+                )
+            run(settings, dataset, run_dir, {**vars(options), "lr": settings.lr})
+    except training.Diverged as error:
+        print(f"{options_parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.dry_run:
+        print("Dry run: one mini-batch went through, and nothing was kept.")
+    return 0
+
+
+def run_name(options: argparse.Namespace) -> str:
+    """A telling name for the run's directory."""
+    layers = "-".join(map(str, options.hidden)) or "single-layer"
+    return f"{options.data}-{options.loss}-{layers}-{options.engine}-seed{options.seed}"
+
+
+def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
+    """Settings and data out of the options; ValueError where they make no sense."""
+    settings = training.Settings(
+        hidden=tuple(options.hidden),
+        loss=options.loss,
+        engine=options.engine,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        momentum=options.momentum,
+        l2=options.l2,
+        init=options.init,
+        seed=options.seed,
+    )
+    dataset = data.load(
+        options.data,
+        data_dir=options.data_dir,
+        train_size=options.train_size,
+        device=experiment.device(options.device),
+        dtype=experiment.DTYPES[options.dtype],
+    )
+    if options.dry_run:
+        x, y = dataset.train
+        first = data.Split(x[: settings.batch_size], y[: settings.batch_size])
+        return dataclasses.replace(settings, epochs=1), dataset._replace(train=first)
+    return settings, dataset
+
+
+def run(
+    settings: training.Settings,
+    dataset: data.Dataset,
+    run_dir: Path,
+    config: dict[str, object],
+) -> None:
+    """Train, log each epoch, and write what came out."""
+    began = time.perf_counter()
+    state = training.start(settings, dataset)
+    device = dataset.train.x.device
+    print(
+        f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "
+        f"validation and {len(dataset.test.x):,} test examples\n"
+        f"network {'-'.join(map(str, state.network.sizes))}, {settings.loss} loss, "
+        f"engine {settings.engine}, {config['dtype']} on {experiment.device_name(device)}, "
+        f"threads {torch.get_num_threads()}",
+        flush=True,
+    )
+    records: list[training.Record] = []
+    interrupted = False
+    with Monitor(run_dir, config) as monitor:
+        epochs = training.train(state, settings, dataset)
+        bar = tqdm(epochs, total=settings.epochs + 1, unit="epoch", disable=None, leave=False)
+        try:
+            for record in bar:
+                records.append(record)
+                monitor.log(record)
+                nnce.save(state.network, run_dir / "network.pt")
+                bar.write(line(record))
+        except KeyboardInterrupt:
+            if not records:
+                raise
+            interrupted = True
+
+    rows = closing_rows(records)
+    seconds = time.perf_counter() - began
+    experiment.write_results(
+        run_dir,
+        config=config,
+        device=device,
+        seconds=seconds,
+        rows=rows,
+        interrupted=interrupted,
+        training_seconds=sum(record.seconds for record in records),
+        epochs=[record_as_dict(record) for record in records],
+    )
+    print(f"\n{experiment.table(rows)}\n")
+    print(f"{seconds:.1f} s, {sum(record.seconds for record in records):.1f} s of them training")
+    if config["dry_run"]:
+        return
+    print(f"Results and network: {run_dir}")
+    print(f"Curves: {experiment.tensorboard_command(run_dir)}")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def line(record: training.Record) -> str:
+    """One epoch, for people."""
+    losses = ", ".join(f"{split} {value:.4f}" for split, value in record.loss.items())
+    accuracies = ", ".join(f"{split} {value:.2%}" for split, value in record.accuracy.items())
+    return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies}"
+
+
+def closing_rows(records: Sequence[training.Record]) -> list[experiment.Row]:
+    """The start, the epoch that is best on the validation data, and the last epoch."""
+    best = max(records, key=lambda record: record.accuracy["validation"])
+    return [
+        {
+            "network": name,
+            "epoch": record.epoch,
+            "data": split,
+            "loss": record.loss[split],
+            "accuracy": record.accuracy[split],
+        }
+        for name, record in (
+            ("start", records[0]),
+            ("best on validation", best),
+            ("last", records[-1]),
+        )
+        for split in record.loss
+    ]
+
+
+def record_as_dict(record: training.Record) -> dict[str, object]:
+    """A record for JSON, which knows no named tuples."""
+    return {**record._asdict(), "layers": [layer._asdict() for layer in record.layers]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
