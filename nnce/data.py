@@ -17,6 +17,9 @@ from torch import Tensor
 # What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
 # 28 by 28 pixels in 10 classes.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+_FILES = [
+    f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]
 DATASETS = ("digits", *_TORCHVISION)
 
 # The last 10,000 of the 60,000 training images: where Nielsen's book takes its validation set.
@@ -196,36 +199,31 @@ def _torchvision(name: str, data_dir: Path) -> list[_Part]:
 
 
 def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
-    """One half of a set of MNIST's format, downloaded first if it is not there."""
+    """One half of a set of MNIST's format; both are downloaded first if a file is not there."""
     folder = data_dir / _TORCHVISION[name] / "raw"
+    complete = all((folder / file).exists() for file in _FILES)
     try:
-        dataset = loader(data_dir, train=train)
-    except RuntimeError:  # torchvision's word for "not there"
-        dataset = _download(loader, name, data_dir, train=train)
-    except Exception as error:  # whatever reading a damaged file gives: EOFError, ValueError, …
-        raise DataError(_damaged(name, folder, train, str(error) or repr(error))) from error
-    expected = (60_000 if train else 10_000, 28, 28)
-    found = (tuple(dataset.data.shape), tuple(dataset.targets.shape))
-    if found != (expected, expected[:1]):
-        raise DataError(
-            _damaged(
-                name, folder, train, f"expected images {expected} and as many labels, got {found}"
-            )
-        )
-    return dataset.data.flatten(1) / 255, dataset.targets
-
-
-def _download(loader: Any, name: str, data_dir: Path, *, train: bool) -> Any:
-    try:
-        # torchvision prints a line for each mirror that fails; the sentence below says it all.
+        # torchvision prints a line for each mirror that fails; the sentences below say it all.
         with contextlib.redirect_stdout(io.StringIO()):
-            return loader(data_dir, train=train, download=True)
-    except Exception as error:
+            dataset = loader(data_dir, train=train, download=not complete)
+    except Exception as error:  # of many types: what a damaged file gives is left to chance
         reason = " ".join(str(error).split()) or repr(error)
+        if complete:
+            raise DataError(_damaged(name, folder, train, reason)) from error
         raise DataError(
             f"{name} is not in {data_dir} and could not be downloaded ({reason}); give the folder "
             f"that holds {_TORCHVISION[name]}/raw with --data-dir or $NNCE_DATA"
         ) from error
+
+    n = 60_000 if train else 10_000
+    shapes = (tuple(dataset.data.shape), tuple(dataset.targets.shape))
+    if shapes != ((n, 28, 28), (n,)):
+        why = f"expected {n:,} images of 28 by 28 and as many labels, got {shapes}"
+        raise DataError(_damaged(name, folder, train, why))
+    if dataset.targets.max() > 9:
+        why = f"expected labels from 0 to 9, got {dataset.targets.max()}"
+        raise DataError(_damaged(name, folder, train, why))
+    return dataset.data.flatten(1) / 255, dataset.targets
 
 
 def _damaged(name: str, folder: Path, train: bool, why: str) -> str:

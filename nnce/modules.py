@@ -4,7 +4,7 @@ The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ from nnce import functional
 from nnce.functional import Reduction
 
 Init = Literal["scaled", "large"]
+INITS: tuple[Init, ...] = get_args(Init)
+
+
+def check_init(init: str) -> None:
+    """Raise ValueError unless `init` is "scaled" or "large"."""
+    if init not in INITS:
+        raise ValueError(f"expected init {' or '.join(map(repr, INITS))}, got {init!r}")
 
 
 class Linear(nn.Module):
@@ -57,8 +64,7 @@ class Linear(nn.Module):
                 f"expected positive sizes, got in_features={in_features}, "
                 f"out_features={out_features}"
             )
-        if init not in ("scaled", "large"):
-            raise ValueError(f"expected init 'scaled' or 'large', got {init!r}")
+        check_init(init)
         self.in_features = in_features
         self.out_features = out_features
         self.init = init

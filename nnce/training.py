@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnce import data, functional, rules
 from nnce.backprop import Loss, backprop, check_loss, loss_per_component
-from nnce.modules import MLP, Init
+from nnce.modules import MLP, Init, check_init
 
 Engine = Literal["autograd", "functions"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -56,6 +56,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every value, and fill in the rate."""
         check_loss(self.loss)
+        check_init(self.init)
         if self.engine not in ENGINES:
             raise ValueError(
                 f"expected engine {' or '.join(map(repr, ENGINES))}, got {self.engine!r}"

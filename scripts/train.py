@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import backprop, data, experiment, training
+from nnce import backprop, data, experiment, modules, training
 from nnce.monitor import Monitor
 
 
@@ -40,7 +40,7 @@ def parser() -> experiment.ArgumentParser:
     parser.add_argument("--l2", type=float, default=0.0, help="λ; weights decay by λ / n_train")
     parser.add_argument(
         "--init",
-        choices=("scaled", "large"),
+        choices=modules.INITS,
         default="scaled",
         help="weights from N(0, 1/n_in), or from N(0, 1)",
     )

@@ -1,0 +1,48 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnce import data
+
+ROOT = Path(__file__).parent.parent
+
+
+def _missing(what, why):
+    """Skip, or fail where $NNCE_REQUIRE says that this machine must have it."""
+    if what in os.environ.get("NNCE_REQUIRE", "").split(","):
+        pytest.fail(f"$NNCE_REQUIRE names {what}, but {why}")
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """MNIST's first 2,000 training examples in float64: 200 steps of 10."""
+    if "NNCE_DATA" not in os.environ:
+        _missing("mnist", "$NNCE_DATA does not say where MNIST is")
+    return data.load("mnist", train_size=2_000, dtype=torch.float64)
+
+
+@pytest.fixture
+def script():
+    """Import a script by name, for its main()."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,167 @@
+"""Checks of the hand-written gradients, shared by the tests of the right rules and of wrong ones.
+
+Each raises AssertionError on a wrong gradient. All draw a random upstream gradient: under one of
+ones, a backward that ignores it would pass. Layers are square, so that a transposed W still fits.
+"""
+
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+import nnce
+from nnce import training
+from nnce.backprop import LOSSES, backprop
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+HAND_WRITTEN = {
+    "quadratic": nnce.sigmoid_quadratic,
+    "cross-entropy": nnce.sigmoid_cross_entropy,
+}
+
+
+def bce(z, y):
+    return torch.nn.BCELoss(reduction="none")(z.sigmoid(), y)
+
+
+def bce_with_logits(z, y):
+    return torch.nn.BCEWithLogitsLoss(reduction="none")(z, y)
+
+
+def half_mse(z, y):
+    return 0.5 * torch.nn.MSELoss(reduction="none")(z.sigmoid(), y)
+
+
+BUILT_IN = {"quadratic": (half_mse,), "cross-entropy": (bce, bce_with_logits)}
+
+
+def reduce(C, reduction):
+    """What the reductions mean, said another way than nnce says it."""
+    flat = C.reshape(-1, C.shape[-1])
+    return {
+        "none": C,
+        "sum": flat.sum(0).sum(),
+        "mean": flat.mean(1).mean(),
+        "batchmean": flat.sum(1).mean(),
+    }[reduction]
+
+
+def random(*shape, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return values.clamp(-5, 5).requires_grad_()
+
+
+def targets(*shape, seed=1):
+    """Half of them hard, half of them soft, none at the edge where BCELoss clamps."""
+    generator = torch.Generator().manual_seed(seed)
+    soft = torch.rand(shape, generator=generator, dtype=torch.float64)
+    hard = soft.round()
+    return torch.where(torch.rand(shape, generator=generator) < 0.5, soft, hard).requires_grad_()
+
+
+def same_gradients(got, oracle, inputs, *, rtol=1e-12, atol=1e-14, seed=2):
+    """The gradients of two outputs by the inputs agree under a random upstream gradient."""
+    torch.testing.assert_close(got, oracle, rtol=rtol, atol=atol)
+    upstream = random(*got.shape, seed=seed).detach()
+    ours = grad(got, inputs, upstream)
+    theirs = grad(oracle, inputs, upstream)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m, i=i: f"input {i}: {m}")
+
+
+def check_losses_by_z():
+    for shape in ((7, 4), (2, 3, 4), (5,)):
+        for loss in LOSSES:
+            for reduction in REDUCTIONS:
+                for built_in in BUILT_IN[loss]:
+                    z, y = random(*shape), targets(*shape).detach()
+                    got = HAND_WRITTEN[loss](z, y, reduction=reduction)
+                    same_gradients(got, reduce(built_in(z, y), reduction), (z,), atol=1e-12)
+
+
+def check_losses_by_y():
+    for loss, oracle in (("quadratic", half_mse), ("cross-entropy", bce_with_logits)):
+        for reduction in REDUCTIONS:
+            z, y = random(7, 4), targets(7, 4)
+            got = HAND_WRITTEN[loss](z, y, reduction=reduction)
+            same_gradients(got, reduce(oracle(z, y), reduction), (z, y))
+
+
+def check_linear():
+    for leading in ((), (6,), (2, 3)):
+        a_prev, W, b = random(*leading, 4), random(4, 4, seed=1), random(4, seed=2)
+        oracle = torch.nn.functional.linear(a_prev, W, b)
+        same_gradients(nnce.linear(a_prev, W, b), oracle, (a_prev, W, b))
+
+
+def check_sigmoid():
+    z = random(3, 4)
+    same_gradients(nnce.sigmoid(z), torch.sigmoid(z), (z,))
+
+
+def check_gradcheck():
+    """First and second derivatives against numerical ones, where those have digits: |z| ≤ 5."""
+    z, y = random(3, 4), targets(3, 4)
+    a_prev, W, b = random(3, 4), random(4, 4, seed=1), random(4, seed=2)
+    for function, inputs in (
+        (nnce.linear, (a_prev, W, b)),
+        (nnce.sigmoid, (z,)),
+        *(
+            (lambda z, y, f=f, r=r: f(z, y, reduction=r), (z, y))
+            for f in HAND_WRITTEN.values()
+            for r in REDUCTIONS
+        ),
+    ):
+        assert gradcheck(function, inputs, raise_exception=False)
+        assert gradgradcheck(function, inputs, raise_exception=False)
+
+
+def check_network():
+    """Every parameter's gradient, by name: Functions, autograd, and the whole algorithm."""
+    for loss in LOSSES:
+        network = nnce.MLP((4, 4, 4, 4), dtype=torch.float64, generator=_generator())
+        names, parameters = zip(*network.named_parameters(), strict=True)
+        x, y = random(6, 4).detach().sigmoid(), targets(6, 4).detach()
+        oracle = reduce(BUILT_IN[loss][-1](training.torch_twin(network)(x), y), "batchmean")
+        by_autograd = grad(oracle, parameters)
+        by_functions = grad(HAND_WRITTEN[loss](network(x), y), parameters)
+        by_algorithm = backprop(network, x, y, loss=loss).gradients
+        assert tuple(by_algorithm) == names
+        for name, want, *gots in zip(
+            names, by_autograd, by_functions, by_algorithm.values(), strict=True
+        ):
+            for got in gots:
+                torch.testing.assert_close(
+                    got, want, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+def check_saturation():
+    """First and second derivatives at |z| from 12 to 40, relatively: atol is 0.
+
+    The exact values, with s = σ(z) and t = σ(−z): σ has s t and s t (t − s); for y = 0 the
+    cross-entropy has s and s t, and the quadratic loss s² t and s² t (2t − s).
+    """
+    z = torch.tensor([-40.0, -20.0, -12.0, 12.0, 20.0, 40.0], dtype=torch.float64)
+    s, t = 1 / (1 + torch.exp(-z)), 1 / (1 + torch.exp(z))
+    y = torch.zeros_like(z)
+    for function, first, second in (
+        (nnce.sigmoid, s * t, s * t * (t - s)),
+        (lambda z: nnce.sigmoid_cross_entropy(z, y), s, s * t),
+        (lambda z: nnce.sigmoid_quadratic(z, y), s * s * t, s * s * t * (2 * t - s)),
+    ):
+        leaf = z.clone().requires_grad_()
+        (got_first,) = grad(function(leaf).sum(), leaf, create_graph=True)
+        (got_second,) = grad(got_first.sum(), leaf)
+        torch.testing.assert_close(got_first.detach(), first, rtol=1e-14, atol=0)
+        torch.testing.assert_close(got_second, second, rtol=1e-13, atol=0)
+
+
+def _generator():
+    return torch.Generator().manual_seed(0)
+
+
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in globals().items()
+    if name.startswith("check_")
+}

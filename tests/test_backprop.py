@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import nnce
+from nnce.backprop import LOSSES, backprop
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sizes", [(4, 2), (4, 3, 2), (4, 3, 5, 2), (4, 3, 5, 6, 2)])
+def test_deltas_are_the_gradients_by_z(loss, sizes):
+    network = nnce.MLP(sizes, dtype=torch.float64)
+    x, y = torch.rand(6, 4, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
+    found = backprop(network, x, y, loss=loss)
+
+    z, a = [], x
+    for W, b in ((layer.weight, layer.bias) for layer in network.linears()):
+        z.append(a @ W.T + b)
+        a = z[-1].sigmoid()
+    C = 0.5 * (a - y).square() if loss == "quadratic" else -(y * a.log() + (1 - y) * (1 - a).log())
+    dz = torch.autograd.grad(C.sum(), z)
+    for ours, theirs in zip((*found.z, *found.dz, found.a[-1]), (*z, *dz, a), strict=True):
+        assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+    assert [tuple(t.shape) for t in found.a] == [(6, n) for n in sizes[1:]]
+    assert not any(t.requires_grad for t in found.gradients.values())
+
+
+def test_takes_tensors():
+    network = nnce.MLP((4, 3, 2))
+    layers = [(layer.weight, layer.bias) for layer in network.linears()]
+    x, y = torch.rand(6, 4), torch.rand(6, 2)
+    from_tensors, from_network = backprop(layers, x, y), backprop(network, x, y)
+    assert list(from_tensors.gradients) == [name for name, _ in network.named_parameters()]
+    for name, gradient in from_tensors.gradients.items():
+        assert torch.equal(gradient, from_network.gradients[name])
+    without_bias = backprop([(W, None) for W, _ in layers], x, y)
+    assert list(without_bias.gradients) == ["0.weight", "2.weight"]
+
+
+def test_what_does_not_fit_is_refused():
+    network = nnce.MLP((4, 3, 2))
+    x, y = torch.rand(6, 4), torch.rand(6, 2)
+    with pytest.raises(ValueError, match="'quadratic' or 'cross-entropy', got 'hinge'"):
+        backprop(network, x, y, loss="hinge")
+    with pytest.raises(ValueError, match=r"x of shape \(n, 4\), got \(6, 2\)"):
+        backprop(network, y, y)
+    with pytest.raises(ValueError, match=r"y of shape \(6, 2\), got \(5, 2\)"):
+        backprop(network, x, y[:5])

@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+from gradient_checks import HAND_WRITTEN, REDUCTIONS, bce_with_logits, half_mse, random, targets
+from torch.testing import assert_close
+
+import nnce
+
+LOSSES = list(HAND_WRITTEN.values())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bad_targets_are_refused_in_one_sentence(loss):
+    z = torch.zeros(32, 10)
+    with pytest.raises(ValueError, match=r"^expected y of shape \(32, 10\) like z, got \(32,\)$"):
+        loss(z, torch.zeros(32))
+    with pytest.raises(
+        TypeError, match=r"^expected y of dtype torch.float32 like z, got torch.float64$"
+    ):
+        loss(z, torch.zeros(32, 10, dtype=torch.float64))
+    with pytest.raises(
+        TypeError, match=r"^expected y of dtype torch.float32 like z, got torch.int64$"
+    ):
+        loss(z, torch.zeros(32, 10, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^expected y on device cpu like z, got meta$"):
+        loss(z, torch.zeros(32, 10, device="meta"))
+    with pytest.raises(TypeError, match=r"^expected y to be a tensor, got list$"):
+        loss(z, [0.0])
+    with pytest.raises(TypeError, match=r"^expected z of a floating-point dtype, got torch.int64$"):
+        loss(z.long(), z.long())
+    with pytest.raises(ValueError, match=r"^expected reduction .*, got 'median'$"):
+        loss(z, z, reduction="median")
+
+
+def test_bad_layers_are_refused_in_one_sentence():
+    a_prev, W, b = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)
+    with pytest.raises(
+        ValueError, match=r"a_prev of shape \(\.\.\., 3\) .* W of shape \(4, 3\), got \(2, 4\)$"
+    ):
+        nnce.linear(torch.zeros(2, 4), W, b)
+    with pytest.raises(ValueError, match=r"a_prev of shape \(\.\.\., 3\) .*, got \(\)$"):
+        nnce.linear(torch.zeros(()), W, b)
+    with pytest.raises(ValueError, match=r"b of shape \(4,\) .*, got \(3,\)$"):
+        nnce.linear(a_prev, W, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"W of shape \(n_out, n_in\), got \(4,\)$"):
+        nnce.linear(a_prev, b, b)
+    with pytest.raises(TypeError, match=r"W of dtype torch.float32 like a_prev, got"):
+        nnce.linear(a_prev, W.double(), b)
+    with pytest.raises(TypeError, match="z of a floating-point dtype"):
+        nnce.sigmoid(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_empty_batch(loss):
+    z = torch.zeros(0, 10, requires_grad=True)
+    y = torch.zeros(0, 10)
+    assert loss(z, y, reduction="sum").item() == 0
+    assert math.isnan(loss(z, y, reduction="mean").item())
+    assert math.isnan(loss(z, y, reduction="batchmean").item())
+    assert loss(z, y, reduction="none").shape == (0, 10)
+    loss(z, y, reduction="sum").backward()
+    assert z.grad.shape == (0, 10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nan_in_nan_out(loss):
+    z = torch.tensor([[math.nan, 0.0]], requires_grad=True)
+    C = loss(z, torch.ones(1, 2))
+    C.backward()
+    assert C.isnan() and z.grad.isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_one_dimensional_z_is_one_example(loss):
+    z, y = random(6), targets(6)
+    assert_close(loss(z, y), loss(z, y, reduction="sum"))
+    assert_close(loss(z, y), loss(z[None], y[None]))
+
+
+def test_oracles_as_pytorch_reduces_them():
+    """Fact 2 of the design: PyTorch's means are over the components too, and MSELoss has no ½."""
+    z, y = random(7, 4), targets(7, 4)
+    F = torch.nn.functional
+    assert_close(
+        nnce.sigmoid_cross_entropy(z, y),
+        F.binary_cross_entropy_with_logits(z, y, reduction="sum") / 7,
+    )
+    assert_close(
+        nnce.sigmoid_cross_entropy(z, y, reduction="mean"),
+        F.binary_cross_entropy_with_logits(z, y),
+    )
+    assert_close(
+        nnce.sigmoid_quadratic(z, y), 0.5 * F.mse_loss(z.sigmoid(), y, reduction="sum") / 7
+    )
+
+
+def test_soft_targets_reach_their_entropy():
+    y = targets(5, 3)
+    z = torch.logit(y.detach().clamp(0.1, 0.9)).requires_grad_()
+    y = z.detach().sigmoid()
+    entropy = -(y * y.log() + (1 - y) * (1 - y).log())
+    C = nnce.sigmoid_cross_entropy(z, y, reduction="none")
+    assert_close(C, entropy)
+    C.sum().backward()
+    assert z.grad.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("loss", "oracle"),
+    [(nnce.sigmoid_quadratic, half_mse), (nnce.sigmoid_cross_entropy, bce_with_logits)],
+)
+def test_gradients_only_where_asked_for(loss, oracle, reduction):
+    z, y = random(3, 4).detach(), targets(3, 4).detach()
+    for wants_z, wants_y in ((True, False), (False, True)):
+        C = loss(
+            z.clone().requires_grad_(wants_z),
+            y.clone().requires_grad_(wants_y),
+            reduction=reduction,
+        )
+        gradients = C.grad_fn
+        while "Sigmoid" not in gradients.name():
+            gradients = gradients.next_functions[0][0]
+        (dz, dy) = gradients.apply(torch.ones(3, 4, dtype=torch.float64))
+        assert (dz is not None, dy is not None) == (wants_z, wants_y)
+    assert not loss(z, y).requires_grad
+
+
+def test_linear_computes_only_what_is_asked_for():
+    a_prev, W, b = torch.rand(2, 3), torch.rand(4, 3), torch.rand(4)
+    for wants in ((True, False, False), (False, True, False), (False, False, True)):
+        inputs = [t.clone().requires_grad_(w) for t, w in zip((a_prev, W, b), wants, strict=True)]
+        gradients = nnce.linear(*inputs).grad_fn.apply(torch.rand(2, 4))
+        assert tuple(g is not None for g in gradients) == wants
+
+
+def test_only_inputs_are_saved():
+    """Fact 4 of the design: a saved intermediate gives silently wrong second derivatives."""
+    z, y = random(3, 4), targets(3, 4)
+    for output, inputs in (
+        (nnce.sigmoid(z), (z,)),
+        (nnce.sigmoid_quadratic(z, y, reduction="none"), (z, y)),
+        (nnce.sigmoid_cross_entropy(z, y, reduction="none"), (z, y)),
+    ):
+        saved = output.grad_fn.saved_tensors
+        assert len(saved) == len(inputs)
+        assert all(s.data_ptr() == i.data_ptr() for s, i in zip(saved, inputs, strict=True))

@@ -1,0 +1,190 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import nnce
+from nnce import training
+
+
+@pytest.fixture
+def train(script):
+    return script("train")
+
+
+def test_a_run(train, tmp_path, capsys, digits):
+    run_dir = tmp_path / "run"
+    status = train.main(["--epochs", "2", "--hidden", "12", "8", "--run-dir", str(run_dir)])
+    assert status == 0
+    out, err = capsys.readouterr()
+    assert "network 64-12-8-10, cross-entropy loss" in out
+    assert "epoch   2  loss: train" in out
+    assert "| best on validation |" in out
+    assert f"tensorboard --logdir {tmp_path}" in out
+    assert err == ""  # no progress bar where nobody watches
+
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["config"]["hidden"] == [12, 8]
+    assert results["config"]["lr"] == 0.5
+    assert set(results["config"]) == set(vars(train.parser().parse_args([])))
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["device"] == "cpu" or "NVIDIA" in results["device"]
+    assert results["threads"] == torch.get_num_threads()
+    assert results["seconds"] > results["training_seconds"] > 0
+    assert [record["epoch"] for record in results["epochs"]] == [0, 1, 2]
+    last = {row["data"]: row for row in results["rows"] if row["network"] == "last"}
+    assert set(last) == {"train", "validation", "test"}
+
+    network = nnce.load(run_dir / "network.pt")
+    assert network.sizes == (64, 12, 8, 10)
+    loss, accuracy = training.evaluate(network, digits.test, "cross-entropy")
+    assert last["test"]["loss"] == pytest.approx(loss)
+    assert last["test"]["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("engine", training.ENGINES)
+def test_tensorboard_tags(train, tmp_path, engine):
+    train.main(["--epochs", "2", "--engine", engine, "--run-dir", str(tmp_path)])
+    (_,) = tmp_path.glob("events.out.tfevents.*")
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # no stray runs
+    events = EventAccumulator(str(tmp_path)).Reload()
+    splits = ("train", "validation", "test")
+    expected = {
+        *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits),
+        *(f"{what}/layer{n}" for what in ("dz_norm", "saturated") for n in (1, 2)),
+    }
+    assert set(events.Tags()["scalars"]) == expected
+    results = json.loads((tmp_path / "results.json").read_text())
+    for tag in expected:
+        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2]
+    assert [event.value for event in events.Scalars("loss/test")] == pytest.approx(
+        [record["loss"]["test"] for record in results["epochs"]]
+    )
+    assert [event.value for event in events.Scalars("dz_norm/layer1")] == pytest.approx(
+        [record["layers"][0]["dz_norm"] for record in results["epochs"]]
+    )
+    (text,) = events.Tags()["tensors"]
+    assert text == "config/text_summary"
+    assert f"| engine | {engine} |" in events.Tensors(text)[0].tensor_proto.string_val[0].decode()
+
+
+def test_dry_run_leaves_nothing_behind(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run"]) == 0
+    assert "nothing was kept" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_run_directory_has_a_telling_name(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--epochs", "1", "--loss", "quadratic", "--hidden"]) == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("digits-quadratic-single-layer-functions-seed0-")
+    assert "--logdir runs\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "0"], "positive learning rate, got 0.0"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--batch-size", "0"], "batch_size of at least 1, got 0"),
+        (["--epochs", "-1"], "epochs of at least 1, got -1"),
+        (["--hidden", "30", "0"], "positive hidden sizes, got (30, 0)"),
+        (["--train-size", "2000"], "at most 1,197 for digits, got 2,000"),
+        (["--train-size", "0"], "at least 1, got 0"),
+        (["--data", "cifar"], "invalid choice: 'cifar'"),
+        (["--loss", "hinge"], "invalid choice: 'hinge'"),
+        (["--engine", "magic"], "invalid choice: 'magic'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(train, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(options)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_data_is_one_line(train, tmp_path, monkeypatch, capsys):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for half in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{half}-{kind}-ubyte").write_bytes(b"nonsense")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", "mnist", "--data-dir", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(raw) in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(train, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_run_directory_that_is_used_or_cannot_be_made(train, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for path, message in (
+        (tmp_path, "already used"),
+        (tmp_path / "thesis.tex", "cannot be written"),
+        (tmp_path / "thesis.tex" / "run", "cannot be written"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--run-dir", str(path)])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and message in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_divergence_is_one_line_and_leaves_nothing(train, tmp_path, capsys):
+    run_dir = tmp_path / "new" / "run"
+    assert train.main(["--lr", "1e38", "--run-dir", str(run_dir)]) == 1
+    err = capsys.readouterr().err
+    assert "in epoch 1, step" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys):
+    whole = training._train_epoch
+
+    def third_epoch_is_stopped(state, *rest):
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+        return whole(state, *rest)
+
+    monkeypatch.setattr(training, "_train_epoch", third_epoch_is_stopped)
+    run_dir = tmp_path / "run"
+    assert train.main(["--run-dir", str(run_dir)]) == 130
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["interrupted"] and len(results["epochs"]) == 3
+    assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+
+
+def test_as_a_program(tmp_path):
+    """In a process of its own: the status of a mistake, and no traceback."""
+    environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning"}
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--lr", "-1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr == "train.py: error: expected a positive learning rate, got -1.0\n"
