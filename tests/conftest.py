@@ -9,6 +9,9 @@ from nnce import data
 
 ROOT = Path(__file__).parent.parent
 
+# The networks here are small: one thread is as fast, and stays so beside another busy program.
+torch.set_num_threads(1)
+
 
 def _missing(what, why):
     """Skip, or fail where $NNCE_REQUIRE says that this machine must have it."""
