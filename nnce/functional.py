@@ -5,6 +5,9 @@ the equation. A backward that needs σ uses this module's own `sigmoid`, so that
 order are taken by the rules and stay exact where a rounds to 0 or 1. Only inputs are saved for the
 backward: a saved intermediate would give silently wrong second derivatives.
 
+Each Function comes twice: with a `jvp`, for forward-mode derivatives and what `torch.func` makes of
+them, and without, because `torch.compile` refuses a Function that has one. `_apply` chooses.
+
 The public functions check shape, dtype and device, never values: a check on values would make CUDA
 wait and break `torch.compile` and `torch.func`. Values are checked where data enters, in
 `nnce.data`.
@@ -13,6 +16,7 @@ wait and break `torch.compile` and `torch.func`. Values are checked where data e
 import inspect
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -49,6 +53,7 @@ class LinearFunction(Function):
         """Keep a_prev and W."""
         a_prev, W, _ = inputs
         ctx.save_for_backward(a_prev, W)
+        ctx.save_for_forward(a_prev, W)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,6 +83,7 @@ class SigmoidFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep z: from a, σ'(z) = a (1−a) is 0 as soon as a rounds to 1."""
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
@@ -102,6 +108,7 @@ class SigmoidQuadraticFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep z and y."""
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,25 +129,94 @@ class SigmoidCrossEntropyFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, y: Tensor) -> Tensor:
+    def forward(z: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
         """C = −[y ln σ(z) + (1−y) ln(1 − σ(z))]."""
-        return rules.cross_entropy(z, y)
+        return rules.cross_entropy(z, y, pos_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep z and y."""
+        """Keep z, y and pos_weight."""
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """dC/dz = a − y, and dC/dy = ln(1−a) − ln a = −z."""
+        """dC/dz = a − y, dC/dy = ln(1−a) − ln a = −z, dC/d pos_weight = −y ln a."""
         (dC,) = upstream
-        z, y = ctx.saved_tensors
-        wants_z, wants_y = ctx.needs_input_grad
+        z, y, pos_weight = ctx.saved_tensors
+        wants_z, wants_y, wants_pos_weight = ctx.needs_input_grad
         return (
-            dC * rules.dz_cross_entropy(z, y, sigmoid) if wants_z else None,
-            -dC * z if wants_y else None,
+            dC * rules.dz_cross_entropy(z, y, sigmoid, pos_weight) if wants_z else None,
+            dC * _cross_entropy_dy(z, pos_weight) if wants_y else None,
+            dC * y * _minus_ln_a(z) if wants_pos_weight else None,
         )
+
+
+def _minus_ln_a(z: Tensor) -> Tensor:
+    """−ln σ(z), by the cross-entropy with y = 1, whose own derivatives are the rules'."""
+    return _apply(SigmoidCrossEntropyFunction, z, torch.ones_like(z), None)
+
+
+def _cross_entropy_dy(z: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """dC/dy = ln(1−a) − pos_weight ln a, which is −z without a pos_weight."""
+    return -z if pos_weight is None else pos_weight * _minus_ln_a(z) - _minus_ln_a(-z)
+
+
+# ---------------------------------------------------- the same with forward-mode derivatives
+
+
+class LinearWithJvp(LinearFunction):
+    """`LinearFunction` with its derivative along tangents (written dX here, for any X)."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dz = W da_prev + dW a_prev + db."""
+        da_prev, dW, db = tangents
+        a_prev, W = ctx.saved_tensors
+        return linear(da_prev, W) + linear(a_prev, dW, db)
+
+
+class SigmoidWithJvp(SigmoidFunction):
+    """`SigmoidFunction` with its derivative along a tangent."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """da = σ'(z) dz."""
+        (dz,) = tangents
+        (z,) = ctx.saved_tensors
+        return rules.dz_hidden(dz, z, sigmoid)
+
+
+class SigmoidQuadraticWithJvp(SigmoidQuadraticFunction):
+    """`SigmoidQuadraticFunction` with its derivative along tangents."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = (a − y) σ'(z) dz − (a − y) dy."""
+        dz, dy = tangents
+        z, y = ctx.saved_tensors
+        return rules.dz_quadratic(z, y, sigmoid) * dz - rules.residual(z, y, sigmoid) * dy
+
+
+class SigmoidCrossEntropyWithJvp(SigmoidCrossEntropyFunction):
+    """`SigmoidCrossEntropyFunction` with its derivative along tangents."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = (a − y) dz − z dy − y ln a d pos_weight."""
+        dz, dy, d_pos_weight = tangents
+        z, y, pos_weight = ctx.saved_tensors
+        dC = rules.dz_cross_entropy(z, y, sigmoid, pos_weight) * dz
+        dC = dC + _cross_entropy_dy(z, pos_weight) * dy
+        return dC if pos_weight is None else dC + y * _minus_ln_a(z) * d_pos_weight
+
+
+_WITH_JVP: dict[type[Function], type[Function]] = {
+    LinearFunction: LinearWithJvp,
+    SigmoidFunction: SigmoidWithJvp,
+    SigmoidQuadraticFunction: SigmoidQuadraticWithJvp,
+    SigmoidCrossEntropyFunction: SigmoidCrossEntropyWithJvp,
+}
 
 
 # ------------------------------------------------------------------------ the public functions
@@ -161,7 +237,8 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         TypeError: an argument is no tensor, is not floating-point, or the dtypes differ.
         ValueError: shapes or devices do not fit.
     """
-    _check_alike(a_prev=a_prev, W=W, **({} if b is None else {"b": b}))
+    a_prev, W, b = _autocast(a_prev, W, b)
+    _check_alike(a_prev=a_prev, W=W, b=b)
     if W.dim() != 2:
         raise ValueError(f"expected W of shape (n_out, n_in), got {_shape(W)}")
     if a_prev.dim() == 0 or a_prev.shape[-1] != W.shape[1]:
@@ -214,11 +291,19 @@ def sigmoid_quadratic(z: Tensor, y: Tensor, *, reduction: Reduction = "batchmean
         TypeError: z or y is no tensor or not floating-point, or their dtypes differ.
         ValueError: shapes or devices differ, or the reduction is unknown.
     """
+    z, y = _float32_under_autocast(z, y)
     _check_loss(z, y, reduction)
     return _reduce(_apply(SigmoidQuadraticFunction, z, y), reduction)
 
 
-def sigmoid_cross_entropy(z: Tensor, y: Tensor, *, reduction: Reduction = "batchmean") -> Tensor:
+def sigmoid_cross_entropy(
+    z: Tensor,
+    y: Tensor,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
     """The cross-entropy of σ(z): C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (equation 3).
 
     Differentiated by equation 5, dC/dz = σ(z) − y, computed as (1−y) σ(z) − y σ(−z), which keeps
@@ -228,24 +313,34 @@ def sigmoid_cross_entropy(z: Tensor, y: Tensor, *, reduction: Reduction = "batch
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets in [0, 1], of z's shape, dtype and device.
-        reduction: as for `sigmoid_quadratic`. "mean" is that of
+        weight: multiplies C component by component; of a shape that broadcasts to z's.
+        pos_weight: multiplies the term of y, so that positive targets count so much more than
+            negative ones; of a shape that broadcasts to z's, [components] for one each.
+        reduction: as for `sigmoid_quadratic`. With "mean", all of this means what it means for
             `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Returns:
-        C: z's shape for "none", else one number, at least 0.
+        C: z's shape for "none", else one number, at least 0 if the weights are.
 
     Raises:
-        TypeError: z or y is no tensor or not floating-point, or their dtypes differ.
-        ValueError: shapes or devices differ, or the reduction is unknown.
+        TypeError: an argument is no tensor or not floating-point, or the dtypes differ.
+        ValueError: shapes or devices do not fit, or the reduction is unknown.
     """
+    z, y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
     _check_loss(z, y, reduction)
-    return _reduce(_apply(SigmoidCrossEntropyFunction, z, y), reduction)
+    _check_alike(z=z, weight=weight, pos_weight=pos_weight)
+    weight = _expand("weight", weight, z)
+    pos_weight = _expand("pos_weight", pos_weight, z)
+    C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
+    return _reduce(C if weight is None else weight * C, reduction)
 
 
 # ---------------------------------------------------------------------------------- the inside
 
 
 def _apply(function: type[Function], *arguments: Tensor | None) -> Tensor:
+    if not torch.compiler.is_compiling():
+        function = _WITH_JVP[function]
     return cast(Tensor, function.apply(*arguments))
 
 
@@ -274,15 +369,18 @@ def _check_loss(z: Tensor, y: Tensor, reduction: str) -> None:
         raise ValueError(f"expected y of shape {_shape(z)} like z, got {_shape(y)}")
 
 
-def _check_alike(**tensors: Tensor) -> None:
-    """Tensors of one floating-point dtype on one device; the first one sets which."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+def _check_alike(**tensors: Tensor | None) -> None:
+    """Tensors of one floating-point dtype on one device, set by the first; None is left out."""
     (first_name, first), *others = tensors.items()
+    if not isinstance(first, Tensor):
+        raise TypeError(f"expected {first_name} to be a tensor, got {type(first).__name__}")
     if not first.is_floating_point():
         raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
     for name, tensor in others:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}"
@@ -291,6 +389,47 @@ def _check_alike(**tensors: Tensor) -> None:
             raise ValueError(
                 f"expected {name} on device {first.device} like {first_name}, got {tensor.device}"
             )
+
+
+def _expand(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
+    if tensor is None:
+        return None
+    leading, shape = z.dim() - tensor.dim(), tensor.shape
+    if leading < 0 or any(n not in (1, m) for n, m in zip(shape, z.shape[leading:], strict=True)):
+        raise ValueError(
+            f"expected {name} of a shape that broadcasts to z's, {_shape(z)}, got {_shape(tensor)}"
+        )
+    return tensor.expand_as(z)
+
+
+# What torch.autocast does to PyTorch's own functions, done here because a Function's forward and
+# backward must see the same dtypes. It leaves float64 alone, and so do these.
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """In autocast's dtype where autocast is on, as for `torch.nn.functional.linear`."""
+    device = _autocast_device(tensors[0])
+    if device is None:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
+
+
+def _float32_under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """In float32 where autocast is on, as for PyTorch's own losses."""
+    if _autocast_device(tensors[0]) is None:
+        return tensors
+    low = (torch.bfloat16, torch.float16)
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
+
+
+def _autocast_device(tensor: Any) -> str | None:
+    """The type of the tensor's device if autocast is on for it."""
+    if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+        return None
+    device = tensor.device.type
+    return device if torch.is_autocast_enabled(device) else None
 
 
 def _shape(tensor: Tensor) -> str:

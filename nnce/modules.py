@@ -155,20 +155,7 @@ class MLP(nn.Sequential):
         return [layer for layer in self if isinstance(layer, Linear)]
 
 
-class _Loss(nn.Module):
-    """What the two losses share: a reduction, checked when they are made."""
-
-    def __init__(self, reduction: Reduction = "batchmean") -> None:
-        super().__init__()
-        functional.check_reduction(reduction)
-        self.reduction = reduction
-
-    def extra_repr(self) -> str:
-        """The reduction."""
-        return f"reduction={self.reduction!r}"
-
-
-class SigmoidQuadraticLoss(_Loss):
+class SigmoidQuadraticLoss(nn.Module):
     """C = ½ ‖σ(z) − y‖², the notes' first error function: `nnce.functional.sigmoid_quadratic`.
 
     Args:
@@ -180,25 +167,64 @@ class SigmoidQuadraticLoss(_Loss):
         ValueError: the reduction is unknown.
     """
 
+    def __init__(self, reduction: Reduction = "batchmean") -> None:
+        """Check and keep the reduction."""
+        super().__init__()
+        functional.check_reduction(reduction)
+        self.reduction = reduction
+
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C of the weighted inputs z of the last layer and the targets y."""
         return functional.sigmoid_quadratic(z, y, reduction=self.reduction)
 
+    def extra_repr(self) -> str:
+        """The reduction."""
+        return f"reduction={self.reduction!r}"
 
-class SigmoidCrossEntropyLoss(_Loss):
+
+class SigmoidCrossEntropyLoss(nn.Module):
     """C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))]: `nnce.functional.sigmoid_cross_entropy`.
 
-    With `reduction="mean"` it takes the place of `torch.nn.BCEWithLogitsLoss`.
+    With `reduction="mean"` it takes the place of `torch.nn.BCEWithLogitsLoss`, weights included.
 
     Args:
         reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+        weight: multiplies C; at least 0, of a shape that broadcasts to z's.
+        pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
+            to z's, [components] for one each. Both weights are buffers, as PyTorch's are.
 
     Shape: z and y [..., components], y in [0, 1] -> one number, or z's shape for "none".
 
     Raises:
-        ValueError: the reduction is unknown.
+        ValueError: the reduction is unknown, or a weight is negative or NaN.
     """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        reduction: Reduction = "batchmean",
+        *,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        """Check and keep the options."""
+        super().__init__()
+        functional.check_reduction(reduction)
+        self.reduction = reduction
+        for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
+            # Values are checked here, once; PyTorch would train on them, uphill.
+            if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
+                raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
+            self.register_buffer(name, tensor)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C of the weighted inputs z of the last layer and the targets y."""
-        return functional.sigmoid_cross_entropy(z, y, reduction=self.reduction)
+        return functional.sigmoid_cross_entropy(
+            z, y, weight=self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        """The reduction."""
+        return f"reduction={self.reduction!r}"

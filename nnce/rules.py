@@ -46,13 +46,18 @@ def quadratic(z: Tensor, y: Tensor) -> Tensor:
     return 0.5 * residual(z, y).square()
 
 
-def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(z: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Tensor:
     """Equation 3, per component: C = −[y ln a + (1−y) ln(1−a)]; z, y and C of one shape.
 
     Computed as y softplus(−z) + (1−y) softplus(z), which keeps its relative precision however small
-    C is. A term whose weight is 0 is 0, at z = ±∞ as well.
+    C is. A term whose weight is 0 is 0, at z = ±∞ as well. A pos_weight multiplies the first term.
     """
-    return _weighted(y, softplus(-z)) + _weighted(1 - y, softplus(z))
+    return _weighted(_positive(y, pos_weight), softplus(-z)) + _weighted(1 - y, softplus(z))
+
+
+def _positive(y: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """How much a positive target counts: y, or pos_weight ∘ y."""
+    return y if pos_weight is None else pos_weight * y
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -90,9 +95,17 @@ def dz_quadratic(z: Tensor, y: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tens
     return residual(z, y, sigmoid) * sigmoid_prime(z, sigmoid)
 
 
-def dz_cross_entropy(z: Tensor, y: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:
-    """Equation 5, last layer, cross-entropy: dC/dz = a − y; z's shape."""
-    return residual(z, y, sigmoid)
+def dz_cross_entropy(
+    z: Tensor,
+    y: Tensor,
+    sigmoid: Sigmoid = torch.sigmoid,
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Equation 5, last layer, cross-entropy: dC/dz = a − y; z's shape.
+
+    A pos_weight multiplies the term of positive targets: (1−y) σ(z) − pos_weight y σ(−z).
+    """
+    return (1 - y) * sigmoid(z) - _positive(y, pos_weight) * sigmoid(-z)
 
 
 def dz_hidden(da: Tensor, z: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:

@@ -2,7 +2,16 @@ import math
 
 import pytest
 import torch
-from gradient_checks import HAND_WRITTEN, REDUCTIONS, bce_with_logits, half_mse, random, targets
+from gradient_checks import (
+    HAND_WRITTEN,
+    REDUCTIONS,
+    bce_with_logits,
+    half_mse,
+    random,
+    same_gradients,
+    targets,
+)
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import nnce
@@ -122,7 +131,7 @@ def test_gradients_only_where_asked_for(loss, oracle, reduction):
         gradients = C.grad_fn
         while "Sigmoid" not in gradients.name():
             gradients = gradients.next_functions[0][0]
-        (dz, dy) = gradients.apply(torch.ones(3, 4, dtype=torch.float64))
+        dz, dy, *_ = gradients.apply(torch.ones(3, 4, dtype=torch.float64))
         assert (dz is not None, dy is not None) == (wants_z, wants_y)
     assert not loss(z, y).requires_grad
 
@@ -144,6 +153,70 @@ def test_only_inputs_are_saved():
         (nnce.sigmoid_quadratic(z, y, reduction="none"), (z, y)),
         (nnce.sigmoid_cross_entropy(z, y, reduction="none"), (z, y)),
     ):
-        saved = output.grad_fn.saved_tensors
+        saved = [tensor for tensor in output.grad_fn.saved_tensors if tensor is not None]
         assert len(saved) == len(inputs)
         assert all(s.data_ptr() == i.data_ptr() for s, i in zip(saved, inputs, strict=True))
+
+
+WEIGHTS = {
+    "weight": {"weight": (4,)},
+    "weight per element": {"weight": (3, 4)},
+    "weight per example": {"weight": (3, 1)},
+    "pos_weight": {"pos_weight": (4,)},
+    "one pos_weight": {"pos_weight": ()},
+    "both": {"weight": (3, 4), "pos_weight": (4,)},
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shapes", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_mean_what_they_mean_to_pytorch(shapes, reduction):
+    z, y = random(3, 4), targets(3, 4)
+    weights = {
+        name: (random(*shape, seed=i).detach().abs() + 0.1).requires_grad_()
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    ours = nnce.sigmoid_cross_entropy(z, y, reduction=reduction, **weights)
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(
+        z, y, reduction=reduction, **{name: w.detach() for name, w in weights.items()}
+    )
+    same_gradients(ours, theirs, (z, y), rtol=1e-11)
+
+    def by_all(z, y, *w):  # PyTorch's is not differentiable by its weights
+        named = dict(zip(weights, w, strict=True))
+        return nnce.sigmoid_cross_entropy(z, y, reduction=reduction, **named)
+
+    assert gradcheck(by_all, (z, y, *weights.values()))
+    assert gradgradcheck(by_all, (z, y, *weights.values()))
+
+
+def test_weights_with_batchmean():
+    z, y, p = random(3, 4), targets(3, 4), torch.full((4,), 2.0, dtype=torch.float64)
+    assert_close(
+        nnce.sigmoid_cross_entropy(z, y, weight=p, pos_weight=p),
+        nnce.sigmoid_cross_entropy(z, y, weight=p, pos_weight=p, reduction="sum") / 3,
+    )
+
+
+def test_bad_weights():
+    z = torch.zeros(2, 3)
+    for name in ("weight", "pos_weight"):
+        message = rf"^expected {name} of a shape that broadcasts to z's, \(2, 3\), got \(4,\)$"
+        with pytest.raises(ValueError, match=message):
+            nnce.sigmoid_cross_entropy(z, z, **{name: torch.ones(4)})
+        with pytest.raises(ValueError, match=r"\(5, 2, 3\)"):
+            nnce.sigmoid_cross_entropy(z, z, **{name: torch.ones(5, 2, 3)})
+        with pytest.raises(TypeError, match=f"expected {name} of dtype torch.float32 like z"):
+            nnce.sigmoid_cross_entropy(z, z, **{name: torch.ones(3).double()})
+        with pytest.raises(ValueError, match=rf"expected {name} of at least 0, got \[1.0, -2.0\]"):
+            nnce.SigmoidCrossEntropyLoss(**{name: torch.tensor([1.0, -2.0])})
+        with pytest.raises(ValueError, match=f"expected {name} of at least 0, got nan"):
+            nnce.SigmoidCrossEntropyLoss(**{name: torch.tensor(math.nan)})
+
+
+def test_the_module_takes_the_place_of_bce_with_logits():
+    z, y, w = torch.randn(5, 3), torch.rand(5, 3), torch.tensor([1.0, 2.0, 3.0])
+    ours = nnce.SigmoidCrossEntropyLoss("mean", weight=w, pos_weight=2 * w)
+    theirs = torch.nn.BCEWithLogitsLoss(weight=w, pos_weight=2 * w)
+    assert_close(ours(z, y), theirs(z, y))
+    assert set(ours.state_dict()) == set(theirs.state_dict())

@@ -42,7 +42,7 @@ PLANTED = {
     "equation 3: only the term of y": (
         rules,
         "cross_entropy",
-        lambda z, y: -y * z.sigmoid().log(),
+        lambda z, y, pos_weight=None: -y * z.sigmoid().log(),
         ("losses_by_z", "losses_by_y", "gradcheck"),
     ),
     "equation 4: a missing σ'": (
@@ -60,13 +60,15 @@ PLANTED = {
     "equation 5: a flipped sign": (
         rules,
         "dz_cross_entropy",
-        lambda z, y, sigmoid=torch.sigmoid: y - sigmoid(z),
+        lambda z, y, sigmoid=torch.sigmoid, pos_weight=None: y - sigmoid(z),
         ("losses_by_z", "losses_by_y", "gradcheck", "network", "saturation"),
     ),
     "equation 5: the σ' of equation 4": (
         rules,
         "dz_cross_entropy",
-        lambda z, y, sigmoid=torch.sigmoid: (sigmoid(z) - y) * sigmoid(z) * sigmoid(-z),
+        lambda z, y, sigmoid=torch.sigmoid, pos_weight=None: (
+            (sigmoid(z) - y) * sigmoid(z) * sigmoid(-z)
+        ),
         ("losses_by_z", "losses_by_y", "gradcheck", "network", "saturation"),
     ),
     "equation 6: a mean for a sum, biases": (
@@ -117,8 +119,10 @@ PLANTED = {
     ),
     "PyTorch's own σ inside a backward": (
         rules,
-        "residual",
-        lambda z, y, sigmoid=None: (1 - y) * torch.sigmoid(z) - y * torch.sigmoid(-z),
+        "dz_cross_entropy",
+        lambda z, y, sigmoid=None, pos_weight=None: (
+            (1 - y) * torch.sigmoid(z) - y * torch.sigmoid(-z)
+        ),
         ("saturation",),
     ),
     "a mean for a sum in the reductions": (
