@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
 
-def _missing(what, why):
+def missing(what, why):
     """Skip, or fail where $NNCE_REQUIRE says that this machine must have it."""
     if what in os.environ.get("NNCE_REQUIRE", "").split(","):
         pytest.fail(f"$NNCE_REQUIRE names {what}, but {why}")
@@ -29,7 +29,7 @@ def digits():
 def mnist():
     """MNIST's first 2,000 training examples in float64: 200 steps of 10."""
     if "NNCE_DATA" not in os.environ:
-        _missing("mnist", "$NNCE_DATA does not say where MNIST is")
+        missing("mnist", "$NNCE_DATA does not say where MNIST is")
     return data.load("mnist", train_size=2_000, dtype=torch.float64)
 
 
