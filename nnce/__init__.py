@@ -10,6 +10,7 @@ from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy
 from nnce.functional import sigmoid_quadratic as sigmoid_quadratic
+from nnce.gradients import check_gradients as check_gradients
 from nnce.modules import MLP as MLP
 from nnce.modules import Linear as Linear
 from nnce.modules import Sigmoid as Sigmoid
