@@ -329,7 +329,8 @@ def _meta(row: Row) -> None:
         raise AssertionError("the shapes of the gradients are not those of the inputs")
 
 
-COLUMNS: dict[str, Callable[[Row], None]] = {
+Cell = Callable[[Row], None]
+COLUMNS: dict[str, Cell] = {
     "double backward": _double_backward,
     "func.grad": _func_grad,
     "func.vjp": _func_vjp,

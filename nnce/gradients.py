@@ -328,11 +328,15 @@ def ulp_distance(value: Tensor, exact: Tensor) -> Tensor:
     Returns:
         float64, value's shape, at least 0.
     """
-    info = torch.finfo(value.dtype)
     wide = value.double()
-    exponent = torch.frexp(exact).exponent - 1
-    binade = torch.ldexp(torch.ones_like(exact), exponent)
-    binade = torch.where(exact == 0, 0.0, binade).clamp(min=info.smallest_normal)
-    distance = (wide - exact).abs() / (binade * info.eps)
+    distance = (wide - exact).abs() / ulp(exact, value.dtype)
     same = (wide == exact) | (wide.isnan() & exact.isnan())
     return torch.where(same, 0.0, distance).nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """One unit in the last place, in dtype, at the place of `exact` (float64); float64."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact).exponent - 1
+    binade = torch.ldexp(torch.ones_like(exact), exponent)
+    return torch.where(exact == 0, 0.0, binade).clamp(min=info.smallest_normal) * info.eps

@@ -190,16 +190,19 @@ def torch_twin(network: MLP) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def builtin_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """The notes' C of z and y by PyTorch's own loss functions.
+
+    PyTorch's means are over the components too, and its MSELoss has no ½.
+    """
+    if loss == "quadratic":
+        return lambda z, y: 0.5 * nn.functional.mse_loss(z.sigmoid(), y, reduction="sum") / len(z)
+    return lambda z, y: (
+        nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
+    )
+
+
 # ------------------------------------------------------------------------------------ the engines
-
-
-def _builtin_quadratic(z: Tensor, y: Tensor) -> Tensor:
-    # PyTorch's mean is over components too and has no ½.
-    return 0.5 * nn.functional.mse_loss(z.sigmoid(), y, reduction="sum") / len(z)
-
-
-def _builtin_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
 
 
 _Forward = Callable[[Tensor], Tensor]
@@ -209,9 +212,7 @@ _Criterion = Callable[[Tensor, Tensor], Tensor]
 def _engine(network: MLP, settings: Settings) -> tuple[_Forward, _Criterion]:
     """Network and loss whose `backward()` fills in the gradients."""
     if settings.engine == "autograd":
-        return torch_twin(network), (
-            _builtin_quadratic if settings.loss == "quadratic" else _builtin_cross_entropy
-        )
+        return torch_twin(network), builtin_loss(settings.loss)
     return network, (
         functional.sigmoid_quadratic
         if settings.loss == "quadratic"

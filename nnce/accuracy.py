@@ -1,0 +1,266 @@
+"""How exact the elementwise rules are over the whole range of z, beside what PyTorch has for them.
+
+The truth is computed by mpmath, which comes with torch, in 60 digits. It is kept as two float64
+numbers, whose sum it is, because one would not do to judge float64.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnce import functional
+from nnce.gradients import ulp
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_F = torch.nn.functional
+_Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _naive_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    a = z.sigmoid()
+    return -(y * a.log() + (1 - y) * (1 - a).log())
+
+
+def _naive_quadratic(z: Tensor, y: Tensor) -> Tensor:
+    return (1 / (1 + torch.exp(-z)) - y).square() / 2
+
+
+class Quantity(NamedTuple):
+    """Something computed for each z and y, and those who compute it, nnce first."""
+
+    name: str
+    contenders: dict[str, _Loss]
+    derivative: bool
+    """Whether it is the contender's derivative by z, or its value."""
+    exact: Callable[[Any, Any, Any, int], Any]
+    """The truth, from mpmath's σ(z), σ(−z), z itself, and y."""
+    limit: float
+    """What nnce promises for y ∈ {0, 1}, in units in the last place."""
+
+
+_CROSS_ENTROPY: dict[str, _Loss] = {
+    "nnce": lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="none"),
+    "BCEWithLogitsLoss": lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="none"),
+    "BCELoss of σ(z)": lambda z, y: _F.binary_cross_entropy(z.sigmoid(), y, reduction="none"),
+    "textbook formula": _naive_cross_entropy,
+}
+_QUADRATIC: dict[str, _Loss] = {
+    "nnce": lambda z, y: functional.sigmoid_quadratic(z, y, reduction="none"),
+    "½ MSELoss of σ(z)": lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="none"),
+    "textbook formula": _naive_quadratic,
+}
+_SIGMOID: dict[str, _Loss] = {
+    "nnce": lambda z, y: functional.sigmoid(z),
+    "torch.sigmoid": lambda z, y: z.sigmoid(),
+}
+
+
+def _softplus(mp: Any, z: Any) -> Any:
+    return mp.log1p(mp.exp(z)) if z < 0 else z + mp.log1p(mp.exp(-z))
+
+
+def quantities() -> tuple[Quantity, ...]:
+    """The values and derivatives that are looked at. Needs mpmath, which comes with torch."""
+    import mpmath as mp
+
+    return (
+        Quantity(
+            "cross-entropy, dC/dz", _CROSS_ENTROPY, True, lambda s, t, z, y: -t if y else s, 3.0
+        ),
+        Quantity(
+            "cross-entropy, C",
+            _CROSS_ENTROPY,
+            False,
+            lambda s, t, z, y: _softplus(mp, -z if y else z),
+            4.0,
+        ),
+        Quantity(
+            "quadratic, dC/dz",
+            _QUADRATIC,
+            True,
+            lambda s, t, z, y: -t * s * t if y else s * s * t,
+            8.0,
+        ),
+        Quantity(
+            "quadratic, C",
+            _QUADRATIC,
+            False,
+            lambda s, t, z, y: (t * t if y else s * s) / 2,
+            8.0,
+        ),
+        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, z, y: s * t, 6.0),
+    )
+
+
+def grid(dtype: torch.dtype) -> Tensor:
+    """Every finite z worth looking at from −10⁴ to 10⁴, in order, in dtype.
+
+    Dense near 0, every decade down to the subnormal numbers and 0 itself, and dense again where σ
+    rounds to 1 and where it underflows, in each dtype.
+    """
+    tiny = torch.finfo(dtype).tiny
+    subnormal = tiny * 2.0 ** -torch.arange(0, 11, dtype=torch.float64)
+    positive = torch.cat(
+        [
+            torch.linspace(0, 20, 801, dtype=torch.float64),
+            torch.linspace(20, 110, 721, dtype=torch.float64),
+            torch.linspace(700, 760, 121, dtype=torch.float64),
+            torch.logspace(math.log10(tiny), 4, 400, dtype=torch.float64),
+            subnormal,
+        ]
+    )
+    both: Tensor = torch.cat([-positive, positive]).to(dtype).unique()
+    return both
+
+
+class Measured(NamedTuple):
+    """One contender's errors on one quantity, over the grid and y ∈ {0, 1}."""
+
+    quantity: str
+    by: str
+    dtype: str
+    device: str
+    absolute: float
+    """The largest absolute error."""
+    relative: float
+    """The largest relative error, where the exact value is a normal number."""
+    ulps: float
+    """The largest error in units in the last place, likewise."""
+    worst_z: float
+    """The z of that."""
+    below_normal: float
+    """The largest absolute error where the exact value is below the smallest normal number, in
+    units of that number."""
+    zero_from: float
+    """From which z on, for y = 0, the result is exactly 0 though the truth is not; else NaN."""
+    wrong_from: float
+    """The smallest z > 0 with, for y = 0, an error above 1 %; else NaN."""
+    limits: bool
+    """Whether z = ±∞ gives the limit, and NaN gives NaN."""
+
+
+class Curve(NamedTuple):
+    """|dC/dz| against z for y = 0, for the saturation atlas."""
+
+    dtype: str
+    z: Tensor
+    exact: Tensor
+    computed: dict[str, Tensor]
+
+
+def measure(
+    dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[list[Measured], list[Curve]]:
+    """The errors of all contenders in one dtype on one device, and the curves they make."""
+    z = grid(dtype)
+    rows, curves = [], []
+    for quantity in quantities():
+        exact = {y: _exact(quantity, z, y) for y in (0, 1)}
+        computed: dict[str, Tensor] = {}
+        for by, contender in quantity.contenders.items():
+            try:
+                results = {y: _compute(quantity, contender, z, y, device) for y in (0, 1)}
+            except (RuntimeError, NotImplementedError):
+                continue  # PyTorch has no such kernel for this dtype and device
+            computed[by] = results[0]
+            rows.append(_measured(quantity, by, z, results, exact, device))
+            rows[-1] = rows[-1]._replace(limits=_limits(quantity, contender, dtype, device))
+        if quantity.derivative and quantity.contenders is not _SIGMOID:
+            curves.append(Curve(_name(dtype), z, exact[0][0], computed))
+    return rows, curves
+
+
+def _exact(quantity: Quantity, z: Tensor, y: int) -> tuple[Tensor, Tensor]:
+    import mpmath as mp
+
+    high, low = [], []
+    with mp.workdps(60):
+        for value in z.double().tolist():
+            x = mp.mpf(value)
+            # The smaller of σ(z) and σ(−z) from the exponential, so that neither cancels.
+            e = mp.exp(-abs(x))
+            large, small = 1 / (1 + e), e / (1 + e)
+            s, t = (large, small) if x >= 0 else (small, large)
+            truth = quantity.exact(s, t, x, y)
+            high.append(float(truth))
+            low.append(float(truth - mp.mpf(high[-1])))
+    return torch.tensor(high, dtype=torch.float64), torch.tensor(low, dtype=torch.float64)
+
+
+def _compute(
+    quantity: Quantity, contender: _Loss, z: Tensor, y: int, device: torch.device | str
+) -> Tensor:
+    leaf = z.to(device).detach().requires_grad_()
+    output = contender(leaf, torch.full_like(leaf, y))
+    if quantity.derivative:
+        (output,) = torch.autograd.grad(output.sum(), leaf)
+    return output.detach().cpu()
+
+
+def _measured(
+    quantity: Quantity,
+    by: str,
+    z: Tensor,
+    results: dict[int, Tensor],
+    exact: dict[int, tuple[Tensor, Tensor]],
+    device: torch.device | str,
+) -> Measured:
+    dtype = z.dtype
+    result = torch.cat([results[0], results[1]]).double()
+    high = torch.cat([exact[0][0], exact[1][0]])
+    low = torch.cat([exact[0][1], exact[1][1]])
+    error = ((result - high) - low).abs().nan_to_num(nan=math.inf)
+    tiny = torch.finfo(dtype).smallest_normal
+    normal = high.abs() >= tiny
+    ulps = torch.where(normal, error / ulp(high, dtype), 0.0)
+    worst = int(ulps.argmax())
+    relative = torch.where(normal, error / high.abs(), 0.0)
+
+    positive = z > 0
+    blind = (results[0] == 0) & (exact[0][0] != 0) & (exact[0][0].abs() >= tiny) & positive
+    wrong = (relative[: len(z)] > 0.01) & positive
+    return Measured(
+        quantity=quantity.name,
+        by=by,
+        dtype=_name(dtype),
+        device=str(device),
+        absolute=float(error.max()),
+        relative=float(relative.max()),
+        ulps=float(ulps[worst]),
+        worst_z=float(z[worst % len(z)]),
+        below_normal=float(torch.where(normal, 0.0, error).max()) / tiny,
+        zero_from=float(z[blind].min()) if blind.any() else math.nan,
+        wrong_from=float(z[wrong].min()) if wrong.any() else math.nan,
+        limits=False,
+    )
+
+
+_INFINITE = torch.tensor([-math.inf, math.inf, math.nan])
+
+
+def _limits(
+    quantity: Quantity, contender: _Loss, dtype: torch.dtype, device: torch.device | str
+) -> bool:
+    expected = {
+        "cross-entropy, dC/dz": {0: (0.0, 1.0), 1: (-1.0, 0.0)},
+        "cross-entropy, C": {0: (0.0, math.inf), 1: (math.inf, 0.0)},
+        "quadratic, dC/dz": {0: (0.0, 0.0), 1: (0.0, 0.0)},
+        "quadratic, C": {0: (0.0, 0.5), 1: (0.5, 0.0)},
+        "sigmoid, da/dz": {0: (0.0, 0.0), 1: (0.0, 0.0)},
+    }[quantity.name]
+    for y, (low, high) in expected.items():
+        try:
+            got = _compute(quantity, contender, _INFINITE.to(dtype), y, device)
+        except RuntimeError:  # BCELoss refuses NaN
+            return False
+        if got[:2].tolist() != [low, high] or not got[2].isnan():
+            return False
+    return True
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

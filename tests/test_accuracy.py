@@ -1,0 +1,67 @@
+"""What nnce promises of its elementwise rules, at every z, in every dtype, against mpmath."""
+
+import pytest
+import torch
+
+from nnce import accuracy
+
+LIMITS = {
+    "cross-entropy, dC/dz": 3,
+    "cross-entropy, C": 4,
+    "quadratic, dC/dz": 8,
+    "quadratic, C": 8,
+    "sigmoid, da/dz": 6,
+}
+
+
+@pytest.fixture(scope="module", params=accuracy.DTYPES, ids=str)
+def measured(request):
+    rows, _ = accuracy.measure(request.param)
+    return {(row.quantity, row.by): row for row in rows}
+
+
+@pytest.mark.parametrize("quantity", LIMITS)
+def test_nnce_keeps_its_promise(measured, quantity):
+    row = measured[quantity, "nnce"]
+    assert row.ulps <= LIMITS[quantity], row
+    assert row.below_normal < 1, row
+    assert row.limits, "±∞ must give the limit and NaN must give NaN"
+
+
+def test_the_printed_limits_are_these():
+    assert {q.name: q.limit for q in accuracy.quantities()} == LIMITS
+
+
+def test_pytorch_is_seen_to_be_wrong_where_it_is(measured):
+    """The same measure refuses what is wrong, so it can fail."""
+    with_logits = measured["cross-entropy, dC/dz", "BCEWithLogitsLoss"]
+    assert with_logits.relative == 1  # σ(z) − 1 rounds to 0
+    blind = measured["cross-entropy, dC/dz", "BCELoss of σ(z)"]
+    assert blind.wrong_from < 40 and blind.ulps > 100
+    assert not measured["cross-entropy, dC/dz", "textbook formula"].limits
+
+
+def test_bce_loss_is_0_from_17_on_in_float32():
+    rows, _ = accuracy.measure(torch.float32)
+    (row,) = [r for r in rows if r.quantity == "cross-entropy, dC/dz" and "BCELoss" in r.by]
+    assert 16 < row.zero_from <= 17
+
+
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=str)
+def test_the_grid_is_where_it_matters(dtype):
+    z = accuracy.grid(dtype).double()
+    tiny = torch.finfo(dtype).tiny
+    assert z.isfinite().all() and (z == 0).any() and (z.diff() > 0).all()
+    assert z.min() == torch.tensor(-1e4, dtype=dtype) and z.max() == torch.tensor(1e4, dtype=dtype)
+    assert ((z.abs() < tiny) & (z != 0)).sum() >= 10  # subnormal numbers, of both signs
+    decades = z[z > tiny].log10().floor().unique()
+    assert len(decades) == decades.max() - decades.min() + 1
+
+
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=str)
+def test_negative_zero(dtype):
+    z = torch.tensor([-0.0], dtype=dtype)
+    y = torch.zeros_like(z)
+    for quantity in accuracy.quantities():
+        nnce = quantity.contenders["nnce"]
+        assert torch.equal(nnce(z, y), nnce(-z, y))

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nnce import accuracy, composability, rules
+
+
+@pytest.fixture
+def check(script):
+    return script("check_gradients")
+
+
+def test_a_run(check, tmp_path, capsys):
+    assert check.main(["--hidden", "12", "8", "--run-dir", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "| cross-entropy, dC/dz | nnce " in out
+    assert (
+        "float32: BCELoss of σ(z): cross-entropy, dC/dz is off by more than 1 % from z = 16" in out
+    )
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert {row["dtype"] for row in results["rows"]} == {
+        str(dtype).removeprefix("torch.") for dtype in accuracy.DTYPES
+    }
+    assert [row["gradient of"] for row in results["network"]] == 2 * [
+        f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")
+    ]
+    assert results["broken"] == []
+    assert (tmp_path / "saturation-atlas.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["saturation atlas"]
+
+
+def test_on_mnist_in_float64(check, mnist, tmp_path, capsys):
+    options = ["--data", "mnist", "--hidden", "100", "30", "--dtype", "float64"]
+    assert check.main([*options, "--run-dir", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["network"][0]["shape"] == "100×784"
+    for row in results["network"]:
+        assert float(row["‖difference‖ / ‖gradient‖"]) < 1e-12
+
+
+def test_a_wrong_rule_breaks_the_promise(check, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        rules,
+        "dz_cross_entropy",
+        lambda z, y, sigmoid=torch.sigmoid, pos_weight=None: sigmoid(z) - y,
+    )
+    assert check.main(["--run-dir", str(tmp_path)]) == 1
+    assert "cross-entropy, dC/dz in float64 on cpu" in capsys.readouterr().err
+
+
+def test_the_matrix(check, tmp_path, capsys, monkeypatch):
+    kept = {name: composability.COLUMNS[name] for name in ("func.grad", "compile, double backward")}
+    monkeypatch.setattr(composability, "COLUMNS", kept)
+    assert check.main(["--matrix", "--run-dir", str(tmp_path)]) == 0
+    grad, double = json.loads((tmp_path / "results.json").read_text())["matrix"]
+    assert grad["linear"] == grad["sigmoid_cross_entropy"] == "works"
+    assert double["sigmoid"] == "aot_autograd has no double backward"
+
+
+def test_bad_input_is_one_line(check, tmp_path, capsys):
+    (tmp_path / "used").write_text("")
+    for options, message in (
+        (["--hidden", "0"], "positive sizes"),
+        (["--run-dir", str(tmp_path)], "already used"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            check.main(options)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and message in err and err.count("\n") == 1
