@@ -141,6 +141,8 @@ class Measured(NamedTuple):
     """The smallest z > 0 with, for y = 0, an error above 1 %; else NaN."""
     limits: bool
     """Whether z = ±∞ gives the limit, and NaN gives NaN."""
+    wrong: str
+    """Where, for either y, the error first exceeds 1 % as |z| grows; empty if nowhere."""
 
 
 class Curve(NamedTuple):
@@ -167,8 +169,11 @@ def measure(
             except (RuntimeError, NotImplementedError):
                 continue  # PyTorch has no such kernel for this dtype and device
             computed[by] = results[0]
-            rows.append(_measured(quantity, by, z, results, exact, device))
-            rows[-1] = rows[-1]._replace(limits=_limits(quantity, contender, dtype, device))
+            rows.append(
+                _measured(quantity, by, z, results, exact, device)._replace(
+                    limits=_limits(quantity, contender, dtype, device)
+                )
+            )
         if quantity.derivative and quantity.contenders is not _SIGMOID:
             curves.append(Curve(_name(dtype), z, exact[0][0], computed))
     return rows, curves
@@ -223,6 +228,8 @@ def _measured(
     positive = z > 0
     blind = (results[0] == 0) & (exact[0][0] != 0) & (exact[0][0].abs() >= tiny) & positive
     wrong = (relative[: len(z)] > 0.01) & positive
+    first = torch.where(relative > 0.01, z.double().abs().repeat(2), math.inf)
+    nearest = int(first.argmin())
     return Measured(
         quantity=quantity.name,
         by=by,
@@ -236,7 +243,76 @@ def _measured(
         zero_from=float(z[blind].min()) if blind.any() else math.nan,
         wrong_from=float(z[wrong].min()) if wrong.any() else math.nan,
         limits=False,
+        wrong=f"y = {nearest // len(z)}, z = {float(z[nearest % len(z)]):.4g}"
+        if first[nearest] < math.inf
+        else "",
     )
+
+
+# A sum of products has no relative promise where its terms cancel, so the linear layer is judged in
+# units in the last place of the sum of its terms' magnitudes; this many are promised.
+LINEAR_LIMIT = 8.0
+_LINEAR = {"nnce": functional.linear, "torch.nn.functional.linear": _F.linear}
+
+
+def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Measured]:
+    """The errors of the linear layer's output and gradients, on random inputs, against mpmath."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    a_prev, W, b, dz = normal(12, 32), normal(10, 32), normal(10), normal(12, 10)
+    ones = torch.ones(12, 1, dtype=dtype)
+    # Each as one product: the bias is a weight whose input is always 1.
+    factors = {
+        "z": (torch.cat([a_prev, ones], dim=1), torch.cat([W.T, b[None]])),
+        "da_prev": (dz, W),
+        "dW": (dz.T, a_prev),
+        "db": (ones.T, dz),
+    }
+    exact = {name: _exact_product(left, right) for name, (left, right) in factors.items()}
+    terms = {
+        name: left.double().abs() @ right.double().abs() for name, (left, right) in factors.items()
+    }
+    rows = []
+    for by, function in _LINEAR.items():
+        leaves = [t.to(device).requires_grad_() for t in (a_prev, W, b)]
+        z = function(*leaves)
+        results = (z.detach(), *torch.autograd.grad(z, leaves, dz.to(device)))
+        for name, result in zip(exact, results, strict=True):
+            high, low = exact[name]
+            error = ((result.cpu().double().view_as(high) - high) - low).abs()
+            rows.append(
+                Measured(
+                    quantity=f"linear, {name}",
+                    by=by,
+                    dtype=_name(dtype),
+                    device=str(device),
+                    absolute=float(error.max()),
+                    relative=float(error.norm() / high.norm()),
+                    ulps=float((error / ulp(terms[name], dtype)).max()),
+                    worst_z=math.nan,
+                    below_normal=0.0,
+                    zero_from=math.nan,
+                    wrong_from=math.nan,
+                    limits=True,
+                    wrong="",
+                )
+            )
+    return rows
+
+
+def _exact_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix product, as the sum of two float64 matrices."""
+    import mpmath as mp
+
+    rows, columns = left.double().tolist(), right.double().T.tolist()
+    with mp.workdps(60):
+        products = [[mp.fdot(row, column) for column in columns] for row in rows]
+        high = [[float(truth) for truth in row] for row in products]
+        low = [[float(truth - float(truth)) for truth in row] for row in products]
+    return torch.tensor(high, dtype=torch.float64), torch.tensor(low, dtype=torch.float64)
 
 
 _INFINITE = torch.tensor([-math.inf, math.inf, math.nan])

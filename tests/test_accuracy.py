@@ -65,3 +65,10 @@ def test_negative_zero(dtype):
     for quantity in accuracy.quantities():
         nnce = quantity.contenders["nnce"]
         assert torch.equal(nnce(z, y), nnce(-z, y))
+
+
+@pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=str)
+def test_linear_layer(dtype):
+    rows = accuracy.measure_linear(dtype)
+    assert [row.by for row in rows].count("nnce") == 4
+    assert all(0 < row.ulps <= accuracy.LINEAR_LIMIT for row in rows), rows
