@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nnce import rules
+from nnce import composability, rules
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"### ([^\n]+)\n(?:(?!\n#).)*?```python\n(.*?)```", README, re.DOTALL)
@@ -67,3 +67,15 @@ def test_every_rule_named_in_the_table_exists():
         for name in re.findall(r"`(\w+)`", row)
     ]
     assert len(names) == 10 and all(hasattr(rules, name) for name in names)
+
+
+def test_the_matrix_is_the_one_that_is_tested():
+    rows = re.findall(
+        r"^\| ([^|]+) \|((?: (?:works|no .|not tried ³) \|){4})$", README, re.MULTILINE
+    )
+    assert [name for name, _ in rows] == list(composability.COLUMNS)
+    # What the newest PyTorch cannot do; older ones can do some of it.
+    not_possible = {"compile, double backward", "compile(vmap(grad))", "compile(hessian)"}
+    assert set(composability.INSIDE_PYTORCH) <= not_possible
+    for name, cells in rows:
+        assert ("works" in cells) == (name not in not_possible and "CUDA" not in name)
