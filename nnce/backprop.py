@@ -65,7 +65,8 @@ def backprop(
         MLP's `state_dict` ("0.weight", "0.bias", "2.weight", …).
 
     Raises:
-        ValueError: the loss is unknown, or x or y does not fit the network.
+        ValueError: the loss is unknown, there is no layer, or x or y does not fit the network.
+        TypeError: x or y is not of the network's dtype.
     """
     check_loss(loss)
     layers: list[tuple[Tensor, Tensor | None]] = (
@@ -73,11 +74,16 @@ def backprop(
         if isinstance(network, MLP)
         else list(network)
     )
+    if not layers:
+        raise ValueError("expected a network of at least one layer, got none")
     n_in, n_out = layers[0][0].shape[1], layers[-1][0].shape[0]
     if x.dim() != 2 or x.shape[1] != n_in:
         raise ValueError(f"expected x of shape (n, {n_in}), got {tuple(x.shape)}")
     if y.shape != (len(x), n_out):
         raise ValueError(f"expected y of shape ({len(x)}, {n_out}), got {tuple(y.shape)}")
+    dtype = layers[0][0].dtype
+    if not x.dtype == y.dtype == dtype:
+        raise TypeError(f"expected x and y of dtype {dtype}, got {x.dtype} and {y.dtype}")
     with torch.no_grad():
         return _backprop(layers, x, y, loss)
 

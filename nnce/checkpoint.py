@@ -18,8 +18,11 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
     pulled half-way leaves the one before it.
 
     Raises:
+        TypeError: the network is no MLP.
         OSError: the file cannot be written.
     """
+    if not isinstance(network, MLP):
+        raise TypeError(f"expected an nnce.MLP, got {type(network).__name__}")
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     content = {

@@ -79,8 +79,8 @@ def load(
     """
     if name not in DATASETS:
         raise DataError(f"expected a data set out of {', '.join(DATASETS)}, got {name!r}")
-    if train_size is not None and train_size < 1:
-        raise DataError(f"expected a train size of at least 1, got {train_size}")
+    if train_size is not None and not (isinstance(train_size, int) and train_size >= 1):
+        raise DataError(f"expected a train size of at least 1, a whole number, got {train_size}")
     if name == "digits":
         parts = _digits()
     else:

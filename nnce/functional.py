@@ -238,7 +238,7 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         ValueError: shapes or devices do not fit.
     """
     a_prev, W, b = _autocast(a_prev, W, b)
-    _check_alike(a_prev=a_prev, W=W, b=b)
+    _check_alike({"a_prev": a_prev, "W": W}, {"b": b})
     if W.dim() != 2:
         raise ValueError(f"expected W of shape (n_out, n_in), got {_shape(W)}")
     if a_prev.dim() == 0 or a_prev.shape[-1] != W.shape[1]:
@@ -269,7 +269,7 @@ def sigmoid(z: Tensor) -> Tensor:
     Raises:
         TypeError: z is no tensor or not floating-point.
     """
-    _check_alike(z=z)
+    _check_alike({"z": z})
     return _apply(SigmoidFunction, z)
 
 
@@ -328,7 +328,7 @@ def sigmoid_cross_entropy(
     """
     z, y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
     _check_loss(z, y, reduction)
-    _check_alike(z=z, weight=weight, pos_weight=pos_weight)
+    _check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
@@ -364,23 +364,24 @@ def check_reduction(reduction: str) -> None:
 
 def _check_loss(z: Tensor, y: Tensor, reduction: str) -> None:
     check_reduction(reduction)
-    _check_alike(z=z, y=y)
+    _check_alike({"z": z, "y": y})
     if y.shape != z.shape:
         raise ValueError(f"expected y of shape {_shape(z)} like z, got {_shape(y)}")
 
 
-def _check_alike(**tensors: Tensor | None) -> None:
-    """Tensors of one floating-point dtype on one device, set by the first; None is left out."""
+def _check_alike(
+    required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None
+) -> None:
+    """Tensors of one floating-point dtype on one device, set by the first."""
+    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    tensors = {**required, **given}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     (first_name, first), *others = tensors.items()
-    if not isinstance(first, Tensor):
-        raise TypeError(f"expected {first_name} to be a tensor, got {type(first).__name__}")
     if not first.is_floating_point():
         raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
     for name, tensor in others:
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}"

@@ -5,6 +5,7 @@ cannot know: in saturation a numerical derivative has no digits, and `torch.auto
 with its absolute tolerance, lets a backward of all zeros pass there.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -86,14 +87,16 @@ def check_gradients(
 
     Raises:
         TypeError: no input is a floating-point tensor, or an output is not a real one.
-        ValueError: the output does not depend on the inputs differentiably, a derivative cannot be
-            computed, or is not of its input's shape; the sentence says which and why.
+        ValueError: the inputs are empty, the output does not depend on them differentiably, or a
+            derivative cannot be computed; the sentence says which and why.
     """
     wide = [t.detach().double() if _is_real(t) else t for t in inputs]
     places = [i for i, t in enumerate(wide) if _is_real(t)]
     if not places:
         kinds = ", ".join(str(t.dtype) if isinstance(t, Tensor) else repr(t) for t in inputs)
         raise TypeError(f"expected a floating-point tensor to differentiate by, got {kinds}")
+    if not any(wide[i].numel() for i in places):
+        raise ValueError("expected something to differentiate by, got empty tensors")
     generator = torch.Generator().manual_seed(seed)
     ours = _Derivatives(function, wide, places, "the function")
     upstream = _random(ours.value(ours.x), generator)
@@ -210,7 +213,10 @@ class _Derivatives:
 
     def forward_mode(self, along: Tensor, *, needed: bool) -> Tensor:
         try:
-            tangent: Tensor = torch.func.jvp(self._call, (self.x,), (along,))[1]
+            with warnings.catch_warnings():
+                # PyTorch's warning of itself: it scripts its own forward-mode decompositions.
+                warnings.filterwarnings("ignore", message="`torch.jit.script")
+                tangent: Tensor = torch.func.jvp(self._call, (self.x,), (along,))[1]
         except (RuntimeError, NotImplementedError) as error:
             if needed or "jvp" not in str(error):
                 raise

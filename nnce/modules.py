@@ -59,9 +59,9 @@ class Linear(nn.Module):
     ) -> None:
         """Make the parameters and draw them."""
         super().__init__()
-        if min(in_features, out_features) < 1:
+        if not _are_sizes((in_features, out_features)):
             raise ValueError(
-                f"expected positive sizes, got in_features={in_features}, "
+                f"expected positive whole sizes, got in_features={in_features}, "
                 f"out_features={out_features}"
             )
         check_init(init)
@@ -94,6 +94,10 @@ class Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, init={self.init!r}"
         )
+
+
+def _are_sizes(sizes: Sequence[object]) -> bool:
+    return all(isinstance(size, int) and size >= 1 for size in sizes)
 
 
 def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -138,9 +142,9 @@ class MLP(nn.Sequential):
     ) -> None:
         """Make and draw the layers."""
         self.sizes = tuple(sizes)
-        if len(self.sizes) < 2 or min(self.sizes) < 1:
+        if len(self.sizes) < 2 or not _are_sizes(self.sizes):
             raise ValueError(
-                f"expected at least two positive sizes, the input's first, got {self.sizes}"
+                f"expected at least two positive whole sizes, the input's first, got {self.sizes}"
             )
         layers: list[nn.Module] = []
         for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True):
@@ -196,6 +200,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
     Shape: z and y [..., components], y in [0, 1] -> one number, or z's shape for "none".
 
     Raises:
+        TypeError: a weight is no tensor.
         ValueError: the reduction is unknown, or a weight is negative or NaN.
     """
 
@@ -214,6 +219,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
         functional.check_reduction(reduction)
         self.reduction = reduction
         for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
+            if not isinstance(tensor, Tensor | None):
+                raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
             # Values are checked here, once; PyTorch would train on them, uphill.
             if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
                 raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")

@@ -63,18 +63,21 @@ class Settings:
             )
         if self.lr is None:
             object.__setattr__(self, "lr", DEFAULT_LR[self.loss])
-        if not all(size >= 1 for size in self.hidden):
+        if not all(isinstance(size, int) and size >= 1 for size in self.hidden):
             raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"expected {name} of at least 1, a whole number, got {value}")
         if not 0 < self.rate < float("inf"):
             raise ValueError(f"expected a positive learning rate, got {self.lr}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum in [0, 1), got {self.momentum}")
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
-        if not 0 <= self.seed < 2**32:  # what PyTorch's CPU generator tells apart
+        if not (
+            isinstance(self.seed, int) and 0 <= self.seed < 2**32
+        ):  # what PyTorch's CPU generator tells apart
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
 
     @property

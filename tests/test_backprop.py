@@ -44,5 +44,9 @@ def test_what_does_not_fit_is_refused():
         backprop(network, x, y, loss="hinge")
     with pytest.raises(ValueError, match=r"x of shape \(n, 4\), got \(6, 2\)"):
         backprop(network, y, y)
+    with pytest.raises(TypeError, match=r"dtype torch.float32, got torch.float32 and torch.int64"):
+        backprop(network, x, y.long())
+    with pytest.raises(ValueError, match="at least one layer, got none"):
+        backprop([], x, y)
     with pytest.raises(ValueError, match=r"y of shape \(6, 2\), got \(5, 2\)"):
         backprop(network, x, y[:5])

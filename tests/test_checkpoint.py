@@ -33,6 +33,12 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     assert path.read_bytes() == content
 
 
+def test_only_an_mlp_is_saved(tmp_path):
+    with pytest.raises(TypeError, match="expected an nnce.MLP, got Linear"):
+        nnce.save(torch.nn.Linear(2, 2), tmp_path / "network.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "network.pt"
     nnce.save(nnce.MLP((4, 3, 2)), path)

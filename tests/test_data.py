@@ -54,7 +54,7 @@ def test_train_size(digits):
     assert len(small.test.x) == 300
     with pytest.raises(DataError, match="at most 1,197 for digits, got 1,198"):
         data.load("digits", train_size=1198)
-    with pytest.raises(DataError, match="at least 1, got 0"):
+    with pytest.raises(DataError, match="at least 1, a whole number, got 0"):
         data.load("digits", train_size=0)
 
 

@@ -36,6 +36,8 @@ def test_bad_targets_are_refused_in_one_sentence(loss):
         loss(z, torch.zeros(32, 10, device="meta"))
     with pytest.raises(TypeError, match=r"^expected y to be a tensor, got list$"):
         loss(z, [0.0])
+    with pytest.raises(TypeError, match=r"^expected y to be a tensor, got NoneType$"):
+        loss(z, None)
     with pytest.raises(TypeError, match=r"^expected z of a floating-point dtype, got torch.int64$"):
         loss(z.long(), z.long())
     with pytest.raises(ValueError, match=r"^expected reduction .*, got 'median'$"):
@@ -212,6 +214,13 @@ def test_bad_weights():
             nnce.SigmoidCrossEntropyLoss(**{name: torch.tensor([1.0, -2.0])})
         with pytest.raises(ValueError, match=f"expected {name} of at least 0, got nan"):
             nnce.SigmoidCrossEntropyLoss(**{name: torch.tensor(math.nan)})
+
+
+def test_weights_that_are_no_tensors():
+    with pytest.raises(TypeError, match="expected pos_weight to be a tensor, got float"):
+        nnce.SigmoidCrossEntropyLoss(pos_weight=2.0)
+    with pytest.raises(TypeError, match="expected pos_weight to be a tensor, got float"):
+        nnce.sigmoid_cross_entropy(torch.zeros(2), torch.zeros(2), pos_weight=2.0)
 
 
 def test_the_module_takes_the_place_of_bce_with_logits():

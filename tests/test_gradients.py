@@ -7,11 +7,6 @@ from torch.autograd import Function, gradcheck
 import nnce
 from nnce.gradients import ulp_distance
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-]
-
 
 class ZeroInSaturation(Function):
     """A sigmoid whose backward is 0 from |z| = 12 on."""
@@ -158,6 +153,8 @@ def test_bad_functions_are_named():
         nnce.check_gradients(nnce.sigmoid, torch.tensor([1, 2]))
     with pytest.raises(TypeError, match=r"return a floating-point tensor, got torch.int64"):
         nnce.check_gradients(lambda z: z.long(), z)
+    with pytest.raises(ValueError, match="got empty tensors"):
+        nnce.check_gradients(nnce.sigmoid, column())
     with pytest.raises(TypeError, match=r"return a floating-point tensor, got tuple"):
         nnce.check_gradients(lambda z: (z, z), z)
     with pytest.raises(ValueError, match="does not depend on its floating-point inputs"):

@@ -82,9 +82,9 @@ def test_layer_without_bias():
     assert_close(layer(torch.ones(3)), layer.weight.sum(1))
 
 
-@pytest.mark.parametrize("sizes", [(), (4,), (4, 0), (4, -1, 2)])
+@pytest.mark.parametrize("sizes", [(), (4,), (4, 0), (4, -1, 2), (4, 2.5)])
 def test_bad_sizes(sizes):
-    with pytest.raises(ValueError, match=r"at least two positive sizes.*got \("):
+    with pytest.raises(ValueError, match=r"at least two positive whole sizes.*got \("):
         nnce.MLP(sizes)
 
 
