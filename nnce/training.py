@@ -75,9 +75,8 @@ class Settings:
             raise ValueError(f"expected momentum in [0, 1), got {self.momentum}")
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
-        if not (
-            isinstance(self.seed, int) and 0 <= self.seed < 2**32
-        ):  # what PyTorch's CPU generator tells apart
+        # PyTorch's CPU generator tells no more seeds apart.
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
 
     @property

@@ -64,7 +64,7 @@ def test_the_matrix(check, tmp_path, capsys, monkeypatch):
 def test_bad_input_is_one_line(check, tmp_path, capsys):
     (tmp_path / "used").write_text("")
     for options, message in (
-        (["--hidden", "0"], "positive sizes"),
+        (["--hidden", "0"], "positive whole sizes"),
         (["--run-dir", str(tmp_path)], "already used"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -34,7 +34,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
 
 
 def test_only_an_mlp_is_saved(tmp_path):
-    with pytest.raises(TypeError, match="expected an nnce.MLP, got Linear"):
+    with pytest.raises(TypeError, match=r"expected an nnce\.MLP, got Linear"):
         nnce.save(torch.nn.Linear(2, 2), tmp_path / "network.pt")
     assert list(tmp_path.iterdir()) == []
 
