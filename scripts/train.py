@@ -166,6 +166,7 @@ def run(
     print(f"Results and network: {run_dir}")
     print(f"Curves: {experiment.tensorboard_command(run_dir)}")
     if interrupted:
+        print(f"Interrupted; epochs 0 to {records[-1].epoch} are kept.", file=sys.stderr)
         raise KeyboardInterrupt
 
 

@@ -171,6 +171,7 @@ def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(training, "_train_epoch", third_epoch_is_stopped)
     run_dir = tmp_path / "run"
     assert train.main(["--run-dir", str(run_dir)]) == 130
+    assert capsys.readouterr().err == "Interrupted; epochs 0 to 2 are kept.\n"
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and len(results["epochs"]) == 3
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
