@@ -12,8 +12,9 @@ from nnce.composability import COLUMNS, INSIDE_PYTORCH, rows
 ROWS = rows()
 
 pytestmark = [
-    # PyTorch's own warnings of itself: its forward-mode decompositions are scripted, and in 2.11
-    # dynamo and export make an instance of Function.
+    # PyTorch's own warnings: its forward-mode decompositions are scripted, in 2.11 dynamo and export
+    # make an instance of Function, and dynamo dislikes Python 3.13.0.
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
