@@ -1,7 +1,9 @@
 """Hold the hand-written gradients against PyTorch's, over the whole range of z, in every dtype."""
 
+import argparse
 import contextlib
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -29,7 +31,8 @@ def parser() -> experiment.ArgumentParser:
     )
     parser.add_argument(
         "--matrix",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="try as well where the functions can be put together with the rest of PyTorch",
     )
     return parser
@@ -162,6 +165,8 @@ def cell(name: str, check: composability.Cell, row: composability.Row) -> str:
     """What is in a cell, tried out."""
     if "CUDA" in name and not torch.cuda.is_available():
         return "no CUDA here"
+    if "inductor" in name and not shutil.which("g++"):
+        return "no C++ compiler here"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -12,8 +12,8 @@ from nnce.composability import COLUMNS, INSIDE_PYTORCH, rows
 ROWS = rows()
 
 pytestmark = [
-    # PyTorch's own warnings: its forward-mode decompositions are scripted, in 2.11 dynamo and export
-    # make an instance of Function, and dynamo dislikes Python 3.13.0.
+    # PyTorch's own warnings: its forward-mode decompositions are scripted, in 2.11 dynamo and
+    # export make an instance of Function, and dynamo dislikes Python 3.13.0.
     pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
