@@ -65,30 +65,59 @@ def backprop(
         MLP's `state_dict` ("0.weight", "0.bias", "2.weight", …).
 
     Raises:
-        ValueError: the loss is unknown, there is no layer, or x or y does not fit the network.
-        TypeError: x or y is not of the network's dtype.
+        ValueError: the loss is unknown, there is no layer, or the layers, x and y do not fit.
+        TypeError: the network is neither, or not all are tensors of one dtype and device.
     """
     check_loss(loss)
-    layers: list[tuple[Tensor, Tensor | None]] = (
-        [(linear.weight, linear.bias) for linear in network.linears()]
-        if isinstance(network, MLP)
-        else list(network)
-    )
-    if not layers:
-        raise ValueError("expected a network of at least one layer, got none")
+    layers = _layers(network)
+    _check_alike(x=x, y=y, W=layers[0][0])
     n_in, n_out = layers[0][0].shape[1], layers[-1][0].shape[0]
     if x.dim() != 2 or x.shape[1] != n_in:
         raise ValueError(f"expected x of shape (n, {n_in}), got {tuple(x.shape)}")
     if y.shape != (len(x), n_out):
         raise ValueError(f"expected y of shape ({len(x)}, {n_out}), got {tuple(y.shape)}")
-    dtype = layers[0][0].dtype
-    if not x.dtype == y.dtype == dtype:
-        raise TypeError(f"expected x and y of dtype {dtype}, got {x.dtype} and {y.dtype}")
     with torch.no_grad():
         return _backprop(layers, x, y, loss)
 
 
-def _backprop(layers: list[tuple[Tensor, Tensor | None]], x: Tensor, y: Tensor, loss: Loss) -> Pass:
+_Layer = tuple[Tensor, Tensor | None]
+
+
+def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
+    """The layers as pairs that fit one another."""
+    if isinstance(network, MLP):
+        return [(linear.weight, linear.bias) for linear in network.linears()]
+    if not isinstance(network, Sequence):
+        kind = type(network).__name__
+        raise TypeError(f"expected an nnce.MLP or a sequence of pairs (W, b), got {kind}")
+    layers = list(network)
+    if not layers:
+        raise ValueError("expected a network of at least one layer, got none")
+    for number, (W, b) in enumerate(layers, start=1):
+        _check_alike(first=layers[0][0], W=W, **({} if b is None else {"b": b}))
+        n_in = layers[number - 2][0].shape[0] if number > 1 else W.shape[-1]
+        if W.dim() != 2 or W.shape[1] != n_in:
+            raise ValueError(
+                f"expected W of layer {number} of shape (n_out, {n_in}), got {tuple(W.shape)}"
+            )
+        if b is not None and b.shape != W.shape[:1]:
+            raise ValueError(
+                f"expected b of layer {number} of shape ({len(W)},), got {tuple(b.shape)}"
+            )
+    return layers
+
+
+def _check_alike(**tensors: Tensor) -> None:
+    """Raise TypeError unless all are tensors of one dtype and device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+    if len({(tensor.dtype, tensor.device) for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items())
+        raise TypeError(f"expected tensors of one dtype on one device, got {found}")
+
+
+def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
     # Forward.
     z: list[Tensor] = []
     a = [x]

@@ -1,8 +1,10 @@
 """Save a trained network to a file, and load it again."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -19,20 +21,18 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the network is no MLP.
+        ValueError: layers have been added to the MLP or taken out.
         OSError: the file cannot be written.
     """
     if not isinstance(network, MLP):
         raise TypeError(f"expected an nnce.MLP, got {type(network).__name__}")
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
+    network.linears()  # refuses an MLP that is one no more
     content = {
         "format": _FORMAT,
         "sizes": network.sizes,
         "state_dict": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
     }
-    with unfinished.open("wb") as file:
-        torch.save(content, file)
-    os.replace(unfinished, path)
+    write_whole(Path(path), lambda file: torch.save(content, file))
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MLP:
@@ -55,10 +55,31 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
             raise ValueError(f"{path} is damaged or no network that nnce saved") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is no network that nnce saved")
-    state = content["state_dict"]
-    # A generator of its own: loading must not move PyTorch's global one.
-    network = MLP(
-        content["sizes"], generator=torch.Generator(), dtype=next(iter(state.values())).dtype
-    )
-    network.load_state_dict(state)
+    try:
+        state = content["state_dict"]
+        # A generator of its own: loading must not move PyTorch's global one.
+        network = MLP(
+            content["sizes"], generator=torch.Generator(), dtype=next(iter(state.values())).dtype
+        )
+        network.load_state_dict(state)
+    except Exception as error:  # as above: right in format, and anything else in it
+        raise ValueError(f"{path} is damaged: its sizes and parameters do not fit") from error
     return network.to(device)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that appears at `path` whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it is left then.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file to write")
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()

@@ -81,6 +81,8 @@ def load(
         raise DataError(f"expected a data set out of {', '.join(DATASETS)}, got {name!r}")
     if train_size is not None and not (isinstance(train_size, int) and train_size >= 1):
         raise DataError(f"expected a train size of at least 1, a whole number, got {train_size}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DataError(f"expected a floating-point torch.dtype, got {dtype!r}")
     if name == "digits":
         parts = _digits()
     else:
@@ -106,8 +108,12 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Integer labels [n] in 0 … classes − 1 as rows of 0 with one 1, [n, classes].
 
     Raises:
-        DataError: a label is out of range.
+        DataError: a label is out of range or no whole number.
     """
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise DataError(
+            f"expected integer labels of shape (n,), got {labels.dtype} of {tuple(labels.shape)}"
+        )
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DataError(
             f"expected labels from 0 to {classes - 1}, got {int(labels.min())} to "
@@ -124,6 +130,10 @@ def check(x: Tensor, y: Tensor) -> None:
     Raises:
         DataError: the sentence says what is wrong and where it is seen first.
     """
+    for name, values in (("inputs x", x), ("targets y", y)):
+        if not (isinstance(values, Tensor) and values.dim() == 2 and len(values)):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise DataError(f"expected {name} as a tensor [n, …] of at least one row, got {got}")
     if len(x) != len(y):
         raise DataError(
             f"expected as many targets as inputs, got {len(x)} inputs, {len(y)} targets"
@@ -202,17 +212,21 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
     """One half of a set of MNIST's format; both are downloaded first if a file is not there."""
     folder = data_dir / _TORCHVISION[name] / "raw"
     complete = all((folder / file).exists() for file in _FILES)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         # torchvision prints a line for each mirror that fails; the sentences below say it all.
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = loader(data_dir, train=train, download=not complete)
     except Exception as error:  # of many types: what a damaged file gives is left to chance
-        reason = " ".join(str(error).split()) or repr(error)
+        reason = " ".join(str(error).split()) or "not in the format of MNIST"
         if complete:
             raise DataError(_damaged(name, folder, train, reason)) from error
+        for parent in made:  # torchvision made them, for files that never came
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise DataError(
-            f"{name} is not in {data_dir} and could not be downloaded ({reason}); give the folder "
-            f"that holds {_TORCHVISION[name]}/raw with --data-dir or $NNCE_DATA"
+            f"{name} is not in {data_dir}: give the folder that holds {_TORCHVISION[name]}/raw "
+            f"with --data-dir or $NNCE_DATA; it could not be downloaded ({_short(reason)})"
         ) from error
 
     n = 60_000 if train else 10_000
@@ -224,6 +238,11 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
         why = f"expected labels from 0 to 9, got {dataset.targets.max()}"
         raise DataError(_damaged(name, folder, train, why))
     return dataset.data.flatten(1) / 255, dataset.targets
+
+
+def _short(reason: str) -> str:
+    """The first and the last words of a long reason: what was tried, and what came of it."""
+    return reason if len(reason) <= 160 else f"{reason[:60]} … {reason[-90:]}"
 
 
 def _damaged(name: str, folder: Path, train: bool, why: str) -> str:

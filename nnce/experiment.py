@@ -3,19 +3,22 @@
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
+import shlex
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from nnce import data
+from nnce import checkpoint, data
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -69,6 +72,28 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(str(error))
 
 
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main() and leave with its status, quietly whatever stops it.
+
+    Ctrl-C and a polite kill (SIGTERM) raise KeyboardInterrupt, so that main() can keep what it has:
+    status 130. Where nobody reads the output any more, as behind `| head`, the status is 141.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # σ on a terminal that has none
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # Python flushes standard output once more on its way out; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
 def device(name: str) -> torch.device:
     """The device of --device; "auto" is CUDA where there is one, else the CPU.
 
@@ -86,13 +111,16 @@ def device(name: str) -> torch.device:
 def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
-    If the block ends, by whatever error, before there is a `results.json`, the directory is removed
-    again, so that no half-written run stays behind. With keep=False, for a dry run, nothing stays.
+    If the block is left, by whatever error, before there is a `results.json`, the directory is
+    removed again, so that no half-written run stays behind; only a process that is killed outright
+    leaves what it had written by then. With keep=False, for a dry run, nothing stays.
 
     Raises:
         ValueError: the chosen directory holds something, or cannot be made or written.
     """
     path = chosen or _new_directory(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"the run directory {path} is a file; choose a folder")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         if path.is_dir() and any(path.iterdir()):
@@ -123,10 +151,8 @@ def _new_directory(parent: Path, name: str) -> Path:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file, whole or not at all; NaN becomes null and an infinity "inf" or "-inf"."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n"
+    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _plain(value: Any) -> Any:
@@ -209,16 +235,23 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    # A loss that has run away must not push the table off the screen.
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
 def tensorboard_command(run_dir: Path) -> str:
     """The command that shows this run's curves, beside those of its neighbours."""
     tensorboard = Path(sys.executable).with_name("tensorboard")
-    return f"{_from_here(tensorboard)} --logdir {_from_here(run_dir.parent)}"
+    # A run in the working directory has other things for neighbours.
+    here = run_dir.absolute().parent == Path.cwd()
+    return shlex.join(
+        [_from_here(tensorboard), "--logdir", _from_here(run_dir if here else run_dir.parent)]
+    )
 
 
-def _from_here(path: Path) -> Path:
+def _from_here(path: Path) -> str:
     with contextlib.suppress(ValueError):
-        return path.absolute().relative_to(Path.cwd())
-    return path
+        path = path.absolute().relative_to(Path.cwd())
+    return str(path)

@@ -320,7 +320,8 @@ def sigmoid_cross_entropy(
             `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Returns:
-        C: z's shape for "none", else one number, at least 0 if the weights are.
+        C: z's shape for "none", else one number; at least 0 for y in [0, 1] and weights of at
+            least 0, which is not looked at.
 
     Raises:
         TypeError: an argument is no tensor or not floating-point, or the dtypes differ.

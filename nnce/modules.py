@@ -3,8 +3,9 @@
 The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class Linear(nn.Module):
     Shape: a_prev [..., in_features] -> z [..., out_features].
 
     Raises:
-        ValueError: a size is not positive or the initialisation unknown.
+        ValueError: a size is not positive, the initialisation unknown, or the dtype not one of
+            floating-point numbers.
 
     Source: M. Nielsen, Neural Networks and Deep Learning, chapters 1 and 3, `network2.py`.
     """
@@ -65,6 +67,8 @@ class Linear(nn.Module):
                 f"out_features={out_features}"
             )
         check_init(init)
+        if not (dtype is None or dtype.is_floating_point):
+            raise ValueError(f"expected a floating-point dtype, got {dtype}")
         self.in_features = in_features
         self.out_features = out_features
         self.init = init
@@ -97,7 +101,7 @@ class Linear(nn.Module):
 
 
 def _are_sizes(sizes: Sequence[object]) -> bool:
-    return all(isinstance(size, int) and size >= 1 for size in sizes)
+    return all(isinstance(size, int) and size is not True and size >= 1 for size in sizes)
 
 
 def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -141,10 +145,10 @@ class MLP(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Make and draw the layers."""
-        self.sizes = tuple(sizes)
+        self.sizes = tuple(sizes) if isinstance(sizes, Sequence) else ()
         if len(self.sizes) < 2 or not _are_sizes(self.sizes):
             raise ValueError(
-                f"expected at least two positive whole sizes, the input's first, got {self.sizes}"
+                f"expected at least two positive whole sizes, the input's first, got {sizes}"
             )
         layers: list[nn.Module] = []
         for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True):
@@ -154,9 +158,31 @@ class MLP(nn.Sequential):
             ]
         super().__init__(*layers[:-1])
 
+    def __getitem__(self, index: slice | int) -> Any:
+        """One layer, or for a slice a plain `torch.nn.Sequential` of some."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
     def linears(self) -> list[Linear]:
-        """The layers that have parameters, from the first to the last."""
-        return [layer for layer in self if isinstance(layer, Linear)]
+        """The layers that have parameters, from the first to the last.
+
+        Raises:
+            ValueError: the network's layers are no longer those of its sizes.
+        """
+        found = [layer for layer in self if isinstance(layer, Linear)]
+        sizes = [(layer.in_features, layer.out_features) for layer in found]
+        alternate = all(
+            isinstance(layer, Sigmoid if index % 2 else Linear) for index, layer in enumerate(self)
+        )
+        if sizes != list(zip(self.sizes[:-1], self.sizes[1:], strict=True)) or not (
+            alternate and len(self) == 2 * len(found) - 1
+        ):
+            raise ValueError(
+                f"expected the layers of an MLP of sizes {self.sizes}, but some have been added, "
+                f"replaced or taken out"
+            )
+        return found
 
 
 class SigmoidQuadraticLoss(nn.Module):

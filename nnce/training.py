@@ -63,12 +63,17 @@ class Settings:
             )
         if self.lr is None:
             object.__setattr__(self, "lr", DEFAULT_LR[self.loss])
-        if not all(isinstance(size, int) and size >= 1 for size in self.hidden):
+        if not isinstance(self.hidden, tuple) or not all(map(_is_size, self.hidden)):
             raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
         for name in ("epochs", "batch_size"):
+            if not _is_size(getattr(self, name)):
+                raise ValueError(
+                    f"expected {name} of at least 1, a whole number, got {getattr(self, name)}"
+                )
+        for name in ("lr", "momentum", "l2"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"expected {name} of at least 1, a whole number, got {value}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"expected {name} to be a number, got {value!r}")
         if not 0 < self.rate < float("inf"):
             raise ValueError(f"expected a positive learning rate, got {self.lr}")
         if not 0 <= self.momentum < 1:
@@ -84,6 +89,10 @@ class Settings:
         """The learning rate, the default filled in."""
         assert self.lr is not None
         return self.lr
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass

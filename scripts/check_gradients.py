@@ -200,4 +200,4 @@ def broken_promises(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    experiment.run_script(main)

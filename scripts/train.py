@@ -37,7 +37,9 @@ def parser() -> experiment.ArgumentParser:
     rates = ", ".join(f"{lr} for {loss}" for loss, lr in training.DEFAULT_LR.items())
     parser.add_argument("--lr", type=float, help=f"learning rate; if not given, {rates}")
     parser.add_argument("--momentum", type=float, default=0.0, help="as torch.optim.SGD's")
-    parser.add_argument("--l2", type=float, default=0.0, help="λ; weights decay by λ / n_train")
+    parser.add_argument(
+        "--l2", type=float, default=0.0, help="lambda; weights decay by lambda / n_train"
+    )
     parser.add_argument(
         "--init",
         choices=modules.INITS,
@@ -72,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except training.Diverged as error:
         print(f"{options_parser.prog}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     if options.dry_run:
         print("Dry run: one mini-batch went through, and nothing was kept.")
     return 0
@@ -142,7 +142,7 @@ def run(
                 monitor.log(record)
                 nnce.save(state.network, run_dir / "network.pt")
                 bar.write(line(record))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, BrokenPipeError):
             if not records:
                 raise
             interrupted = True
@@ -203,4 +203,4 @@ def record_as_dict(record: training.Record) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    experiment.run_script(main)

@@ -44,9 +44,21 @@ def test_what_does_not_fit_is_refused():
         backprop(network, x, y, loss="hinge")
     with pytest.raises(ValueError, match=r"x of shape \(n, 4\), got \(6, 2\)"):
         backprop(network, y, y)
-    with pytest.raises(TypeError, match=r"dtype torch.float32, got torch.float32 and torch.int64"):
+    with pytest.raises(TypeError, match=r"one dtype on one device, .* y torch.int64 on cpu, W"):
         backprop(network, x, y.long())
+    with pytest.raises(TypeError, match="x to be a tensor, got list"):
+        backprop(network, x.tolist(), y)
+    W, b = network[0].weight, network[0].bias
+    with pytest.raises(TypeError, match=r"nnce.MLP or a sequence of pairs \(W, b\), got Linear"):
+        backprop(torch.nn.Linear(4, 2), x, y)
+    with pytest.raises(ValueError, match=r"W of layer 2 of shape \(n_out, 3\), got \(3, 4\)"):
+        backprop([(W, b), (W, b)], x, y)
+    with pytest.raises(ValueError, match=r"b of layer 1 of shape \(3,\), got \(1,\)"):
+        backprop([(W, b[:1])], x, y)
     with pytest.raises(ValueError, match="at least one layer, got none"):
         backprop([], x, y)
     with pytest.raises(ValueError, match=r"y of shape \(6, 2\), got \(5, 2\)"):
         backprop(network, x, y[:5])
+    del network[1]
+    with pytest.raises(ValueError, match=r"MLP of sizes \(4, 3, 2\), but some have been added"):
+        backprop(network, x, y)

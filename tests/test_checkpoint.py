@@ -31,6 +31,17 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         nnce.save(nnce.MLP((4, 3, 2)), path)
     assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["network.pt"]
+
+
+def test_an_edited_mlp_and_a_folder_are_refused(tmp_path):
+    network = nnce.MLP((4, 3, 2))
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        nnce.save(network, tmp_path)
+    network.append(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="some have been added"):
+        nnce.save(network, tmp_path / "network.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_an_mlp_is_saved(tmp_path):
@@ -43,6 +54,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "network.pt"
     nnce.save(nnce.MLP((4, 3, 2)), path)
     whole = path.read_bytes()
+    (tmp_path / "good.pt").write_bytes(whole)
     foreign = tmp_path / "foreign.pt"
     torch.save({"weight": torch.zeros(3)}, foreign)
     pickled = tmp_path / "module.pt"
@@ -53,6 +65,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     for damaged in (b"", b"hello", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"network.pt is damaged or no network"):
+            nnce.load(path)
+    good = torch.load(foreign.with_name("good.pt"), weights_only=True)
+    for change in ({"state_dict": {}}, {"sizes": (4, 5, 2)}, {"sizes": None}):
+        torch.save({**good, **change}, path)
+        with pytest.raises(ValueError, match=r"network.pt is damaged: its sizes and parameters"):
             nnce.load(path)
     with pytest.raises(FileNotFoundError):
         nnce.load(tmp_path / "missing.pt")

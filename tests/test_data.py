@@ -211,7 +211,8 @@ def _refusal(data_dir):
     with pytest.raises(DataError) as error:
         data.load("mnist", data_dir=data_dir)
     message = str(error.value)
-    assert message.startswith(f"mnist is not in {data_dir} and could not be downloaded")
+    assert message.startswith(f"mnist is not in {data_dir}: give the folder that holds MNIST/raw")
+    assert not any(data_dir.glob("MNIST"))
     assert "--data-dir" in message and "\n" not in message
     return message
 

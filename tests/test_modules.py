@@ -82,7 +82,7 @@ def test_layer_without_bias():
     assert_close(layer(torch.ones(3)), layer.weight.sum(1))
 
 
-@pytest.mark.parametrize("sizes", [(), (4,), (4, 0), (4, -1, 2), (4, 2.5)])
+@pytest.mark.parametrize("sizes", [(), (4,), (4, 0), (4, -1, 2), (4, 2.5), (4, True)])
 def test_bad_sizes(sizes):
     with pytest.raises(ValueError, match=r"at least two positive whole sizes.*got \("):
         nnce.MLP(sizes)
@@ -93,8 +93,20 @@ def test_bad_options():
         nnce.Linear(0, 3)
     with pytest.raises(ValueError, match="'scaled' or 'large', got 'xavier'"):
         nnce.Linear(2, 3, init="xavier")
+    with pytest.raises(ValueError, match=r"sizes, the input's first, got 5"):
+        nnce.MLP(5)
+    with pytest.raises(ValueError, match=r"floating-point dtype, got torch\.int64"):
+        nnce.Linear(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="got 'avg'"):
         nnce.SigmoidCrossEntropyLoss(reduction="avg")
+
+
+def test_a_slice_is_a_plain_sequential():
+    network = nnce.MLP((4, 3, 2))
+    first = network[:2]
+    assert type(first) is torch.nn.Sequential and first[0] is network[0]
+    x = torch.rand(5, 4)
+    assert torch.equal(first(x), nnce.sigmoid(network[0](x)))
 
 
 def test_losses_are_the_functions():

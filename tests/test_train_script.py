@@ -142,7 +142,7 @@ def test_run_directory_that_is_used_or_cannot_be_made(train, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
     for path, message in (
         (tmp_path, "already used"),
-        (tmp_path / "thesis.tex", "cannot be written"),
+        (tmp_path / "thesis.tex", "is a file; choose a folder"),
         (tmp_path / "thesis.tex" / "run", "cannot be written"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -170,11 +170,46 @@ def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(training, "_train_epoch", third_epoch_is_stopped)
     run_dir = tmp_path / "run"
-    assert train.main(["--run-dir", str(run_dir)]) == 130
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--run-dir", str(run_dir)])
     assert capsys.readouterr().err == "Interrupted; epochs 0 to 2 are kept.\n"
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and len(results["epochs"]) == 3
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+
+
+def program(*options, **more):
+    """The script in a process of its own, its output line by line."""
+    command = [sys.executable, "-u", str(ROOT / "scripts" / "train.py"), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **{**pipes, **more})
+
+
+def test_killed_politely_or_unread_keeps_what_it_has(tmp_path):
+    """SIGTERM, and `| head -1`: what was finished is kept, the status says so, and no traceback."""
+    stopped, unread = tmp_path / "stopped", tmp_path / "unread"
+    for run_dir, stop, status in (
+        (stopped, lambda process: process.terminate(), 130),
+        (unread, lambda process: process.stdout.close(), 141),
+    ):
+        process = program("--epochs", "100000", "--run-dir", str(run_dir))
+        while "epoch   1" not in process.stdout.readline():
+            assert process.poll() is None
+        stop(process)
+        assert process.wait(timeout=60) == status
+        assert "Traceback" not in process.stderr.read()
+        process.stderr.close()
+        process.stdout.close()
+        results = json.loads((run_dir / "results.json").read_text())
+        assert results["interrupted"] and len(results["epochs"]) >= 2
+        assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+
+
+def test_help_on_a_terminal_without_greek(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = program("--help", env=environment)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--l2" in out and err == ""
 
 
 def test_as_a_program(tmp_path):
