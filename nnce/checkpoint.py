@@ -27,10 +27,13 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
     if not isinstance(network, MLP):
         raise TypeError(f"expected an nnce.MLP, got {type(network).__name__}")
     network.linears()  # refuses an MLP that is one no more
+    # Clones: a network of an ensemble is a view, and torch.save would write the whole ensemble.
     content = {
         "format": _FORMAT,
         "sizes": network.sizes,
-        "state_dict": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
+        "state_dict": {
+            name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()
+        },
     }
     write_whole(Path(path), lambda file: torch.save(content, file))
 

@@ -148,16 +148,22 @@ def check(x: Tensor, y: Tensor) -> None:
             raise DataError(f"expected {name} in [0, 1], got {value} at {row}")
 
 
+def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """The indices of n examples in a new order, [n].
+
+    Drawn on the CPU, so that it is the same on every device.
+    """
+    return torch.randperm(n, generator=generator).to(device)
+
+
 def minibatches(
     n: int, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
     """One epoch: the indices of n examples in a new order, batch_size at a time.
 
-    The order is drawn on the CPU, so that it is the same on every device. The last mini-batch may
-    be shorter.
+    The last mini-batch may be shorter.
     """
-    order = torch.randperm(n, generator=generator)
-    yield from order.to(device).split(batch_size)
+    yield from order(n, generator, device).split(batch_size)
 
 
 # ----------------------------------------------------------------------------------- the sources

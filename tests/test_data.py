@@ -204,6 +204,7 @@ def test_download_is_asked_for(tmp_path, monkeypatch, capsys):
 def test_no_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens
     assert "refused" in _refusal(tmp_path)
+    assert not list(tmp_path.iterdir())  # not even an empty folder
     assert capsys.readouterr().out == ""
 
 
@@ -212,7 +213,7 @@ def _refusal(data_dir):
         data.load("mnist", data_dir=data_dir)
     message = str(error.value)
     assert message.startswith(f"mnist is not in {data_dir}: give the folder that holds MNIST/raw")
-    assert not any(data_dir.glob("MNIST"))
+    assert not list(data_dir.rglob("*ubyte"))
     assert "--data-dir" in message and "\n" not in message
     return message
 

@@ -1,0 +1,551 @@
+"""The revised algorithm for speed: no graph, in place, many networks side by side.
+
+The same equations as in `nnce.backprop`, which is the one to read first. What makes it fast:
+
+- Nothing is allocated in a step: every z, a and delta has its place in memory, made once.
+- All networks see the same mini-batch, so their first layers are one layer, G networks wide: its z
+  is one matrix product. The layers above are batched products, G small ones in one call.
+- Parameters are updated where their gradient is made: W ← β W + α dz a_prevᵀ is one call, in which
+  α = −lr / n is the step and β = 1 − lr · weight_decay the decay.
+- Networks are walked in groups whose first layers stay in the processor's cache.
+- On CUDA the steps of a block are captured once as a graph and replayed.
+
+Shapes, for a group of G networks and a mini-batch of n: the first layer is [n, G·h], each other one
+[G, n, h]; a group of one network drops the G and is made of plain matrices.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnce.backprop import Loss, check_loss
+from nnce.modules import MLP
+
+# Examples are gathered into mini-batches a block at a time, about this many bytes of them: they
+# are still in the cache when the steps read them.
+_BLOCK_BYTES = 1_000_000
+# On CUDA a block is one graph: as many steps as keep its launch cheap.
+_BLOCK_STEPS_CUDA = 100
+# The parameters of a group of networks may take this much, or what one network takes.
+_CACHE_BYTES = 800_000
+# Below this many multiplications in the largest product of a step a second thread does not pay.
+_MULTIPLICATIONS_FOR_THREADS = 10_000_000
+
+
+class Hyperparameters(NamedTuple):
+    """What may differ from network to network, in the words of `torch.optim.SGD`."""
+
+    loss: Loss
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    """λ / n_train, for weights only."""
+
+
+class Ensemble:
+    """Trains networks of one shape side by side, by the rules, without autograd.
+
+    Like an optimizer, it trains the networks it is given: afterwards they are the trained ones. From
+    its making on, their parameters are views of the ensemble's memory; each remains an ordinary
+    `MLP`, to be evaluated, saved or differentiated.
+
+    What comes out is what `torch.optim.SGD` makes of the gradients of `nnce.backprop`, up to
+    rounding: g += weight_decay W for weights only, v = momentum v + g, W −= lr v.
+
+    Args:
+        networks: one or more MLPs of the same sizes, dtype and device.
+        hyperparameters: one for each network.
+        batch_size: examples in a mini-batch; the last one of an epoch may be shorter.
+        graph: replay the steps as a CUDA graph; has no meaning on a CPU.
+
+    Raises:
+        ValueError: there is no network, they differ in shape, dtype or device, one is there twice,
+            the numbers of networks and hyperparameters differ, or a value makes no sense.
+        MemoryError: the ensemble would not fit into memory; the sentence says how much it needs.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[MLP],
+        hyperparameters: Sequence[Hyperparameters],
+        *,
+        batch_size: int,
+        graph: bool = True,
+    ) -> None:
+        """Check everything, and move the parameters into the ensemble's memory."""
+        self.networks = list(networks)
+        self.hyperparameters = list(hyperparameters)
+        self.batch_size = batch_size
+        _check(self.networks, self.hyperparameters, batch_size)
+        first = self.networks[0]
+        self.sizes = first.sizes
+        self.device = first.linears()[0].weight.device
+        self.dtype = first.linears()[0].weight.dtype
+        check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
+        self._graph = graph and self.device.type == "cuda"
+        self._groups = [
+            _Group([self.networks[r] for r in members], [self.hyperparameters[r] for r in members])
+            for members in self._members()
+        ]
+        self._blocks: dict[int, _Block] = {}
+
+    def _members(self) -> list[list[int]]:
+        """Which networks go together: alike ones, as many as fit the cache."""
+        size = len(self.networks)
+        if self.device.type == "cpu":
+            size = max(1, _CACHE_BYTES // _bytes(self.sizes, self.dtype))
+        # Sorted, so that most groups are of one loss and rate and need no masks.
+        order = sorted(range(len(self.networks)), key=lambda r: self.hyperparameters[r])
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def train_epoch(self, x: Tensor, y: Tensor, order: Tensor) -> int:
+        """One pass over the training data, all networks on the same mini-batches.
+
+        Nothing is waited for: on CUDA the work may be under way still.
+
+        Args:
+            x: inputs [N, n_in], on the ensemble's device.
+            y: targets in [0, 1], [N, n_out].
+            order: indices of the examples in the order of this epoch, [n], on the device.
+
+        Returns:
+            How many steps it were.
+
+        Raises:
+            ValueError: shapes do not fit the networks.
+            TypeError: another dtype or device than the networks'.
+        """
+        self._check_data(x, y, order)
+        with torch.no_grad():
+            for indices in order.split(self._block_steps() * self.batch_size):
+                # Gathered into places of their own: the graph reads its input there.
+                block = self._block(len(indices))
+                torch.index_select(x, 0, indices, out=block.x)
+                torch.index_select(y, 0, indices, out=block.y)
+                block.run()
+        return -(-len(order) // self.batch_size)
+
+    def _block_steps(self) -> int:
+        """How many mini-batches make a block."""
+        if self.device.type == "cuda":
+            return _BLOCK_STEPS_CUDA
+        return max(1, _BLOCK_BYTES // (self.batch_size * self.sizes[0] * self.dtype.itemsize))
+
+    def _block(self, n: int) -> "_Block":
+        """The block of n examples; an epoch has one for its whole blocks and one for its last."""
+        if n not in self._blocks:
+            x, y = (
+                torch.empty(n, size, dtype=self.dtype, device=self.device)
+                for size in (self.sizes[0], self.sizes[-1])
+            )
+            self._blocks[n] = _Block(self._groups, x, y, self.batch_size, graph=self._graph)
+        return self._blocks[n]
+
+    def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
+        for name, tensor, size in (("x", x, self.sizes[0]), ("y", y, self.sizes[-1])):
+            if tensor.dim() != 2 or tensor.shape[1] != size:
+                raise ValueError(f"expected {name} of shape (n, {size}), got {tuple(tensor.shape)}")
+            if tensor.dtype != self.dtype or tensor.device != self.device:
+                raise TypeError(
+                    f"expected {name} of {self.dtype} on {self.device}, got {tensor.dtype} on "
+                    f"{tensor.device}"
+                )
+        if len(x) != len(y):
+            raise ValueError(f"expected as many targets as inputs, got {len(x)} and {len(y)}")
+        if order.dim() != 1 or not len(order) or order.device != self.device:
+            raise ValueError(
+                f"expected an order of at least one index, on {self.device}, got "
+                f"{tuple(order.shape)} on {order.device}"
+            )
+
+
+# ------------------------------------------------------------------------------------ parameters
+
+
+class _Layer(NamedTuple):
+    """One layer of all the networks of a group. A factor is a float where all networks share it."""
+
+    W: Tensor
+    """[G·n_out, n_in] of the first layer, [G, n_out, n_in] of another, [n_out, n_in] if G is 1."""
+    b: Tensor
+    """[1, G·n_out], [G, 1, n_out], or [1, n_out]."""
+    W_velocity: Tensor | None
+    b_velocity: Tensor | None
+    """−lr v, where there is momentum."""
+    W_momentum: float | Tensor
+    b_momentum: float | Tensor
+    decay: float | Tensor
+    """1 − lr · weight_decay; with momentum −lr · weight_decay, always a tensor."""
+
+
+class _Group:
+    """Networks that are walked together: their parameters, layer by layer, and their settings."""
+
+    def __init__(self, networks: list[MLP], hyperparameters: list[Hyperparameters]) -> None:
+        self.size = len(networks)
+        self.losses = {h.loss for h in hyperparameters}
+        like = networks[0].linears()[0].weight
+
+        def by_network(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+        # Where rates differ they are folded into the last dz, from which all else is made.
+        lr = [h.lr for h in hyperparameters]
+        self.lr = lr[0] if len(set(lr)) == 1 else 1.0
+        self.rates = None if len(set(lr)) == 1 else by_network(lr).view(-1, 1, 1)
+        # 1 where σ'(z) belongs into the last dz, 0 where not.
+        quadratic = by_network([float(h.loss == "quadratic") for h in hyperparameters])
+        self.is_quadratic = quadratic.view(-1, 1, 1)
+        self.is_cross_entropy = 1 - self.is_quadratic
+
+        momentum = [h.momentum for h in hyperparameters]
+        decay = [-h.lr * h.weight_decay for h in hyperparameters]
+        self.layers: list[_Layer] = []
+        for position, linears in enumerate(
+            zip(*(network.linears() for network in networks), strict=True)
+        ):
+            W = torch.stack([linear.weight.detach() for linear in linears])  # [G, n_out, n_in]
+            b = torch.stack([_bias(linear).detach() for linear in linears])  # [G, n_out]
+            for linear, its_W, its_b in zip(linears, W, b, strict=True):
+                linear.weight.data, _bias(linear).data = its_W, its_b
+            n_out = W.shape[1]
+            if self.size > 1 and position > 0:
+                b = b.unsqueeze(1)  # [G, 1, n_out]
+            else:
+                W, b = W.flatten(0, 1), b.view(1, -1)  # [G·n_out, n_in], [1, G·n_out]
+
+            def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
+                """One float for all, or a tensor that multiplies each network's part of another."""
+                if len(set(values)) == 1:
+                    return values[0]
+                column = by_network(values)
+                if like.dim() == 3:
+                    return column.view(-1, 1, 1)
+                column = column.repeat_interleave(n_out)
+                return column.view(1, -1) if len(like) == 1 else column.view(-1, 1)
+
+            moves = any(momentum)
+            decay_factor = factor([d if moves else 1 + d for d in decay], W)
+            self.layers.append(
+                _Layer(
+                    W,
+                    b,
+                    torch.zeros_like(W) if moves else None,
+                    torch.zeros_like(b) if moves else None,
+                    factor(momentum, W),
+                    factor(momentum, b),
+                    torch.as_tensor(decay_factor, dtype=W.dtype, device=W.device)
+                    if moves and any(decay)
+                    else decay_factor,
+                )
+            )
+
+    def state(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [
+            tensor
+            for layer in self.layers
+            for tensor in (layer.W, layer.b, layer.W_velocity, layer.b_velocity)
+            if tensor is not None
+        ]
+
+
+# ------------------------------------------------------------------------------------- the step
+
+
+class _Place(NamedTuple):
+    """One layer with the places of its z, a and dz for a mini-batch of n."""
+
+    layer: _Layer
+    WT: Tensor
+    z: Tensor
+    """[n, G·n_out] of the first layer, [G, n, n_out] of another; a hidden layer's a takes it."""
+    a: Tensor
+    """z's place as the next layer reads it, [G, n, n_out]."""
+    dz: Tensor
+    """Shaped as z."""
+    dz_by_network: Tensor
+    """dz's place as the layer above writes it, [G, n, n_out]."""
+    dzT: Tensor
+    da: Tensor
+    """[G, n, n_out]."""
+    ones: Tensor
+    """A row of n ones, to sum over the examples: [1, n] or [G, 1, n]."""
+    multiply: Callable[..., Tensor]
+    """torch.mm or torch.bmm."""
+    multiply_add: Callable[..., Tensor]
+    """torch.addmm or torch.baddbmm: β c + α a b."""
+
+
+class _Step:
+    """One step of gradient descent of a group of networks, for mini-batches of n."""
+
+    def __init__(self, group: _Group, n: int) -> None:
+        self._group = group
+        self._alpha = -group.lr / n
+        self._places: list[_Place] = []
+        G = group.size
+        for layer in group.layers:
+            W = layer.W
+            batched = W.dim() == 3
+            n_out = W.shape[1] if batched else len(W) // G
+            shape = (G, n, n_out) if batched else (n, G * n_out)
+            z, dz = (W.new_empty(shape) for _ in range(2))
+
+            def by_network(tensor: Tensor, n_out: int = n_out) -> Tensor:
+                if tensor.dim() == 3 or G == 1:
+                    return tensor
+                return tensor.view(n, G, n_out).transpose(0, 1)
+
+            self._places.append(
+                _Place(
+                    layer,
+                    W.mT,
+                    z,
+                    by_network(z),
+                    dz,
+                    by_network(dz),
+                    dz.mT,
+                    W.new_empty(n, n_out) if G == 1 else W.new_empty(G, n, n_out),
+                    W.new_ones(1, n).expand(*([G] if batched else []), 1, n),
+                    torch.bmm if batched else torch.mm,
+                    torch.baddbmm if batched else torch.addmm,
+                )
+            )
+        last = self._places[-1].dz_by_network
+        self._sigmoid, self._sigmoid_of_minus, self._prime = (
+            torch.empty_like(last, memory_format=torch.contiguous_format) for _ in range(3)
+        )
+
+    def __call__(self, x: Tensor, y: Tensor, not_y: Tensor) -> None:
+        """Move the parameters; x [n, n_in], y [n, n_out], and not_y is 1 − y."""
+        # Forward.
+        a_prev = x
+        for place in self._places:
+            b, WT = place.layer.b, place.WT
+            place.multiply_add(b, a_prev, WT, out=place.z)  # (1)
+            if place is not self._places[-1]:
+                place.z.sigmoid_()  # (1), in z's place
+            a_prev = place.a
+
+        # The last delta.
+        self._dz_last(y, not_y)
+
+        # Backward. A layer's da is made before its weights move.
+        for index in reversed(range(len(self._places))):
+            place = self._places[index]
+            if index > 0:
+                below = self._places[index - 1]
+                place.multiply(place.dz, place.layer.W, out=below.da)  # (7)
+                a_prev = below.a
+            else:
+                a_prev = x
+            self._update(place, a_prev)
+            if index > 0:
+                # (8): da ∘ a ∘ (1 − a), since z is no more
+                _sigmoid_backward(below.da, below.a, grad_input=below.dz_by_network)
+
+    def _dz_last(self, y: Tensor, not_y: Tensor) -> None:
+        z, dz = self._places[-1].a, self._places[-1].dz_by_network  # a's place holds z there
+        a, one_minus_a = self._sigmoid, self._sigmoid_of_minus
+        torch.sigmoid(z, out=a)
+        torch.neg(z, out=one_minus_a).sigmoid_()  # σ(−z)
+        torch.mul(a, not_y, out=dz).addcmul_(y, one_minus_a, value=-1)  # (5)
+        if "quadratic" in self._group.losses:
+            torch.mul(a, one_minus_a, out=self._prime)  # σ'(z)
+            if len(self._group.losses) == 2:
+                # σ'(z) where the loss is quadratic, 1 where it is the cross-entropy.
+                self._prime.mul_(self._group.is_quadratic).add_(self._group.is_cross_entropy)
+            dz.mul_(self._prime)  # (4)
+        if self._group.rates is not None:
+            dz.mul_(self._group.rates)
+
+    def _update(self, place: _Place, a_prev: Tensor) -> None:
+        """Equation 6, averaged over the mini-batch, and the step made of it."""
+        layer, alpha = place.layer, self._alpha
+        W, b, add = layer.W, layer.b, place.multiply_add
+        if layer.W_velocity is None or layer.b_velocity is None:
+            beta = _scaled(W, layer.decay)
+            add(W, place.dzT, a_prev, beta=beta, alpha=alpha, out=W)  # (6)
+            add(b, place.ones, place.dz, alpha=alpha, out=b)  # (6)
+            return
+        # The velocities hold −lr v: with a constant rate the same as torch.optim.SGD's.
+        beta = _scaled(layer.W_velocity, layer.W_momentum)
+        add(
+            layer.W_velocity, place.dzT, a_prev, beta=beta, alpha=alpha, out=layer.W_velocity
+        )  # (6)
+        if isinstance(layer.decay, Tensor):
+            layer.W_velocity.addcmul_(W, layer.decay)
+        W.add_(layer.W_velocity)
+        beta = _scaled(layer.b_velocity, layer.b_momentum)
+        add(
+            layer.b_velocity, place.ones, place.dz, beta=beta, alpha=alpha, out=layer.b_velocity
+        )  # (6)
+        b.add_(layer.b_velocity)
+
+
+# grad ∘ a ∘ (1 − a) in one pass: the kernel PyTorch's own σ is differentiated with.
+_sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
+
+
+def _scaled(tensor: Tensor, factor: float | Tensor) -> float:
+    """Multiply networks by a factor each; a common one is left to the product, as its β."""
+    if isinstance(factor, float):
+        return factor
+    tensor.mul_(factor)
+    return 1.0
+
+
+class _Block:
+    """A row of mini-batches in one place, and the steps through them, all groups one by one."""
+
+    def __init__(
+        self, groups: list[_Group], x: Tensor, y: Tensor, batch_size: int, *, graph: bool
+    ) -> None:
+        self.x, self.y = x, y
+        self._not_y = torch.empty_like(y)
+        self._state = [tensor for group in groups for tensor in group.state()]
+        batches = list(
+            zip(*(tensor.split(batch_size) for tensor in (x, y, self._not_y)), strict=True)
+        )
+        self._work = []
+        for group in groups:
+            steps = {
+                len(batch[0]): _Step(group, len(batch[0])) for batch in (batches[0], batches[-1])
+            }
+            self._work.append([(steps[len(batch[0])], batch) for batch in batches])
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._wants_graph = graph
+
+    def run(self) -> None:
+        """Take the steps; x and y have been filled."""
+        if self._wants_graph and self._graph is None:
+            self._capture()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        torch.neg(self.y, out=self._not_y).add_(1)
+        for steps in self._work:
+            for step, batch in steps:
+                step(*batch)
+
+    def _capture(self) -> None:
+        """Record the steps as a CUDA graph. The rehearsal that CUDA wants moves nothing."""
+        before = [tensor.clone() for tensor in self._state]
+        stream = torch.cuda.Stream(self.x.device)
+        stream.wait_stream(torch.cuda.current_stream(self.x.device))
+        with torch.cuda.stream(stream):
+            self._run()
+        torch.cuda.current_stream(self.x.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        for tensor, value in zip(self._state, before, strict=True):
+            tensor.copy_(value)
+        self._graph = graph
+
+
+# ------------------------------------------------------------------------- what is asked before
+
+
+def threads(sizes: Sequence[int], batch_size: int, networks: int = 1) -> int:
+    """How many CPU threads suit networks of these sizes: 1, or all that PyTorch would take.
+
+    A second thread costs some microseconds at each product, which a textbook's network does not
+    have to give away.
+    """
+    group = min(networks, max(1, _CACHE_BYTES // _bytes(sizes, torch.float32)))
+    layers = list(zip(sizes[:-1], sizes[1:], strict=True))
+    # The first layer is one product for the whole group; others are one for each network.
+    work = [group * layers[0][0] * layers[0][1], *(n_in * n_out for n_in, n_out in layers[1:])]
+    if batch_size * max(work) < _MULTIPLICATIONS_FOR_THREADS:
+        return 1
+    return torch.get_num_threads()
+
+
+def check_memory(
+    sizes: Sequence[int],
+    networks: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Raise MemoryError if so many networks of these sizes cannot fit, before any is made.
+
+    Counted are parameters, as many again for their momentum, and once more while they are moved.
+    """
+    needed = 3 * networks * _bytes(sizes, dtype)
+    device = torch.device(device)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise MemoryError(
+            f"{networks:,} network{'s' * (networks > 1)} of sizes {'-'.join(map(str, sizes))} would "
+            f"need {_gigabytes(needed)} GB of memory, and {device.type} has {_gigabytes(there)} GB"
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f}" if count < 1e15 else f"{count / 1e9:.1e}"
+
+
+def _bytes(sizes: Sequence[int], dtype: torch.dtype) -> int:
+    """What the parameters of one network take."""
+    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    return sum((n_in + 1) * n_out for n_in, n_out in pairs) * dtype.itemsize
+
+
+def _bias(linear: Any) -> nn.Parameter:
+    """The bias that every layer of an MLP has."""
+    if linear.bias is None:
+        raise ValueError("expected networks whose layers all have a bias")
+    bias: nn.Parameter = linear.bias
+    return bias
+
+
+def _check(networks: list[MLP], hyperparameters: list[Hyperparameters], batch_size: object) -> None:
+    if not networks:
+        raise ValueError("expected at least one network, got none")
+    for network in networks:
+        if not isinstance(network, MLP):
+            raise TypeError(f"expected networks to be nnce.MLPs, got {type(network).__name__}")
+        network.linears()  # refuses an MLP that is one no more
+    if len({id(parameter) for network in networks for parameter in network.parameters()}) < sum(
+        len(list(network.parameters())) for network in networks
+    ):
+        raise ValueError("expected networks without common parameters, but one is there twice")
+    kinds = {
+        (network.sizes, parameter.dtype, parameter.device)
+        for network in networks
+        for parameter in network.parameters()
+    }
+    if len(kinds) > 1:
+        found = "; ".join(
+            f"{'-'.join(map(str, sizes))} in {dtype} on {device}"
+            for sizes, dtype, device in sorted(kinds, key=str)
+        )
+        raise ValueError(f"expected networks of one shape, dtype and device, got {found}")
+    if len(hyperparameters) != len(networks):
+        raise ValueError(
+            f"expected hyperparameters for each of the {len(networks)} networks, got "
+            f"{len(hyperparameters)}"
+        )
+    for h in hyperparameters:
+        check_loss(h.loss)
+        if not (0 < h.lr < math.inf and 0 <= h.momentum < 1 and 0 <= h.weight_decay < math.inf):
+            raise ValueError(
+                f"expected lr > 0, momentum in [0, 1) and weight_decay of at least 0, got {h}"
+            )
+    if not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size}")
