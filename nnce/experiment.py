@@ -63,12 +63,24 @@ class ArgumentParser(argparse.ArgumentParser):
             help="where the results go, a new or empty folder (default: a new one under runs/)",
         )
 
+    def add_speed_options(self) -> None:
+        """--threads and --matmul-precision, for `set_speed`."""
+        self.add_argument(
+            "--threads", type=int, help="CPU threads; if not given, as many as suit the sizes"
+        )
+        self.add_argument(
+            "--matmul-precision",
+            choices=("highest", "high", "medium"),
+            default="highest",
+            help="of float32 matrix products, as torch.set_float32_matmul_precision has it",
+        )
+
     @contextlib.contextmanager
     def user_errors(self) -> Iterator[None]:
-        """Around what depends on the user's input: its ValueError or OSError is one line."""
+        """Around what depends on the user's input: what does not fit there is one line."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             self.error(str(error))
 
 
@@ -105,6 +117,19 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def set_speed(options: argparse.Namespace, suited: int) -> None:
+    """Do as --threads and --matmul-precision say; `suited` threads if none were asked for.
+
+    Raises:
+        ValueError: no positive number of threads.
+    """
+    threads = suited if options.threads is None else options.threads
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(options.matmul_precision)
 
 
 @contextlib.contextmanager

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from nnce import data, functional, rules
 from nnce.backprop import Loss, backprop, check_loss, loss_per_component
+from nnce.ensemble import Ensemble, Hyperparameters, check_memory
 from nnce.modules import MLP, Init, check_init
 
-Engine = Literal["autograd", "functions"]
+Engine = Literal["backprop", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+Optimizer = Literal["sgd", "adam"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 # The textbook's rates, by loss.
 DEFAULT_LR: dict[Loss, float] = {"quadratic": 3.0, "cross-entropy": 0.5}
+# torch.optim.Adam's.
+_ADAM_LR = 1e-3
 
 # σ'(z) is ¼ at most; below this a neuron counts as saturated (|z| above 4.6).
 SATURATED = 0.01
@@ -40,12 +45,19 @@ class Settings:
     hidden: tuple[int, ...] = (30,)
     """Neurons of each hidden layer; none for a single layer."""
     loss: Loss = "cross-entropy"
-    engine: Engine = "functions"
+    engine: Engine | None = None
+    """Who makes the gradients: "backprop", the revised algorithm run whole, without a graph;
+    "functions", nnce's Functions in PyTorch's graph; "autograd", PyTorch alone. None for the first
+    of them that knows the optimizer."""
+    optimizer: Optimizer = "sgd"
+    """"sgd" as `torch.optim.SGD`, or "adam" as `torch.optim.Adam`, which "backprop" does not know."""
     epochs: int = 30
     batch_size: int = 10
     lr: float | None = None
-    """Learning rate η; None for the textbook's: 0.5 for cross-entropy, 3.0 for quadratic."""
+    """Learning rate η; None for the textbook's (0.5 for cross-entropy, 3.0 for quadratic), or for
+    Adam's 0.001."""
     momentum: float = 0.0
+    """For SGD alone."""
     l2: float = 0.0
     """λ of the notes: weights (not biases) decay by λ / n_train, as in the textbook."""
     init: Init = "scaled"
@@ -57,12 +69,25 @@ class Settings:
         """Check every value, and fill in the rate."""
         check_loss(self.loss)
         check_init(self.init)
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"expected optimizer {' or '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}"
+            )
+        if self.engine is None:
+            default = "backprop" if self.optimizer == "sgd" else "functions"
+            object.__setattr__(self, "engine", default)
         if self.engine not in ENGINES:
             raise ValueError(
                 f"expected engine {' or '.join(map(repr, ENGINES))}, got {self.engine!r}"
             )
+        if self.engine == "backprop" and self.optimizer != "sgd":
+            raise ValueError(
+                f"expected optimizer 'sgd' for engine 'backprop', got {self.optimizer!r}; "
+                f"engine 'functions' knows it"
+            )
         if self.lr is None:
-            object.__setattr__(self, "lr", DEFAULT_LR[self.loss])
+            lr = DEFAULT_LR[self.loss] if self.optimizer == "sgd" else _ADAM_LR
+            object.__setattr__(self, "lr", lr)
         if not isinstance(self.hidden, tuple) or not all(map(_is_size, self.hidden)):
             raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
         for name in ("epochs", "batch_size"):
@@ -78,6 +103,11 @@ class Settings:
             raise ValueError(f"expected a positive learning rate, got {self.lr}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"expected momentum in [0, 1), got {self.momentum}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(
+                f"expected no momentum for optimizer {self.optimizer!r}, which has its own, got "
+                f"{self.momentum}"
+            )
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
         # PyTorch's CPU generator tells no more seeds apart.
@@ -100,8 +130,8 @@ class State:
     """Everything that changes while training."""
 
     network: MLP
-    optimizer: torch.optim.SGD
-    """Holds the momentum."""
+    optimizer: torch.optim.Optimizer | Ensemble
+    """Moves the network, and holds the momentum; the engine "backprop" is an ensemble of one."""
     generator: torch.Generator
     """Draws the order of the mini-batches."""
     epoch: int = 0
@@ -137,31 +167,47 @@ class Diverged(ArithmeticError):
 
 
 def start(settings: Settings, dataset: data.Dataset) -> State:
-    """The network before the first step, on the data's device and in their dtype."""
+    """The network before the first step, on the data's device and in their dtype.
+
+    Raises:
+        MemoryError: it would not fit into memory; the sentence says how much it needs.
+        DataError: the data are not what `nnce.data.check` wants.
+    """
+    for split in dataset:
+        data.check(*split)
     x, y = dataset.train
+    sizes = (x.shape[1], *settings.hidden, y.shape[1])
+    check_memory(sizes, dtype=x.dtype, device=x.device)
     # Two streams out of one seed.
     parent = torch.Generator().manual_seed(settings.seed)
     init_seed, order_seed = torch.randint(2**32, (2,), generator=parent).tolist()
     network = MLP(
-        (x.shape[1], *settings.hidden, y.shape[1]),
+        sizes,
         init=settings.init,
         generator=torch.Generator().manual_seed(init_seed),
         device=x.device,
         dtype=x.dtype,
     )
-    weights = [linear.weight for linear in network.linears()]
-    biases = [linear.bias for linear in network.linears()]
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": settings.l2 / len(x)},
-        {"params": biases},
-    ]
-    optimizer = torch.optim.SGD(
-        groups,
-        lr=settings.rate,
-        momentum=settings.momentum,
-        fused=True,
-    )
+    optimizer = _optimizer(network, settings, weight_decay=settings.l2 / len(x))
     return State(network, optimizer, torch.Generator().manual_seed(order_seed))
+
+
+def _optimizer(
+    network: MLP, settings: Settings, weight_decay: float
+) -> torch.optim.Optimizer | Ensemble:
+    if settings.engine == "backprop":
+        values = Hyperparameters(settings.loss, settings.rate, settings.momentum, weight_decay)
+        return Ensemble([network], [values], batch_size=settings.batch_size)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [linear.weight for linear in network.linears()],
+            "weight_decay": weight_decay,
+        },
+        {"params": [linear.bias for linear in network.linears()]},
+    ]
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=settings.rate, fused=True)
+    return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
 
 
 def train(state: State, settings: Settings, dataset: data.Dataset) -> Iterator[Record]:
@@ -174,6 +220,7 @@ def train(state: State, settings: Settings, dataset: data.Dataset) -> Iterator[R
 
     Raises:
         Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
+            The engine "backprop" makes no losses on its way, so there it is seen at the end.
     """
     if state.epoch == 0:
         yield _record(state, settings, dataset, seconds=0.0)
@@ -232,9 +279,14 @@ def _engine(network: MLP, settings: Settings) -> tuple[_Forward, _Criterion]:
 
 
 def _train_epoch(state: State, settings: Settings, split: data.Split) -> Tensor:
-    """One pass over the training data; the loss of each step."""
-    forward, criterion = _engine(state.network, settings)
+    """One pass over the training data; the loss of each step, of none for "backprop"."""
     x, y = split
+    if isinstance(state.optimizer, Ensemble):
+        order = data.order(len(x), state.generator, x.device)
+        state.step += state.optimizer.train_epoch(x, y, order)
+        state.epoch += 1
+        return x.new_empty(0)
+    forward, criterion = _engine(state.network, settings)
     losses = []
     for batch in data.minibatches(len(x), settings.batch_size, state.generator, x.device):
         state.optimizer.zero_grad()

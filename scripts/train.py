@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import backprop, data, experiment, modules, training
+from nnce import backprop, data, ensemble, experiment, modules, training
 from nnce.monitor import Monitor
 
 
@@ -29,13 +29,21 @@ def parser() -> experiment.ArgumentParser:
     parser.add_argument(
         "--engine",
         choices=training.ENGINES,
-        default="functions",
-        help="who differentiates: PyTorch's autograd, or nnce's Functions inside it",
+        help="who makes the gradients: the revised algorithm without a graph (if not given, and "
+        "the optimizer is sgd), nnce's Functions in PyTorch's graph, or PyTorch's autograd alone",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=training.OPTIMIZERS,
+        default="sgd",
+        help="what is made of the gradients; adam is not for --engine backprop",
     )
     parser.add_argument("--epochs", type=int, default=30, help="passes over the training data")
     parser.add_argument("--batch-size", type=int, default=10, help="examples in a mini-batch")
     rates = ", ".join(f"{lr} for {loss}" for loss, lr in training.DEFAULT_LR.items())
-    parser.add_argument("--lr", type=float, help=f"learning rate; if not given, {rates}")
+    parser.add_argument(
+        "--lr", type=float, help=f"learning rate; if not given, {rates} (sgd), or 0.001 (adam)"
+    )
     parser.add_argument("--momentum", type=float, default=0.0, help="as torch.optim.SGD's")
     parser.add_argument(
         "--l2", type=float, default=0.0, help="lambda; weights decay by lambda / n_train"
@@ -49,6 +57,7 @@ def parser() -> experiment.ArgumentParser:
     parser.add_argument(
         "--train-size", type=int, help="use the first so many training examples; all if not given"
     )
+    parser.add_speed_options()
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -65,12 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             with options_parser.user_errors():
                 settings, dataset = prepare(options)
+                state = training.start(settings, dataset)
                 run_dir = stack.enter_context(
                     experiment.run_directory(
-                        options.run_dir, run_name(options), keep=not options.dry_run
+                        options.run_dir, run_name(options, settings), keep=not options.dry_run
                     )
                 )
-            run(settings, dataset, run_dir, {**vars(options), "lr": settings.lr})
+            config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
+            run(state, settings, dataset, run_dir, config)
     except training.Diverged as error:
         print(f"{options_parser.prog}: {error}", file=sys.stderr)
         return 1
@@ -79,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_name(options: argparse.Namespace) -> str:
+def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
     """A telling name for the run's directory."""
     layers = "-".join(map(str, options.hidden)) or "single-layer"
-    return f"{options.data}-{options.loss}-{layers}-{options.engine}-seed{options.seed}"
+    return f"{options.data}-{options.loss}-{layers}-{settings.engine}-seed{options.seed}"
 
 
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
@@ -91,6 +102,7 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
         hidden=tuple(options.hidden),
         loss=options.loss,
         engine=options.engine,
+        optimizer=options.optimizer,
         epochs=options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
@@ -106,14 +118,17 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
         device=experiment.device(options.device),
         dtype=experiment.DTYPES[options.dtype],
     )
+    x, y = dataset.train
+    sizes = (x.shape[1], *settings.hidden, y.shape[1])
+    experiment.set_speed(options, suited=ensemble.threads(sizes, settings.batch_size))
     if options.dry_run:
-        x, y = dataset.train
         first = data.Split(x[: settings.batch_size], y[: settings.batch_size])
         return dataclasses.replace(settings, epochs=1), dataset._replace(train=first)
     return settings, dataset
 
 
 def run(
+    state: training.State,
     settings: training.Settings,
     dataset: data.Dataset,
     run_dir: Path,
@@ -121,7 +136,6 @@ def run(
 ) -> None:
     """Train, log each epoch, and write what came out."""
     began = time.perf_counter()
-    state = training.start(settings, dataset)
     device = dataset.train.x.device
     print(
         f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "

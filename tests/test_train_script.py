@@ -84,7 +84,7 @@ def test_default_run_directory_has_a_telling_name(train, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert train.main(["--epochs", "1", "--loss", "quadratic", "--hidden"]) == 0
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith("digits-quadratic-single-layer-functions-seed0-")
+    assert run_dir.name.startswith("digits-quadratic-single-layer-backprop-seed0-")
     assert "--logdir runs\n" in capsys.readouterr().out
 
 
@@ -104,6 +104,11 @@ def test_default_run_directory_has_a_telling_name(train, tmp_path, monkeypatch, 
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--threads", "0"], "1 to 1,024 --threads, got 0"),
+        (["--matmul-precision", "low"], "invalid choice: 'low'"),
+        (["--engine", "backprop", "--optimizer", "adam"], "engine 'functions' knows it"),
+        (["--optimizer", "adam", "--momentum", "0.9"], "no momentum for optimizer 'adam'"),
+        (["--hidden", "1000000000000"], "would need 9.0e+05 GB of memory, and cpu has"),
         (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
     ],
 )

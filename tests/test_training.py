@@ -29,22 +29,25 @@ def test_engines_agree_over_200_steps_of_mnist(mnist, loss, momentum, share, l2)
     """Momentum at a tenth of the rate: at the full one training is chaotic (DESIGN.md, fact 7)."""
     lr = share * training.DEFAULT_LR[loss]
     settings = Settings(loss=loss, lr=lr, momentum=momentum, l2=l2, epochs=1)
-    functions, _ = run(settings, mnist)
-    autograd, _ = run(dataclasses.replace(settings, engine="autograd"), mnist)
-    assert functions.step == autograd.step == 200
-    moved = training.start(settings, mnist).network.parameters()
-    for ours, theirs, start in zip(
-        functions.network.parameters(), autograd.network.parameters(), moved, strict=True
+    trained, *others = (
+        run(dataclasses.replace(settings, engine=engine), mnist)[0] for engine in training.ENGINES
+    )
+    assert trained.step == 200 and all(other.step == 200 for other in others)
+    start = training.start(settings, mnist).network
+    for ours, *theirs, before in zip(
+        *(state.network.parameters() for state in (trained, *others)),
+        start.parameters(),
+        strict=True,
     ):
-        assert (ours - theirs).abs().max() <= 1e-12
-        assert (ours - start).abs().max() > 1e-3  # they agree on having learnt something
+        assert all((ours - their).abs().max() <= 1e-12 for their in theirs)
+        assert (ours - before).abs().max() > 1e-3  # they agree on having learnt something
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_float32_gradients_agree_in_norm(mnist, loss):
     dataset = small(mnist, 1_000, torch.float32)
     gradients = []
-    for engine in training.ENGINES:
+    for engine in ("functions", "autograd"):
         settings = Settings(loss=loss, engine=engine)
         network = training.start(settings, dataset).network
         forward, criterion = training._engine(network, settings)
@@ -138,10 +141,38 @@ def test_digits_defaults_reach_95_percent(digits):
 @pytest.mark.parametrize("engine", training.ENGINES)
 def test_divergence_says_when_and_with_what(digits, engine):
     settings = Settings(engine=engine, lr=1e38)
-    with pytest.raises(
-        Diverged, match=r"in epoch 1, step \d+, with loss=cross-entropy, lr=1e\+38, momentum=0.0"
-    ):
+    when = "after epoch 1" if engine == "backprop" else r"in epoch 1, step \d+"
+    with pytest.raises(Diverged, match=rf"{when}, with loss=cross-entropy, lr=1e\+38, momentum=0"):
         run(settings, digits)
+
+
+@pytest.mark.parametrize("engine", ["functions", "autograd"])
+def test_adam_is_pytorchs(digits, engine):
+    settings = Settings(engine=engine, optimizer="adam", epochs=1)
+    assert Settings(optimizer="adam").engine == "functions" and settings.lr == 1e-3
+    trained, _ = run(settings, digits)
+    state = training.start(settings, digits)
+    twin = training.torch_twin(state.network)
+    adam = torch.optim.Adam(twin.parameters())
+    for batch in data.minibatches(1197, 10, state.generator):
+        adam.zero_grad()
+        training.builtin_loss("cross-entropy")(
+            twin(digits.train.x[batch]), digits.train.y[batch]
+        ).backward()
+        adam.step()
+    for ours, theirs in zip(trained.network.parameters(), twin.parameters(), strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_data_are_checked(digits):
+    x, y = digits.train
+    for train, message in (
+        (data.Split(x[:0], y[:0]), "at least one row"),
+        (data.Split(x, y[:5]), "1197 inputs, 5 targets"),
+        (data.Split(2 * x, y), r"inputs x in \[0, 1\]"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            training.start(Settings(), digits._replace(train=train))
 
 
 def test_divergence_of_the_last_step_is_seen(digits):
@@ -171,7 +202,10 @@ def test_divergence_of_the_last_step_is_seen(digits):
         ({"hidden": 30}, "positive hidden sizes, got 30"),
         ({"hidden": (30, 0)}, r"positive hidden sizes, got \(30, 0\)"),
         ({"loss": "hinge"}, "'quadratic' or 'cross-entropy', got 'hinge'"),
-        ({"engine": "magic"}, "'autograd' or 'functions', got 'magic'"),
+        ({"engine": "magic"}, "'backprop' or 'functions' or 'autograd', got 'magic'"),
+        ({"optimizer": "lion"}, "'sgd' or 'adam', got 'lion'"),
+        ({"optimizer": "adam", "engine": "backprop"}, "'sgd' for engine 'backprop', got 'adam'"),
+        ({"optimizer": "adam", "momentum": 0.9}, "no momentum for optimizer 'adam'"),
         ({"init": "xavier"}, "'scaled' or 'large', got 'xavier'"),
     ],
 )

@@ -1,0 +1,234 @@
+"""Networks trained side by side are the networks trained alone, by any engine, to the bit nearly."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import nnce
+from nnce import data, ensemble, training
+from nnce.ensemble import Ensemble, Hyperparameters
+from nnce.training import Settings
+
+MIXED = [
+    ("quadratic", 3.0),
+    ("cross-entropy", 0.5),
+    ("cross-entropy", 0.1),
+    ("quadratic", 1.0),
+    ("cross-entropy", 0.5),
+]
+
+
+def make(settings, dataset, batch_size=10):
+    """An ensemble of networks with these settings, each from its own seed, and the order's draw."""
+    states = [training.start(one, dataset) for one in settings]
+    n = len(dataset.train.x)
+    values = [Hyperparameters(s.loss, s.rate, s.momentum, s.l2 / n) for s in settings]
+    return Ensemble([state.network for state in states], values, batch_size=batch_size)
+
+
+def train_alone(settings, dataset, orders):
+    """The network trained by autograd, on mini-batches in a given order."""
+    state = training.start(dataclasses.replace(settings, engine="autograd"), dataset)
+    twin, criterion = training.torch_twin(state.network), training.builtin_loss(settings.loss)
+    x, y = dataset.train
+    for order in orders:
+        for batch in order.split(settings.batch_size):
+            state.optimizer.zero_grad()
+            criterion(twin(x[batch]), y[batch]).backward()
+            state.optimizer.step()
+    return state.network
+
+
+def largest_difference(one, two):
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("hidden", [(), (30,), (20, 15), (12, 16, 14)])
+@pytest.mark.parametrize(
+    ("momentum", "share", "l2"), [(0.0, 1.0, 0.0), (0.0, 1.0, 5.0), (0.9, 0.1, 5.0)]
+)
+def test_five_mixed_networks_are_each_the_one_autograd_trains(mnist, hidden, momentum, share, l2):
+    """200 steps in float64; momentum at a tenth of the rate (DESIGN.md, fact 7)."""
+    settings = [
+        Settings(hidden, loss, lr=share * lr, momentum=momentum, l2=l2, seed=seed)
+        for seed, (loss, lr) in enumerate(MIXED)
+    ]
+    together = make(settings, mnist)
+    order = data.order(2_000, torch.Generator().manual_seed(5))
+    assert together.train_epoch(*mnist.train, order) == 200
+    for network, alone in zip(together.networks, settings, strict=True):
+        assert largest_difference(network, train_alone(alone, mnist, [order])) <= 1e-12
+        assert largest_difference(network, training.start(alone, mnist).network) > 1e-3
+
+
+@pytest.mark.parametrize("hidden", [(), (12,), (12, 8)])
+def test_each_network_has_its_own_momentum_and_decay(digits, hidden):
+    """And a last mini-batch that is shorter, twice: 1,197 = 119 · 10 + 7."""
+    dataset = data.Dataset(*(data.Split(x.double(), y.double()) for x, y in digits))
+    settings = [
+        Settings(hidden, loss, lr=lr / 10, momentum=momentum, l2=l2, seed=seed)
+        for seed, ((loss, lr), momentum, l2) in enumerate(
+            zip(MIXED, (0.9, 0.0, 0.5, 0.3, 0.0), (0.0, 5.0, 1.0, 0.0, 0.0), strict=True)
+        )
+    ]
+    together = make(settings, dataset)
+    generator = torch.Generator().manual_seed(5)
+    orders = [data.order(1_197, generator) for _ in range(2)]
+    for order in orders:
+        assert together.train_epoch(*dataset.train, order) == 120
+    for network, alone in zip(together.networks, settings, strict=True):
+        assert largest_difference(network, train_alone(alone, dataset, orders)) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_groups_change_nothing(digits, size, monkeypatch):
+    dataset = data.Dataset(*(data.Split(x.double(), y.double()) for x, y in digits))
+    settings = [Settings((9,), loss, lr=lr, seed=s) for s, (loss, lr) in enumerate(MIXED)]
+    order = data.order(1_197, torch.Generator().manual_seed(5))
+    monkeypatch.setattr(
+        ensemble, "_CACHE_BYTES", size * ensemble._bytes((64, 9, 10), torch.float64)
+    )
+    together = make(settings, dataset)
+    assert max(group.size for group in together._groups) == size
+    together.train_epoch(*dataset.train, order)
+    for network, one in zip(together.networks, settings, strict=True):
+        alone = make([one], dataset)
+        alone.train_epoch(*dataset.train, order)
+        assert largest_difference(network, alone.networks[0]) <= 1e-12
+
+
+def test_one_step_in_float32_is_right_within_rounding(digits):
+    settings = [Settings((9,), loss, lr=lr, seed=s) for s, (loss, lr) in enumerate(MIXED)]
+    together = make(settings, digits)
+    order = torch.arange(10)
+    together.train_epoch(*digits.train, order)
+    for network, one in zip(together.networks, settings, strict=True):
+        alone = make([one], digits)
+        alone.train_epoch(*digits.train, order)
+        for a, b in zip(network.parameters(), alone.networks[0].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_saturated_neurons_learn_as_the_rules_say():
+    """float32 σ(z) is 1 at z = 20, where a (1−a) and a − 1 are 0 and the rules are not."""
+    for loss, y in itertools.product(("quadratic", "cross-entropy"), (0.0, 1.0)):
+        network = nnce.MLP((1, 1))
+        with torch.no_grad():
+            network[0].weight.fill_(0.0)
+            network[0].bias.fill_(20.0)
+        found = nnce.backprop.backprop(
+            network, torch.ones(1, 1), torch.full((1, 1), y), loss=loss
+        ).gradients["0.weight"]
+        assert found.item() != 0
+        alone = Ensemble([network], [Hyperparameters(loss, 1.0)], batch_size=1)
+        alone.train_epoch(torch.ones(1, 1), torch.full((1, 1), y), torch.tensor([0]))
+        torch.testing.assert_close(network[0].weight.detach(), -found, rtol=1e-6, atol=0)
+
+
+def test_networks_remain_ordinary(digits, tmp_path):
+    """They can be saved small, loaded, differentiated, and put into another ensemble."""
+    settings = [Settings((9,), seed=seed) for seed in range(40)]
+    networks = make(settings, digits).networks
+    path = tmp_path / "network.pt"
+    nnce.save(networks[3], path)
+    alone = tmp_path / "alone.pt"
+    nnce.save(nnce.MLP((64, 9, 10)), alone)
+    assert path.stat().st_size <= alone.stat().st_size + 1_000
+    assert largest_difference(nnce.load(path), networks[3]) == 0
+    nnce.sigmoid_cross_entropy(networks[3](digits.train.x), digits.train.y).backward()
+    assert networks[3][0].weight.grad is not None
+    again = Ensemble(networks[3:5], 2 * [Hyperparameters("quadratic", 1.0)], batch_size=10)
+    again.train_epoch(*digits.train, torch.arange(10))
+    assert largest_difference(nnce.load(path), networks[3]) > 0
+
+
+@pytest.mark.parametrize("R", [1, 5])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
+    settings = [Settings(loss=MIXED[r][0], lr=0.1, momentum=momentum, l2=1.0) for r in range(R)]
+    together = make(settings, digits)
+    order = data.order(1_197, torch.Generator().manual_seed(5))
+    together.train_epoch(*digits.train, order)  # the places are made
+    # A warm-up: the profiler's own start may allocate.
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            together.train_epoch(*digits.train, order)
+    sizes = [event.cpu_memory_usage for event in found.events() if event.name == "[memory]"]
+    assert max(sizes, default=0) <= 16
+    assert any(event.name == "aten::sigmoid_backward" for event in found.events())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("R", [1, 5])
+def test_cuda_graph_is_eager_and_allocates_nothing(digits, R):
+    dataset = data.Dataset(*(data.Split(x.cuda().double(), y.cuda().double()) for x, y in digits))
+    settings = [
+        Settings(loss=MIXED[r][0], lr=MIXED[r][1], momentum=0.5 * (r == 1), seed=r)
+        for r in range(R)
+    ]
+    order = data.order(1_197, torch.Generator().manual_seed(5), "cuda")
+    by_graph, eager = make(settings, dataset), make(settings, dataset)
+    eager._graph = False
+    for epoch in range(3):
+        if epoch == 1:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        by_graph.train_epoch(*dataset.train, order)
+        if epoch == 2:
+            assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    for _ in range(3):
+        eager.train_epoch(*dataset.train, order)
+    for a, b in zip(by_graph.networks, eager.networks, strict=True):
+        assert largest_difference(a, b) <= 1e-12
+    for network, one in zip(by_graph.networks, settings, strict=True):
+        assert largest_difference(network, train_alone(one, dataset, 3 * [order])) <= 1e-12
+
+
+def test_threads_by_size():
+    all_threads = torch.get_num_threads()
+    assert ensemble.threads((784, 30, 10), 10) == 1
+    assert ensemble.threads((784, 100, 10), 10, networks=16) == 1
+    assert ensemble.threads((784, 800, 10), 128) == all_threads
+
+
+def test_what_does_not_fit_is_refused(digits):
+    network, other = nnce.MLP((64, 9, 10)), nnce.MLP((64, 8, 10))
+    one = Hyperparameters("cross-entropy", 0.5)
+    for networks, values, message in (
+        ([], [], "at least one network, got none"),
+        ([network, other], [one, one], "one shape, dtype and device, got 64-8-10 .*; 64-9-10"),
+        ([network, nnce.MLP((64, 9, 10)).double()], [one, one], "in torch.float32 .*float64"),
+        ([network, network], [one, one], "one is there twice"),
+        ([network], [one, one], "each of the 1 networks, got 2"),
+        ([network], [one._replace(loss="hinge")], "'quadratic' or 'cross-entropy', got 'hinge'"),
+        ([network], [one._replace(lr=float("nan"))], "expected lr > 0"),
+        ([network], [one._replace(momentum=1.0)], r"momentum in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Ensemble(networks, values, batch_size=10)
+    with pytest.raises(ValueError, match="batch_size of at least 1, a whole number, got 0"):
+        Ensemble([network], [one], batch_size=0)
+    with pytest.raises(TypeError, match="nnce.MLPs, got Linear"):
+        Ensemble([torch.nn.Linear(3, 2)], [one], batch_size=10)
+    (x, y), order = digits.train, torch.arange(10)
+    together = Ensemble([network], [one], batch_size=10)
+    with pytest.raises(ValueError, match=r"x of shape \(n, 64\), got \(1197, 10\)"):
+        together.train_epoch(y, y, order)
+    with pytest.raises(TypeError, match="x of torch.float32 on cpu, got torch.float64 on cpu"):
+        together.train_epoch(x.double(), y, order)
+    with pytest.raises(ValueError, match="as many targets as inputs, got 1197 and 5"):
+        together.train_epoch(x, y[:5], order)
+    with pytest.raises(ValueError, match="at least one index"):
+        together.train_epoch(x, y, order[:0])
+
+
+def test_more_than_memory_holds_is_refused_before_anything_is_made():
+    with pytest.raises(
+        MemoryError, match=r"1,000,000,000 networks of sizes 784-30-10 would need 2"
+    ):
+        ensemble.check_memory((784, 30, 10), 1_000_000_000)
+    ensemble.check_memory((784, 30, 10), 1_000)
