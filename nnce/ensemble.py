@@ -197,7 +197,7 @@ class _Group:
 
         # Where rates differ they are folded into the last dz, from which all else is made.
         lr = [h.lr for h in hyperparameters]
-        self.lr = lr[0] if len(set(lr)) == 1 else 1.0
+        self.lr = by_network(lr)[0].item() if len(set(lr)) == 1 else 1.0
         self.rates = None if len(set(lr)) == 1 else by_network(lr).view(-1, 1, 1)
         # 1 where σ'(z) belongs into the last dz, 0 where not.
         quadratic = by_network([float(h.loss == "quadratic") for h in hyperparameters])
@@ -222,9 +222,9 @@ class _Group:
 
             def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
                 """One float for all, or a tensor that multiplies each network's part of another."""
-                if len(set(values)) == 1:
-                    return values[0]
                 column = by_network(values)
+                if len(set(values)) == 1:
+                    return column[0].item()  # rounded; too large a number has become infinite
                 if like.dim() == 3:
                     return column.view(-1, 1, 1)
                 column = column.repeat_interleave(n_out)

@@ -50,7 +50,7 @@ class Settings:
     "functions", nnce's Functions in PyTorch's graph; "autograd", PyTorch alone. None for the first
     of them that knows the optimizer."""
     optimizer: Optimizer = "sgd"
-    """"sgd" as `torch.optim.SGD`, or "adam" as `torch.optim.Adam`, which "backprop" does not know."""
+    """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which "backprop" does not know."""
     epochs: int = 30
     batch_size: int = 10
     lr: float | None = None
