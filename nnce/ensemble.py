@@ -17,7 +17,8 @@ Shapes, for a group of G networks and a mini-batch of n: the first layer is [n, 
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,14 @@ _BLOCK_BYTES = 1_000_000
 _BLOCK_STEPS_CUDA = 100
 # The parameters of a group of networks may take this much, or what one network takes.
 _CACHE_BYTES = 3_000_000
+# The rows of a first layer are filled up to a multiple of this: products of odd sizes leave the
+# fast path of the matrix library (784-30-10: 14 µs against 9).
+_ROWS = 16
 # Below this many multiplications in the largest product of a step a second thread does not pay.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
+
+
+Call = Callable[..., Tensor]
 
 
 class Hyperparameters(NamedTuple):
@@ -68,6 +75,9 @@ class Ensemble:
             the numbers of networks and hyperparameters differ, or a value makes no sense.
         MemoryError: the ensemble would not fit into memory; the sentence says how much it needs.
     """
+
+    _step: type["_Step"]
+    """What is done at each mini-batch; a benchmark may put less there."""
 
     def __init__(
         self,
@@ -144,7 +154,9 @@ class Ensemble:
                 torch.empty(n, size, dtype=self.dtype, device=self.device)
                 for size in (self.sizes[0], self.sizes[-1])
             )
-            self._blocks[n] = _Block(self._groups, x, y, self.batch_size, graph=self._graph)
+            self._blocks[n] = _Block(
+                self._groups, x, y, self.batch_size, graph=self._graph, step=self._step
+            )
         return self._blocks[n]
 
     def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
@@ -174,7 +186,10 @@ class _Layer(NamedTuple):
     W: Tensor
     """[G·n_out, n_in] of the first layer, [G, n_out, n_in] of another, [n_out, n_in] if G is 1."""
     b: Tensor
-    """[1, G·n_out], [G, 1, n_out], or [1, n_out]."""
+    """[G·n_out] of the first layer, [G, 1, n_out] of another, [n_out] if G is 1."""
+    W_filled: Tensor
+    b_filled: Tensor
+    """W and b, of the first layer with rows of zeros up to a multiple of 16: for the forward."""
     W_velocity: Tensor | None
     b_velocity: Tensor | None
     """−lr v, where there is momentum."""
@@ -212,13 +227,20 @@ class _Group:
         ):
             W = torch.stack([linear.weight.detach() for linear in linears])  # [G, n_out, n_in]
             b = torch.stack([_bias(linear).detach() for linear in linears])  # [G, n_out]
-            for linear, its_W, its_b in zip(linears, W, b, strict=True):
-                linear.weight.data, _bias(linear).data = its_W, its_b
             n_out = W.shape[1]
             if self.size > 1 and position > 0:
                 b = b.unsqueeze(1)  # [G, 1, n_out]
+                W_filled, b_filled = W, b
             else:
-                W, b = W.flatten(0, 1), b.view(1, -1)  # [G·n_out, n_in], [1, G·n_out]
+                W_filled, b_filled = W.flatten(0, 1), b.flatten()  # [G·n_out, n_in], [G·n_out]
+                W, b = W_filled, b_filled
+                if position == 0:
+                    W_filled, b_filled = _filled_up(W), _filled_up(b)
+                    W, b = W_filled[: len(W)], b_filled[: len(b)]
+            for linear, its_W, its_b in zip(
+                linears, W.view(self.size, n_out, -1), b.view(self.size, n_out), strict=True
+            ):
+                linear.weight.data, _bias(linear).data = its_W, its_b
 
             def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
                 """One float for all, or a tensor that multiplies each network's part of another."""
@@ -228,7 +250,7 @@ class _Group:
                 if like.dim() == 3:
                     return column.view(-1, 1, 1)
                 column = column.repeat_interleave(n_out)
-                return column.view(1, -1) if len(like) == 1 else column.view(-1, 1)
+                return column if like.dim() == 1 else column.view(-1, 1)
 
             moves = any(momentum)
             decay_factor = factor([d if moves else 1 + d for d in decay], W)
@@ -236,6 +258,8 @@ class _Group:
                 _Layer(
                     W,
                     b,
+                    W_filled,
+                    b_filled,
                     torch.zeros_like(W) if moves else None,
                     torch.zeros_like(b) if moves else None,
                     factor(momentum, W),
@@ -256,6 +280,13 @@ class _Group:
         ]
 
 
+def _filled_up(rows: Tensor) -> Tensor:
+    """The same rows and some of zeros."""
+    filled = rows.new_zeros(-(-len(rows) // _ROWS) * _ROWS, *rows.shape[1:])
+    filled[: len(rows)] = rows
+    return filled
+
+
 # ------------------------------------------------------------------------------------- the step
 
 
@@ -264,19 +295,21 @@ class _Place(NamedTuple):
 
     layer: _Layer
     WT: Tensor
+    """Of W_filled."""
     z: Tensor
-    """[n, G·n_out] of the first layer, [G, n, n_out] of another; a hidden layer's a takes it."""
+    """[n, G·n_out and some] of the first layer, [G, n, n_out] of another; a hidden layer's a takes
+    its place."""
     a: Tensor
     """z's place as the next layer reads it, [G, n, n_out]."""
     dz: Tensor
-    """Shaped as z."""
+    """[n, G·n_out] or [G, n, n_out]."""
     dz_by_network: Tensor
     """dz's place as the layer above writes it, [G, n, n_out]."""
     dzT: Tensor
     da: Tensor
     """[G, n, n_out]."""
-    ones: Tensor
-    """A row of n ones, to sum over the examples: [1, n] or [G, 1, n]."""
+    sum_examples: tuple[Callable[..., Tensor], Tensor, Tensor]
+    """torch.addmv, dzᵀ and n ones, or torch.baddbmm, G rows of n ones and dz."""
     multiply: Callable[..., Tensor]
     """torch.mm or torch.bmm."""
     multiply_add: Callable[..., Tensor]
@@ -296,109 +329,116 @@ class _Step:
             batched = W.dim() == 3
             n_out = W.shape[1] if batched else len(W) // G
             shape = (G, n, n_out) if batched else (n, G * n_out)
-            z, dz = (W.new_empty(shape) for _ in range(2))
+            dz = W.new_empty(shape)
+            z = W.new_empty(shape if batched else (n, len(layer.W_filled)))
 
             def by_network(tensor: Tensor, n_out: int = n_out) -> Tensor:
-                if tensor.dim() == 3 or G == 1:
+                if tensor.dim() == 3:
                     return tensor
-                return tensor.view(n, G, n_out).transpose(0, 1)
+                tensor = tensor[:, : G * n_out]
+                return tensor if G == 1 else tensor.view(n, G, n_out).transpose(0, 1)
 
             self._places.append(
                 _Place(
                     layer,
-                    W.mT,
+                    layer.W_filled.mT,
                     z,
                     by_network(z),
                     dz,
                     by_network(dz),
                     dz.mT,
                     W.new_empty(n, n_out) if G == 1 else W.new_empty(G, n, n_out),
-                    W.new_ones(1, n).expand(*([G] if batched else []), 1, n),
+                    (torch.baddbmm, W.new_ones(G, 1, n), dz)
+                    if batched
+                    else (torch.addmv, dz.mT, W.new_ones(n)),
                     torch.bmm if batched else torch.mm,
                     torch.baddbmm if batched else torch.addmm,
                 )
             )
         last = self._places[-1].dz_by_network
-        self._sigmoid, self._sigmoid_of_minus, self._prime = (
+        self._scratch = [
             torch.empty_like(last, memory_format=torch.contiguous_format) for _ in range(3)
-        )
+        ]
 
-    def __call__(self, x: Tensor, y: Tensor, not_y: Tensor) -> None:
-        """Move the parameters; x [n, n_in], y [n, n_out], and not_y is 1 − y."""
-        # Forward.
-        a_prev = x
+    def calls(self, x: Tensor, y: Tensor, not_y: Tensor) -> list[Call]:
+        """What the step does, call by call; x [n, n_in], y [n, n_out], and not_y is 1 − y.
+
+        A list of prepared calls, made once, since looking up some sixty attributes and taking the
+        same branches at each step took a fifth of it.
+        """
+        return [*self._forward(x), *self._dz_last(y, not_y), *self._backward(x)]
+
+    def _forward(self, a_prev: Tensor) -> Iterator[Call]:
         for place in self._places:
-            b, WT = place.layer.b, place.WT
-            place.multiply_add(b, a_prev, WT, out=place.z)  # (1)
+            b, WT = place.layer.b_filled, place.WT
+            yield partial(place.multiply_add, b, a_prev, WT, out=place.z)  # (1)
             if place is not self._places[-1]:
-                place.z.sigmoid_()  # (1), in z's place
+                yield partial(torch.sigmoid, place.z, out=place.z)  # (1), in z's place
             a_prev = place.a
 
-        # The last delta.
-        self._dz_last(y, not_y)
+    def _dz_last(self, y: Tensor, not_y: Tensor) -> Iterator[Call]:
+        group, last = self._group, self._places[-1]
+        z, dz = last.a, last.dz_by_network  # in the last a's place is z still
+        a, one_minus_a, prime = self._scratch
+        yield partial(torch.sigmoid, z, out=a)
+        yield partial(torch.neg, z, out=one_minus_a)
+        yield partial(torch.sigmoid, one_minus_a, out=one_minus_a)  # σ(−z)
+        yield partial(torch.mul, a, not_y, out=dz)
+        yield partial(torch.addcmul, dz, y, one_minus_a, value=-1, out=dz)  # (5)
+        if "quadratic" in group.losses:
+            yield partial(torch.mul, a, one_minus_a, out=prime)  # σ'(z)
+            if "cross-entropy" in group.losses:  # σ'(z) for one loss, 1 for the other
+                yield partial(torch.mul, prime, group.is_quadratic, out=prime)
+                yield partial(torch.add, prime, group.is_cross_entropy, out=prime)
+            yield partial(torch.mul, dz, prime, out=dz)  # (4)
+        if group.rates is not None:
+            yield partial(torch.mul, dz, group.rates, out=dz)
 
-        # Backward. A layer's da is made before its weights move.
-        for index in reversed(range(len(self._places))):
-            place = self._places[index]
-            if index > 0:
-                below = self._places[index - 1]
-                place.multiply(place.dz, place.layer.W, out=below.da)  # (7)
-                a_prev = below.a
-            else:
-                a_prev = x
-            self._update(place, a_prev)
-            if index > 0:
-                # (8): da ∘ a ∘ (1 − a), since z is no more
-                _sigmoid_backward(below.da, below.a, grad_input=below.dz_by_network)
+    def _backward(self, x: Tensor) -> Iterator[Call]:
+        for place, below in zip(
+            reversed(self._places), [*reversed(self._places[:-1]), None], strict=True
+        ):
+            if below is None:
+                yield from self._update(place, x)
+                return
+            # A layer's da is made before its weights move.
+            yield partial(place.multiply, place.dz, place.layer.W, out=below.da)  # (7)
+            yield from self._update(place, below.a)
+            # (8): da ∘ a ∘ (1 − a), since z is no more
+            yield partial(_sigmoid_backward, below.da, below.a, grad_input=below.dz_by_network)
 
-    def _dz_last(self, y: Tensor, not_y: Tensor) -> None:
-        z, dz = self._places[-1].a, self._places[-1].dz_by_network  # a's place holds z there
-        a, one_minus_a = self._sigmoid, self._sigmoid_of_minus
-        torch.sigmoid(z, out=a)
-        torch.neg(z, out=one_minus_a).sigmoid_()  # σ(−z)
-        torch.mul(a, not_y, out=dz).addcmul_(y, one_minus_a, value=-1)  # (5)
-        if "quadratic" in self._group.losses:
-            torch.mul(a, one_minus_a, out=self._prime)  # σ'(z)
-            if len(self._group.losses) == 2:
-                # σ'(z) where the loss is quadratic, 1 where it is the cross-entropy.
-                self._prime.mul_(self._group.is_quadratic).add_(self._group.is_cross_entropy)
-            dz.mul_(self._prime)  # (4)
-        if self._group.rates is not None:
-            dz.mul_(self._group.rates)
-
-    def _update(self, place: _Place, a_prev: Tensor) -> None:
+    def _update(self, place: _Place, a_prev: Tensor) -> Iterator[Call]:
         """Equation 6, averaged over the mini-batch, and the step made of it."""
         layer, alpha = place.layer, self._alpha
-        W, b, add = layer.W, layer.b, place.multiply_add
+        W, b = layer.W, layer.b
+        add, (add_sum, A, B) = place.multiply_add, place.sum_examples
         if layer.W_velocity is None or layer.b_velocity is None:
-            beta = _scaled(W, layer.decay)
-            add(W, place.dzT, a_prev, beta=beta, alpha=alpha, out=W)  # (6)
-            add(b, place.ones, place.dz, alpha=alpha, out=b)  # (6)
+            beta = yield from _scale(W, layer.decay)
+            yield partial(add, W, place.dzT, a_prev, beta=beta, alpha=alpha, out=W)  # (6)
+            yield partial(add_sum, b, A, B, alpha=alpha, out=b)  # (6)
             return
-        # The velocities hold −lr v: with a constant rate the same as torch.optim.SGD's.
-        beta = _scaled(layer.W_velocity, layer.W_momentum)
-        add(
-            layer.W_velocity, place.dzT, a_prev, beta=beta, alpha=alpha, out=layer.W_velocity
-        )  # (6)
+        # The velocities are −lr v: with a constant rate the same as torch.optim.SGD's v.
+        v = layer.W_velocity
+        beta = yield from _scale(v, layer.W_momentum)
+        yield partial(add, v, place.dzT, a_prev, beta=beta, alpha=alpha, out=v)  # (6)
         if isinstance(layer.decay, Tensor):
-            layer.W_velocity.addcmul_(W, layer.decay)
-        W.add_(layer.W_velocity)
-        beta = _scaled(layer.b_velocity, layer.b_momentum)
-        add(
-            layer.b_velocity, place.ones, place.dz, beta=beta, alpha=alpha, out=layer.b_velocity
-        )  # (6)
-        b.add_(layer.b_velocity)
+            yield partial(torch.addcmul, v, W, layer.decay, out=v)
+        yield partial(torch.add, W, v, out=W)
+        v = layer.b_velocity
+        beta = yield from _scale(v, layer.b_momentum)
+        yield partial(add_sum, v, A, B, beta=beta, alpha=alpha, out=v)  # (6)
+        yield partial(torch.add, b, v, out=b)
 
 
 # grad ∘ a ∘ (1 − a) in one pass: the kernel PyTorch's own σ is differentiated with.
-_sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
+_sigmoid_backward: Call = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def _scaled(tensor: Tensor, factor: float | Tensor) -> float:
+def _scale(tensor: Tensor, factor: float | Tensor) -> Generator[Call, None, float]:
     """Multiply networks by a factor each; a common one is left to the product, as its β."""
     if isinstance(factor, float):
         return factor
-    tensor.mul_(factor)
+    yield partial(torch.mul, tensor, factor, out=tensor)
     return 1.0
 
 
@@ -406,20 +446,29 @@ class _Block:
     """A row of mini-batches in one place, and the steps through them, all groups one by one."""
 
     def __init__(
-        self, groups: list[_Group], x: Tensor, y: Tensor, batch_size: int, *, graph: bool
+        self,
+        groups: list[_Group],
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        *,
+        graph: bool,
+        step: type[_Step],
     ) -> None:
         self.x, self.y = x, y
         self._not_y = torch.empty_like(y)
         self._state = [tensor for group in groups for tensor in group.state()]
+        self._calls: list[Call] = [
+            partial(torch.neg, y, out=self._not_y),
+            partial(torch.add, self._not_y, 1, out=self._not_y),
+        ]
         batches = list(
             zip(*(tensor.split(batch_size) for tensor in (x, y, self._not_y)), strict=True)
         )
-        self._work = []
         for group in groups:
-            steps = {
-                len(batch[0]): _Step(group, len(batch[0])) for batch in (batches[0], batches[-1])
-            }
-            self._work.append([(steps[len(batch[0])], batch) for batch in batches])
+            steps = {n: step(group, n) for n in {len(batches[0][0]), len(batches[-1][0])}}
+            for batch in batches:
+                self._calls += steps[len(batch[0])].calls(*batch)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._wants_graph = graph
 
@@ -433,10 +482,8 @@ class _Block:
             self._run()
 
     def _run(self) -> None:
-        torch.neg(self.y, out=self._not_y).add_(1)
-        for steps in self._work:
-            for step, batch in steps:
-                step(*batch)
+        for call in self._calls:
+            call()
 
     def _capture(self) -> None:
         """Record the steps as a CUDA graph. The rehearsal that CUDA wants moves nothing."""
@@ -452,6 +499,9 @@ class _Block:
         for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)
         self._graph = graph
+
+
+Ensemble._step = _Step
 
 
 # ------------------------------------------------------------------------- what is asked before

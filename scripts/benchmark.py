@@ -10,7 +10,6 @@ median of the ratios of each turn.
 import argparse
 import contextlib
 import copy
-import functools
 import gc
 import itertools
 import math
@@ -19,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ EXAMPLES = 50_000
 LR = 0.5
 # Of ‖C‖ after one epoch of 1,000 examples; a wrong update shows in the first digit.
 SAME_LOSS = 1e-3
+# Weights times examples times networks that one turn of one way may take: a second or two.
+BUDGET = 10_000_000_000
 # More of a processor than this in other hands spoils a figure.
 BUSY = 0.1
 
@@ -80,44 +82,39 @@ def nnce_(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch,
     """The revised algorithm, networks side by side."""
     values = [Hyperparameters("cross-entropy", LR)] * len(networks)
     together = Ensemble(networks, values, batch_size=work.batch_size)
-    return functools.partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
+    return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
+
+
+class _Products(ensemble._Step):
+    """Of a step the matrix products alone: nothing is learnt."""
+
+    def calls(self, x: Tensor, y: Tensor, not_y: Tensor) -> list[ensemble.Call]:
+        """Two forward, one da and two dW for two layers, and likewise for more."""
+        calls: list[ensemble.Call] = []
+        inputs = [x, *(place.a for place in self._places)]
+        for place, a_prev in zip(self._places, inputs[:-1], strict=True):
+            calls.append(partial(place.multiply, a_prev, place.WT, out=place.z))
+        for index in reversed(range(len(self._places))):
+            place, W = self._places[index], self._places[index].layer.W
+            place.dz.zero_()  # what was in that memory before may be slow numbers
+            if index > 0:
+                da = self._places[index - 1].da
+                calls.append(partial(place.multiply, place.dz, W, out=da))
+            calls.append(partial(place.multiply_add, W, place.dzT, inputs[index], out=W))
+        return calls
 
 
 class Products(Ensemble):
-    """The floor: of each step the matrix products alone, and nothing is learnt."""
+    """An ensemble of such steps: the data's way is the same."""
 
-    def _block(self, n: int) -> Any:
-        new = n not in self._blocks
-        block: Any = super()._block(n)
-        if new:
-            for step, _ in itertools.chain(*block._work):
-                for place in step._places:
-                    place.dz.zero_()  # what was there before may be slow numbers
-            block._work = [
-                [(functools.partial(_products, step), batch) for step, batch in steps]
-                for steps in block._work
-            ]
-        return block
-
-
-def _products(step: Any, x: Tensor, y: Tensor, not_y: Tensor) -> None:
-    places = step._places
-    inputs = [x, *(place.a for place in places)]
-    for place, a_prev in zip(places, inputs[:-1], strict=True):
-        place.multiply(a_prev, place.WT, out=place.z)
-    for index in reversed(range(len(places))):
-        place = places[index]
-        if index > 0:
-            place.multiply(place.dz, place.layer.W, out=places[index - 1].da)
-        W = place.layer.W
-        place.multiply_add(W, place.dzT, inputs[index], out=W)
+    _step = _Products
 
 
 def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
     """The matrix products alone, with the same shuffling and gathering."""
     values = [Hyperparameters("cross-entropy", LR)] * len(networks)
     together = Products(networks, values, batch_size=work.batch_size)
-    return functools.partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
+    return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
 
 
 def _loop(
@@ -353,7 +350,7 @@ def jax_scan(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epo
         gradients = jax.grad(loss)(parameters, X[batch], Y[batch])
         return jax.tree.map(lambda p, g: p - LR * g, parameters, gradients), None
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0)
     def scan(parameters: Any, order: Any) -> Any:
         whole = len(order) // work.batch_size * work.batch_size
         parameters, _ = jax.lax.scan(step, parameters, order[:whole].reshape(-1, work.batch_size))
@@ -363,7 +360,8 @@ def jax_scan(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epo
 
     def epoch(order: Tensor) -> None:
         nonlocal parameters
-        parameters = jax.block_until_ready(scan(parameters, jnp.asarray(order.cpu().numpy())))
+        wait: Any = jax.block_until_ready
+        parameters = wait(scan(parameters, jnp.asarray(order.cpu().numpy())))
 
     return epoch, lambda: [np.array(p) for pair in parameters for p in pair]
 
@@ -452,8 +450,10 @@ def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
 
 def prepare(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> Runner:
     """Make a way ready, and run it once."""
-    # Many networks take an epoch of fewer examples each; the figures are for 50,000.
-    examples = max(min(len(x), 5_000), len(x) // networks)
+    # Large networks, and many, take a part of an epoch; the figures are for the whole.
+    weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(work.sizes))
+    affordable = BUDGET // (weights * networks * (10 if name == "NumPy, by example" else 1))
+    examples = min(len(x), max(4 * work.batch_size, affordable))
     found: list[int] = []
     with peak(x.device, found):
         epoch, _ = WAYS[name](work, x, y, start(work, networks, x.device))
@@ -490,7 +490,7 @@ def measure(
         per_network = took / runner.networks * EXAMPLES / runner.examples
         seconds[runner.way, runner.networks].append(per_network)
 
-    peaks = {(r.way, r.networks): r.peak_bytes for r in runners}
+    measured = {(r.way, r.networks): (r.peak_bytes, r.examples) for r in runners}
     for networks in work.networks:
         ours = seconds["nnce", networks]
         for name in names:
@@ -501,7 +501,7 @@ def measure(
             if key in seconds:
                 ratios = [a / b for a, b in zip(seconds[key], ours, strict=True)]
                 note = f"WRONG: C is {wrong[name]:.4f}" if name in wrong else ""
-                rows.append(row(work, name, networks, seconds[key], ratios, peaks[key], note))
+                rows.append(row(work, name, networks, seconds[key], ratios, *measured[key], note))
     return rows
 
 
@@ -512,6 +512,7 @@ def row(
     seconds: Sequence[float] = (),
     ratios: Sequence[float] = (),
     peak_bytes: int | None = None,
+    examples: int = 0,
     note: str = "",
 ) -> experiment.Row:
     """One row of results.json."""
@@ -526,6 +527,7 @@ def row(
         "ratio_least": min(ratios, default=math.nan),
         "ratio_most": max(ratios, default=math.nan),
         "peak_bytes": peak_bytes,
+        "examples": examples,
         "repetitions": len(seconds),
         "threads": torch.get_num_threads(),
         "note": note,
