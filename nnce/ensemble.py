@@ -127,10 +127,11 @@ class Ensemble:
             How many steps it were.
 
         Raises:
-            ValueError: shapes do not fit the networks.
+            ValueError: shapes do not fit the networks, or a network has left the ensemble.
             TypeError: another dtype or device than the networks'.
         """
         self._check_data(x, y, order)
+        self._check_places()
         # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
         with torch.inference_mode():
             for indices in order.split(self._block_steps() * self.batch_size):
@@ -158,6 +159,16 @@ class Ensemble:
                 self._groups, x, y, self.batch_size, graph=self._graph, step=self._step
             )
         return self._blocks[n]
+
+    def _check_places(self) -> None:
+        """A parameter that lies elsewhere by now would silently not be trained."""
+        for group in self._groups:
+            for parameter, address in group.addresses:
+                if parameter.data_ptr() != address:
+                    raise ValueError(
+                        "expected the networks' parameters in the ensemble's memory, but some have "
+                        "been moved, by .to() or by another ensemble; make a new Ensemble"
+                    )
 
     def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
         for name, tensor, size in (("x", x, self.sizes[0]), ("y", y, self.sizes[-1])):
@@ -222,6 +233,7 @@ class _Group:
         momentum = [h.momentum for h in hyperparameters]
         decay = [-h.lr * h.weight_decay for h in hyperparameters]
         self.layers: list[_Layer] = []
+        self.addresses: list[tuple[nn.Parameter, int]] = []
         for position, linears in enumerate(
             zip(*(network.linears() for network in networks), strict=True)
         ):
@@ -241,6 +253,7 @@ class _Group:
                 linears, W.view(self.size, n_out, -1), b.view(self.size, n_out), strict=True
             ):
                 linear.weight.data, _bias(linear).data = its_W, its_b
+                self.addresses += [(p, p.data_ptr()) for p in (linear.weight, _bias(linear))]
 
             def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
                 """One float for all, or a tensor that multiplies each network's part of another."""

@@ -1,5 +1,6 @@
 """Networks trained side by side are the networks trained alone, nearly to the bit."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -47,17 +48,18 @@ def largest_difference(one, two):
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
+@pytest.mark.parametrize("R", [1, 5])
 @pytest.mark.parametrize("hidden", [(), (30,), (20, 15), (12, 16, 14)])
 @pytest.mark.parametrize(
     ("momentum", "share", "l2"), [(0.0, 1.0, 0.0), (0.0, 1.0, 5.0), (0.9, 0.1, 5.0)]
 )
-def test_five_mixed_networks_are_each_the_one_autograd_trains(mnist, hidden, momentum, share, l2):
+def test_mixed_networks_are_each_the_one_autograd_trains(mnist, R, hidden, momentum, share, l2):
     """200 steps in float64; momentum at a tenth of the rate, since training is chaotic at the full
     one (DESIGN.md, fact 7), and so is a single layer without momentum (5e-12 was seen)."""
     share = share if hidden else 0.1
     settings = [
         Settings(hidden, loss, lr=share * lr, momentum=momentum, l2=l2, seed=seed)
-        for seed, (loss, lr) in enumerate(MIXED)
+        for seed, (loss, lr) in enumerate(MIXED[:R])
     ]
     together = make(settings, mnist)
     order = data.order(2_000, torch.Generator().manual_seed(5))
@@ -134,7 +136,8 @@ def test_saturated_neurons_learn_as_the_rules_say():
 def test_networks_remain_ordinary(digits, tmp_path):
     """They can be saved small, loaded, differentiated, and put into another ensemble."""
     settings = [Settings((9,), seed=seed) for seed in range(40)]
-    networks = make(settings, digits).networks
+    first = make(settings, digits)
+    networks = first.networks
     path = tmp_path / "network.pt"
     nnce.save(networks[3], path)
     alone = tmp_path / "alone.pt"
@@ -145,6 +148,8 @@ def test_networks_remain_ordinary(digits, tmp_path):
     assert networks[3][0].weight.grad is not None
     again = Ensemble(networks[3:5], 2 * [Hyperparameters("quadratic", 1.0)], batch_size=10)
     again.train_epoch(*digits.train, torch.arange(10))
+    with pytest.raises(ValueError, match=r"moved, by \.to\(\) or by another ensemble"):
+        first.train_epoch(*digits.train, torch.arange(10))
     assert largest_difference(nnce.load(path), networks[3]) > 0
 
 
@@ -162,6 +167,51 @@ def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
     sizes = [event.cpu_memory_usage for event in found.events() if event.name == "[memory]"]
     assert max(sizes, default=0) <= 16
     assert any(event.name == "aten::sigmoid_backward" for event in found.events())
+
+
+@pytest.mark.parametrize("R", [1, 5])
+def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch):
+    """Without CUDA: a graph that runs what it should have recorded, while it records and later."""
+    blocks = []
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            pass
+
+    class Graph(contextlib.nullcontext):
+        def replay(self):
+            blocks.pop(0)._run()
+
+    for name, stand_in in (
+        ("Stream", lambda device: Stream()),
+        ("current_stream", lambda device: Stream()),
+        ("stream", lambda stream: stream),
+        ("CUDAGraph", Graph),
+        ("graph", lambda graph: graph),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    settings = [
+        Settings(loss=MIXED[r][0], lr=MIXED[r][1], momentum=0.5 * (r == 1), seed=r)
+        for r in range(R)
+    ]
+    by_graph, eager = make(settings, digits), make(settings, digits)
+    by_graph._graph = True
+    run = ensemble._Block.run
+
+    def remember(block):
+        if block._wants_graph:
+            blocks.append(block)
+        run(block)
+
+    monkeypatch.setattr(ensemble._Block, "run", remember)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(2):
+        order = data.order(1_197, generator)
+        by_graph.train_epoch(*digits.train, order)
+        assert all(block._graph is not None for block in by_graph._blocks.values())
+        eager.train_epoch(*digits.train, order)
+    for a, b in zip(by_graph.networks, eager.networks, strict=True):
+        assert largest_difference(a, b) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,0 +1,113 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import missing
+from torch.profiler import ProfilerActivity, profile
+
+from nnce import training
+
+
+@pytest.fixture
+def benchmark(script, monkeypatch):
+    """The script, with little to do."""
+    module = script("benchmark")
+    monkeypatch.setattr(module, "EXAMPLES", 1_000)
+    monkeypatch.setattr(module, "QUICK", (module.Work((784, 5, 10), 10, (1, 3)),))
+    return module
+
+
+@pytest.fixture
+def drawn():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(1_000, 784, generator=generator)
+    return x, torch.eye(10)[torch.randint(10, (1_000,), generator=generator)]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "torch.nn eager",
+        "torch.compile",
+        "nnce functions",
+        "JAX jit + scan",
+        "scikit-learn",
+        "NumPy, vectorised",
+        "NumPy, by example",
+    ],
+)
+def test_every_way_comes_to_the_same_loss(benchmark, drawn, way):
+    """And has come a way: a comparison of speed is worth nothing where one does not learn."""
+    if way == "torch.compile" and not shutil.which("g++"):
+        missing("compiler", "there is no g++")
+    (work,) = benchmark.QUICK
+    ours = benchmark.check("nnce", work, *drawn, 1)
+    try:
+        theirs = benchmark.check(way, work, *drawn, 1)
+    except benchmark.Missing as reason:
+        pytest.skip(str(reason))
+    assert theirs == pytest.approx(ours, rel=benchmark.SAME_LOSS)
+    start = benchmark.start(work, 1, torch.device("cpu"))[0]
+    split = training.data.Split(*drawn)
+    assert ours < 0.9 * training.evaluate(start, split, "cross-entropy")[0]
+
+
+@pytest.mark.parametrize("R", [1, 3])
+def test_the_floor_is_five_products_a_step(benchmark, drawn, R):
+    (work,) = benchmark.QUICK
+    networks = benchmark.start(work, R, torch.device("cpu"))
+    before = [p.clone() for p in networks[0].parameters()]
+    epoch, _ = benchmark.floor(work, *drawn, networks)
+    epoch(torch.arange(100))
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        epoch(torch.arange(100))
+    products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+    assert sum(event.name in products for event in found.events()) == 10 * 5
+    assert not any("sigmoid" in event.name for event in found.events())
+    assert all(torch.equal(a, b) for a, b in zip(before, networks[0].parameters(), strict=True))
+
+
+def test_a_run(benchmark, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert benchmark.main(["--quick", "--repetitions", "2", "--run-dir", str(run_dir)]) == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    rows = {(row["peer"], row["networks"]): row for row in results["rows"]}
+    floor = "floor (matrix products alone)"
+    assert {(way, n) for way in ("nnce", floor, "torch.nn eager") for n in (1, 3)} <= set(rows)
+    for (way, _), row in rows.items():
+        if row["note"]:
+            assert way == "JAX jit + scan" and "not installed" in row["note"]
+            continue
+        assert row["work"] == "784-5-10, batch 10" and row["repetitions"] == 2
+        assert row["seconds"] > 0 and row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
+        assert row["examples_per_second"] == pytest.approx(1_000 / row["seconds"])
+    assert rows["nnce", 1]["ratio"] == 1
+    assert "| torch.nn eager " in capsys.readouterr().out
+
+
+def test_a_way_that_goes_wrong_is_said(benchmark, tmp_path, capsys, monkeypatch):
+    def too_far(work, x, y, networks):
+        epoch, parameters = benchmark.eager(work, x, y, networks)
+        return epoch, lambda: [1.01 * p.detach() for p in parameters()]
+
+    monkeypatch.setitem(benchmark.WAYS, "torch.nn eager", too_far)
+    options = ["--quick", "--repetitions", "1", "--run-dir", str(tmp_path / "run")]
+    assert benchmark.main(options) == 1
+    assert "torch.nn eager: WRONG: C is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repetitions", "0"], "1 to 1,000 repetitions, got 0"),
+        (["--threads", "0"], "1 to 1,024 --threads, got 0"),
+    ],
+)
+def test_bad_input_is_one_line(benchmark, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(options)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
