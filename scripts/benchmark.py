@@ -14,6 +14,7 @@ import gc
 import itertools
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -492,8 +493,10 @@ def measure(
     }
     seconds: dict[tuple[str, int], list[float]] = {(r.way, r.networks): [] for r in runners}
     generator = torch.Generator().manual_seed(0)
-    turns = [(runner, turn) for turn in range(repetitions) for runner in runners]
-    for runner, _ in tqdm(turns, desc=str(work), disable=None, leave=False):
+    # In another order each time: whoever comes after the slowest finds cold caches.
+    shuffled = random.Random(0)
+    turns = [r for _ in range(repetitions) for r in shuffled.sample(runners, len(runners))]
+    for runner in tqdm(turns, desc=str(work), disable=None, leave=False):
         took = timed(runner.epoch, runner.examples, generator, x.device)
         per_network = took / runner.networks * EXAMPLES / runner.examples
         seconds[runner.way, runner.networks].append(per_network)
@@ -601,6 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device = experiment.device(options.device)
             if not 1 <= options.repetitions <= 1_000:
                 raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
+            experiment.set_speed(options, suited=torch.get_num_threads())
             run_dir = stack.enter_context(experiment.run_directory(options.run_dir, "benchmark"))
         rows = measure_all(options, device)
         print(f"{experiment.table([readable(row) for row in rows])}\n")

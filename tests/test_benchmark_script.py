@@ -89,7 +89,7 @@ def test_a_run(benchmark, tmp_path, capsys):
 def test_a_way_that_goes_wrong_is_said(benchmark, tmp_path, capsys, monkeypatch):
     def too_far(work, x, y, networks):
         epoch, parameters = benchmark.eager(work, x, y, networks)
-        return epoch, lambda: [1.01 * p.detach() for p in parameters()]
+        return epoch, lambda: [1.1 * p.detach() for p in parameters()]
 
     monkeypatch.setitem(benchmark.WAYS, "torch.nn eager", too_far)
     options = ["--quick", "--repetitions", "1", "--run-dir", str(tmp_path / "run")]

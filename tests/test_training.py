@@ -175,6 +175,14 @@ def test_the_data_are_checked(digits):
             training.start(Settings(), digits._replace(train=train))
 
 
+def test_mnist_reaches_94_percent_in_five_epochs(mnist):
+    """Which `scaled`, cross-entropy, seeds 0 to 3 reach after one (the README has 94.16 ± 0.19)."""
+    whole = data.load("mnist")
+    _, records = run(Settings(epochs=5), whole)
+    assert records[-1].accuracy["test"] >= 0.94
+    assert records[0].accuracy["test"] < 0.3
+
+
 def test_divergence_of_the_last_step_is_seen(digits):
     """No later step shows it: the evaluation at the epoch's end must."""
     one_step = digits._replace(train=data.Split(digits.train.x[:10], digits.train.y[:10]))
