@@ -586,6 +586,8 @@ def _check(networks: list[MLP], hyperparameters: list[Hyperparameters], batch_si
         if not isinstance(network, MLP):
             raise TypeError(f"expected networks to be nnce.MLPs, got {type(network).__name__}")
         network.linears()  # refuses an MLP that is one no more
+        if not all(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError("expected networks to train, but one has parameters that are frozen")
     if len({id(parameter) for network in networks for parameter in network.parameters()}) < sum(
         len(list(network.parameters())) for network in networks
     ):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nnce import accuracy, backprop, composability, data, experiment, plots, training
+from nnce import accuracy, backprop, composability, data, ensemble, experiment, plots, training
 from nnce.modules import MLP
 
 
@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dtype=experiment.DTYPES[options.dtype],
             )
             x, y = dataset.train
+            sizes = (x.shape[1], *options.hidden, y.shape[1])
+            ensemble.check_memory(sizes, dtype=x.dtype, device=device)
             network = MLP(
-                (x.shape[1], *options.hidden, y.shape[1]),
+                sizes,
                 generator=torch.Generator().manual_seed(options.seed),
                 device=device,
                 dtype=x.dtype,

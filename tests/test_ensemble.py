@@ -250,7 +250,9 @@ def test_threads_by_size():
 def test_what_does_not_fit_is_refused(digits):
     network, other = nnce.MLP((64, 9, 10)), nnce.MLP((64, 8, 10))
     one = Hyperparameters("cross-entropy", 0.5)
+    frozen = nnce.MLP((64, 9, 10)).requires_grad_(False)
     for networks, values, message in (
+        ([frozen], [one], "parameters that are frozen"),
         ([], [], "at least one network, got none"),
         ([network, other], [one, one], "one shape, dtype and device, got 64-8-10 .*; 64-9-10"),
         ([network, nnce.MLP((64, 9, 10)).double()], [one, one], "in torch.float32 .*float64"),
