@@ -128,7 +128,8 @@ class Ensemble:
 
         Raises:
             ValueError: shapes do not fit the networks, or a network has left the ensemble.
-            TypeError: another dtype or device than the networks'.
+            TypeError: no tensors, or another dtype or device than the networks'.
+            IndexError: the order names an example that is not there.
         """
         self._check_data(x, y, order)
         self._check_places()
@@ -171,6 +172,11 @@ class Ensemble:
                     )
 
     def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
+        for name, tensor in (("x", x), ("y", y), ("order", order)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        if order.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"expected an order of whole numbers (int64), got {order.dtype}")
         for name, tensor, size in (("x", x, self.sizes[0]), ("y", y, self.sizes[-1])):
             if tensor.dim() != 2 or tensor.shape[1] != size:
                 raise ValueError(f"expected {name} of shape (n, {size}), got {tuple(tensor.shape)}")
@@ -609,6 +615,10 @@ def _check(networks: list[MLP], hyperparameters: list[Hyperparameters], batch_si
             f"{len(hyperparameters)}"
         )
     for h in hyperparameters:
+        if not isinstance(h, Hyperparameters) or not all(
+            isinstance(value, int | float) for value in (h.lr, h.momentum, h.weight_decay)
+        ):
+            raise TypeError(f"expected Hyperparameters of numbers for each network, got {h!r}")
         check_loss(h.loss)
         if not (0 < h.lr < math.inf and 0 <= h.momentum < 1 and 0 <= h.weight_decay < math.inf):
             raise ValueError(

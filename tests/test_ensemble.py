@@ -1,6 +1,7 @@
 """Networks trained side by side are the networks trained alone, nearly to the bit."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 
@@ -86,6 +87,43 @@ def test_each_network_has_its_own_momentum_and_decay(digits, hidden):
         assert together.train_epoch(*dataset.train, order) == 120
     for network, alone in zip(together.networks, settings, strict=True):
         assert largest_difference(network, train_alone(alone, dataset, orders)) <= 1e-12
+
+
+@pytest.mark.parametrize("R", [1, 2, 7])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (5, 7, 3), (20, 17, 16, 3), (5, 4, 6, 7, 2)])
+def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R):
+    """Soft targets, odd sizes, mini-batches larger than the data, epochs of different lengths."""
+    generator = torch.Generator().manual_seed(1_000 * batch_size + R)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    x, y = draw(23, sizes[0]), draw(23, sizes[-1])
+    orders = [torch.randperm(23, generator=generator)[:n] for n in (23, 7, 23, 1)]
+    networks = [nnce.MLP(sizes, generator=generator, dtype=torch.float64) for _ in range(R)]
+    values = []
+    for r in range(R):
+        lr, momentum, decay = draw(3).tolist()
+        moves = r % 3 != 1
+        loss = MIXED[r % 5][0]
+        values.append(Hyperparameters(loss, lr, 0.9 * momentum * moves, 0.1 * decay * moves))
+    alone = copy.deepcopy(networks)
+    together = Ensemble(networks, values, batch_size=batch_size)
+    for order in orders:
+        together.train_epoch(x, y, order)
+    for network, its, h in zip(networks, alone, values, strict=True):
+        twin, criterion = training.torch_twin(its), training.builtin_loss(h.loss)
+        weights = [linear.weight for linear in its.linears()]
+        biases = [linear.bias for linear in its.linears()]
+        groups = [{"params": weights, "weight_decay": h.weight_decay}, {"params": biases}]
+        optimizer = torch.optim.SGD(groups, lr=h.lr, momentum=h.momentum)
+        for order in orders:
+            for batch in order.split(batch_size):
+                optimizer.zero_grad()
+                criterion(twin(x[batch]), y[batch]).backward()
+                optimizer.step()
+        assert largest_difference(network, its) <= 1e-13
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -266,6 +304,9 @@ def test_what_does_not_fit_is_refused(digits):
             Ensemble(networks, values, batch_size=10)
     with pytest.raises(ValueError, match="batch_size of at least 1, a whole number, got 0"):
         Ensemble([network], [one], batch_size=0)
+    for wrong in (0.5, one._replace(lr="0.5")):
+        with pytest.raises(TypeError, match="expected Hyperparameters of numbers"):
+            Ensemble([network], [wrong], batch_size=10)
     with pytest.raises(TypeError, match=r"nnce\.MLPs, got Linear"):
         Ensemble([torch.nn.Linear(3, 2)], [one], batch_size=10)
     (x, y), order = digits.train, torch.arange(10)
@@ -276,6 +317,12 @@ def test_what_does_not_fit_is_refused(digits):
         together.train_epoch(x.double(), y, order)
     with pytest.raises(ValueError, match="as many targets as inputs, got 1197 and 5"):
         together.train_epoch(x, y[:5], order)
+    with pytest.raises(TypeError, match="x to be a tensor, got list"):
+        together.train_epoch(x.tolist(), y, order)
+    with pytest.raises(TypeError, match=r"whole numbers \(int64\), got torch.float32"):
+        together.train_epoch(x, y, torch.rand(10))
+    with pytest.raises(IndexError):
+        together.train_epoch(x, y, torch.tensor([1_197]))
     with pytest.raises(ValueError, match="at least one index"):
         together.train_epoch(x, y, order[:0])
 
