@@ -440,7 +440,7 @@ def start(work: Work, networks: int, device: torch.device) -> list[MLP]:
 
 
 def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
-    """C over 1,000 examples after an epoch of them, in a fixed order."""
+    """The first network's C over 1,000 examples after an epoch of them, in a fixed order."""
     x, y = x[:1000], y[:1000]
     epoch, parameters = WAYS[name](work, x, y, start(work, networks, x.device))
     epoch(torch.arange(len(x), device=x.device))
@@ -473,12 +473,12 @@ def measure(
     """The rows of one work."""
     rows: list[experiment.Row] = []
     runners: list[Runner] = []
-    losses: dict[str, float] = {}
+    losses: dict[tuple[str, int], float] = {}
     for name in names:
         try:
-            if name != "floor (matrix products alone)":
-                losses[name] = check(name, work, x, y, 1)
             counts = work.networks if name in SIDE_BY_SIDE else (1,)
+            if name != "floor (matrix products alone)":
+                losses |= {(name, n): check(name, work, x, y, n) for n in counts}
             runners += [prepare(name, work, x, y, networks) for networks in counts]
         except Missing as reason:
             rows.append(row(work, name, 1, note=str(reason)))
@@ -487,9 +487,9 @@ def measure(
                 raise
             rows.append(row(work, name, 1, note=f"FAILED: {type(error).__name__}"))
     wrong = {
-        name: loss
-        for name, loss in losses.items()
-        if not abs(loss - losses["nnce"]) <= SAME_LOSS * losses["nnce"]
+        key: loss
+        for key, loss in losses.items()
+        if not abs(loss - losses["nnce", 1]) <= SAME_LOSS * losses["nnce", 1]
     }
     seconds: dict[tuple[str, int], list[float]] = {(r.way, r.networks): [] for r in runners}
     generator = torch.Generator().manual_seed(0)
@@ -511,7 +511,7 @@ def measure(
             key = (name, networks if side_by_side else 1)
             if key in seconds:
                 ratios = [a / b for a, b in zip(seconds[key], ours, strict=True)]
-                note = f"WRONG: C is {wrong[name]:.4f}" if name in wrong else ""
+                note = f"WRONG: C is {wrong[key]:.4f}" if key in wrong else ""
                 rows.append(row(work, name, networks, seconds[key], ratios, *measured[key], note))
     return rows
 
