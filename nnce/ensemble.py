@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nnce.backprop import Loss, check_loss
-from nnce.modules import MLP
+from nnce.modules import MLP, is_size
 
 # Examples are gathered into mini-batches a block at a time, about this many bytes of them: they
 # are still in the cache when the steps read them.
@@ -75,9 +75,6 @@ class Ensemble:
             the numbers of networks and hyperparameters differ, or a value makes no sense.
         MemoryError: the ensemble would not fit into memory; the sentence says how much it needs.
     """
-
-    _step: type["_Step"]
-    """What is done at each mini-batch; a benchmark may put less there."""
 
     def __init__(
         self,
@@ -161,6 +158,10 @@ class Ensemble:
             )
         return self._blocks[n]
 
+    def _step(self, group: "_Group", n: int) -> "_Step":
+        """What is done at each mini-batch of n; a benchmark may do less."""
+        return _Step(group, n)
+
     def _check_places(self) -> None:
         """A parameter that lies elsewhere by now would silently not be trained."""
         for group in self._groups:
@@ -197,23 +198,31 @@ class Ensemble:
 # ------------------------------------------------------------------------------------ parameters
 
 
-class _Layer(NamedTuple):
-    """One layer of all the networks of a group. A factor is a float where all networks share it."""
+class _Parameter(NamedTuple):
+    """W or b of one layer of all the networks of a group, and how it moves.
 
-    W: Tensor
-    """[G·n_out, n_in] of the first layer, [G, n_out, n_in] of another, [n_out, n_in] if G is 1."""
-    b: Tensor
-    """[G·n_out] of the first layer, [G, 1, n_out] of another, [n_out] if G is 1."""
-    W_filled: Tensor
-    b_filled: Tensor
-    """W and b, of the first layer with rows of zeros up to a multiple of 16: for the forward."""
-    W_velocity: Tensor | None
-    b_velocity: Tensor | None
+    A factor is a float where all networks share it.
+    """
+
+    value: Tensor
+    filled: Tensor
+    """The value, of the first layer with rows of zeros up to a multiple of 16: for the forward."""
+    velocity: Tensor | None
     """−lr v, where there is momentum."""
-    W_momentum: float | Tensor
-    b_momentum: float | Tensor
+    momentum: float | Tensor
     decay: float | Tensor
-    """1 − lr · weight_decay; with momentum −lr · weight_decay, always a tensor."""
+    """What the step leaves of the value, 1 − lr · weight_decay."""
+    pull: Tensor | None
+    """−lr · weight_decay where momentum and decay come together, for the velocity."""
+
+
+class _Layer(NamedTuple):
+    """One layer of all the networks of a group."""
+
+    W: _Parameter
+    """[G·n_out, n_in] of the first layer, [G, n_out, n_in] of another, [n_out, n_in] if G is 1."""
+    b: _Parameter
+    """[G·n_out] of the first layer, [G, 1, n_out] of another, [n_out] if G is 1."""
 
 
 class _Group:
@@ -237,7 +246,6 @@ class _Group:
         self.is_cross_entropy = 1 - self.is_quadratic
 
         momentum = [h.momentum for h in hyperparameters]
-        decay = [-h.lr * h.weight_decay for h in hyperparameters]
         self.layers: list[_Layer] = []
         self.addresses: list[tuple[nn.Parameter, int]] = []
         for position, linears in enumerate(
@@ -271,21 +279,23 @@ class _Group:
                 column = column.repeat_interleave(n_out)
                 return column if like.dim() == 1 else column.view(-1, 1)
 
-            moves = any(momentum)
-            decay_factor = factor([d if moves else 1 + d for d in decay], W)
+            def parameter(value: Tensor, filled: Tensor, pulls: list[float]) -> _Parameter:
+                moves = any(momentum)
+                return _Parameter(
+                    value,
+                    filled,
+                    torch.zeros_like(value) if moves else None,
+                    factor(momentum, value),
+                    factor([1 + pull for pull in pulls], value),
+                    torch.as_tensor(factor(pulls, value), dtype=value.dtype, device=value.device)
+                    if moves and any(pulls)
+                    else None,
+                )
+
             self.layers.append(
                 _Layer(
-                    W,
-                    b,
-                    W_filled,
-                    b_filled,
-                    torch.zeros_like(W) if moves else None,
-                    torch.zeros_like(b) if moves else None,
-                    factor(momentum, W),
-                    factor(momentum, b),
-                    torch.as_tensor(decay_factor, dtype=W.dtype, device=W.device)
-                    if moves and any(decay)
-                    else decay_factor,
+                    parameter(W, W_filled, [-h.lr * h.weight_decay for h in hyperparameters]),
+                    parameter(b, b_filled, [0.0] * self.size),
                 )
             )
 
@@ -294,7 +304,8 @@ class _Group:
         return [
             tensor
             for layer in self.layers
-            for tensor in (layer.W, layer.b, layer.W_velocity, layer.b_velocity)
+            for parameter in layer
+            for tensor in (parameter.value, parameter.velocity)
             if tensor is not None
         ]
 
@@ -314,7 +325,7 @@ class _Place(NamedTuple):
 
     layer: _Layer
     WT: Tensor
-    """Of W_filled."""
+    """Of W's filled rows."""
     z: Tensor
     """[n, G·n_out and some] of the first layer, [G, n, n_out] of another; a hidden layer's a takes
     its place."""
@@ -344,12 +355,12 @@ class _Step:
         self._places: list[_Place] = []
         G = group.size
         for layer in group.layers:
-            W = layer.W
+            W = layer.W.value
             batched = W.dim() == 3
             n_out = W.shape[1] if batched else len(W) // G
             shape = (G, n, n_out) if batched else (n, G * n_out)
             dz = W.new_empty(shape)
-            z = W.new_empty(shape if batched else (n, len(layer.W_filled)))
+            z = W.new_empty(shape if batched else (n, len(layer.W.filled)))
 
             def by_network(tensor: Tensor, n_out: int = n_out) -> Tensor:
                 if tensor.dim() == 3:
@@ -360,7 +371,7 @@ class _Step:
             self._places.append(
                 _Place(
                     layer,
-                    layer.W_filled.mT,
+                    layer.W.filled.mT,
                     z,
                     by_network(z),
                     dz,
@@ -389,7 +400,7 @@ class _Step:
 
     def _forward(self, a_prev: Tensor) -> Iterator[Call]:
         for place in self._places:
-            b, WT = place.layer.b_filled, place.WT
+            b, WT = place.layer.b.filled, place.WT
             yield partial(place.multiply_add, b, a_prev, WT, out=place.z)  # (1)
             if place is not self._places[-1]:
                 yield partial(torch.sigmoid, place.z, out=place.z)  # (1), in z's place
@@ -414,39 +425,33 @@ class _Step:
             yield partial(torch.mul, dz, group.rates, out=dz)
 
     def _backward(self, x: Tensor) -> Iterator[Call]:
-        for place, below in zip(
-            reversed(self._places), [*reversed(self._places[:-1]), None], strict=True
-        ):
-            if below is None:
-                yield from self._update(place, x)
-                return
+        downwards = self._places[::-1]
+        for place, below in itertools.pairwise(downwards):
             # A layer's da is made before its weights move.
-            yield partial(place.multiply, place.dz, place.layer.W, out=below.da)  # (7)
+            yield partial(place.multiply, place.dz, place.layer.W.value, out=below.da)  # (7)
             yield from self._update(place, below.a)
             # (8): da ∘ a ∘ (1 − a), since z is no more
             yield partial(_sigmoid_backward, below.da, below.a, grad_input=below.dz_by_network)
+        yield from self._update(downwards[-1], x)
 
     def _update(self, place: _Place, a_prev: Tensor) -> Iterator[Call]:
         """Equation 6, averaged over the mini-batch, and the step made of it."""
-        layer, alpha = place.layer, self._alpha
-        W, b = layer.W, layer.b
-        add, (add_sum, A, B) = place.multiply_add, place.sum_examples
-        if layer.W_velocity is None or layer.b_velocity is None:
-            beta = yield from _scale(W, layer.decay)
-            yield partial(add, W, place.dzT, a_prev, beta=beta, alpha=alpha, out=W)  # (6)
-            yield partial(add_sum, b, A, B, alpha=alpha, out=b)  # (6)
-            return
-        # The velocities are −lr v: with a constant rate the same as torch.optim.SGD's v.
-        v = layer.W_velocity
-        beta = yield from _scale(v, layer.W_momentum)
-        yield partial(add, v, place.dzT, a_prev, beta=beta, alpha=alpha, out=v)  # (6)
-        if isinstance(layer.decay, Tensor):
-            yield partial(torch.addcmul, v, W, layer.decay, out=v)
-        yield partial(torch.add, W, v, out=W)
-        v = layer.b_velocity
-        beta = yield from _scale(v, layer.b_momentum)
-        yield partial(add_sum, v, A, B, beta=beta, alpha=alpha, out=v)  # (6)
-        yield partial(torch.add, b, v, out=b)
+        alpha = self._alpha
+        for parameter, add_gradient, A, B in (
+            (place.layer.W, place.multiply_add, place.dzT, a_prev),
+            (place.layer.b, *place.sum_examples),
+        ):
+            value, velocity = parameter.value, parameter.velocity
+            if velocity is None:
+                beta = yield from _scale(value, parameter.decay)
+                yield partial(add_gradient, value, A, B, beta=beta, alpha=alpha, out=value)  # (6)
+                continue
+            # The velocity is −lr v: with a constant rate the same as torch.optim.SGD's v.
+            beta = yield from _scale(velocity, parameter.momentum)
+            yield partial(add_gradient, velocity, A, B, beta=beta, alpha=alpha, out=velocity)  # (6)
+            if parameter.pull is not None:
+                yield partial(torch.addcmul, velocity, value, parameter.pull, out=velocity)
+            yield partial(torch.add, value, velocity, out=value)
 
 
 # grad ∘ a ∘ (1 − a) in one pass: the kernel PyTorch's own σ is differentiated with.
@@ -472,7 +477,7 @@ class _Block:
         batch_size: int,
         *,
         graph: bool,
-        step: type[_Step],
+        step: Callable[[_Group, int], _Step],
     ) -> None:
         self.x, self.y = x, y
         self._not_y = torch.empty_like(y)
@@ -518,9 +523,6 @@ class _Block:
         for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)
         self._graph = graph
-
-
-Ensemble._step = _Step
 
 
 # ------------------------------------------------------------------------- what is asked before
@@ -624,5 +626,5 @@ def _check(networks: list[MLP], hyperparameters: list[Hyperparameters], batch_si
             raise ValueError(
                 f"expected lr > 0, momentum in [0, 1) and weight_decay of at least 0, got {h}"
             )
-    if not (isinstance(batch_size, int) and batch_size >= 1):
+    if not is_size(batch_size):
         raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size}")

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,14 @@ class ArgumentParser(argparse.ArgumentParser):
             yield
         except (ValueError, OSError, MemoryError) as error:
             self.error(str(error))
+
+    @contextlib.contextmanager
+    def run_directory(self, chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
+        """`run_directory`, where a directory that cannot be had is a user's error."""
+        with contextlib.ExitStack() as stack:
+            with self.user_errors():
+                path = stack.enter_context(run_directory(chosen, name, keep=keep))
+            yield path
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -160,7 +169,10 @@ def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Itera
     finally:
         if not (keep and (path / RESULTS).exists()):
             for leftover in path.iterdir():
-                leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
             for folder in made:
                 folder.rmdir()
 

@@ -23,6 +23,11 @@ def check_init(init: str) -> None:
         raise ValueError(f"expected init {' or '.join(map(repr, INITS))}, got {init!r}")
 
 
+def is_size(value: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 class Linear(nn.Module):
     """z = W a_prev + b (equation 1), differentiated by hand (equations 6 and 7).
 
@@ -61,7 +66,7 @@ class Linear(nn.Module):
     ) -> None:
         """Make the parameters and draw them."""
         super().__init__()
-        if not _are_sizes((in_features, out_features)):
+        if not (is_size(in_features) and is_size(out_features)):
             raise ValueError(
                 f"expected positive whole sizes, got in_features={in_features}, "
                 f"out_features={out_features}"
@@ -98,10 +103,6 @@ class Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, init={self.init!r}"
         )
-
-
-def _are_sizes(sizes: Sequence[object]) -> bool:
-    return all(isinstance(size, int) and size is not True and size >= 1 for size in sizes)
 
 
 def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -146,7 +147,7 @@ class MLP(nn.Sequential):
     ) -> None:
         """Make and draw the layers."""
         self.sizes = tuple(sizes) if isinstance(sizes, Sequence) else ()
-        if len(self.sizes) < 2 or not _are_sizes(self.sizes):
+        if len(self.sizes) < 2 or not all(map(is_size, self.sizes)):
             raise ValueError(
                 f"expected at least two positive whole sizes, the input's first, got {sizes}"
             )

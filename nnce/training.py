@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nnce import data, functional, rules
 from nnce.backprop import Loss, backprop, check_loss, loss_per_component
 from nnce.ensemble import Ensemble, Hyperparameters, check_memory
-from nnce.modules import MLP, Init, check_init
+from nnce.modules import MLP, Init, check_init, is_size
 
 Engine = Literal["backprop", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -88,10 +88,10 @@ class Settings:
         if self.lr is None:
             lr = DEFAULT_LR[self.loss] if self.optimizer == "sgd" else _ADAM_LR
             object.__setattr__(self, "lr", lr)
-        if not isinstance(self.hidden, tuple) or not all(map(_is_size, self.hidden)):
+        if not isinstance(self.hidden, tuple) or not all(map(is_size, self.hidden)):
             raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
         for name in ("epochs", "batch_size"):
-            if not _is_size(getattr(self, name)):
+            if not is_size(getattr(self, name)):
                 raise ValueError(
                     f"expected {name} of at least 1, a whole number, got {getattr(self, name)}"
                 )
@@ -119,10 +119,6 @@ class Settings:
         """The learning rate, the default filled in."""
         assert self.lr is not None
         return self.lr
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass

@@ -79,10 +79,12 @@ class Missing(Exception):
 # ------------------------------------------------------------------------------------- the ways
 
 
-def nnce_(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def nnce_(
+    work: Work, x: Tensor, y: Tensor, networks: list[MLP], kind: type[Ensemble] = Ensemble
+) -> tuple[Epoch, Parameters]:
     """The revised algorithm, networks side by side."""
     values = [Hyperparameters("cross-entropy", LR)] * len(networks)
-    together = Ensemble(networks, values, batch_size=work.batch_size)
+    together = kind(networks, values, batch_size=work.batch_size)
     return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
 
 
@@ -96,7 +98,7 @@ class _Products(ensemble._Step):
         for place, a_prev in zip(self._places, inputs[:-1], strict=True):
             calls.append(partial(place.multiply, a_prev, place.WT, out=place.z))
         for index in reversed(range(len(self._places))):
-            place, W = self._places[index], self._places[index].layer.W
+            place, W = self._places[index], self._places[index].layer.W.value
             place.dz.zero_()  # what was in that memory before may be slow numbers
             if index > 0:
                 da = self._places[index - 1].da
@@ -108,14 +110,13 @@ class _Products(ensemble._Step):
 class Products(Ensemble):
     """An ensemble of such steps: the data's way is the same."""
 
-    _step = _Products
+    def _step(self, group: ensemble._Group, n: int) -> ensemble._Step:
+        return _Products(group, n)
 
 
 def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
     """The matrix products alone, with the same shuffling and gathering."""
-    values = [Hyperparameters("cross-entropy", LR)] * len(networks)
-    together = Products(networks, values, batch_size=work.batch_size)
-    return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
+    return nnce_(work, x, y, networks, kind=Products)
 
 
 def _loop(
@@ -369,21 +370,28 @@ def jax_scan(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epo
     return epoch, lambda: [np.array(p) for pair in parameters for p in pair]
 
 
+NNCE = "nnce"
+FLOOR = "floor (matrix products alone)"
+EAGER = "torch.nn eager"
+COMPILED = "torch.compile"
+JAX = "JAX jit + scan"
+BY_EXAMPLE = "NumPy, by example"
+
 WAYS: dict[str, Way] = {
-    "nnce": nnce_,
-    "floor (matrix products alone)": floor,
-    "torch.nn eager": eager,
-    "torch.compile": compiled,
+    NNCE: nnce_,
+    FLOOR: floor,
+    EAGER: eager,
+    COMPILED: compiled,
     "torch.nn eager, CUDA graph": cuda_graphed,
     "nnce functions": functions,
-    "JAX jit + scan": jax_scan,
+    JAX: jax_scan,
     "scikit-learn": scikit_learn,
     "NumPy, vectorised": numpy_vectorised,
-    "NumPy, by example": numpy_by_example,
+    BY_EXAMPLE: numpy_by_example,
 }
-QUICK_WAYS = ("nnce", "floor (matrix products alone)", "torch.nn eager", "JAX jit + scan")
+QUICK_WAYS = (NNCE, FLOOR, EAGER, JAX)
 # Networks side by side; the others train R networks one after the other.
-SIDE_BY_SIDE = ("nnce", "floor (matrix products alone)")
+SIDE_BY_SIDE = (NNCE, FLOOR)
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -455,13 +463,13 @@ def prepare(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> Runne
     """Make a way ready, and run it once."""
     # Large networks, and many, take a part of an epoch; the figures are for the whole.
     weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(work.sizes))
-    affordable = BUDGET // (weights * networks * (10 if name == "NumPy, by example" else 1))
+    affordable = BUDGET // (weights * networks * (10 if name == BY_EXAMPLE else 1))
     examples = min(len(x), max(4 * work.batch_size, affordable))
     found: list[int] = []
     with peak(x.device, found):
         epoch, _ = WAYS[name](work, x, y, start(work, networks, x.device))
         # What is compiled for its shapes must have seen them all.
-        compiles = name.startswith("JAX") or name == "torch.compile"
+        compiles = name in (JAX, COMPILED)
         warm = torch.arange(examples if compiles else min(examples, 2_000))
         epoch(warm.to(x.device))
     return Runner(name, networks, epoch, examples, found[0] if found else None)
@@ -477,7 +485,7 @@ def measure(
     for name in names:
         try:
             counts = work.networks if name in SIDE_BY_SIDE else (1,)
-            if name != "floor (matrix products alone)":
+            if name != FLOOR:
                 losses |= {(name, n): check(name, work, x, y, n) for n in counts}
             runners += [prepare(name, work, x, y, networks) for networks in counts]
         except Missing as reason:
@@ -489,7 +497,7 @@ def measure(
     wrong = {
         key: loss
         for key, loss in losses.items()
-        if not abs(loss - losses["nnce", 1]) <= SAME_LOSS * losses["nnce", 1]
+        if not abs(loss - losses[NNCE, 1]) <= SAME_LOSS * losses[NNCE, 1]
     }
     seconds: dict[tuple[str, int], list[float]] = {(r.way, r.networks): [] for r in runners}
     generator = torch.Generator().manual_seed(0)
@@ -503,10 +511,10 @@ def measure(
 
     measured = {(r.way, r.networks): (r.peak_bytes, r.examples) for r in runners}
     for networks in work.networks:
-        ours = seconds["nnce", networks]
+        ours = seconds[NNCE, networks]
         for name in names:
             side_by_side = name in SIDE_BY_SIDE
-            if networks > 1 and not side_by_side and name != "torch.nn eager":
+            if networks > 1 and not side_by_side and name != EAGER:
                 continue
             key = (name, networks if side_by_side else 1)
             if key in seconds:
@@ -599,13 +607,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     began = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        with options_parser.user_errors():
-            device = experiment.device(options.device)
-            if not 1 <= options.repetitions <= 1_000:
-                raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
-            experiment.set_speed(options, suited=torch.get_num_threads())
-            run_dir = stack.enter_context(experiment.run_directory(options.run_dir, "benchmark"))
+    with options_parser.user_errors():
+        device = experiment.device(options.device)
+        if not 1 <= options.repetitions <= 1_000:
+            raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
+        experiment.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
+    with options_parser.run_directory(options.run_dir, "benchmark") as run_dir:
         rows = measure_all(options, device)
         print(f"{experiment.table([readable(row) for row in rows])}\n")
         experiment.write_results(

@@ -1,7 +1,6 @@
 """Hold the hand-written gradients against PyTorch's, over the whole range of z, in every dtype."""
 
 import argparse
-import contextlib
 import math
 import shutil
 import sys
@@ -43,27 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     began = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        with options_parser.user_errors():
-            device = experiment.device(options.device)
-            dataset = data.load(
-                options.data,
-                data_dir=options.data_dir,
-                device=device,
-                dtype=experiment.DTYPES[options.dtype],
-            )
-            x, y = dataset.train
-            sizes = (x.shape[1], *options.hidden, y.shape[1])
-            ensemble.check_memory(sizes, dtype=x.dtype, device=device)
-            network = MLP(
-                sizes,
-                generator=torch.Generator().manual_seed(options.seed),
-                device=device,
-                dtype=x.dtype,
-            )
-            run_dir = stack.enter_context(
-                experiment.run_directory(options.run_dir, "check-gradients")
-            )
+    with options_parser.user_errors():
+        device = experiment.device(options.device)
+        dataset = data.load(
+            options.data,
+            data_dir=options.data_dir,
+            device=device,
+            dtype=experiment.DTYPES[options.dtype],
+        )
+        x, y = dataset.train
+        sizes = (x.shape[1], *options.hidden, y.shape[1])
+        ensemble.check_memory(sizes, dtype=x.dtype, device=device)
+        network = MLP(
+            sizes,
+            generator=torch.Generator().manual_seed(options.seed),
+            device=device,
+            dtype=x.dtype,
+        )
+    with options_parser.run_directory(options.run_dir, "check-gradients") as run_dir:
         measured, atlas = measure_everywhere(device)
         named = [
             row for loss in backprop.LOSSES for row in compare_network(network, dataset.train, loss)

@@ -1,7 +1,6 @@
 """Train one network of sigmoid neurons, with gradients derived by hand or by autograd."""
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import time
@@ -71,15 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     try:
-        with contextlib.ExitStack() as stack:
-            with options_parser.user_errors():
-                settings, dataset = prepare(options)
-                state = training.start(settings, dataset)
-                run_dir = stack.enter_context(
-                    experiment.run_directory(
-                        options.run_dir, run_name(options, settings), keep=not options.dry_run
-                    )
-                )
+        with options_parser.user_errors():
+            settings, dataset = prepare(options)
+            state = training.start(settings, dataset)
+            suited = ensemble.threads(state.network.sizes, settings.batch_size)
+            experiment.set_speed(options, suited)
+        with options_parser.run_directory(
+            options.run_dir, run_name(options, settings), keep=not options.dry_run
+        ) as run_dir:
             config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
             run(state, settings, dataset, run_dir, config)
     except training.Diverged as error:
@@ -118,10 +116,8 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
         device=experiment.device(options.device),
         dtype=experiment.DTYPES[options.dtype],
     )
-    x, y = dataset.train
-    sizes = (x.shape[1], *settings.hidden, y.shape[1])
-    experiment.set_speed(options, suited=ensemble.threads(sizes, settings.batch_size))
     if options.dry_run:
+        x, y = dataset.train
         first = data.Split(x[: settings.batch_size], y[: settings.batch_size])
         return dataclasses.replace(settings, epochs=1), dataset._replace(train=first)
     return settings, dataset
