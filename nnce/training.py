@@ -4,6 +4,7 @@
 who differentiates. What is measured is measured by the rules, alike for every engine.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,8 +140,14 @@ class LayerFigures(NamedTuple):
 
     dz_norm: float
     """‖dC/dz‖ of one example, averaged over the examples."""
+    sigmoid_prime: float
+    """σ'(z), averaged over examples and neurons, in [0, ¼]."""
     saturated: float
     """The share of (example, neuron) pairs with σ'(z) below 0.01, in [0, 1]."""
+    slowdown: float
+    """`slowdown` of dC/da, in [0, ¼]. Of the last layer it is the *slowdown meter*, over the
+    examples that are wrong by more than ½ alone: ‖dz quadratic‖ / ‖dz cross-entropy‖, whatever the
+    loss. NaN where no example is that wrong."""
 
 
 class Record(NamedTuple):
@@ -171,33 +178,58 @@ def start(settings: Settings, dataset: data.Dataset) -> State:
     """
     for split in dataset:
         data.check(*split)
+    network = make_network(settings, dataset)
+    optimizer = _optimizer(network, settings, n_train=len(dataset.train.x))
+    return State(network, optimizer, generators(settings.seed)[1])
+
+
+def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
+    """The two streams of one seed: for the start, and for the order of the mini-batches."""
+    parent = torch.Generator().manual_seed(seed)
+    start_seed, order_seed = torch.randint(2**32, (2,), generator=parent).tolist()
+    return torch.Generator().manual_seed(start_seed), torch.Generator().manual_seed(order_seed)
+
+
+def sizes(settings: Settings, dataset: data.Dataset) -> tuple[int, ...]:
+    """Neurons of each layer, the input's first."""
     x, y = dataset.train
-    sizes = (x.shape[1], *settings.hidden, y.shape[1])
-    check_memory(sizes, dtype=x.dtype, device=x.device)
-    # Two streams out of one seed.
-    parent = torch.Generator().manual_seed(settings.seed)
-    init_seed, order_seed = torch.randint(2**32, (2,), generator=parent).tolist()
-    network = MLP(
-        sizes,
+    return (x.shape[1], *settings.hidden, y.shape[1])
+
+
+def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
+    """The network that the settings start from, for these data.
+
+    Raises:
+        MemoryError: it would not fit into memory; the sentence says how much it needs.
+    """
+    x = dataset.train.x
+    check_memory(sizes(settings, dataset), dtype=x.dtype, device=x.device)
+    return MLP(
+        sizes(settings, dataset),
         init=settings.init,
-        generator=torch.Generator().manual_seed(init_seed),
+        generator=generators(settings.seed)[0],
         device=x.device,
         dtype=x.dtype,
     )
-    optimizer = _optimizer(network, settings, weight_decay=settings.l2 / len(x))
-    return State(network, optimizer, torch.Generator().manual_seed(order_seed))
+
+
+def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
+    """What an ensemble needs to know of the settings."""
+    return Hyperparameters(
+        settings.loss, settings.rate, settings.momentum, weight_decay=settings.l2 / n_train
+    )
 
 
 def _optimizer(
-    network: MLP, settings: Settings, weight_decay: float
+    network: MLP, settings: Settings, n_train: int
 ) -> torch.optim.Optimizer | Ensemble:
     if settings.engine == "backprop":
-        values = Hyperparameters(settings.loss, settings.rate, settings.momentum, weight_decay)
+        values = hyperparameters(settings, n_train)
         return Ensemble([network], [values], batch_size=settings.batch_size)
     groups: list[dict[str, Any]] = [
         {
             "params": [linear.weight for linear in network.linears()],
-            "weight_decay": weight_decay,
+            "weight_decay": settings.l2 / n_train,
         },
         {"params": [linear.bias for linear in network.linears()]},
     ]
@@ -206,20 +238,38 @@ def _optimizer(
     return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
 
 
-def train(state: State, settings: Settings, dataset: data.Dataset) -> Iterator[Record]:
+def train(
+    state: State,
+    settings: Settings,
+    dataset: data.Dataset,
+    *,
+    measured: data.Dataset | None = None,
+) -> Iterator[Record]:
     """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
 
     Args:
         state: from `start`; moved in place, so `state.network` is the trained network.
         settings: those the state was made with.
         dataset: on one device, in one floating-point dtype.
+        measured: what the records are measured on; all of the dataset if None.
 
     Raises:
         Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
             The engine "backprop" makes no losses on its way, so there it is seen at the end.
     """
+
+    def record(seconds: float) -> Record:
+        return measure(
+            state.network,
+            settings.loss,
+            dataset if measured is None else measured,
+            epoch=state.epoch,
+            step=state.step,
+            seconds=seconds,
+        )
+
     if state.epoch == 0:
-        yield _record(state, settings, dataset, seconds=0.0)
+        yield record(seconds=0.0)
     while state.epoch < settings.epochs:
         began = time.perf_counter()
         losses = _train_epoch(state, settings, dataset.train)
@@ -227,10 +277,10 @@ def train(state: State, settings: Settings, dataset: data.Dataset) -> Iterator[R
             torch.cuda.synchronize(losses.device)
         seconds = time.perf_counter() - began
         _check_steps(losses, state, settings)
-        record = _record(state, settings, dataset, seconds)
-        if not torch.tensor(record.loss["train"]).isfinite():
+        found = record(seconds)
+        if not math.isfinite(found.loss["train"]):
             raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
-        yield record
+        yield found
 
 
 def torch_twin(network: MLP) -> nn.Sequential:
@@ -329,26 +379,58 @@ def evaluate(network: MLP, split: data.Split, loss: Loss) -> tuple[float, float]
 
 def layer_figures(network: MLP, split: data.Split, loss: Loss) -> list[LayerFigures]:
     """How each layer learns, over the first 1,000 examples of a split."""
-    found = backprop(network, split.x[:_LAYER_EXAMPLES], split.y[:_LAYER_EXAMPLES], loss=loss)
+    x, y = split.x[:_LAYER_EXAMPLES], split.y[:_LAYER_EXAMPLES]
+    found = backprop(network, x, y, loss=loss)
+    # What each layer would move by, were it not for its σ'(z).
+    with torch.no_grad():
+        wrong = is_wrong(found.a[-1], y)
+        pulls = [
+            rules.da_prev(dz, linear.weight)
+            for dz, linear in zip(found.dz[1:], network.linears()[1:], strict=True)
+        ]
+        pulls.append(rules.dz_cross_entropy(found.z[-1], y)[wrong])
+    seen = [*found.z[:-1], found.z[-1][wrong]]
     return [
         LayerFigures(
             dz_norm=dz.norm(dim=-1).mean().item(),
-            saturated=(rules.sigmoid_prime(z) < SATURATED).double().mean().item(),
+            sigmoid_prime=(prime := rules.sigmoid_prime(z)).mean().item(),
+            saturated=(prime < SATURATED).double().mean().item(),
+            slowdown=slowdown(pull, z_seen),
         )
-        for z, dz in zip(found.z, found.dz, strict=True)
+        for z, dz, pull, z_seen in zip(found.z, found.dz, pulls, seen, strict=True)
     ]
 
 
-def _record(state: State, settings: Settings, dataset: data.Dataset, seconds: float) -> Record:
-    measured = {
-        name: evaluate(state.network, split, settings.loss)
-        for name, split in dataset.splits().items()
-    }
+def is_wrong(a: Tensor, y: Tensor) -> Tensor:
+    """Which examples have an output that is wrong by more than ½: a and y [n, m] -> [n]."""
+    return ((a - y).abs() > 0.5).any(-1)
+
+
+def slowdown(pull: Tensor, z: Tensor) -> float:
+    """How much of a pull on a layer its σ'(z) lets through: ‖pull ∘ σ'(z)‖ / ‖pull‖, in [0, ¼].
+
+    With a − y for the pull it is ‖dz quadratic‖ / ‖dz cross-entropy‖ (equations 4 and 5), with
+    dC/da of a hidden layer ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN where nothing pulls.
+    """
+    return float(rules.dz_hidden(pull, z).norm() / pull.norm())
+
+
+def measure(
+    network: MLP,
+    loss: Loss,
+    dataset: data.Dataset,
+    *,
+    epoch: int,
+    step: int,
+    seconds: float,
+) -> Record:
+    """The record of a network as it is now."""
+    measured = {name: evaluate(network, split, loss) for name, split in dataset.splits().items()}
     return Record(
-        epoch=state.epoch,
-        step=state.step,
+        epoch=epoch,
+        step=step,
         seconds=seconds,
         loss={name: loss for name, (loss, _) in measured.items()},
         accuracy={name: accuracy for name, (_, accuracy) in measured.items()},
-        layers=layer_figures(state.network, dataset.validation, settings.loss),
+        layers=layer_figures(network, dataset.validation, loss),
     )

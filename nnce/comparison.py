@@ -1,0 +1,343 @@
+"""Seeds × losses × rates: all networks side by side, and the statistics of what comes out.
+
+Networks are *paired*: those of one seed start from the same parameters, whatever their loss and
+rate, and all see the same mini-batches. The control is one of them trained again by PyTorch's
+autograd. So the intervals here say how much the start matters; the order of the mini-batches is one
+and the same.
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from scipy import stats
+
+from nnce import data, training
+from nnce.backprop import LOSSES, Loss
+from nnce.ensemble import Ensemble, check_memory
+from nnce.modules import MLP, is_size
+from nnce.training import Engine, Record, Settings
+
+CONFIDENCE = 0.95
+# Of the training data the first so many are measured: as many as MNIST has for validation.
+_MEASURED = 10_000
+# The engines are compared over so many training examples: 200 mini-batches of 10.
+_ENGINE_EXAMPLES = 2_000
+
+
+class Variant(NamedTuple):
+    """What is compared: networks that differ in nothing but their seed."""
+
+    loss: Loss
+    lr: float
+    engine: Engine = "backprop"
+
+    def __str__(self) -> str:
+        """Its name, fit for a folder."""
+        control = "" if self.engine == "backprop" else f" {self.engine}"
+        return f"{self.loss} lr {self.lr:g}{control}"
+
+
+@dataclass
+class Run:
+    """One network of a comparison."""
+
+    settings: Settings
+    network: MLP
+    records: list[Record] = field(default_factory=list)
+    """From epoch 0 to the last one that is finished."""
+
+    @property
+    def variant(self) -> Variant:
+        """What it is compared as."""
+        assert self.settings.engine is not None
+        return Variant(self.settings.loss, self.settings.rate, self.settings.engine)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss is no finite number any more."""
+        return any(not math.isfinite(record.loss["train"]) for record in self.records)
+
+    @property
+    def last(self) -> Record:
+        """The last epoch."""
+        return self.records[-1]
+
+    @property
+    def best(self) -> Record:
+        """The epoch of the highest validation accuracy, the first one of several."""
+        return max(self.records, key=lambda record: record.accuracy["validation"])
+
+    def epochs_to(self, accuracy: float) -> int | None:
+        """The first epoch at whose end the validation accuracy is that high; None if it never is.
+
+        Args:
+            accuracy: in [0, 1].
+        """
+        reached = (r.epoch for r in self.records if r.accuracy["validation"] >= accuracy)
+        return next(reached, None)
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def plan(base: Settings, lrs: Mapping[Loss, Sequence[float]], seeds: int) -> list[Settings]:
+    """The settings of every network: each loss at each of its rates from each seed.
+
+    Args:
+        base: all that they have in common; seeds are counted from its seed.
+        lrs: learning rates, by loss; a rate that is there twice counts once.
+        seeds: how many starts.
+
+    Raises:
+        ValueError: there is no seed, no loss or no rate, or a value makes no sense.
+    """
+    if not is_size(seeds):
+        raise ValueError(f"expected at least 1 seed, a whole number, got {seeds}")
+    for loss in LOSSES:
+        if not lrs.get(loss):
+            raise ValueError(f"expected at least one learning rate for loss {loss!r}, got none")
+    variants = [
+        dataclasses.replace(base, loss=loss, lr=lr)
+        for loss, rates in lrs.items()
+        for lr in dict.fromkeys(rates)
+    ]
+    if base.seed + seeds > 2**32:
+        raise ValueError(f"expected seeds below 2**32, got {base.seed} and {seeds} in all")
+    return [
+        dataclasses.replace(settings, seed=base.seed + number)
+        for settings in variants
+        for number in range(seeds)
+    ]
+
+
+def start(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
+    """The networks before the first step, one for each of the settings.
+
+    Raises:
+        MemoryError: they would not all fit; the sentence says how much they need.
+    """
+    x = dataset.train.x
+    sizes = training.sizes(settings[0], dataset)
+    check_memory(sizes, len(settings), dtype=x.dtype, device=x.device)
+    return [Run(its, training.make_network(its, dataset)) for its in settings]
+
+
+def train(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
+    """Train all networks side by side, yielding each epoch once every run has its record of it.
+
+    Args:
+        runs: from `start`. They differ in loss, rate and seed alone; the first one's seed fixes the
+            order of the mini-batches.
+        dataset: on one device, in one dtype. The records' "train" is its first 10,000 training
+            examples.
+    """
+    (x, y), common = dataset.train, runs[0].settings
+    together = Ensemble(
+        [run.network for run in runs],
+        [training.hyperparameters(run.settings, len(x)) for run in runs],
+        batch_size=common.batch_size,
+    )
+    measured = _measured(dataset)
+    generator = training.generators(common.seed)[1]
+    step, seconds = 0, 0.0
+    for epoch in range(common.epochs + 1):
+        if epoch:
+            began = time.perf_counter()
+            step += together.train_epoch(x, y, data.order(len(x), generator, x.device))
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            seconds = (time.perf_counter() - began) / len(runs)
+        # Appended together, so that whoever interrupts finds them all equally long.
+        records = [
+            training.measure(
+                run.network,
+                run.settings.loss,
+                measured,
+                epoch=epoch,
+                step=step,
+                seconds=seconds,
+            )
+            for run in runs
+        ]
+        for run, record in zip(runs, records, strict=True):
+            run.records.append(record)
+        yield epoch
+
+
+def control(run: Run, dataset: data.Dataset, *, order_seed: int) -> tuple[Run, Iterator[int]]:
+    """The same network once more, from its start, by PyTorch's autograd alone.
+
+    Args:
+        run: the one to repeat.
+        dataset: the same.
+        order_seed: the seed that fixed the order of the mini-batches.
+
+    Returns:
+        The new run, and an iterator that trains it and yields its epochs.
+    """
+    settings = dataclasses.replace(run.settings, engine="autograd")
+    state = training.start(settings, dataset)
+    state.generator = training.generators(order_seed)[1]
+    again = Run(settings, state.network)
+
+    def epochs() -> Iterator[int]:
+        for record in training.train(state, settings, dataset, measured=_measured(dataset)):
+            again.records.append(record)
+            yield record.epoch
+
+    return again, epochs()
+
+
+def _measured(dataset: data.Dataset) -> data.Dataset:
+    return dataset._replace(train=_first(dataset.train, _MEASURED))
+
+
+def _first(split: data.Split, n: int) -> data.Split:
+    return data.Split(split.x[:n], split.y[:n])
+
+
+class EngineDifference(NamedTuple):
+    """How far an engine comes from autograd in a short training run in float64."""
+
+    loss: Loss
+    engine: Engine
+    steps: int
+    difference: float
+    """The largest difference of a parameter."""
+
+
+def engine_differences(
+    settings: Sequence[Settings], dataset: data.Dataset
+) -> list[EngineDifference]:
+    """One epoch of the first 2,000 training examples in float64, by every engine.
+
+    In float32 rounding differs, and training amplifies it; in float64 there is room to see that the
+    engines do the same. Large rates or momentum amplify even there.
+    """
+    whole = data.Dataset(
+        *(data.Split(x.double(), y.double()) for x, y in dataset.splits().values())
+    )
+    short = whole._replace(train=_first(whole.train, _ENGINE_EXAMPLES))
+    found = []
+    for its in settings:
+        trained: dict[Engine, training.State] = {}
+        for engine in training.ENGINES:
+            one = dataclasses.replace(its, engine=engine, epochs=1)
+            trained[engine] = training.start(one, short)
+            for _ in training.train(trained[engine], one, short):
+                pass
+        control = trained.pop("autograd")
+        for engine, state in trained.items():
+            pairs = zip(state.network.parameters(), control.network.parameters(), strict=True)
+            difference = max((a - b).abs().max().item() for a, b in pairs)
+            found.append(EngineDifference(its.loss, engine, state.step, difference))
+    return found
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+class Estimate(NamedTuple):
+    """A mean and how sure it is."""
+
+    mean: float
+    sd: float
+    """The sample's standard deviation; NaN for n = 1."""
+    low: float
+    high: float
+    """The 95 % confidence interval of the mean, by Student's t; NaN for n = 1."""
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean, standard deviation and 95 % confidence interval of independent values.
+
+    The interval is mean ± t s / √n, with the quantile t of Student's distribution with n − 1
+    degrees of freedom. Without values everything is NaN, and n is 0.
+    """
+    n = len(values)
+    if n < 2:
+        mean = values[0] if n else math.nan
+        return Estimate(mean, math.nan, math.nan, math.nan, n)
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    half = _quantile(n - 1) * sd / math.sqrt(n)
+    return Estimate(mean, sd, mean - half, mean + half, n)
+
+
+@functools.lru_cache
+def _quantile(degrees: int) -> float:
+    """What so much of Student's distribution lies within."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
+
+
+class Difference(NamedTuple):
+    """A paired difference."""
+
+    mean: float
+    low: float
+    high: float
+    """The 95 % confidence interval; NaN for n = 1."""
+    p: float
+    """Of the paired t-test, two-sided; NaN where the differences have no spread."""
+    n: int
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """a − b, pair by pair, by the paired t-test (`scipy.stats.ttest_rel`)."""
+    mean, sd, low, high, n = estimate([x - y for x, y in zip(a, b, strict=True)])
+    p = float(stats.ttest_rel(a, b).pvalue) if sd > 0 else math.nan
+    return Difference(mean, low, high, p, n)
+
+
+def by_variant(runs: Sequence[Run]) -> dict[Variant, list[Run]]:
+    """The runs of each variant, in their order."""
+    found: dict[Variant, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.variant, []).append(run)
+    return found
+
+
+def best_lrs(runs: Sequence[Run]) -> dict[Loss, float]:
+    """For each loss the rate with the highest mean validation accuracy after the last epoch.
+
+    A rate at which any network diverged is out; a loss of which none is left is not in the answer.
+    """
+    scores: dict[Loss, dict[float, float]] = {}
+    for variant, its in by_variant(runs).items():
+        if not any(run.diverged for run in its):
+            score = statistics.fmean(run.last.accuracy["validation"] for run in its)
+            scores.setdefault(variant.loss, {})[variant.lr] = score
+    return {loss: max(its, key=lambda lr: its[lr]) for loss, its in scores.items()}
+
+
+MEASURES: dict[str, Callable[[Run], float]] = {
+    "test accuracy after the first epoch": lambda run: run.records[1].accuracy["test"],
+    "test accuracy after the last epoch": lambda run: run.last.accuracy["test"],
+    "test accuracy at the best validation epoch": lambda run: run.best.accuracy["test"],
+}
+"""What the losses are compared by, each in [0, 1]."""
+
+
+def compare(
+    runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float
+) -> dict[str, Difference]:
+    """Cross-entropy minus quadratic, by measure, over the seeds at which neither diverged."""
+    its = by_variant([run for run in runs if not run.diverged])
+    a, b = (
+        {run.settings.seed: run for run in its.get(variant, [])}
+        for variant in (Variant("cross-entropy", cross_entropy_lr), Variant("quadratic", quadratic_lr))
+    )
+    seeds = [seed for seed in a if seed in b]
+    return {
+        name: paired_difference(
+            [measure(a[seed]) for seed in seeds], [measure(b[seed]) for seed in seeds]
+        )
+        for name, measure in MEASURES.items()
+    }
