@@ -332,7 +332,10 @@ def compare(
     its = by_variant([run for run in runs if not run.diverged])
     a, b = (
         {run.settings.seed: run for run in its.get(variant, [])}
-        for variant in (Variant("cross-entropy", cross_entropy_lr), Variant("quadratic", quadratic_lr))
+        for variant in (
+            Variant("cross-entropy", cross_entropy_lr),
+            Variant("quadratic", quadratic_lr),
+        )
     )
     seeds = [seed for seed in a if seed in b]
     return {

@@ -1,9 +1,14 @@
 """Figures. Each function draws one and returns it; saving and logging are the caller's."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from nnce import data, rules
 from nnce.accuracy import Curve
 
 
@@ -44,4 +49,147 @@ def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve])
         panel.grid(alpha=0.3)
     panels[0].legend(loc="lower right", fontsize=8)
     figure.suptitle("The saturation atlas: a line that ends has become exactly 0")
+    return figure
+
+
+def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
+    """The most confidently wrong examples: image, output, target, and dC/dz by both losses.
+
+    Args:
+        split: inputs (drawn if they are square images) and one-hot targets.
+        z: the network's outputs for them.
+        count: how many at most.
+    """
+    x, y = split
+    a = rules.sigmoid(z)
+    said, true = a.argmax(-1), y.argmax(-1)
+    # By how much the wrong class is ahead of the right one.
+    lead = (a.amax(-1) - a[torch.arange(len(a), device=a.device), true]) * (said != true)
+    order = lead.argsort(descending=True)[: min(count, int((said != true).sum()))]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    if not len(order):
+        figure.suptitle("No example is classified wrongly")
+        return figure
+    panels = figure.subplots(3, len(order), squeeze=False, sharey="row")
+    side = math.isqrt(x.shape[1])
+    classes = range(y.shape[1])
+    slow, fast = (rule(z, y) for rule in (rules.dz_quadratic, rules.dz_cross_entropy))
+    for column, i in zip(panels.T, order.tolist(), strict=True):
+        image, outputs, deltas = column
+        if side**2 == x.shape[1]:
+            image.imshow(x[i].view(side, side).float().cpu(), cmap="gray_r")
+        image.set_title(f"{true[i]} taken for {said[i]}", fontsize=9)
+        image.set_axis_off()
+        outputs.bar(classes, a[i].float().cpu(), color="0.6", label="a")
+        outputs.step(classes, y[i].float().cpu(), where="mid", color="black", lw=0.8, label="y")
+        deltas.plot(classes, fast[i].float().cpu(), "o", ms=3, color="C0", label="cross-entropy")
+        deltas.plot(classes, slow[i].float().cpu(), "x", ms=4, color="C1", label="quadratic")
+        deltas.set_xlabel("output neuron", fontsize=8)
+        for panel in (outputs, deltas):
+            panel.set_xticks([*classes][:: max(1, len(classes) // 5)])
+            panel.tick_params(labelsize=7)
+    panels[1, 0].set_ylabel("output a, target y")
+    panels[2, 0].set_ylabel("dC/dz")
+    panels[2, 0].legend(fontsize=7)
+    figure.suptitle("The most confidently wrong examples: how hard each loss would pull")
+    return figure
+
+
+def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
+    """How many examples of each class (row) are taken for which (column)."""
+    classes = split.y.shape[1]
+    pairs = split.y.argmax(-1) * classes + z.argmax(-1)
+    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    panel = figure.subplots()
+    wrong = counts.clone().fill_diagonal_(0)  # colours are for the mistakes
+    panel.imshow(wrong, cmap="Reds")
+    if classes <= 20:
+        for row, line in enumerate(counts.tolist()):
+            for column, number in enumerate(line):
+                if number:
+                    panel.text(column, row, str(number), ha="center", va="center", fontsize=7)
+    panel.set_xlabel("taken for")
+    panel.set_ylabel("class")
+    right = int(counts.diagonal().sum())
+    panel.set_title(f"{right:,} of {len(z):,} right")
+    return figure
+
+
+class Band(NamedTuple):
+    """A curve with its band: a mean and its confidence interval at each place."""
+
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def learning_curves(
+    by_epoch: Mapping[str, Band],
+    by_lr: Mapping[str, Band],
+    meter: Mapping[str, Band],
+    title: str,
+) -> Figure:
+    """The comparison in three panels, a colour a loss.
+
+    Args:
+        by_epoch: test accuracy in percent against the epoch, by name of the curve.
+        by_lr: test accuracy after the last epoch in percent against the learning rate.
+        meter: the slowdown meter against the epoch.
+        title: what was trained, and how many.
+    """
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    epochs, rates, meters = figure.subplots(1, 3)
+    for panel, bands, style in (
+        (epochs, by_epoch, "-"),
+        (rates, by_lr, "o-"),
+        (meters, meter, "-"),
+    ):
+        for color, (label, band) in zip(("C0", "C1", "C2", "C3"), bands.items(), strict=False):
+            panel.plot(band.x, band.mean, style, color=color, ms=4, label=label)
+            panel.fill_between(band.x, band.low, band.high, color=color, alpha=0.25, lw=0)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    epochs.set_xlabel("epoch")
+    epochs.set_ylabel("test accuracy, %")
+    shown = [value for band in by_epoch.values() for value in band.mean[2:]]
+    if shown:  # the last steps are what is compared; the start is at chance
+        epochs.set_ylim(min(shown) - 1, max(shown) + 0.5)
+    rates.set_xscale("log")
+    rates.set_xlabel("learning rate")
+    rates.set_ylabel("test accuracy after the last epoch, %")
+    meters.set_xlabel("epoch")
+    meters.set_ylabel("‖dz quadratic‖ / ‖dz cross-entropy‖")
+    meters.set_ylim(bottom=0)
+    figure.suptitle(title)
+    return figure
+
+
+def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]]]]) -> Figure:
+    """One neuron that learns to turn 1 into 0: output, loss and |dC/dw| against the epoch.
+
+    Args:
+        stories: for each start its title and, by name of the rule, three curves: the outputs, the
+            losses and |dC/dw|.
+    """
+    figure = Figure(figsize=(4 * len(stories), 7), layout="constrained")
+    panels = figure.subplots(3, len(stories), squeeze=False, sharex=True, sharey="row")
+    colors = {"cross-entropy": "C0", "quadratic": "C1"}
+    for column, (title, rules_) in zip(panels.T, stories, strict=True):
+        column[0].set_title(title)
+        for rule, curves in rules_.items():
+            for panel, values in zip(column, curves, strict=True):
+                style = "-" if rule in colors else "--"
+                panel.plot(values, style, color=colors.get(rule, "C3"), label=rule)
+        for panel in column:
+            panel.grid(alpha=0.3)
+        column[2].set_xlabel("epoch")
+    for panel, label in zip(panels[:, 0], ("output a", "loss C", "|dC/dw|"), strict=True):
+        panel.set_ylabel(label)
+    panels[0, 0].set_ylim(-0.03, 1.03)
+    panels[1, 0].set_yscale("symlog", linthresh=0.1)
+    panels[0, 0].legend(fontsize=8)
+    panels[0, -1].legend(fontsize=8)
+    figure.suptitle("One neuron, input 1, target 0: the learning slowdown")
     return figure

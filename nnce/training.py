@@ -220,9 +220,7 @@ def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
     )
 
 
-def _optimizer(
-    network: MLP, settings: Settings, n_train: int
-) -> torch.optim.Optimizer | Ensemble:
+def _optimizer(network: MLP, settings: Settings, n_train: int) -> torch.optim.Optimizer | Ensemble:
     if settings.engine == "backprop":
         values = hyperparameters(settings, n_train)
         return Ensemble([network], [values], batch_size=settings.batch_size)
