@@ -40,8 +40,8 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         """Its name, fit for a folder."""
-        control = "" if self.engine == "backprop" else f" {self.engine}"
-        return f"{self.loss} lr {self.lr:g}{control}"
+        control = "" if self.engine == "backprop" else f"-{self.engine}"
+        return f"{self.loss}-lr{self.lr:g}{control}"
 
 
 @dataclass
@@ -52,6 +52,8 @@ class Run:
     network: MLP
     records: list[Record] = field(default_factory=list)
     """From epoch 0 to the last one that is finished."""
+    stopped: bool = False
+    """Whether training has given up on it, since its loss is no finite number any more."""
 
     @property
     def variant(self) -> Variant:
@@ -62,7 +64,7 @@ class Run:
     @property
     def diverged(self) -> bool:
         """Whether a loss is no finite number any more."""
-        return any(not math.isfinite(record.loss["train"]) for record in self.records)
+        return self.stopped or not math.isfinite(self.last.loss["train"])
 
     @property
     def last(self) -> Record:
@@ -188,9 +190,12 @@ def control(run: Run, dataset: data.Dataset, *, order_seed: int) -> tuple[Run, I
     again = Run(settings, state.network)
 
     def epochs() -> Iterator[int]:
-        for record in training.train(state, settings, dataset, measured=_measured(dataset)):
-            again.records.append(record)
-            yield record.epoch
+        try:
+            for record in training.train(state, settings, dataset, measured=_measured(dataset)):
+                again.records.append(record)
+                yield record.epoch
+        except training.Diverged:
+            again.stopped = True
 
     return again, epochs()
 
@@ -318,29 +323,95 @@ def best_lrs(runs: Sequence[Run]) -> dict[Loss, float]:
 
 
 MEASURES: dict[str, Callable[[Run], float]] = {
-    "test accuracy after the first epoch": lambda run: run.records[1].accuracy["test"],
-    "test accuracy after the last epoch": lambda run: run.last.accuracy["test"],
-    "test accuracy at the best validation epoch": lambda run: run.best.accuracy["test"],
+    "first epoch": lambda run: run.records[1].accuracy["test"],
+    "last epoch": lambda run: run.last.accuracy["test"],
+    "best validation epoch": lambda run: run.best.accuracy["test"],
 }
-"""What the losses are compared by, each in [0, 1]."""
+"""The test accuracies that variants are compared by, in [0, 1], by when they are taken."""
+ACCURACIES = (0.90, 0.95, 0.97)
+"""The validation accuracies that variants are timed to."""
 
 
-def compare(
-    runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float
-) -> dict[str, Difference]:
-    """Cross-entropy minus quadratic, by measure, over the seeds at which neither diverged."""
+class Summary(NamedTuple):
+    """What became of one variant: of its networks that did not diverge."""
+
+    variant: Variant
+    networks: int
+    diverged: int
+    epochs: int
+    """The last epoch that is finished."""
+    test_accuracy: dict[str, Estimate]
+    """By `MEASURES`."""
+    epochs_to: dict[float, list[int | None]]
+    """By `ACCURACIES`, for each network: the epochs it took; None if it never came there."""
+    saturated: tuple[float, float]
+    """The mean share of output neurons with σ'(z) < 0.01, at the start and at the end."""
+    seconds: float
+    """Of training, a network."""
+
+
+def summarise(runs: Sequence[Run]) -> Summary:
+    """The summary of runs of one variant."""
+    whole = [run for run in runs if not run.diverged]
+
+    def mean(values: list[float]) -> float:
+        return statistics.fmean(values) if values else math.nan
+
+    return Summary(
+        variant=runs[0].variant,
+        networks=len(runs),
+        diverged=len(runs) - len(whole),
+        epochs=runs[0].last.epoch,
+        test_accuracy={
+            name: estimate([measure(run) for run in whole]) for name, measure in MEASURES.items()
+        },
+        epochs_to={accuracy: [run.epochs_to(accuracy) for run in whole] for accuracy in ACCURACIES},
+        saturated=(
+            mean([run.records[0].layers[-1].saturated for run in whole]),
+            mean([run.last.layers[-1].saturated for run in whole]),
+        ),
+        seconds=mean([sum(record.seconds for record in run.records) for run in runs]),
+    )
+
+
+class Comparison(NamedTuple):
+    """Cross-entropy minus quadratic, pair by pair."""
+
+    quadratic_lr: float
+    cross_entropy_lr: float
+    difference: dict[str, Difference]
+    """Of the test accuracy, by `MEASURES`."""
+
+
+def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -> Comparison:
+    """The losses at a rate each, over the seeds at which neither diverged."""
     its = by_variant([run for run in runs if not run.diverged])
-    a, b = (
+    quadratic, cross_entropy = (
         {run.settings.seed: run for run in its.get(variant, [])}
         for variant in (
-            Variant("cross-entropy", cross_entropy_lr),
             Variant("quadratic", quadratic_lr),
+            Variant("cross-entropy", cross_entropy_lr),
         )
     )
-    seeds = [seed for seed in a if seed in b]
-    return {
-        name: paired_difference(
-            [measure(a[seed]) for seed in seeds], [measure(b[seed]) for seed in seeds]
-        )
-        for name, measure in MEASURES.items()
-    }
+    seeds = [seed for seed in cross_entropy if seed in quadratic]
+    return Comparison(
+        quadratic_lr,
+        cross_entropy_lr,
+        {
+            name: paired_difference(
+                [measure(cross_entropy[seed]) for seed in seeds],
+                [measure(quadratic[seed]) for seed in seeds],
+            )
+            for name, measure in MEASURES.items()
+        },
+    )
+
+
+def common_lrs(runs: Sequence[Run]) -> list[float]:
+    """The rates that both losses were trained at."""
+    variants = by_variant(runs)
+    return [
+        variant.lr
+        for variant in variants
+        if variant.loss == "quadratic" and variant._replace(loss="cross-entropy") in variants
+    ]

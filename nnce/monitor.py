@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -141,8 +142,13 @@ class Monitor:
             for tag, value in scalars(record).items()
             if tag.startswith(("loss/", "accuracy/"))
         }
+        writer: Any = self._writer.file_writer
         for summary in hparams(options, metrics):
-            self._writer.file_writer.add_summary(summary)
+            writer.add_summary(summary)
+
+    def log_figure(self, tag: str, figure: Figure) -> None:
+        """Add a picture."""
+        self._writer.add_figure(tag, figure)
 
     def log_text(self, tag: str, markdown: str) -> None:
         """Add a page of text."""
@@ -185,7 +191,8 @@ def watch(
     pass too; a step without one leaves a gap. The gradients are looked at and not touched.
 
     Seen are `torch.sigmoid` and its other names, wherever the model calls them, `torch.nn.Sigmoid`
-    and `nnce.Sigmoid`. Not seen is what is inside a fused kernel, as in an LSTM.
+    and the module `nnce.Sigmoid`. Not seen are the function `nnce.sigmoid` and what is inside a
+    fused kernel, as in an LSTM.
 
     Args:
         model: any module, not compiled; of one that is, watch the module it was made from before.
@@ -200,7 +207,7 @@ def watch(
     Raises:
         TypeError: model or writer is none.
         ValueError: `every` is no whole number of at least 1, or the model is compiled.
-        RuntimeError: at the first step, where the forward pass came by no sigmoid.
+        ValueError: at the first step, if the forward pass came by no sigmoid.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to watch, got {type(model).__name__}")
@@ -232,7 +239,7 @@ class Watcher:
             # Called after a forward that raised, too.
             model.register_forward_hook(self._after, always_call=True),
             *(
-                module.register_forward_hook(self._sigmoid_module)
+                module.register_forward_hook(self._sigmoid_module, with_kwargs=True)
                 for module in model.modules()
                 if isinstance(module, modules.Sigmoid)
             ),
@@ -262,18 +269,24 @@ class Watcher:
             return
         if self.step % self._every == 0:
             self._pass = _Pass()
-            self._pass.__enter__()
+            self._pass.__enter__()  # type: ignore[no-untyped-call]
         self.step += 1
 
-    def _sigmoid_module(self, module: nn.Module, arguments: tuple[Tensor], a: Tensor) -> None:
+    def _sigmoid_module(
+        self,
+        module: nn.Module,
+        arguments: tuple[Tensor, ...],
+        keywords: Mapping[str, Tensor],
+        a: Tensor,
+    ) -> None:
         if self._pass is not None:
-            self._pass.seen.append((arguments[0], a))
+            self._pass.seen.append(((*arguments, *keywords.values())[0], a))
 
     def _after(self, model: nn.Module, arguments: object, output: object) -> None:
         if self._pass is None:
             return
         seen = self._pass.seen
-        self._pass.__exit__(None, None, None)
+        self._pass.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._pass = None
         if output is None:  # the forward pass raised
             return
@@ -285,9 +298,11 @@ class Watcher:
                 )
             seen.append((output, None))
         if not seen:
-            raise RuntimeError(
-                f"the forward pass of {self._name} came by no sigmoid; if its loss has it, as "
-                f"BCEWithLogitsLoss, watch with logits=True"
+            self.remove()
+            raise ValueError(
+                f"expected a model with sigmoids, but the forward pass of {self._name} came by "
+                f"none; if its loss has the sigmoid, as BCEWithLogitsLoss has, watch with "
+                f"logits=True"
             )
         # Hooks of an earlier pass that never had its backward would only hold its graph.
         for handle in self._gradients:
@@ -367,10 +382,11 @@ class _Pass(TorchFunctionMode):
         keywords: Mapping[str, Any] | None = None,
     ) -> Any:
         found = function(*arguments, **(keywords or {}))
-        if function in _SIGMOIDS:
+        # Inside an autograd Function, such as nnce's, gradients are off.
+        if function in _SIGMOIDS and torch.is_grad_enabled():
             z = arguments[0] if arguments else (keywords or {})["input"]
             self.seen.append((z, found))
         return found
 
 
-_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit, nn.functional.sigmoid}
+_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}

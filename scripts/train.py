@@ -150,12 +150,17 @@ def run(
             for record in bar:
                 records.append(record)
                 monitor.log(record)
+                monitor.log_histograms(
+                    state.network, dataset.validation, settings.loss, record.epoch
+                )
                 nnce.save(state.network, run_dir / "network.pt")
                 bar.write(line(record))
         except (KeyboardInterrupt, BrokenPipeError):
             if not records:
                 raise
             interrupted = True
+        monitor.log_images(state.network, dataset.test, records[-1].epoch)
+        monitor.log_hparams(records[-1])
 
     rows = closing_rows(records)
     seconds = time.perf_counter() - began

@@ -47,5 +47,22 @@ def script():
 
 
 @pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run a script's main() on bad input: one line, status 2, and nothing left behind; the line."""
+
+    def run(main, *options):
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            main(list(options))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return run
+
+
+@pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

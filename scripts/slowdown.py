@@ -1,0 +1,193 @@
+"""The notes' story with one neuron, input 1 and target 0: how each loss gets out of being wrong."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from nnce import backprop, experiment, plots
+
+STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
+# Where a is below this the neuron says 0, as it should.
+RIGHT = 0.5
+
+
+Rule = Literal["quadratic", "cross-entropy", "BCELoss of σ(z)"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+
+
+class Story(NamedTuple):
+    """One neuron by one rule: a value an epoch, the first before any step."""
+
+    rule: Rule
+    w: float
+    b: float
+    output: list[float]
+    """a, in [0, 1]."""
+    loss: list[float]
+    """C by the rule."""
+    dw: list[float]
+    """|dC/dw|."""
+
+
+def parser() -> experiment.ArgumentParser:
+    """The options."""
+    parser = experiment.ArgumentParser(__doc__)
+    parser.add_argument(
+        "--start",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar=("W", "B"),
+        help="weight and bias to start from, may be given several times (if not given: "
+        + ", ".join(f"{w:g} {b:g}" for w, b in STARTS)
+        + ")",
+    )
+    parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
+    parser.add_argument("--epochs", type=int, default=300, help="steps")
+    parser.add_argument(
+        "--dtype", choices=experiment.DTYPES, default="float32", help="of all tensors"
+    )
+    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tell the story; the exit status."""
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
+    began = time.perf_counter()
+    with options_parser.user_errors():
+        if not 1 <= options.epochs <= 100_000:
+            raise ValueError(f"expected 1 to 100,000 --epochs, got {options.epochs:,}")
+        starts = [tuple(start) for start in options.start or STARTS]
+        numbers = torch.tensor([options.lr, *(value for start in starts for value in start)])
+        if not (numbers.isfinite().all() and options.lr > 0):
+            raise ValueError("expected finite numbers for --start and a positive --lr")
+    with options_parser.run_directory(options.run_dir, "slowdown") as run_dir:
+        dtype = experiment.DTYPES[options.dtype]
+        stories = [
+            learn(rule, w, b, options.lr, options.epochs, dtype)
+            for w, b in starts
+            for rule in RULES
+        ]
+        log(stories, run_dir)
+        rows = [row(story) for story in stories]
+        experiment.write_results(
+            run_dir,
+            config=vars(options),
+            device=torch.device("cpu"),
+            seconds=time.perf_counter() - began,
+            rows=rows,
+            epochs=[story._asdict() for story in stories],
+        )
+        print(f"\n{experiment.table([readable(story) for story in stories])}\n")
+        print(f"Results and a picture: {run_dir}")
+        print(f"Curves: {experiment.tensorboard_command(run_dir)}")
+    return 0
+
+
+def learn(rule: Rule, w: float, b: float, lr: float, epochs: int, dtype: torch.dtype) -> Story:
+    """Train one neuron from (w, b), example by example, of which there is one."""
+    x, y = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    W, bias = torch.full((1, 1), w, dtype=dtype), torch.full((1,), b, dtype=dtype)
+    story = Story(rule, w, b, [], [], [])
+    for _ in range(epochs + 1):
+        if rule == "BCELoss of σ(z)":
+            a, C, dW, db = by_autograd(W, bias, x, y)
+        else:
+            a, C, dW, db = by_hand(W, bias, x, y, rule)
+        story.output.append(a.item())
+        story.loss.append(C.item())
+        story.dw.append(abs(dW.item()))
+        W, bias = W - lr * dW, bias - lr * db
+    return story
+
+
+_Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def by_hand(
+    W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, loss: backprop.Loss
+) -> _Step:
+    """a, C, dC/dW and dC/db by the rules."""
+    found = backprop.backprop([(W, b)], x, y, loss=loss)
+    C = backprop.loss_per_component(found.z[-1], y, loss)
+    return found.a[-1], C, found.gradients["0.weight"], found.gradients["0.bias"]
+
+
+def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> _Step:
+    """The same by what one would write in PyTorch: a sigmoid, BCELoss and autograd."""
+    W, b = W.requires_grad_(), b.requires_grad_()
+    a = nn.functional.linear(x, W, b).sigmoid()
+    C = nn.functional.binary_cross_entropy(a, y)
+    dW, db = torch.autograd.grad(C, (W, b))
+    return a.detach(), C.detach(), dW, db
+
+
+def log(stories: Sequence[Story], run_dir: Path) -> None:
+    """Write TensorBoard's curves, a run for each rule from each start, and the picture."""
+    for story in stories:
+        name = f"w{story.w:g}-b{story.b:g}-{story.rule.split(' ')[0]}"
+        with SummaryWriter(str(run_dir / name)) as writer:
+            for epoch, values in enumerate(zip(story.output, story.loss, story.dw, strict=True)):
+                for tag, value in zip(
+                    ("neuron/output", "neuron/loss", "neuron/dC_dw"), values, strict=True
+                ):
+                    writer.add_scalar(tag, value, epoch)
+    starts = dict.fromkeys((story.w, story.b) for story in stories)
+    figure = plots.single_neuron(
+        [
+            (
+                f"start w = {w:g}, b = {b:g}",
+                {
+                    story.rule: (story.output, story.loss, story.dw)
+                    for story in stories
+                    if (story.w, story.b) == (w, b)
+                },
+            )
+            for w, b in starts
+        ]
+    )
+    figure.savefig(run_dir / "single-neuron.png", dpi=90)
+    with SummaryWriter(str(run_dir)) as writer:
+        writer.add_figure("single neuron", figure)
+
+
+def row(story: Story) -> experiment.Row:
+    """A row of results.json."""
+    right = (epoch for epoch, a in enumerate(story.output) if a < RIGHT)
+    return {
+        "w": story.w,
+        "b": story.b,
+        "rule": story.rule,
+        "output_start": story.output[0],
+        "output_end": story.output[-1],
+        "loss_start": story.loss[0],
+        "loss_end": story.loss[-1],
+        "dw_start": story.dw[0],
+        "dw_most": max(story.dw),
+        "first_epoch_below_half": next(right, None),
+    }
+
+
+def readable(story: Story) -> experiment.Row:
+    """The same for people."""
+    its = row(story)
+    first = its["first_epoch_below_half"]
+    return {
+        "start w, b": f"{story.w:g}, {story.b:g}",
+        "rule": story.rule,
+        "|dC/dw| at the start": f"{its['dw_start']:.2g}",
+        "loss": f"{its['loss_start']:.3g} → {its['loss_end']:.3g}",
+        "output": f"{its['output_start']:.4f} → {its['output_end']:.4f}",
+        "below ½ from epoch": "never" if first is None else str(first),
+    }
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
