@@ -156,17 +156,20 @@ def train(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = (time.perf_counter() - began) / len(runs)
+        by_split = {
+            name: training.evaluate_together(together, split)
+            for name, split in measured.splits().items()
+        }
         # Appended together, so that whoever interrupts finds them all equally long.
         records = [
-            training.measure(
-                run.network,
-                run.settings.loss,
-                measured,
-                epoch=epoch,
-                step=step,
-                seconds=seconds,
+            training.make_record(
+                epoch,
+                step,
+                seconds,
+                {name: evaluations[r] for name, evaluations in by_split.items()},
+                training.layer_figures(run.network, measured.validation, run.settings.loss),
             )
-            for run in runs
+            for r, run in enumerate(runs)
         ]
         for run, record in zip(runs, records, strict=True):
             run.records.append(record)

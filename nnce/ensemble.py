@@ -95,13 +95,14 @@ class Ensemble:
         self.dtype = first.linears()[0].weight.dtype
         check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
         self._graph = graph and self.device.type == "cuda"
+        self._members = self._grouped()
         self._groups = [
             _Group([self.networks[r] for r in members], [self.hyperparameters[r] for r in members])
-            for members in self._members()
+            for members in self._members
         ]
         self._blocks: dict[int, _Block] = {}
 
-    def _members(self) -> list[list[int]]:
+    def _grouped(self) -> list[list[int]]:
         """Which networks go together: alike ones, as many as fit the cache."""
         size = len(self.networks)
         if self.device.type == "cpu":
@@ -139,6 +140,22 @@ class Ensemble:
                 torch.index_select(y, 0, indices, out=block.y)
                 block.run()
         return -(-len(order) // self.batch_size)
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """z of the last layer of every network, as `network(x)` of each one, side by side.
+
+        Args:
+            x: inputs [n, n_in], on the ensemble's device and in its dtype.
+
+        Returns:
+            [n, n_out] for each network, in their order.
+        """
+        self._check_places()
+        found: dict[int, Tensor] = {}
+        for members, group in zip(self._members, self._groups, strict=True):
+            found |= zip(members, group.outputs(x), strict=True)
+        return [found[r] for r in range(len(self.networks))]
 
     def _block_steps(self) -> int:
         """How many mini-batches make a block."""
@@ -298,6 +315,17 @@ class _Group:
                     parameter(b, b_filled, [0.0] * self.size),
                 )
             )
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """z of the last layer for each network."""
+        first = self.layers[0]
+        z = torch.addmm(first.b.value, x, first.W.value.mT).view(len(x), self.size, -1)  # (1)
+        z = z.transpose(0, 1)  # [G, n, n_out]
+        for W, b in self.layers[1:]:
+            W_by_network = W.value.view(self.size, -1, z.shape[-1])
+            b_by_network = b.value.view(self.size, 1, -1)
+            z = torch.baddbmm(b_by_network, z.sigmoid(), W_by_network.mT)  # (1)
+        return list(z)
 
     def state(self) -> list[Tensor]:
         """All that a step changes."""

@@ -77,13 +77,13 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     for column, i in zip(panels.T, order.tolist(), strict=True):
         image, outputs, deltas = column
         if side**2 == x.shape[1]:
-            image.imshow(x[i].view(side, side).float().cpu(), cmap="gray_r")
+            image.imshow(x[i].view(side, side).tolist(), cmap="gray_r")
         image.set_title(f"{true[i]} taken for {said[i]}", fontsize=9)
         image.set_axis_off()
-        outputs.bar(classes, a[i].float().cpu(), color="0.6", label="a")
-        outputs.step(classes, y[i].float().cpu(), where="mid", color="black", lw=0.8, label="y")
-        deltas.plot(classes, fast[i].float().cpu(), "o", ms=3, color="C0", label="cross-entropy")
-        deltas.plot(classes, slow[i].float().cpu(), "x", ms=4, color="C1", label="quadratic")
+        outputs.bar(classes, a[i].tolist(), color="0.6", label="a")
+        outputs.step(classes, y[i].tolist(), where="mid", color="black", lw=0.8, label="y")
+        deltas.plot(classes, fast[i].tolist(), "o", ms=3, color="C0", label="cross-entropy")
+        deltas.plot(classes, slow[i].tolist(), "x", ms=4, color="C1", label="quadratic")
         deltas.set_xlabel("output neuron", fontsize=8)
         for panel in (outputs, deltas):
             panel.set_xticks([*classes][:: max(1, len(classes) // 5)])
@@ -103,7 +103,7 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     panel = figure.subplots()
     wrong = counts.clone().fill_diagonal_(0)  # colours are for the mistakes
-    panel.imshow(wrong, cmap="Reds")
+    panel.imshow(wrong.tolist(), cmap="Reds")
     if classes <= 20:
         for row, line in enumerate(counts.tolist()):
             for column, number in enumerate(line):
@@ -153,9 +153,9 @@ def learning_curves(
         panel.legend(fontsize=8)
     epochs.set_xlabel("epoch")
     epochs.set_ylabel("test accuracy, %")
-    shown = [value for band in by_epoch.values() for value in band.mean[2:]]
-    if shown:  # the last steps are what is compared; the start is at chance
-        epochs.set_ylim(min(shown) - 1, max(shown) + 0.5)
+    shown = [value for band in by_epoch.values() for value in band.mean[1:]]
+    if shown:  # the start, at chance, would squeeze what is compared
+        epochs.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
     rates.set_xscale("log")
     rates.set_xlabel("learning rate")
     rates.set_ylabel("test accuracy after the last epoch, %")
@@ -188,7 +188,7 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
     for panel, label in zip(panels[:, 0], ("output a", "loss C", "|dC/dw|"), strict=True):
         panel.set_ylabel(label)
     panels[0, 0].set_ylim(-0.03, 1.03)
-    panels[1, 0].set_yscale("symlog", linthresh=0.1)
+    panels[1, 0].set_yscale("log")
     panels[0, 0].legend(fontsize=8)
     panels[0, -1].legend(fontsize=8)
     figure.suptitle("One neuron, input 1, target 0: the learning slowdown")

@@ -6,7 +6,7 @@ who differentiates. What is measured is measured by the rules, alike for every e
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -165,6 +165,24 @@ class Record(NamedTuple):
     """From the first layer with weights to the last."""
 
 
+def make_record(
+    epoch: int,
+    step: int,
+    seconds: float,
+    measured: Mapping[str, "Evaluation"],
+    layers: list[LayerFigures],
+) -> Record:
+    """A record of what was measured, by split."""
+    return Record(
+        epoch,
+        step,
+        seconds,
+        loss={name: its.loss for name, its in measured.items()},
+        accuracy={name: its.accuracy for name, its in measured.items()},
+        layers=layers,
+    )
+
+
 class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
@@ -255,16 +273,15 @@ def train(
         Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
             The engine "backprop" makes no losses on its way, so there it is seen at the end.
     """
+    measured = dataset if measured is None else measured
 
     def record(seconds: float) -> Record:
-        return measure(
-            state.network,
-            settings.loss,
-            dataset if measured is None else measured,
-            epoch=state.epoch,
-            step=state.step,
-            seconds=seconds,
-        )
+        found = {
+            name: evaluate(state.network, split, settings.loss)
+            for name, split in measured.splits().items()
+        }
+        layers = layer_figures(state.network, measured.validation, settings.loss)
+        return make_record(state.epoch, state.step, seconds, found, layers)
 
     if state.epoch == 0:
         yield record(seconds=0.0)
@@ -361,18 +378,44 @@ def _diverged(when: str, settings: Settings) -> str:
 # ------------------------------------------------------------------------------------- evaluation
 
 
+class Evaluation(NamedTuple):
+    """How good a network is on a split."""
+
+    loss: float
+    """C, at least 0."""
+    accuracy: float
+    """In [0, 1]."""
+
+
+def evaluate(network: MLP, split: data.Split, loss: Loss) -> Evaluation:
+    """C and accuracy of a network on a split."""
+    return _evaluate(lambda x: [network(x)], split, [loss])[0]
+
+
+def evaluate_together(together: Ensemble, split: data.Split) -> list[Evaluation]:
+    """The same for each network of an ensemble, by the loss it is trained with."""
+    losses = [values.loss for values in together.hyperparameters]
+    return _evaluate(together.outputs, split, losses)
+
+
 @torch.no_grad()
-def evaluate(network: MLP, split: data.Split, loss: Loss) -> tuple[float, float]:
-    """C and accuracy of a network on a split: (loss at least 0, accuracy in [0, 1])."""
-    total = torch.zeros((), dtype=torch.float64, device=split.x.device)
-    right = torch.zeros((), dtype=torch.int64, device=split.x.device)
+def _evaluate(
+    outputs: Callable[[Tensor], list[Tensor]], split: data.Split, losses: list[Loss]
+) -> list[Evaluation]:
+    n, device = len(split.x), split.x.device
+    total = torch.zeros(len(losses), dtype=torch.float64, device=device)
+    right = torch.zeros(len(losses), dtype=torch.int64, device=device)
     for x, y in zip(
         split.x.split(_EVALUATION_CHUNK), split.y.split(_EVALUATION_CHUNK), strict=True
     ):
-        z = network(x)
-        total += loss_per_component(z, y, loss).sum(dtype=torch.float64)
-        right += (z.argmax(-1) == y.argmax(-1)).sum()
-    return total.item() / len(split.x), right.item() / len(split.x)
+        labels = y.argmax(-1)
+        for r, (z, loss) in enumerate(zip(outputs(x), losses, strict=True)):
+            total[r] += loss_per_component(z, y, loss).sum(dtype=torch.float64)
+            right[r] += (z.argmax(-1) == labels).sum()
+    return [
+        Evaluation(C / n, count / n)
+        for C, count in zip(total.tolist(), right.tolist(), strict=True)
+    ]
 
 
 def layer_figures(network: MLP, split: data.Split, loss: Loss) -> list[LayerFigures]:
@@ -411,24 +454,3 @@ def slowdown(pull: Tensor, z: Tensor) -> float:
     dC/da of a hidden layer ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN where nothing pulls.
     """
     return float(rules.dz_hidden(pull, z).norm() / pull.norm())
-
-
-def measure(
-    network: MLP,
-    loss: Loss,
-    dataset: data.Dataset,
-    *,
-    epoch: int,
-    step: int,
-    seconds: float,
-) -> Record:
-    """The record of a network as it is now."""
-    measured = {name: evaluate(network, split, loss) for name, split in dataset.splits().items()}
-    return Record(
-        epoch=epoch,
-        step=step,
-        seconds=seconds,
-        loss={name: loss for name, (loss, _) in measured.items()},
-        accuracy={name: accuracy for name, (_, accuracy) in measured.items()},
-        layers=layer_figures(network, dataset.validation, loss),
-    )

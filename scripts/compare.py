@@ -486,6 +486,9 @@ def conclude(
         grid = {variant.lr for variant in comparison.by_variant(runs) if variant.loss == loss}
         if len(grid) > 1 and lr in (min(grid), max(grid)):
             tables.append(f"The best rate for {loss}, {lr:g}, is at the edge of its grid.")
+    for loss in backprop.LOSSES:
+        if loss not in best:
+            tables.append(f"No rate of {loss} is left: all diverged.")
     if compared and (differences := difference_rows(compared)):
         tables += [
             "Cross-entropy minus quadratic, in points of test accuracy, paired by the start; "

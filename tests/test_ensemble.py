@@ -333,3 +333,16 @@ def test_more_than_memory_holds_is_refused_before_anything_is_made():
     ):
         ensemble.check_memory((784, 30, 10), 1_000_000_000)
     ensemble.check_memory((784, 30, 10), 1_000)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (6, 5, 4, 2)])
+@pytest.mark.parametrize("R", [1, 3])
+def test_outputs_are_those_of_each_network(sizes, R, generator):
+    networks = [nnce.MLP(sizes, generator=generator, dtype=torch.float64) for _ in range(R)]
+    # In another order than they are grouped in.
+    losses = ["quadratic", "cross-entropy", "quadratic"][:R]
+    values = [Hyperparameters(loss, lr=0.1) for loss in losses]
+    together = Ensemble(networks, values, batch_size=4)
+    x = torch.rand(7, sizes[0], generator=generator, dtype=torch.float64)
+    for network, z in zip(networks, together.outputs(x), strict=True):
+        torch.testing.assert_close(z, network(x), rtol=0, atol=1e-14)

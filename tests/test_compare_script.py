@@ -1,0 +1,280 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nnce import comparison, data, training
+
+VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def compare(request):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("compare", ROOT / "scripts" / "compare.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def finished(compare, tmp_path_factory):
+    """A small comparison, its directory and its results."""
+    run_dir = tmp_path_factory.mktemp("compare") / "run"
+    options = ["--seeds", "3", "--lrs", "0.5", "3", "--epochs", str(EPOCHS)]
+    assert compare.main([*options, "--run-dir", str(run_dir)]) == 0
+    return run_dir, json.loads((run_dir / "results.json").read_text())
+
+
+def test_results(finished):
+    _, results = finished
+    rows = {(row["loss"], row["lr"], row["engine"]): row for row in results["rows"]}
+    best = results["best_lrs"]
+    assert set(rows) == {
+        (loss, lr, "backprop") for loss in ("quadratic", "cross-entropy") for lr in (0.5, 3.0)
+    } | {(loss, lr, "autograd") for loss, lr in best.items()}
+    for (loss, lr, engine), row in rows.items():
+        assert row["chosen"] == (engine == "backprop" and best[loss] == lr)
+        assert row["networks"] == (3 if engine == "backprop" else 1)
+        assert row["diverged"] == 0 and row["epochs"] == EPOCHS
+        for when in ("first epoch", "last epoch", "best validation epoch"):
+            mean, low, high = (
+                row[f"test accuracy, {when}, {what}"] for what in ("mean", "low", "high")
+            )
+            assert 0 < mean < 1
+            assert (low is None) if engine == "autograd" else low <= mean <= high
+        assert len(row["epochs to 90% validation accuracy"]) == row["networks"]
+        assert row["seconds a network"] > 0
+    assert {found["at"] for found in results["differences"]} == {
+        "both 0.5",
+        "both 3",
+        f"best: {best['quadratic']:g} and {best['cross-entropy']:g}",
+    }
+    assert len(results["differences"]) == 3 * 3
+    assert all(found["difference"] < 1e-12 for found in results["engines"])
+    assert not results["interrupted"] and results["command"].startswith("scripts/compare.py")
+    assert len(results["control"]) == 2
+
+
+def test_the_table_is_what_the_csv_says(finished):
+    """The statistics, once more from the epochs of every network."""
+    run_dir, results = finished
+    with (run_dir / "epochs.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert len(epochs) == (4 * 3 + 2) * (EPOCHS + 1)
+    for row in results["rows"]:
+        last = [
+            float(its["accuracy/test"])
+            for its in epochs
+            if its["loss"] == row["loss"]
+            and float(its["lr"]) == row["lr"]
+            and its["engine"] == row["engine"]
+            and int(its["epoch"]) == EPOCHS
+        ]
+        assert len(last) == row["networks"]
+        expected = comparison.estimate(last)
+        assert row["test accuracy, last epoch, mean"] == pytest.approx(expected.mean)
+        if len(last) > 1:
+            assert row["test accuracy, last epoch, high"] == pytest.approx(expected.high)
+
+
+def events_of(folder):
+    return EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    ).Reload()
+
+
+def expected_scalars():
+    layers = [f"{what}/layer{n}" for what in training.LayerFigures._fields for n in (1, 2)]
+    splits = ("train", "validation", "test")
+    return [*layers, *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits)]
+
+
+def test_every_tag_has_its_points(finished):
+    run_dir, results = finished
+    controls = {f"{loss}-lr{lr:g}-autograd" for loss, lr in results["best_lrs"].items()}
+    folders = {path.name for path in run_dir.iterdir() if path.is_dir()}
+    assert folders == VARIANTS | controls  # no stray runs
+    chosen = {f"{loss}-lr{lr:g}" for loss, lr in results["best_lrs"].items()}
+    for name in folders:
+        events = events_of(run_dir / name)
+        bands = ("", "lower/", "upper/") if name in VARIANTS else ("",)
+        expected = {f"{band}{tag}" for band in bands for tag in expected_scalars()}
+        assert set(events.Tags()["scalars"]) == expected
+        for tag in expected:
+            points = events.Scalars(tag)
+            assert [event.step for event in points] == list(range(EPOCHS + 1)), (name, tag)
+            assert all(math.isfinite(event.value) for event in points)
+        assert set(events.Tags()["histograms"]) == {"output/z", "output/a", "output/dz"}
+        for tag in events.Tags()["histograms"]:
+            assert [event.step for event in events.Histograms(tag)] == [0, 1, 2, 3]
+        images = {"weights/layer1", "wrong", "confusion"} if name in chosen else set()
+        assert set(events.Tags()["images"]) == images
+        for tag in images:
+            assert [event.step for event in events.Images(tag)] == [EPOCHS]
+        # A session of hyper-parameters in the run itself.
+        metadata = {
+            tag: events.SummaryMetadata(tag).plugin_data for tag in events.Tags()["tensors"]
+        }
+        assert metadata["config/text_summary"].plugin_name == "text"
+    root = events_of(run_dir)
+    assert root.Tags()["images"] == ["learning curves"]
+    (page,) = root.Tensors("results/text_summary")
+    text = page.tensor_proto.string_val[0].decode()
+    assert "Made by `scripts/compare.py --seeds 3" in text
+    assert "| cross-entropy | 0.5 " in text and "best on validation" in text
+    assert "custom_scalars__config__" in root.Tags()["tensors"]
+
+
+def test_bands_are_the_interval_over_seeds(finished):
+    run_dir, results = finished
+    for row in results["rows"]:
+        if row["engine"] == "backprop":
+            events = events_of(run_dir / f"{row['loss']}-lr{row['lr']:g}")
+            for band, key in (("", "mean"), ("lower/", "low"), ("upper/", "high")):
+                seen = events.Scalars(f"{band}accuracy/test")[-1].value
+                assert seen == pytest.approx(row[f"test accuracy, last epoch, {key}"])
+
+
+def test_the_layout_has_a_margin_chart_for_every_curve(finished):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    run_dir, _ = finished
+    (event,) = events_of(run_dir).Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    charts = {chart.title: chart.margin.series[0] for chart in category.chart}
+    assert set(charts) == set(expected_scalars())
+    for tag, series in charts.items():
+        assert (series.value, series.lower, series.upper) == (tag, f"lower/{tag}", f"upper/{tag}")
+
+
+def test_hyper_parameters_are_in_the_runs_themselves(finished):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.plugins.hparams import metadata
+
+    run_dir, _ = finished
+    for name in VARIANTS:
+        (path,) = (run_dir / name).glob("events.out.tfevents.*")
+        sessions = [
+            metadata.parse_session_start_info_plugin_data(value.metadata.plugin_data.content)
+            for event in EventFileLoader(str(path)).Load()
+            for value in event.summary.value
+            if value.tag == metadata.SESSION_START_INFO_TAG
+        ]
+        (session,) = sessions
+        assert (
+            f"{session.hparams['loss'].string_value}-lr{session.hparams['lr'].number_value:g}"
+            == name
+        )
+
+
+def test_one_seed_says_that_there_is_no_interval(compare, tmp_path, capsys):
+    options = ["--seeds", "1", "--lrs", "quadratic=3", "cross-entropy=0.5", "--epochs", "1"]
+    assert compare.main([*options, "--control-seeds", "0", "--run-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "One seed: there is no interval and no p-value" in out
+    assert "±" not in out.splitlines()[5] and "nan" not in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["test accuracy, last epoch, low"] for row in results["rows"]] == [None, None]
+
+
+def test_a_diverging_rate_is_reported_and_the_rest_goes_on(compare, tmp_path, capsys):
+    options = ["--seeds", "2", "--lrs", "1", "1e38", "--epochs", "2", "--run-dir", str(tmp_path)]
+    assert compare.main(options) == 0
+    out = capsys.readouterr().out
+    assert "DIVERGED: 2 of 2" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["loss"], row["lr"]): row for row in results["rows"] if row["engine"] == "backprop"}
+    assert rows["cross-entropy", 1e38]["diverged"] == 2
+    assert rows["cross-entropy", 1e38]["test accuracy, last epoch, mean"] is None
+    assert rows["cross-entropy", 1.0]["test accuracy, last epoch, n"] == 2
+    assert results["best_lrs"]["cross-entropy"] == 1.0
+
+
+def test_when_everything_diverges_it_is_said(compare, tmp_path, capsys):
+    options = ["--seeds", "2", "--lrs", "cross-entropy=1e38", "quadratic=1", "--epochs", "1"]
+    assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "No rate of cross-entropy is left: all diverged." in out
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_says_so(
+    compare, tmp_path, monkeypatch, capsys
+):
+    whole = data.order
+    calls = []
+
+    def third_epoch_is_stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(data, "order", third_epoch_is_stopped)
+    run_dir = tmp_path / "run"
+    options = ["--seeds", "2", "--lrs", "1", "--epochs", "5", "--run-dir", str(run_dir)]
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(options)
+    out, err = capsys.readouterr()
+    assert "**Interrupted after epoch 2.**" in out
+    assert err == "Interrupted; epochs 0 to 2 are in the table.\n"
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["interrupted"] and {row["epochs"] for row in results["rows"]} == {2}
+    (page,) = events_of(run_dir).Tensors("results/text_summary")
+    assert b"Interrupted after epoch 2" in page.tensor_proto.string_val[0]
+
+
+def test_interrupted_before_the_first_epoch_leaves_nothing(compare, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "order", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(["--run-dir", str(tmp_path / "run")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "at least 1 seed, a whole number, got 0"),
+        (["--seeds", "1000000000", "--hidden", "1000"], "1,000,000,000,000 networks"),
+        (["--control-seeds", "9"], "0 to 8 --control-seeds, as many as there are seeds, got 9"),
+        (["--lrs", "fast"], "expected --lrs of numbers, got 'fast'"),
+        (["--lrs", "hinge=1"], "--lrs for 'quadratic' or 'cross-entropy', got 'hinge=1'"),
+        (["--lrs", "quadratic=1"], "at least one learning rate for loss 'cross-entropy', got none"),
+        (["--lrs", "0"], "positive learning rate, got 0.0"),
+        (["--epochs", "0"], "epochs of at least 1"),
+        (["--hidden", "1000000000000"], "would need"),
+        (["--engine", "functions"], "unrecognized arguments: --engine functions"),
+    ],
+)
+def test_bad_input_is_one_line(compare, options, message, refused):
+    assert message in refused(compare.main, *options)
+
+
+def test_a_used_run_directory_is_refused(compare, tmp_path, refused):
+    (tmp_path / "results.json").write_text("{}")
+    assert "already used; choose a new one" in refused(compare.main, "--run-dir", str(tmp_path))
+
+
+def test_logging_is_cheap_and_small_on_digits(tmp_path):
+    """The default comparison: its files stay under 20 MB. (Its time is in results.json.)"""
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "compare.py"), "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "best on validation" in found.stdout and found.stderr == ""
+    size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert size < 20e6
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 0 < results["logging_seconds"] < results["seconds"]

@@ -1,0 +1,240 @@
+import math
+import statistics
+
+import pytest
+import torch
+
+from nnce import comparison, training
+from nnce.comparison import Run, Variant
+from nnce.training import LayerFigures, Record, Settings
+
+BASE = Settings(hidden=(8,), epochs=2)
+
+
+def record(epoch, validation, test, loss=1.0):
+    layers = [LayerFigures(1.0, 0.2, 0.1 * epoch, 0.2)]
+    return Record(
+        epoch,
+        10 * epoch,
+        0.5 if epoch else 0.0,
+        {"train": loss, "validation": loss, "test": loss},
+        {"train": 0.0, "validation": validation, "test": test},
+        layers,
+    )
+
+
+def run(loss, lr, seed, curve, losses=None):
+    """A run with given validation accuracies, epoch by epoch; the test's are one point lower."""
+    settings = Settings(loss=loss, lr=lr, seed=seed)
+    losses = losses or [1.0] * len(curve)
+    records = [
+        record(epoch, value, value - 0.01, loss)
+        for epoch, (value, loss) in enumerate(zip(curve, losses, strict=True))
+    ]
+    return Run(settings, None, records)
+
+
+def test_plan_pairs_every_loss_and_rate_with_every_seed():
+    settings = comparison.plan(BASE, {"quadratic": [3.0, 1.0, 3.0], "cross-entropy": [0.5]}, 2)
+    found = [(s.loss, s.lr, s.seed) for s in settings]
+    assert found == [
+        ("quadratic", 3.0, 0),
+        ("quadratic", 3.0, 1),
+        ("quadratic", 1.0, 0),
+        ("quadratic", 1.0, 1),
+        ("cross-entropy", 0.5, 0),
+        ("cross-entropy", 0.5, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lrs", "seeds", "message"),
+    [
+        ({"quadratic": [1.0], "cross-entropy": [1.0]}, 0, "at least 1 seed, a whole number, got 0"),
+        ({"quadratic": [1.0], "cross-entropy": [1.0]}, True, "at least 1 seed"),
+        ({"quadratic": [1.0]}, 1, "at least one learning rate for loss 'cross-entropy'"),
+        ({"quadratic": [1.0], "cross-entropy": [-1.0]}, 1, "positive learning rate, got -1.0"),
+        ({"quadratic": [1.0], "cross-entropy": [1.0], "hinge": [1.0]}, 1, "got 'hinge'"),
+        ({"quadratic": [1.0], "cross-entropy": [1.0]}, 2**32 + 1, "seeds below 2\\*\\*32"),
+    ],
+)
+def test_bad_plans(lrs, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        comparison.plan(BASE, lrs, seeds)
+
+
+def test_more_networks_than_memory_holds(digits):
+    settings = [Settings(hidden=(1_000_000,))] * 100_000
+    with pytest.raises(MemoryError, match=r"100,000 networks of sizes 64-1000000-10 would need"):
+        comparison.start(settings, digits)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """Two losses, two seeds, in float64."""
+    dataset = type(digits)(*(type(s)(s.x.double(), s.y.double()) for s in digits))
+    lrs = {"quadratic": [1.0], "cross-entropy": [0.5]}
+    runs = comparison.start(comparison.plan(BASE, lrs, 2), dataset)
+    starts = [[p.detach().clone() for p in r.network.parameters()] for r in runs]
+    assert list(comparison.train(runs, dataset)) == [0, 1, 2]
+    return dataset, runs, starts
+
+
+def test_starts_are_paired_and_differ_from_seed_to_seed(trained):
+    _, runs, starts = trained
+    by_seed = {}
+    for r, start in zip(runs, starts, strict=True):
+        by_seed.setdefault(r.settings.seed, []).append(start)
+    for a, b in by_seed.values():
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert not torch.equal(by_seed[0][0][0], by_seed[1][0][0])
+
+
+def test_the_control_retraces_every_network(trained):
+    """Same start, same mini-batches, and autograd's gradients: the same curves in float64."""
+    dataset, runs, _ = trained
+    for r in runs:
+        again, epochs = comparison.control(r, dataset, order_seed=0)
+        assert list(epochs) == [0, 1, 2]
+        assert again.variant == r.variant._replace(engine="autograd")
+        for a, b in zip(again.network.parameters(), r.network.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        for a, b in zip(again.records, r.records, strict=True):
+            assert a.accuracy == b.accuracy and a.step == b.step
+            assert a.loss == pytest.approx(b.loss)
+
+
+def test_records_say_what_training_does(trained):
+    dataset, runs, _ = trained
+    for r in runs:
+        assert [record.epoch for record in r.records] == [0, 1, 2]
+        assert r.last.step == 2 * 120 and r.last.seconds > 0
+        found = training.evaluate(r.network, dataset.test, r.settings.loss)
+        assert r.last.loss["test"] == pytest.approx(found.loss)
+        assert r.last.accuracy["test"] == found.accuracy
+
+
+def test_engines_agree_in_float64(digits):
+    settings = [Settings(loss=loss, hidden=(8,)) for loss in ("quadratic", "cross-entropy")]
+    found = comparison.engine_differences(settings, digits)
+    assert {(f.loss, f.engine) for f in found} == {
+        (loss, engine)
+        for loss in ("quadratic", "cross-entropy")
+        for engine in ("backprop", "functions")
+    }
+    for f in found:
+        assert f.steps == 120 and 0 <= f.difference < 1e-12
+
+
+def test_a_diverging_rate_leaves_the_others_alone(digits):
+    def train(lrs):
+        runs = comparison.start(comparison.plan(BASE, lrs, 2), digits)
+        list(comparison.train(runs, digits))
+        return {(r.variant, r.settings.seed): r for r in runs}
+
+    wild = train({"quadratic": [1.0], "cross-entropy": [0.5, 1e38]})
+    calm = train({"quadratic": [1.0], "cross-entropy": [0.5]})
+    diverged = {key for key, r in wild.items() if r.diverged}
+    assert diverged == {(Variant("cross-entropy", 1e38), seed) for seed in (0, 1)}
+    for key, r in calm.items():
+        assert wild[key].last.loss == pytest.approx(r.last.loss, rel=1e-5)
+    runs = list(wild.values())
+    assert comparison.best_lrs(runs) == {"quadratic": 1.0, "cross-entropy": 0.5}
+    its = comparison.summarise(comparison.by_variant(runs)[Variant("cross-entropy", 1e38)])
+    assert its.diverged == its.networks == 2
+    assert its.test_accuracy["last epoch"].n == 0
+
+
+def test_a_diverging_control_is_marked(digits):
+    settings = Settings(hidden=(8,), lr=1e38, epochs=3)
+    again, epochs = comparison.control(
+        Run(settings, training.make_network(settings, digits)), digits, order_seed=0
+    )
+    assert list(epochs) == [0] and again.stopped and again.diverged
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_estimate_by_hand():
+    # Four values with mean 5 and s² = 20/3; t of 3 degrees of freedom is 3.1824 at 97.5 %.
+    found = comparison.estimate([2.0, 4.0, 6.0, 8.0])
+    half = 3.182446305284263 * math.sqrt(20 / 3) / 2
+    assert found == pytest.approx((5.0, math.sqrt(20 / 3), 5 - half, 5 + half, 4))
+
+
+def test_estimate_of_one_has_no_interval_and_of_none_nothing():
+    mean, sd, low, high, n = comparison.estimate([3.0])
+    assert (mean, n) == (3.0, 1) and all(map(math.isnan, (sd, low, high)))
+    mean, *_, n = comparison.estimate([])
+    assert math.isnan(mean) and n == 0
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4_000, 5, generator=generator, dtype=torch.float64).tolist()
+    covered = statistics.fmean(e.low < 0 < e.high for e in map(comparison.estimate, samples))
+    assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
+
+
+def test_paired_difference_by_hand():
+    # Differences 1, 2, 3: mean 2, s = 1, t = 2 √3; two-sided p with 2 degrees of freedom.
+    found = comparison.paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    t = 2 * math.sqrt(3)
+    p = 1 - t / math.sqrt(2 + t**2)
+    assert found.mean == 2 and found.n == 3
+    assert found.p == pytest.approx(p)
+    assert found.low == pytest.approx(2 - 4.302652729911275 / math.sqrt(3))
+
+
+def test_paired_difference_without_spread_or_of_one_pair():
+    found = comparison.paired_difference([1.5, 2.5], [1.0, 2.0])
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5) and math.isnan(found.p)
+    found = comparison.paired_difference([1.5], [1.0])
+    assert found.mean == 0.5 and math.isnan(found.low) and math.isnan(found.p)
+
+
+def test_the_rate_is_chosen_on_validation_after_the_last_epoch():
+    runs = [
+        run("quadratic", 1.0, 0, [0.1, 0.99, 0.90]),
+        run("quadratic", 1.0, 1, [0.1, 0.99, 0.92]),
+        run("quadratic", 3.0, 0, [0.1, 0.80, 0.93]),
+        run("quadratic", 3.0, 1, [0.1, 0.80, 0.91]),
+        run("cross-entropy", 0.5, 0, [0.1, 0.5, 0.5]),
+        run("cross-entropy", 5.0, 0, [0.1, 0.9, 0.9], losses=[1.0, 1.0, math.nan]),
+    ]
+    assert comparison.best_lrs(runs) == {"quadratic": 3.0, "cross-entropy": 0.5}
+    assert comparison.common_lrs(runs) == []
+
+
+def test_summary():
+    its = comparison.summarise(
+        [
+            run("quadratic", 1.0, 0, [0.1, 0.91, 0.96, 0.94]),
+            run("quadratic", 1.0, 1, [0.1, 0.80, 0.92, 0.98]),
+        ]
+    )
+    assert its.epochs == 3 and its.diverged == 0
+    assert its.epochs_to == {0.90: [1, 2], 0.95: [2, 3], 0.97: [None, 3]}
+    assert its.test_accuracy["first epoch"].mean == pytest.approx((0.90 + 0.79) / 2)
+    assert its.test_accuracy["last epoch"].mean == pytest.approx((0.93 + 0.97) / 2)
+    assert its.test_accuracy["best validation epoch"].mean == pytest.approx((0.95 + 0.97) / 2)
+    assert its.saturated == pytest.approx((0.0, 0.3))
+    assert its.seconds == pytest.approx(1.5)
+
+
+def test_compare_is_cross_entropy_minus_quadratic_by_seed():
+    runs = [
+        run("quadratic", 1.0, 0, [0.1, 0.5, 0.6]),
+        run("quadratic", 1.0, 1, [0.1, 0.5, 0.8]),
+        run("quadratic", 1.0, 2, [0.1, 0.5, 0.8]),
+        # In another order, and one is missing, one diverged.
+        run("cross-entropy", 1.0, 1, [0.1, 0.7, 0.9]),
+        run("cross-entropy", 1.0, 0, [0.1, 0.7, 0.8]),
+        run("cross-entropy", 1.0, 2, [0.1, 0.7, 0.1], losses=[1.0, 1.0, math.inf]),
+    ]
+    assert comparison.common_lrs(runs) == [1.0]
+    found = comparison.compare(runs, 1.0, 1.0).difference
+    assert found["last epoch"].mean == pytest.approx((0.2 + 0.1) / 2)
+    assert found["last epoch"].n == 2
+    assert found["first epoch"].mean == pytest.approx(0.2)
