@@ -89,16 +89,20 @@ class Run:
 # -------------------------------------------------------------------------------------- training
 
 
-def plan(base: Settings, lrs: Mapping[Loss, Sequence[float]], seeds: int) -> list[Settings]:
+def plan(
+    base: Settings, lrs: Mapping[Loss, Sequence[float]], seeds: int, dataset: data.Dataset
+) -> list[Settings]:
     """The settings of every network: each loss at each of its rates from each seed.
 
     Args:
         base: all that they have in common; seeds are counted from its seed.
         lrs: learning rates, by loss; a rate that is there twice counts once.
         seeds: how many starts.
+        dataset: what they are for.
 
     Raises:
         ValueError: there is no seed, no loss or no rate, or a value makes no sense.
+        MemoryError: so many networks would not fit; the sentence says how much they need.
     """
     if not is_size(seeds):
         raise ValueError(f"expected at least 1 seed, a whole number, got {seeds}")
@@ -112,6 +116,10 @@ def plan(base: Settings, lrs: Mapping[Loss, Sequence[float]], seeds: int) -> lis
     ]
     if base.seed + seeds > 2**32:
         raise ValueError(f"expected seeds below 2**32, got {base.seed} and {seeds} in all")
+    # Before anything is made, be it a list.
+    x = dataset.train.x
+    count = len(variants) * seeds
+    check_memory(training.sizes(base, dataset), count, dtype=x.dtype, device=x.device)
     return [
         dataclasses.replace(settings, seed=base.seed + number)
         for settings in variants
@@ -120,14 +128,7 @@ def plan(base: Settings, lrs: Mapping[Loss, Sequence[float]], seeds: int) -> lis
 
 
 def start(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
-    """The networks before the first step, one for each of the settings.
-
-    Raises:
-        MemoryError: they would not all fit; the sentence says how much they need.
-    """
-    x = dataset.train.x
-    sizes = training.sizes(settings[0], dataset)
-    check_memory(sizes, len(settings), dtype=x.dtype, device=x.device)
+    """The networks before the first step, one for each of the settings."""
     return [Run(its, training.make_network(its, dataset)) for its in settings]
 
 

@@ -45,6 +45,8 @@ from nnce.training import Record
 # Histograms are worth most in the first epochs; more of them would only make the files large.
 _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _HISTOGRAM_EXAMPLES = 1_000
+# TensorBoard draws 30 by default.
+_BINS = 60
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -103,7 +105,7 @@ class Monitor:
         found = backprop(network, x, y, loss=loss)
         for name, values in (("z", found.z[-1]), ("a", found.a[-1]), ("dz", found.dz[-1])):
             if values.isfinite().all():
-                self._writer.add_histogram(f"output/{name}", values.float(), epoch)
+                self._writer.add_histogram(f"output/{name}", values.double(), epoch, _BINS)
 
     def log_images(self, network: MLP, split: data.Split, epoch: int) -> None:
         """Add first-layer weights, the most confidently wrong examples and the confusion matrix.

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from matplotlib.figure import Figure
@@ -89,24 +90,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began, interrupted = time.perf_counter(), False
         introduce(options, dataset, runs)
         controls: list[Run] = []
-        log = Log(run_dir, vars(options))
-        try:
-            train(options, dataset, runs, controls, log)
-        except (KeyboardInterrupt, BrokenPipeError):
-            if len(runs[0].records) < 2:
-                raise
-            interrupted = True
-        conclude(
-            options,
-            command,
-            dataset,
-            runs,
-            controls,
-            log,
-            run_dir,
-            began=began,
-            interrupted=interrupted,
-        )
+        with Log(run_dir, vars(options)) as log:
+            try:
+                train(options, dataset, runs, controls, log)
+            except (KeyboardInterrupt, BrokenPipeError):
+                if len(runs[0].records) < 2:
+                    raise
+                interrupted = True
+            conclude(
+                options,
+                command,
+                dataset,
+                runs,
+                controls,
+                log,
+                run_dir,
+                began=began,
+                interrupted=interrupted,
+            )
     if interrupted:
         print(f"Interrupted; epochs 0 to {runs[0].last.epoch} are in the table.", file=sys.stderr)
         raise KeyboardInterrupt
@@ -140,8 +141,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[training.Settings], data.
         init=options.init,
         seed=options.seed,
     )
-    settings = comparison.plan(base, rates(options.lrs), options.seeds)
-    if not 0 <= options.control_seeds <= options.seeds:
+    lrs = rates(options.lrs)
+    if not 0 <= options.control_seeds <= max(0, options.seeds):
         raise ValueError(
             f"expected 0 to {options.seeds} --control-seeds, as many as there are seeds, got "
             f"{options.control_seeds}"
@@ -153,7 +154,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[training.Settings], data.
         device=experiment.device(options.device),
         dtype=experiment.DTYPES[options.dtype],
     )
-    return settings, dataset
+    return comparison.plan(base, lrs, options.seeds, dataset), dataset
 
 
 def rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
@@ -193,6 +194,19 @@ class Log:
         self._rows: csv.DictWriter[str] | None = None
         self._monitors: dict[Variant, Monitor] = {}
 
+    def __enter__(self) -> "Log":
+        """Close the files at the block's end."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        self._stack.close()
+
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -227,9 +241,9 @@ class Log:
             )
         return self._monitors[variant]
 
-    def close(self, runs: Sequence[Run], dataset: data.Dataset, page: str, figure: Figure) -> None:
+    def finish(self, runs: Sequence[Run], dataset: data.Dataset, page: str, figure: Figure) -> None:
         """What belongs at the end: pictures of the best networks, the page, and the layout."""
-        with self._timed(), self._stack:
+        with self._timed():
             best = comparison.best_lrs(runs)
             for variant, its in comparison.by_variant(runs).items():
                 monitor = self.monitor(variant)
@@ -524,7 +538,7 @@ def conclude(
     networks = f"{options.data}, {'-'.join(map(str, runs[0].network.sizes))}, start {options.init}"
     figure = learning_curves(runs, best, f"{networks}: mean and 95 % interval, n = {options.seeds}")
     figure.savefig(run_dir / "learning-curves.png", dpi=90)
-    log.close([*runs, *controls], dataset, f"{page}\n\nMade by `{command}`.", figure)
+    log.finish([*runs, *controls], dataset, f"{page}\n\nMade by `{command}`.", figure)
     seconds = time.perf_counter() - began
     experiment.write_results(
         run_dir,

@@ -34,8 +34,9 @@ def run(loss, lr, seed, curve, losses=None):
     return Run(settings, None, records)
 
 
-def test_plan_pairs_every_loss_and_rate_with_every_seed():
-    settings = comparison.plan(BASE, {"quadratic": [3.0, 1.0, 3.0], "cross-entropy": [0.5]}, 2)
+def test_plan_pairs_every_loss_and_rate_with_every_seed(digits):
+    lrs = {"quadratic": [3.0, 1.0, 3.0], "cross-entropy": [0.5]}
+    settings = comparison.plan(BASE, lrs, 2, digits)
     found = [(s.loss, s.lr, s.seed) for s in settings]
     assert found == [
         ("quadratic", 3.0, 0),
@@ -58,15 +59,15 @@ def test_plan_pairs_every_loss_and_rate_with_every_seed():
         ({"quadratic": [1.0], "cross-entropy": [1.0]}, 2**32 + 1, "seeds below 2\\*\\*32"),
     ],
 )
-def test_bad_plans(lrs, seeds, message):
+def test_bad_plans(lrs, seeds, message, digits):
     with pytest.raises(ValueError, match=message):
-        comparison.plan(BASE, lrs, seeds)
+        comparison.plan(BASE, lrs, seeds, digits)
 
 
 def test_more_networks_than_memory_holds(digits):
-    settings = [Settings(hidden=(1_000_000,))] * 100_000
-    with pytest.raises(MemoryError, match=r"100,000 networks of sizes 64-1000000-10 would need"):
-        comparison.start(settings, digits)
+    lrs = {"quadratic": [1.0], "cross-entropy": [1.0]}
+    with pytest.raises(MemoryError, match=r"2,000,000,000 networks of sizes 64-8-10 would need"):
+        comparison.plan(BASE, lrs, 1_000_000_000, digits)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def trained(digits):
     """Two losses, two seeds, in float64."""
     dataset = type(digits)(*(type(s)(s.x.double(), s.y.double()) for s in digits))
     lrs = {"quadratic": [1.0], "cross-entropy": [0.5]}
-    runs = comparison.start(comparison.plan(BASE, lrs, 2), dataset)
+    runs = comparison.start(comparison.plan(BASE, lrs, 2, dataset), dataset)
     starts = [[p.detach().clone() for p in r.network.parameters()] for r in runs]
     assert list(comparison.train(runs, dataset)) == [0, 1, 2]
     return dataset, runs, starts
@@ -128,7 +129,7 @@ def test_engines_agree_in_float64(digits):
 
 def test_a_diverging_rate_leaves_the_others_alone(digits):
     def train(lrs):
-        runs = comparison.start(comparison.plan(BASE, lrs, 2), digits)
+        runs = comparison.start(comparison.plan(BASE, lrs, 2, digits), digits)
         list(comparison.train(runs, digits))
         return {(r.variant, r.settings.seed): r for r in runs}
 
