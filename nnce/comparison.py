@@ -6,6 +6,7 @@ autograd. So the intervals here say how much the start matters; the order of the
 and the same.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -205,11 +206,8 @@ def control(run: Run, dataset: data.Dataset, *, order_seed: int) -> tuple[Run, I
 
 
 def _measured(dataset: data.Dataset) -> data.Dataset:
-    return dataset._replace(train=_first(dataset.train, _MEASURED))
-
-
-def _first(split: data.Split, n: int) -> data.Split:
-    return data.Split(split.x[:n], split.y[:n])
+    x, y = dataset.train
+    return dataset._replace(train=data.Split(x[:_MEASURED], y[:_MEASURED]))
 
 
 class EngineDifference(NamedTuple):
@@ -230,18 +228,17 @@ def engine_differences(
     In float32 rounding differs, and training amplifies it; in float64 there is room to see that the
     engines do the same. Large rates or momentum amplify even there.
     """
-    whole = data.Dataset(
-        *(data.Split(x.double(), y.double()) for x, y in dataset.splits().values())
-    )
-    short = whole._replace(train=_first(whole.train, _ENGINE_EXAMPLES))
+    n = _ENGINE_EXAMPLES
+    short = data.Dataset(*(data.Split(x[:n].double(), y[:n].double()) for x, y in dataset))
     found = []
     for its in settings:
         trained: dict[Engine, training.State] = {}
         for engine in training.ENGINES:
             one = dataclasses.replace(its, engine=engine, epochs=1)
             trained[engine] = training.start(one, short)
-            for _ in training.train(trained[engine], one, short):
-                pass
+            with contextlib.suppress(training.Diverged):  # all of them do; the difference is NaN
+                for _ in training.train(trained[engine], one, short):
+                    pass
         control = trained.pop("autograd")
         for engine, state in trained.items():
             pairs = zip(state.network.parameters(), control.network.parameters(), strict=True)
@@ -275,7 +272,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n < 2:
         mean = values[0] if n else math.nan
         return Estimate(mean, math.nan, math.nan, math.nan, n)
-    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    # statistics.stdev is exact, and so slow that logging would feel it.
+    mean = math.fsum(values) / n
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half = _quantile(n - 1) * sd / math.sqrt(n)
     return Estimate(mean, sd, mean - half, mean + half, n)
 
@@ -352,17 +351,20 @@ class Summary(NamedTuple):
     """The mean share of output neurons with σ'(z) < 0.01, at the start and at the end."""
     seconds: float
     """Of training, a network."""
+    chosen: bool
+    """Whether its rate is the best one for its loss."""
 
 
-def summarise(runs: Sequence[Run]) -> Summary:
-    """The summary of runs of one variant."""
+def summarise(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
+    """The summary of runs of one variant, with the losses' best rates at hand."""
+    variant = runs[0].variant
     whole = [run for run in runs if not run.diverged]
 
     def mean(values: list[float]) -> float:
         return statistics.fmean(values) if values else math.nan
 
     return Summary(
-        variant=runs[0].variant,
+        variant=variant,
         networks=len(runs),
         diverged=len(runs) - len(whole),
         epochs=runs[0].last.epoch,
@@ -375,6 +377,7 @@ def summarise(runs: Sequence[Run]) -> Summary:
             mean([run.last.layers[-1].saturated for run in whole]),
         ),
         seconds=mean([sum(record.seconds for record in run.records) for run in runs]),
+        chosen=variant.engine == "backprop" and best.get(variant.loss) == variant.lr,
     )
 
 
@@ -411,11 +414,96 @@ def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -
     )
 
 
-def common_lrs(runs: Sequence[Run]) -> list[float]:
-    """The rates that both losses were trained at."""
+class ControlDifference(NamedTuple):
+    """How far the test accuracy of a control is from that of the network it repeats, in [−1, 1].
+
+    In float32 rounding differs, and training amplifies it; see `engine_differences` for float64.
+    """
+
+    loss: Loss
+    lr: float
+    seed: int
+    first_epoch: float
+    last_epoch: float
+    largest: float
+    """In absolute value, over all epochs."""
+
+
+def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[ControlDifference]:
+    """The difference of each control that has come to the first epoch."""
+    twins = {(run.variant, run.settings.seed): run for run in runs}
+    found = []
+    for run in controls:
+        twin = twins[run.variant._replace(engine="backprop"), run.settings.seed]
+        differences = [
+            a.accuracy["test"] - b.accuracy["test"]
+            for a, b in zip(run.records, twin.records, strict=False)
+        ]
+        if len(differences) > 1:
+            loss, lr, _ = run.variant
+            found.append(
+                ControlDifference(
+                    loss,
+                    lr,
+                    run.settings.seed,
+                    first_epoch=differences[1],
+                    last_epoch=differences[-1],
+                    largest=max(map(abs, differences)),
+                )
+            )
+    return found
+
+
+class Findings(NamedTuple):
+    """What a comparison says."""
+
+    best_lrs: dict[Loss, float]
+    summaries: list[Summary]
+    comparisons: dict[str, Comparison]
+    """By the rates: "both 1", and "best: 3 and 1", quadratic's first."""
+    engines: list[EngineDifference]
+    controls: list[ControlDifference]
+    notes: list[str]
+    """What a reader must know, a sentence each."""
+
+
+def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset) -> Findings:
+    """What runs and their controls say, finished or interrupted after their first epoch."""
+    best = best_lrs(runs)
     variants = by_variant(runs)
-    return [
-        variant.lr
+    notes = []
+    if runs[0].last.epoch < runs[0].settings.epochs:
+        notes.append(f"**Interrupted after epoch {runs[0].last.epoch}.**")
+    elif any(run.last.epoch < run.settings.epochs and not run.stopped for run in controls):
+        notes.append("**Interrupted; the control is not finished.**")
+    for loss in LOSSES:
+        grid = [variant.lr for variant in variants if variant.loss == loss]
+        if loss not in best:
+            notes.append(f"No rate of {loss} is left: all diverged.")
+        elif len(grid) > 1 and best[loss] in (min(grid), max(grid)):
+            notes.append(f"The best rate for {loss}, {best[loss]:g}, is at the edge of its grid.")
+    if len({run.settings.seed for run in runs}) == 1:
+        notes.append("One seed: there is no interval and no p-value; take --seeds 8, say.")
+    comparisons = {
+        f"both {variant.lr:g}": compare(runs, variant.lr, variant.lr)
         for variant in variants
         if variant.loss == "quadratic" and variant._replace(loss="cross-entropy") in variants
-    ]
+    }
+    if len(best) == len(LOSSES):
+        slow, fast = best["quadratic"], best["cross-entropy"]
+        comparisons[f"best: {slow:g} and {fast:g}"] = compare(runs, slow, fast)
+    common = runs[0].settings
+    return Findings(
+        best,
+        [
+            summarise(its, best)
+            for its in by_variant([*runs, *controls]).values()
+            if len(its[0].records) > 1
+        ],
+        comparisons,
+        engine_differences(
+            [dataclasses.replace(common, loss=loss, lr=lr) for loss, lr in best.items()], dataset
+        ),
+        control_differences(runs, controls),
+        notes,
+    )

@@ -12,8 +12,8 @@ weights.
     slowdown/layer1       how much of the pull on the layer its σ'(z) lets through; of the last one
                           the slowdown meter, ‖dz quadratic‖ / ‖dz cross-entropy‖ of the examples
                           that are wrong by more than ½ (no point where none is)
-    lower/…, upper/…      with several networks the curves above are their means, and these the
-                          95 % confidence interval: the margin charts under Custom Scalars
+    mean/…, lower/…,      with several networks the curves above are their means; these are the mean
+    upper/…               and its 95 % confidence interval, for the margin charts of Custom Scalars
     output/z              histograms over the outputs' neurons and 1,000 validation examples, at
                           ten epochs or so, and likewise output/a and output/dz
     weights/layer1        images at the end: the weights of each neuron of the first layer,
@@ -47,6 +47,12 @@ _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _HISTOGRAM_EXAMPLES = 1_000
 # TensorBoard draws 30 by default.
 _BINS = 60
+_BANDS = ("mean", "lower", "upper")
+# The options that say what was trained; others say how long, or where.
+_HYPERPARAMETERS = (
+    *("data", "train_size", "hidden", "init", "loss", "engine", "optimizer"),
+    *("lr", "batch_size", "momentum", "l2", "epochs", "dtype"),
+)
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -86,14 +92,17 @@ class Monitor:
             if n > 0:
                 self._writer.add_scalar(tag, mean, records[0].epoch)
             if n > 1:
-                self._writer.add_scalar(f"lower/{tag}", low, records[0].epoch)
-                self._writer.add_scalar(f"upper/{tag}", high, records[0].epoch)
+                # The mean once more, since TensorBoard complains of a run that has one of the
+                # three tags of a margin chart and not the others, as a single network's.
+                for band, value in zip(_BANDS, (mean, low, high), strict=True):
+                    self._writer.add_scalar(f"{band}/{tag}", value, records[0].epoch)
         self._writer.flush()
 
     def log_layout(self, record: Record) -> None:
         """Lay out Custom Scalars: a margin chart for each curve, the mean with its band."""
         charts: dict[str, Any] = {
-            tag: ["Margin", [tag, f"lower/{tag}", f"upper/{tag}"]] for tag in scalars(record)
+            tag: ["Margin", [f"{band}/{tag}" for band in _BANDS]]
+            for tag in reversed(scalars(record))  # TensorBoard shows the last one first
         }
         self._writer.add_custom_scalars({"mean and 95 % confidence interval over seeds": charts})
 
@@ -135,9 +144,9 @@ class Monitor:
         `SummaryWriter.add_hparams` would start a run of its own for it.
         """
         options = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
+            name: value if isinstance(value, int | float | str) else str(value)
             for name, value in self._config.items()
-            if value is not None
+            if name in _HYPERPARAMETERS
         }
         metrics = {
             tag: value

@@ -103,7 +103,8 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     panel = figure.subplots()
     wrong = counts.clone().fill_diagonal_(0)  # colours are for the mistakes
-    panel.imshow(wrong.tolist(), cmap="Reds")
+    # Pale, for the numbers to be read.
+    panel.imshow(wrong.tolist(), cmap="Reds", vmin=0, vmax=2 * max(1, int(wrong.max())))
     if classes <= 20:
         for row, line in enumerate(counts.tolist()):
             for column, number in enumerate(line):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import dataclasses
 import math
 import shlex
 import statistics
@@ -97,19 +96,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if len(runs[0].records) < 2:
                     raise
                 interrupted = True
-            conclude(
-                options,
-                command,
-                dataset,
-                runs,
-                controls,
-                log,
-                run_dir,
-                began=began,
-                interrupted=interrupted,
-            )
+            found = comparison.conclude(runs, controls, dataset)
+
+            def write() -> None:
+                experiment.write_results(
+                    run_dir,
+                    config=vars(options),
+                    device=dataset.train.x.device,
+                    seconds=time.perf_counter() - began,
+                    rows=[summary_row(summary) for summary in found.summaries],
+                    command=command,
+                    interrupted=interrupted,
+                    logging_seconds=log.seconds,
+                    **more_results(found),
+                )
+
+            write()  # before the pictures: what is computed is safe from now on
+            text = page(found, options.dtype)
+            title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
+            figure = learning_curves(runs, found.best_lrs, f"{title}: mean and 95 % interval")
+            figure.savefig(run_dir / "learning-curves.png", dpi=90)
+            log.finish([*runs, *controls], dataset, f"{text}\n\nMade by `{command}`.", figure)
+            write()
+        print(f"\n{text}\n")
+        print(f"{time.perf_counter() - began:.1f} s, {log.seconds:.1f} s of them logging")
+        print(f"Results, every epoch (epochs.csv) and a picture: {run_dir}")
+        print(f"Curves: {experiment.tensorboard_command(run_dir)}")
     if interrupted:
-        print(f"Interrupted; epochs 0 to {runs[0].last.epoch} are in the table.", file=sys.stderr)
+        print("Interrupted; what was finished is in the table.", file=sys.stderr)
         raise KeyboardInterrupt
     return 0
 
@@ -291,11 +305,11 @@ def train(
 # ------------------------------------------------------------------------------- what it comes to
 
 
-def summary_row(summary: comparison.Summary, chosen: bool) -> experiment.Row:
+def summary_row(summary: comparison.Summary) -> experiment.Row:
     """A row of results.json, flat."""
     row: dict[str, object] = {
         **summary.variant._asdict(),
-        "chosen": chosen,
+        "chosen": summary.chosen,
         "networks": summary.networks,
         "diverged": summary.diverged,
         "epochs": summary.epochs,
@@ -309,6 +323,27 @@ def summary_row(summary: comparison.Summary, chosen: bool) -> experiment.Row:
     return row
 
 
+def more_results(found: comparison.Findings) -> dict[str, object]:
+    """What else results.json has: the differences."""
+    return {
+        "best_lrs": found.best_lrs,
+        "notes": found.notes,
+        "differences": [
+            {
+                "at": at,
+                "quadratic_lr": its.quadratic_lr,
+                "cross_entropy_lr": its.cross_entropy_lr,
+                "test accuracy": name,
+                **difference._asdict(),
+            }
+            for at, its in found.comparisons.items()
+            for name, difference in its.difference.items()
+        ],
+        "engines": [its._asdict() for its in found.engines],
+        "control": [its._asdict() for its in found.controls],
+    }
+
+
 def name_columns(summary: comparison.Summary) -> experiment.Row:
     """Which variant a row is about."""
     return {
@@ -319,9 +354,9 @@ def name_columns(summary: comparison.Summary) -> experiment.Row:
     }
 
 
-def accuracy_row(summary: comparison.Summary, chosen: bool) -> experiment.Row:
+def accuracy_row(summary: comparison.Summary) -> experiment.Row:
     """How well a variant ends, for people, in percent."""
-    notes = ["best on validation"] if chosen else []
+    notes = ["best on validation"] if summary.chosen else []
     if summary.variant.engine == "autograd":
         notes.append("control")
     if summary.diverged:
@@ -385,30 +420,6 @@ def difference_rows(compared: Mapping[str, comparison.Comparison]) -> list[exper
     ]
 
 
-def control_rows(runs: Sequence[Run], controls: Sequence[Run]) -> list[experiment.Row]:
-    """How far the control's accuracy is from its twin's, in percentage points."""
-    twins = {(run.variant, run.settings.seed): run for run in runs}
-    rows: list[experiment.Row] = []
-    for run in controls:
-        twin = twins[run.variant._replace(engine="backprop"), run.settings.seed]
-        differences = [
-            100 * (a.accuracy["test"] - b.accuracy["test"])
-            for a, b in zip(run.records, twin.records, strict=False)
-        ]
-        if len(differences) > 1:
-            rows.append(
-                {
-                    "loss": run.variant.loss,
-                    "rate": f"{run.variant.lr:g}",
-                    "seed": run.settings.seed,
-                    "first epoch": differences[1],
-                    "last epoch": differences[-1],
-                    "largest": max(map(abs, differences)),
-                }
-            )
-    return rows
-
-
 def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str) -> Figure:
     """The picture of the comparison."""
     variants = comparison.by_variant([run for run in runs if not run.diverged])
@@ -456,118 +467,57 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     )
 
 
-def conclude(
-    options: argparse.Namespace,
-    command: str,
-    dataset: data.Dataset,
-    runs: Sequence[Run],
-    controls: Sequence[Run],
-    log: Log,
-    run_dir: Path,
-    *,
-    began: float,
-    interrupted: bool,
-) -> None:
-    """Print the table, and write it, results.json, the picture and the last of the log."""
-    best = comparison.best_lrs(runs)
-    chosen = [dataclasses.replace(runs[0].settings, loss=loss, lr=lr) for loss, lr in best.items()]
-    engines = [] if interrupted else comparison.engine_differences(chosen, dataset)
-    summaries = [
-        (
-            comparison.summarise(its),
-            variant.engine == "backprop" and best.get(variant.loss) == variant.lr,
-        )
-        for variant, its in comparison.by_variant([*runs, *controls]).items()
-        if len(its[0].records) > 1
-    ]
-    compared = {
-        f"both {lr:g}": comparison.compare(runs, lr, lr) for lr in comparison.common_lrs(runs)
-    }
-    if len(best) == len(backprop.LOSSES):
-        slow, fast = best["quadratic"], best["cross-entropy"]
-        compared[f"best: {slow:g} and {fast:g}"] = comparison.compare(runs, slow, fast)
-
-    tables = [
-        experiment.table([accuracy_row(*summary) for summary in summaries]),
+def page(found: comparison.Findings, dtype: str) -> str:
+    """The tables and what to know of them, in Markdown."""
+    parts = [
+        experiment.table([accuracy_row(summary) for summary in found.summaries]),
         "Mean ± standard deviation (95 % confidence interval of the mean) over n starts. How fast, "
         "with the median epoch at which a validation accuracy is first reached, and the share of "
         "saturated output neurons at the start and at the end:",
-        experiment.table([learning_row(summary) for summary, _ in summaries]),
+        experiment.table([learning_row(summary) for summary in found.summaries]),
+        *found.notes,
     ]
-    if interrupted:
-        tables.append(f"**Interrupted after epoch {runs[0].last.epoch}.**")
-    for loss, lr in best.items():
-        grid = {variant.lr for variant in comparison.by_variant(runs) if variant.loss == loss}
-        if len(grid) > 1 and lr in (min(grid), max(grid)):
-            tables.append(f"The best rate for {loss}, {lr:g}, is at the edge of its grid.")
-    for loss in backprop.LOSSES:
-        if loss not in best:
-            tables.append(f"No rate of {loss} is left: all diverged.")
-    if compared and (differences := difference_rows(compared)):
-        tables += [
+    if differences := difference_rows(found.comparisons):
+        parts += [
             "Cross-entropy minus quadratic, in points of test accuracy, paired by the start; "
             "quadratic's rate first:",
             experiment.table(differences),
             READING,
         ]
-    if options.seeds == 1:
-        tables.append("One seed: there is no interval and no p-value; take --seeds 8, say.")
-    if engines:
-        tables += [
+    if found.engines:
+        parts += [
             "From PyTorch's autograd, over an epoch of at most 2,000 examples in float64:",
             experiment.table(
                 [
                     {
-                        "loss": found.loss,
-                        "engine": found.engine,
-                        "steps": found.steps,
-                        "largest difference of a parameter": f"{found.difference:.1e}",
+                        "loss": its.loss,
+                        "engine": its.engine,
+                        "steps": its.steps,
+                        "largest difference of a parameter": f"{its.difference:.1e}",
                     }
-                    for found in engines
+                    for its in found.engines
                 ]
             ),
         ]
-    controlled = control_rows(runs, controls)
-    if controlled:
-        tables += [
-            f"The control in {options.dtype} beside the same networks trained by hand, in points "
-            f"of test accuracy:",
-            experiment.table(controlled),
+    if found.controls:
+        parts += [
+            f"The control in {dtype} minus the same networks trained by hand, in points of test "
+            f"accuracy:",
+            experiment.table(
+                [
+                    {
+                        "loss": its.loss,
+                        "rate": f"{its.lr:g}",
+                        "seed": its.seed,
+                        "first epoch": f"{100 * its.first_epoch:+.2f}",
+                        "last epoch": f"{100 * its.last_epoch:+.2f}",
+                        "largest": f"{100 * its.largest:.2f}",
+                    }
+                    for its in found.controls
+                ]
+            ),
         ]
-    page = "\n\n".join(tables)
-    networks = f"{options.data}, {'-'.join(map(str, runs[0].network.sizes))}, start {options.init}"
-    figure = learning_curves(runs, best, f"{networks}: mean and 95 % interval, n = {options.seeds}")
-    figure.savefig(run_dir / "learning-curves.png", dpi=90)
-    log.finish([*runs, *controls], dataset, f"{page}\n\nMade by `{command}`.", figure)
-    seconds = time.perf_counter() - began
-    experiment.write_results(
-        run_dir,
-        config=vars(options),
-        device=dataset.train.x.device,
-        seconds=seconds,
-        rows=[summary_row(*summary) for summary in summaries],
-        command=command,
-        interrupted=interrupted,
-        logging_seconds=log.seconds,
-        best_lrs=best,
-        differences=[
-            {
-                "at": at,
-                "quadratic_lr": found.quadratic_lr,
-                "cross_entropy_lr": found.cross_entropy_lr,
-                "test accuracy": name,
-                **its._asdict(),
-            }
-            for at, found in compared.items()
-            for name, its in found.difference.items()
-        ],
-        engines=[found._asdict() for found in engines],
-        control=controlled,
-    )
-    print(f"\n{page}\n")
-    print(f"{seconds:.1f} s, {log.seconds:.1f} s of them logging")
-    print(f"Results, every epoch (epochs.csv) and a picture: {run_dir}")
-    print(f"Curves: {experiment.tensorboard_command(run_dir)}")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_every_tag_has_its_points(finished):
     chosen = {f"{loss}-lr{lr:g}" for loss, lr in results["best_lrs"].items()}
     for name in folders:
         events = events_of(run_dir / name)
-        bands = ("", "lower/", "upper/") if name in VARIANTS else ("",)
+        bands = ("", "mean/", "lower/", "upper/") if name in VARIANTS else ("",)
         expected = {f"{band}{tag}" for band in bands for tag in expected_scalars()}
         assert set(events.Tags()["scalars"]) == expected
         for tag in expected:
@@ -138,7 +138,12 @@ def test_bands_are_the_interval_over_seeds(finished):
     for row in results["rows"]:
         if row["engine"] == "backprop":
             events = events_of(run_dir / f"{row['loss']}-lr{row['lr']:g}")
-            for band, key in (("", "mean"), ("lower/", "low"), ("upper/", "high")):
+            for band, key in (
+                ("", "mean"),
+                ("mean/", "mean"),
+                ("lower/", "low"),
+                ("upper/", "high"),
+            ):
                 seen = events.Scalars(f"{band}accuracy/test")[-1].value
                 assert seen == pytest.approx(row[f"test accuracy, last epoch, {key}"])
 
@@ -152,7 +157,8 @@ def test_the_layout_has_a_margin_chart_for_every_curve(finished):
     charts = {chart.title: chart.margin.series[0] for chart in category.chart}
     assert set(charts) == set(expected_scalars())
     for tag, series in charts.items():
-        assert (series.value, series.lower, series.upper) == (tag, f"lower/{tag}", f"upper/{tag}")
+        assert series.value == f"mean/{tag}"
+        assert (series.lower, series.upper) == (f"lower/{tag}", f"upper/{tag}")
 
 
 def test_hyper_parameters_are_in_the_runs_themselves(finished):
@@ -224,7 +230,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_so(
         compare.main(options)
     out, err = capsys.readouterr()
     assert "**Interrupted after epoch 2.**" in out
-    assert err == "Interrupted; epochs 0 to 2 are in the table.\n"
+    assert err == "Interrupted; what was finished is in the table.\n"
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and {row["epochs"] for row in results["rows"]} == {2}
     (page,) = events_of(run_dir).Tensors("results/text_summary")

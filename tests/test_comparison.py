@@ -141,7 +141,9 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
         assert wild[key].last.loss == pytest.approx(r.last.loss, rel=1e-5)
     runs = list(wild.values())
     assert comparison.best_lrs(runs) == {"quadratic": 1.0, "cross-entropy": 0.5}
-    its = comparison.summarise(comparison.by_variant(runs)[Variant("cross-entropy", 1e38)])
+    best = comparison.best_lrs(runs)
+    its = comparison.summarise(comparison.by_variant(runs)[Variant("cross-entropy", 1e38)], best)
+    assert not its.chosen
     assert its.diverged == its.networks == 2
     assert its.test_accuracy["last epoch"].n == 0
 
@@ -205,7 +207,6 @@ def test_the_rate_is_chosen_on_validation_after_the_last_epoch():
         run("cross-entropy", 5.0, 0, [0.1, 0.9, 0.9], losses=[1.0, 1.0, math.nan]),
     ]
     assert comparison.best_lrs(runs) == {"quadratic": 3.0, "cross-entropy": 0.5}
-    assert comparison.common_lrs(runs) == []
 
 
 def test_summary():
@@ -213,8 +214,10 @@ def test_summary():
         [
             run("quadratic", 1.0, 0, [0.1, 0.91, 0.96, 0.94]),
             run("quadratic", 1.0, 1, [0.1, 0.80, 0.92, 0.98]),
-        ]
+        ],
+        {"quadratic": 1.0, "cross-entropy": 0.5},
     )
+    assert its.chosen
     assert its.epochs == 3 and its.diverged == 0
     assert its.epochs_to == {0.90: [1, 2], 0.95: [2, 3], 0.97: [None, 3]}
     assert its.test_accuracy["first epoch"].mean == pytest.approx((0.90 + 0.79) / 2)
@@ -234,8 +237,34 @@ def test_compare_is_cross_entropy_minus_quadratic_by_seed():
         run("cross-entropy", 1.0, 0, [0.1, 0.7, 0.8]),
         run("cross-entropy", 1.0, 2, [0.1, 0.7, 0.1], losses=[1.0, 1.0, math.inf]),
     ]
-    assert comparison.common_lrs(runs) == [1.0]
     found = comparison.compare(runs, 1.0, 1.0).difference
     assert found["last epoch"].mean == pytest.approx((0.2 + 0.1) / 2)
     assert found["last epoch"].n == 2
     assert found["first epoch"].mean == pytest.approx(0.2)
+
+
+def test_conclude_notes_what_a_reader_must_know(digits):
+    runs = [
+        run("quadratic", 1.0, 0, [0.1, 0.5]),
+        run("quadratic", 3.0, 0, [0.1, 0.7]),
+        run("cross-entropy", 1.0, 0, [0.1, 0.7], losses=[1.0, math.nan]),
+    ]
+    found = comparison.conclude(runs, [], digits)
+    assert found.best_lrs == {"quadratic": 3.0}
+    assert found.notes == [
+        "**Interrupted after epoch 1.**",  # of 30
+        "The best rate for quadratic, 3, is at the edge of its grid.",
+        "No rate of cross-entropy is left: all diverged.",
+        "One seed: there is no interval and no p-value; take --seeds 8, say.",
+    ]
+    assert list(found.comparisons) == ["both 1"]
+    assert found.comparisons["both 1"].difference["last epoch"].n == 0
+    assert [its.loss for its in found.engines] == ["quadratic", "quadratic"]
+
+
+def test_control_differences():
+    twin = run("quadratic", 1.0, 0, [0.1, 0.50, 0.60, 0.70])
+    again = run("quadratic", 1.0, 0, [0.1, 0.51, 0.57, 0.70])
+    again.settings = Settings(loss="quadratic", lr=1.0, seed=0, engine="autograd")
+    (found,) = comparison.control_differences([twin], [again])
+    assert (found.first_epoch, found.last_epoch, found.largest) == pytest.approx((0.01, 0, 0.03))

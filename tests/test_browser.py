@@ -1,0 +1,236 @@
+"""TensorBoard in a real browser: what the scripts log can be seen, on every page.
+
+Needs Chromium and its driver. The screenshots stay beside the run, in runs/browser-test.
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, missing
+
+# Of every element, inside shadow roots too, since TensorBoard's pages are made of them.
+FIND = """
+const found = [];
+const walk = (root) => {
+  for (const element of root.querySelectorAll('*')) {
+    if (element.matches(arguments[0])) found.push(element);
+    if (element.shadowRoot) walk(element.shadowRoot);
+  }
+};
+walk(document);
+return found;
+"""
+TEXT = """
+const texts = [];
+const walk = (node) => {
+  if (node.nodeType === Node.TEXT_NODE) texts.push(node.textContent);
+  if (['STYLE', 'SCRIPT', 'TEMPLATE'].includes(node.nodeName)) return;
+  if (node.shadowRoot) walk(node.shadowRoot);
+  for (const child of node.childNodes) walk(child);
+};
+walk(document.body);
+return texts.join(' ').replace(/\\s+/g, ' ');
+"""
+
+
+class Board:
+    """TensorBoard's pages in a browser."""
+
+    def __init__(self, driver, address, screenshots):
+        self.driver, self.address, self.screenshots = driver, address, screenshots
+
+    def open(self, page, until, within=40):
+        """Open a page, wait until it shows what it should, and take a screenshot either way."""
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.address}/#{page}")
+        shown = self.wait(until, within)
+        time.sleep(1)  # what is drawn in steps
+        self.driver.save_screenshot(str(self.screenshots / f"{page}.png"))
+        text = self.text()
+        assert shown, f"{page} shows {text[:2000]!r}"
+        for trouble in ("No dashboards are active", "No scalar data", "Failed to", "Missing Tags"):
+            assert trouble not in text
+        # Fonts and the like would come from the internet, which may not be there.
+        assert not [
+            line["message"]
+            for line in self.driver.get_log("browser")
+            if line["level"] == "SEVERE" and self.address in line["message"]
+        ]
+        return text
+
+    def wait(self, until, within=40):
+        deadline = time.monotonic() + within
+        while not until() and time.monotonic() < deadline:
+            time.sleep(0.3)
+        return until()
+
+    def find(self, selector):
+        return self.driver.execute_script(FIND, selector)
+
+    def text(self):
+        return self.driver.execute_script(TEXT)
+
+    def drawn(self, selector):
+        """Elements that take up room on the page."""
+        return [e for e in self.find(selector) if e.size["width"] > 20 and e.size["height"] > 20]
+
+
+@pytest.fixture(scope="module")
+def driver():
+    browser, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (browser and chromedriver):
+        missing("browser", "chromium and chromedriver are not on the PATH")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1600,1400",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def board(driver):
+    """A small comparison and a training run, and TensorBoard over both."""
+    runs = ROOT / "runs" / "browser-test"
+    shutil.rmtree(runs, ignore_errors=True)
+    for script, options in (
+        ("compare", ["--seeds", "3", "--lrs", "0.5", "3", "--epochs", "5"]),
+        ("train", ["--epochs", "5"]),
+        ("slowdown", ["--epochs", "50"]),
+    ):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *options]
+        subprocess.run([*command, "--run-dir", str(runs / script)], check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [
+            str(Path(sys.executable).with_name("tensorboard")),
+            *("--logdir", str(runs), "--port", str(port), "--host", "127.0.0.1"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{address}/data/runs", timeout=5) as answer:
+                    if b"slowdown" in answer.read():
+                        break
+            except OSError:
+                pass
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.5)
+        screenshots = runs / "screenshots"
+        screenshots.mkdir()
+        yield Board(driver, address, screenshots)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def runs_of(*losses):
+    return [f"compare/{loss}-lr{lr}" for loss in losses for lr in ("0.5", "3")]
+
+
+def test_run_list_and_time_series(board):
+    text = board.open("timeseries", lambda: board.drawn("line-chart path, line-chart canvas"))
+    for run in (*runs_of("quadratic", "cross-entropy"), "train", "slowdown/w2-b2-quadratic"):
+        assert run in text
+    for tag in ("accuracy/test", "accuracy/validation"):
+        assert tag in text
+    assert len(board.drawn("line-chart")) >= 3
+
+
+def test_scalars_are_overlaid(board):
+    board.open("scalars", lambda: board.drawn("vz-line-chart2 svg path"))
+    # In one chart a line each of the comparison's variants and of the training run.
+    (card, *_) = board.drawn("vz-line-chart2")
+    lines = board.driver.execute_script(
+        "return [...arguments[0].shadowRoot.querySelectorAll('path')]"
+        ".filter((p) => (p.getAttribute('d') || '').length > 40).length",
+        card,
+    )
+    assert lines >= 5
+
+
+def test_margin_charts(board):
+    charts = "tf-custom-scalar-margin-chart-card"
+    text = board.open("custom_scalars", lambda: len(board.drawn(f"{charts}")) >= 6)
+    assert "mean and 95 % confidence interval over seeds" in text
+    # The bands are filled areas.
+    areas = [
+        path
+        for path in board.find("vz-line-chart2 path, path")
+        if "area" in (path.get_attribute("class") or "")
+    ]
+    assert len(areas) >= 4 and any(path.size["height"] > 5 for path in areas)
+
+
+def test_images(board):
+    board.open("images", lambda: board.drawn("tf-image-loader img"))
+    for heading in board.find("tf-category-paginated-view button.heading"):
+        if heading.get_attribute("open-button") is None:
+            board.driver.execute_script("arguments[0].click()", heading)
+    wanted = {"weights/layer1", "wrong", "confusion", "learning curves", "single neuron"}
+
+    def loaded():
+        cards = board.find("tf-image-loader")
+        return wanted <= {
+            card.get_property("tag")
+            for card in cards
+            if board.driver.execute_script(
+                "const i = arguments[0].shadowRoot.querySelector('img');"
+                "return i && i.naturalWidth > 20",
+                card,
+            )
+        }
+
+    shown = board.wait(loaded)
+    board.driver.save_screenshot(str(board.screenshots / "images.png"))
+    assert shown
+
+
+def test_histograms(board):
+    text = board.open("histograms", lambda: board.drawn("vz-histogram-timeseries path"))
+    for tag in ("output/a", "output/dz", "output/z"):
+        assert tag in text
+
+
+def test_text(board):
+    text = board.open("text", lambda: "Made by" in board.text())
+    assert "scripts/compare.py --seeds 3 --lrs 0.5 3 --epochs 5" in text
+    assert "best on validation" in text and "Cross-entropy minus quadratic" in text
+
+
+def test_hparams(board):
+    text = board.open("hparams", lambda: "cross-entropy" in board.text())
+    for name in ("loss", "lr", "engine", "accuracy/test"):
+        assert name in text
+    sessions = [cell.text for cell in board.find("vaadin-grid-cell-content")]
+    # The runs of the comparison, its two controls and the training run, and no others.
+    trials = {text for text in sessions if text.startswith(("compare/", "train"))}
+    assert len(trials) == 4 + 2 + 1
