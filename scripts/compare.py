@@ -116,11 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
             figure = learning_curves(runs, found.best_lrs, f"{title}: mean and 95 % interval")
             figure.savefig(run_dir / "learning-curves.png", dpi=90)
-            log.finish([*runs, *controls], dataset, f"{text}\n\nMade by `{command}`.", figure)
+            markdown = f"{text}\n\nMade by `{command}`.\n"
+            (run_dir / "results.md").write_text(markdown, encoding="utf-8")
+            log.finish([*runs, *controls], dataset, markdown, figure)
             write()
         print(f"\n{text}\n")
         print(f"{time.perf_counter() - began:.1f} s, {log.seconds:.1f} s of them logging")
-        print(f"Results, every epoch (epochs.csv) and a picture: {run_dir}")
+        print(f"Tables, every epoch of every network, and a picture: {run_dir}")
         print(f"Curves: {experiment.tensorboard_command(run_dir)}")
     if interrupted:
         print("Interrupted; what was finished is in the table.", file=sys.stderr)

@@ -130,6 +130,8 @@ def test_every_tag_has_its_points(finished):
     text = page.tensor_proto.string_val[0].decode()
     assert "Made by `scripts/compare.py --seeds 3" in text
     assert "| cross-entropy | 0.5 " in text and "best on validation" in text
+    assert (run_dir / "results.md").read_text(encoding="utf-8") == text
+    assert (run_dir / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
     assert "custom_scalars__config__" in root.Tags()["tensors"]
 
 

@@ -55,7 +55,7 @@ def test_convolutional_example_trains_as_with_pytorchs_loss():
 
 def test_the_two_commands_name_what_exists():
     first, second = re.findall(r"```sh\n(python3 -m venv .*)\n```", README)
-    assert first.endswith("&& .venv/bin/python scripts/train.py")
+    assert first.endswith("&& .venv/bin/python scripts/compare.py")
     assert second.endswith("&& .venv/bin/python -m pytest")
 
 
