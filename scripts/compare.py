@@ -21,7 +21,7 @@ from nnce.backprop import Loss
 from nnce.comparison import Run, Variant
 from nnce.monitor import Monitor, scalars
 
-LRS = ("0.1", "0.3", "1", "3", "10", "30")
+LRS = ("0.03", "0.1", "0.3", "1", "3", "10", "30")
 READING = """\
 At equal rates part of the difference is the length of the step: cross-entropy's dC/dz is the
 quadratic's without the factor σ'(z), which is ¼ at most. The fair comparison is at each loss's best

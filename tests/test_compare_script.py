@@ -252,7 +252,7 @@ def test_interrupted_before_the_first_epoch_leaves_nothing(compare, tmp_path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "1000000000"], "12,000,000,000 networks of sizes 64-30-10 would need"),
+        (["--seeds", "1000000000"], "14,000,000,000 networks of sizes 64-30-10 would need"),
         (["--seeds", "0", "--control-seeds", "0"], "at least 1 seed, a whole number, got 0"),
         (["--control-seeds", "9"], "0 to 8 --control-seeds, as many as there are seeds, got 9"),
         (["--lrs", "fast"], "expected --lrs of numbers, got 'fast'"),
