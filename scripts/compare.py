@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             figure.savefig(run_dir / "learning-curves.png", dpi=90)
             markdown = f"{text}\n\nMade by `{command}`.\n"
             (run_dir / "results.md").write_text(markdown, encoding="utf-8")
-            log.finish([*runs, *controls], dataset, markdown, figure)
+            log.finish([*runs, *controls], found.best_lrs, dataset, markdown, figure)
             write()
         print(f"\n{text}\n")
         print(f"{time.perf_counter() - began:.1f} s, {log.seconds:.1f} s of them logging")
@@ -257,14 +257,21 @@ class Log:
             )
         return self._monitors[variant]
 
-    def finish(self, runs: Sequence[Run], dataset: data.Dataset, page: str, figure: Figure) -> None:
+    def finish(
+        self,
+        runs: Sequence[Run],
+        best: Mapping[Loss, float],
+        dataset: data.Dataset,
+        page: str,
+        figure: Figure,
+    ) -> None:
         """What belongs at the end: pictures of the best networks, the page, and the layout."""
         with self._timed():
-            best = comparison.best_lrs(runs)
+            chosen = {Variant(loss, lr) for loss, lr in best.items()}
             for variant, its in comparison.by_variant(runs).items():
                 monitor = self.monitor(variant)
                 monitor.log_hparams(its[0].last)
-                if best.get(variant.loss) == variant.lr and variant.engine == "backprop":
+                if variant in chosen:
                     monitor.log_images(its[0].network, dataset.test, its[0].last.epoch)
             with Monitor(self._run_dir, self._config) as monitor:
                 monitor.log_layout(runs[0].last)

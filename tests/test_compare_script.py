@@ -273,8 +273,8 @@ def test_a_used_run_directory_is_refused(compare, tmp_path, refused):
     assert "already used; choose a new one" in refused(compare.main, "--run-dir", str(tmp_path))
 
 
-def test_logging_is_cheap_and_small_on_digits(tmp_path):
-    """The default comparison: its files stay under 20 MB. (Its time is in results.json.)"""
+def test_the_default_comparison_stays_small(tmp_path):
+    """Under 20 MB in all; what logging costs is in results.json."""
     found = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "compare.py"), "--run-dir", str(tmp_path / "run")],
         capture_output=True,

@@ -56,7 +56,7 @@ def test_tensorboard_tags(train, tmp_path, engine):
     splits = ("train", "validation", "test")
     expected = {
         *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits),
-        *(f"{what}/layer{n}" for what in ("dz_norm", "saturated") for n in (1, 2)),
+        *(f"{what}/layer{n}" for what in training.LayerFigures._fields for n in (1, 2)),
     }
     assert set(events.Tags()["scalars"]) == expected
     results = json.loads((tmp_path / "results.json").read_text())
@@ -68,9 +68,11 @@ def test_tensorboard_tags(train, tmp_path, engine):
     assert [event.value for event in events.Scalars("dz_norm/layer1")] == pytest.approx(
         [record["layers"][0]["dz_norm"] for record in results["epochs"]]
     )
-    (text,) = events.Tags()["tensors"]
-    assert text == "config/text_summary"
-    assert f"| engine | {engine} |" in events.Tensors(text)[0].tensor_proto.string_val[0].decode()
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f"| engine | {engine} |" in text
+    assert set(events.Tags()["images"]) == {"weights/layer1", "wrong", "confusion"}
+    for tag in ("output/z", "output/a", "output/dz"):
+        assert [event.step for event in events.Histograms(tag)] == [0, 1, 2]
 
 
 def test_dry_run_leaves_nothing_behind(train, tmp_path, monkeypatch, capsys):
