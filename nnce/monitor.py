@@ -201,6 +201,9 @@ def watch(
     A step is a forward pass in training mode with gradients on. What is logged needs its backward
     pass too; a step without one leaves a gap. The gradients are looked at and not touched.
 
+    Rows of a sigmoid's input are examples, as everywhere in nnce, but a one-dimensional input is
+    taken for one neuron's, an example each. The output layer is the one whose a the model returns.
+
     Seen are `torch.sigmoid` and its other names, wherever the model calls them, `torch.nn.Sigmoid`
     and the module `nnce.Sigmoid`. Not seen are the function `nnce.sigmoid` and what is inside a
     fused kernel, as in an LSTM.
@@ -243,6 +246,7 @@ class Watcher:
         """Steps seen so far."""
         self._writer, self._every, self._logits = writer, every, logits
         self._name = type(model).__name__
+        self._asleep = False
         self._pass: _Pass | None = None
         self._gradients: list[RemovableHandle] = []
         self._handles = [
@@ -255,6 +259,10 @@ class Watcher:
                 if isinstance(module, modules.Sigmoid)
             ),
         ]
+
+    def __reduce__(self) -> Any:
+        """A copy of a watched model, deep or pickled, is not watched."""
+        return _asleep, ()
 
     def remove(self) -> None:
         """End the watch: no hook is left on the model."""
@@ -276,7 +284,7 @@ class Watcher:
         self.remove()
 
     def _before(self, model: nn.Module, arguments: object) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        if self._asleep or not (model.training and torch.is_grad_enabled()):
             return
         if self.step % self._every == 0:
             self._pass = _Pass()
@@ -320,7 +328,7 @@ class Watcher:
             handle.remove()
         self._gradients = []
         for number, (z, a) in enumerate(seen, start=1):
-            is_output = a is None or a is output
+            is_output = a is None or _same_values(a, output)
             self._follow(f"layer{number}", z, a, is_output=is_output, step=self.step - 1)
 
     def _follow(
@@ -328,12 +336,13 @@ class Watcher:
     ) -> None:
         """Log a layer when the backward pass has come by: first its da, then its dz."""
         came: dict[str, Tensor] = {}
+        values = z.detach()  # a hook that held z itself would keep it alive
 
         def keep_da(da: Tensor) -> None:
             came["da"] = da.detach()
 
         def log(dz: Tensor) -> None:
-            self._log(name, z.detach(), dz.detach(), came.get("da"), is_output, step)
+            self._log(name, values, dz.detach(), came.pop("da", None), is_output, step)
 
         if a is not None and a.requires_grad:
             self._gradients.append(a.register_hook(keep_da))
@@ -372,10 +381,25 @@ class Watcher:
                 self._writer.add_scalar(f"{what}/{name}", value, step)
 
 
+def _asleep() -> Watcher:
+    watcher = Watcher.__new__(Watcher)
+    watcher._asleep, watcher._pass = True, None
+    return watcher
+
+
 def _rows(tensor: Tensor) -> Tensor:
-    """[…, neurons] as [examples, neurons], in at least single precision."""
-    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    """[…, neurons], or [examples] of one neuron, as [examples, neurons]; at least in float32."""
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
     return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _same_values(a: Tensor, output: object) -> bool:
+    """Whether the output is a, perhaps in another shape."""
+    return (
+        isinstance(output, Tensor)
+        and output.numel() == a.numel()
+        and output.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
+    )
 
 
 class _Pass(TorchFunctionMode):

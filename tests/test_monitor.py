@@ -1,4 +1,7 @@
+import copy
 import math
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -185,6 +188,58 @@ def test_watch_tells_saturation_where_bceloss_is_blind(logged):
     assert scalars["dz_norm/layer1"] == [(0, 0.0)] and scalars["saturated/layer1"] == [(0, 1.0)]
     ((_, meter),) = scalars["slowdown/layer1"]
     assert meter == pytest.approx(math.exp(-40), rel=1e-5)
+
+
+def test_a_binary_classifier_that_returns_one_number_an_example(examples, logged):
+    """Squeezed before or after the sigmoid, the output layer is the same."""
+
+    class Binary(nn.Module):
+        def __init__(self, early):
+            super().__init__()
+            self.linear, self.early = nn.Linear(4, 1), early
+
+        def forward(self, x):
+            z = self.linear(x)
+            return torch.sigmoid(z.squeeze(-1)) if self.early else torch.sigmoid(z).squeeze(-1)
+
+    writer, read = logged
+    x, y = examples[0], examples[1][:, 0]
+    for step_, early in enumerate((True, False)):
+        torch.manual_seed(0)
+        model = Binary(early)
+        watcher = watch(model, writer, every=1)
+        watcher.step = step_
+        step(model, cross_entropy, x, y)
+    z = model.linear(x).detach()
+    a = z.sigmoid()
+    wrong = ((a - y[:, None]).abs() > 0.5).squeeze()
+    dz = a - y[:, None]
+    meter = (dz * a * (1 - a))[wrong].norm() / dz[wrong].norm()
+    scalars = read()
+    assert [value for _, value in scalars["slowdown/layer1"]] == pytest.approx([meter.item()] * 2)
+    norm = dz.abs().mean().item() / len(x)
+    assert [value for _, value in scalars["dz_norm/layer1"]] == pytest.approx([norm] * 2)
+
+
+def test_a_copy_of_a_watched_model_is_not_watched(examples, logged):
+    writer, read = logged
+    model = mlp()
+    with watch(model, writer, every=1):
+        step(model, nnce.sigmoid_cross_entropy, *examples)
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            step(again, nnce.sigmoid_cross_entropy, *examples)
+        step(model, nnce.sigmoid_cross_entropy, *examples)
+    assert [at for at, _ in read()["dz_norm/layer1"]] == [0, 1]
+
+
+def test_watch_holds_no_graph_after_the_backward_pass(examples, logged):
+    model = sequential()
+    seen = []
+    for layer in model:
+        layer.register_forward_hook(lambda module, x, value: seen.append(weakref.ref(value)))
+    with watch(model, logged[0], every=100):
+        step(model, half_squares, *examples)
+        assert len(seen) == 4 and not any(value() is not None for value in seen)
 
 
 def test_watch_refuses_a_model_without_sigmoids(examples, logged):
