@@ -200,7 +200,9 @@ def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
     together.train_epoch(*digits.train, order)  # the places are made
     # A warm-up: the profiler's own start may allocate.
     for _ in range(2):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as found:
             together.train_epoch(*digits.train, order)
     sizes = [event.cpu_memory_usage for event in found.events() if event.name == "[memory]"]
     assert max(sizes, default=0) <= 16
