@@ -397,7 +397,9 @@ def percent(its: comparison.Estimate) -> str:
     """Mean ± standard deviation and interval, in percent."""
     if its.n < 2:
         return f"{100 * its.mean:.2f}" if its.n else ""
-    return f"{100 * its.mean:.2f} ± {100 * its.sd:.2f} ({100 * its.low:.2f}–{100 * its.high:.2f})"
+    return (
+        f"{100 * its.mean:.2f} ± {100 * its.sd:.2f} ({100 * its.low:.2f} to {100 * its.high:.2f})"
+    )
 
 
 def median(epochs: Sequence[int | None]) -> str:
@@ -420,7 +422,7 @@ def difference_rows(compared: Mapping[str, comparison.Comparison]) -> list[exper
             "test accuracy": name,
             "difference": f"{100 * its.mean:+.2f}",
             "95 % interval": f"{100 * its.low:+.2f} to {100 * its.high:+.2f}" if its.n > 1 else "",
-            "p": f"{its.p:.2g}" if its.n > 1 else "",
+            "p": f"{its.p:.2g}" if math.isfinite(its.p) else "",
             "n": its.n,
         }
         for name in comparison.MEASURES
