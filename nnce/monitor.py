@@ -127,7 +127,7 @@ class Monitor:
         side = math.isqrt(network.sizes[0])
         if side**2 == network.sizes[0]:
             weights = network.linears()[0].weight.detach().view(-1, 1, side, side)
-            largest = weights.abs().amax((1, 2, 3), keepdim=True)
+            largest = weights.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
             grey = 0.5 + 0.5 * weights / largest  # 0 is grey, whatever the neuron's scale
             scale = max(1, 56 // side)
             enlarged = grey.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -193,7 +193,7 @@ def watch(
 
     At every so many steps, from the first one on, four curves per sigmoid layer, numbered as the
     forward pass comes by: dz_norm/layer1 (the mean over the examples of ‖dC/dz‖, of C as your code
-    averages it), sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see
+    averages and scales it), sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see
     `nnce.training.slowdown`). The slowdown of the output layer is that of the examples that are
     wrong by more than ½, ‖dz quadratic‖ / ‖dz cross-entropy‖; the targets, which a model does not
     see, are read from the sign of the gradient, as if they were 0 or 1.
