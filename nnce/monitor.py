@@ -202,11 +202,13 @@ def watch(
     pass too; a step without one leaves a gap. The gradients are looked at and not touched.
 
     Rows of a sigmoid's input are examples, as everywhere in nnce, but a one-dimensional input is
-    taken for one neuron's, an example each. The output layer is the one whose a the model returns.
+    taken for one neuron's, an example each. The output layer is the one whose a the model returns,
+    alone or among other things.
 
     Seen are `torch.sigmoid` and its other names, wherever the model calls them, `torch.nn.Sigmoid`
     and the module `nnce.Sigmoid`. Not seen are the function `nnce.sigmoid` and what is inside a
-    fused kernel, as in an LSTM.
+    fused kernel, as in an LSTM. Passes inside `torch.func`'s transforms and compiled ones go by
+    unwatched.
 
     Args:
         model: any module, not compiled; of one that is, watch the module it was made from before.
@@ -284,7 +286,11 @@ class Watcher:
         self.remove()
 
     def _before(self, model: nn.Module, arguments: object) -> None:
-        if self._asleep or not (model.training and torch.is_grad_enabled()):
+        if self._asleep or torch.compiler.is_compiling():
+            return
+        if torch._C._are_functorch_transforms_active():
+            return
+        if not (model.training and torch.is_grad_enabled()):
             return
         if self.step % self._every == 0:
             self._pass = _Pass()
@@ -323,12 +329,16 @@ class Watcher:
                 f"none; if its loss has the sigmoid, as BCEWithLogitsLoss has, watch with "
                 f"logits=True"
             )
+        if isinstance(output, Mapping):
+            outputs = list(output.values())
+        else:
+            outputs = list(output) if isinstance(output, tuple | list) else [output]
         # Hooks of an earlier pass that never had its backward would only hold its graph.
         for handle in self._gradients:
             handle.remove()
         self._gradients = []
         for number, (z, a) in enumerate(seen, start=1):
-            is_output = a is None or _same_values(a, output)
+            is_output = a is None or any(_same_values(a, its) for its in outputs)
             self._follow(f"layer{number}", z, a, is_output=is_output, step=self.step - 1)
 
     def _follow(

@@ -221,6 +221,50 @@ def test_a_binary_classifier_that_returns_one_number_an_example(examples, logged
     assert [value for _, value in scalars["dz_norm/layer1"]] == pytest.approx([norm] * 2)
 
 
+def test_an_output_among_others_is_the_output_layer(examples, logged):
+    class Several(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.layers, self.kind = sequential(), kind
+
+        def forward(self, x):
+            a = self.layers(x)
+            return {"a": a, "x": x} if self.kind is dict else (x, a)
+
+    writer, read = logged
+    x, y = examples
+    for at, kind in enumerate((dict, tuple)):
+        torch.manual_seed(0)
+        model = Several(kind)
+        watch(model, writer, every=1).step = at
+        found = model(x)
+        half_squares(found["a"] if kind is dict else found[1], y).backward()
+    torch.manual_seed(0)
+    model = sequential()
+    watch(model, writer, every=1).step = 2
+    step(model, half_squares, x, y)
+    several, other, alone = (value for _, value in read()["slowdown/layer2"])
+    assert several == other == alone
+
+
+def test_transforms_and_compiled_passes_go_by_unwatched(examples, logged):
+    writer, read = logged
+    model = sequential()
+    x, y = examples
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x, y):
+        return half_squares(torch.func.functional_call(model, parameters, (x,)), y)
+
+    expected = torch.func.grad(loss)(parameters, x, y)
+    with watch(model, writer, every=1):
+        found = torch.func.grad(loss)(parameters, x, y)
+        torch.func.vmap(model)(x)
+        torch.compile(model, backend="eager")(x)
+    assert all(torch.equal(found[name], expected[name]) for name in parameters)
+    assert read() == {}
+
+
 def test_a_copy_of_a_watched_model_is_not_watched(examples, logged):
     writer, read = logged
     model = mlp()
