@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +149,28 @@ def _func_hessian(row: Row) -> None:
         hessian(row.function, argnums)(*row.inputs),
         torch.autograd.functional.hessian(row.reference, row.inputs),
     )
+
+
+def _nested_forward_mode(row: Row) -> None:
+    """Second and third derivatives, mixed ones too, with one forward mode inside another."""
+    argnums = _everywhere(row)
+
+    def forward(derivative: Callable[..., Any]) -> Callable[..., Any]:
+        transformed: Callable[..., Any] = jacfwd(derivative, argnums)
+        return transformed
+
+    def backward(derivative: Callable[..., Any]) -> Callable[..., Any]:
+        transformed: Callable[..., Any] = jacrev(derivative, argnums)
+        return transformed
+
+    second = backward(backward(row.reference))
+    third = backward(second)(*row.inputs)
+    _same(forward(forward(row.function))(*row.inputs), second(*row.inputs))
+    for transformed in (
+        forward(forward(backward(row.function))),
+        forward(backward(forward(row.function))),
+    ):
+        _same(transformed(*row.inputs), third)
 
 
 def _per_sample(row: Row) -> None:
@@ -338,6 +360,7 @@ COLUMNS: dict[str, Cell] = {
     "func.vmap": _func_vmap,
     "func.jacrev": _func_jacrev,
     "func.hessian": _func_hessian,
+    "forward mode in forward mode": _nested_forward_mode,
     "per-sample vmap(grad)": _per_sample,
     "compile (aot_eager)": _compiled("aot_eager"),
     "compile (inductor)": _compiled("inductor"),

@@ -6,7 +6,10 @@ order are taken by the rules and stay exact where a rounds to 0 or 1. Only input
 backward: a saved intermediate would give silently wrong second derivatives.
 
 Each Function comes twice: with a `jvp`, for forward-mode derivatives and what `torch.func` makes of
-them, and without, because `torch.compile` refuses a Function that has one. `_apply` chooses.
+them, and without, because `torch.compile` refuses a Function that has one. Where forward mode runs
+inside forward mode no Function will do: PyTorch switches the outer one off while it calls a `jvp`,
+whose result would silently lack a term. There the rules are differentiated as plain code. `_apply`
+chooses.
 
 The public functions check shape, dtype and device, never values: a check on values would make CUDA
 wait and break `torch.compile` and `torch.func`. Values are checked where data enters, in
@@ -14,6 +17,7 @@ wait and break `torch.compile` and `torch.func`. Values are checked where data e
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -147,8 +151,8 @@ class SigmoidCrossEntropyFunction(Function):
         wants_z, wants_y, wants_pos_weight = ctx.needs_input_grad
         return (
             dC * rules.dz_cross_entropy(z, y, sigmoid, pos_weight) if wants_z else None,
-            dC * _cross_entropy_dy(z, pos_weight) if wants_y else None,
-            dC * y * _minus_ln_a(z) if wants_pos_weight else None,
+            rules.weighted(dC, _cross_entropy_dy(z, pos_weight)) if wants_y else None,
+            rules.weighted(dC * y, _minus_ln_a(z)) if wants_pos_weight else None,
         )
 
 
@@ -159,7 +163,9 @@ def _minus_ln_a(z: Tensor) -> Tensor:
 
 def _cross_entropy_dy(z: Tensor, pos_weight: Tensor | None) -> Tensor:
     """dC/dy = ln(1−a) − pos_weight ln a, which is −z without a pos_weight."""
-    return -z if pos_weight is None else pos_weight * _minus_ln_a(z) - _minus_ln_a(-z)
+    if pos_weight is None:
+        return -z
+    return rules.weighted(pos_weight, _minus_ln_a(z)) - _minus_ln_a(-z)
 
 
 # ---------------------------------------------------- the same with forward-mode derivatives
@@ -207,8 +213,10 @@ class SigmoidCrossEntropyWithJvp(SigmoidCrossEntropyFunction):
         dz, dy, d_pos_weight = tangents
         z, y, pos_weight = ctx.saved_tensors
         dC = rules.dz_cross_entropy(z, y, sigmoid, pos_weight) * dz
-        dC = dC + _cross_entropy_dy(z, pos_weight) * dy
-        return dC if pos_weight is None else dC + y * _minus_ln_a(z) * d_pos_weight
+        dC = dC + rules.weighted(dy, _cross_entropy_dy(z, pos_weight))
+        if pos_weight is None:
+            return dC
+        return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
 
 
 _WITH_JVP: dict[type[Function], type[Function]] = {
@@ -216,6 +224,34 @@ _WITH_JVP: dict[type[Function], type[Function]] = {
     SigmoidFunction: SigmoidWithJvp,
     SigmoidQuadraticFunction: SigmoidQuadraticWithJvp,
     SigmoidCrossEntropyFunction: SigmoidCrossEntropyWithJvp,
+}
+
+
+# ------------------------------------------------- the same for forward mode inside forward mode
+
+
+def _exp_of_minus_abs(z: Tensor) -> Tensor:
+    return torch.where(z > 0, -z, z).exp()  # not −|z|, which has no derivative at 0
+
+
+def _plain_sigmoid(z: Tensor) -> Tensor:
+    """σ(z) of operations whose own derivatives, of any order, do not vanish in saturation."""
+    e = _exp_of_minus_abs(z)
+    return torch.where(z > 0, 1 / (1 + e), e / (1 + e))
+
+
+def _plain_softplus(z: Tensor) -> Tensor:
+    """softplus(z), likewise."""
+    return torch.where(z > 0, z, 0.0) + _exp_of_minus_abs(z).log1p()
+
+
+_PLAIN: dict[type[Function], Callable[..., Tensor]] = {
+    LinearFunction: lambda a_prev, W, b: rules.linear(a_prev, W, b),
+    SigmoidFunction: _plain_sigmoid,
+    SigmoidQuadraticFunction: lambda z, y: rules.quadratic(z, y, _plain_sigmoid),
+    SigmoidCrossEntropyFunction: lambda z, y, pos_weight: rules.cross_entropy(
+        z, y, pos_weight, _plain_softplus
+    ),
 }
 
 
@@ -306,14 +342,16 @@ def sigmoid_cross_entropy(
 ) -> Tensor:
     """The cross-entropy of σ(z): C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (equation 3).
 
-    Differentiated by equation 5, dC/dz = σ(z) − y, computed as (1−y) σ(z) − y σ(−z), which keeps
-    its relative precision where σ(z) − y rounds to 0. For y strictly between 0 and 1 the least
-    value of C is not 0 but the entropy of y.
+    Differentiated by equation 5, dC/dz = σ(z) − y, computed as (1−y) σ(z) − y σ(−z), which for y of
+    0 or 1 keeps its relative precision where σ(z) − y rounds to 0. For y strictly between, its
+    error is some units in the last place of the two terms, which cancel where σ(z) comes near y,
+    and the least value of C is not 0 but the entropy of y.
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets in [0, 1], of z's shape, dtype and device.
-        weight: multiplies C component by component; of a shape that broadcasts to z's.
+        weight: multiplies C component by component; of a shape that broadcasts to z's. What has
+            weight 0 costs nothing and pulls at nothing, at an infinite z as well.
         pos_weight: multiplies the term of y, so that positive targets count so much more than
             negative ones; of a shape that broadcasts to z's, [components] for one each.
         reduction: as for `sigmoid_quadratic`. With "mean", all of this means what it means for
@@ -333,7 +371,7 @@ def sigmoid_cross_entropy(
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
-    return _reduce(C if weight is None else weight * C, reduction)
+    return _reduce(C if weight is None else rules.weighted(weight, C), reduction)
 
 
 # ---------------------------------------------------------------------------------- the inside
@@ -341,8 +379,16 @@ def sigmoid_cross_entropy(
 
 def _apply(function: type[Function], *arguments: Tensor | None) -> Tensor:
     if not torch.compiler.is_compiling():
+        if _forward_mode_levels() > 1:
+            return _PLAIN[function](*arguments)
         function = _WITH_JVP[function]
     return cast(Tensor, function.apply(*arguments))
+
+
+def _forward_mode_levels() -> int:
+    """How many of `torch.func`'s forward-mode transformations are active, one inside another."""
+    active = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in active)
 
 
 def _reduce(C: Tensor, reduction: Reduction) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-# Rules that need σ inside a derivative take it as an argument, so that they can also be
-# differentiated: nnce.functional hands in its own σ, whose derivatives stay exact in saturation.
-Sigmoid = Callable[[Tensor], Tensor]
+# Rules that are made of σ or softplus take them as arguments, so that they can also be
+# differentiated: nnce.functional hands in its own, whose derivatives stay exact in saturation.
+Elementwise = Callable[[Tensor], Tensor]
 
 
 # ------------------------------------------------------------------------------------- forward
@@ -41,23 +41,9 @@ def sigmoid(z: Tensor) -> Tensor:
     return torch.sigmoid(z)
 
 
-def quadratic(z: Tensor, y: Tensor) -> Tensor:
+def quadratic(z: Tensor, y: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Tensor:
     """Equation 2, per component: C = ½ (a − y)²; z, y and C of one shape."""
-    return 0.5 * residual(z, y).square()
-
-
-def cross_entropy(z: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Tensor:
-    """Equation 3, per component: C = −[y ln a + (1−y) ln(1−a)]; z, y and C of one shape.
-
-    Computed as y softplus(−z) + (1−y) softplus(z), which keeps its relative precision however small
-    C is. A term whose weight is 0 is 0, at z = ±∞ as well. A pos_weight multiplies the first term.
-    """
-    return _weighted(_positive(y, pos_weight), softplus(-z)) + _weighted(1 - y, softplus(z))
-
-
-def _positive(y: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """How much a positive target counts: y, or pos_weight ∘ y."""
-    return y if pos_weight is None else pos_weight * y
+    return 0.5 * residual(z, y, sigmoid).square()
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -69,28 +55,52 @@ def softplus(z: Tensor) -> Tensor:
     return -logsigmoid(-z)
 
 
-def _weighted(weight: Tensor, term: Tensor) -> Tensor:
-    """weight ∘ term, where 0 · ∞ is 0: there is nothing to pay for what does not count."""
-    return torch.where(weight == 0, 0.0, weight * term)
+def cross_entropy(
+    z: Tensor,
+    y: Tensor,
+    pos_weight: Tensor | None = None,
+    softplus: Elementwise = softplus,
+) -> Tensor:
+    """Equation 3, per component: C = −[y ln a + (1−y) ln(1−a)]; z, y and C of one shape.
+
+    Computed as y softplus(−z) + (1−y) softplus(z), which keeps its relative precision however small
+    C is. A term whose weight is 0 is 0, at z = ±∞ as well. A pos_weight multiplies the first term.
+    """
+    return weighted(_positive(y, pos_weight), softplus(-z)) + weighted(1 - y, softplus(z))
+
+
+def _positive(y: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """How much a positive target counts: y, or pos_weight ∘ y."""
+    return y if pos_weight is None else pos_weight * y
+
+
+def weighted(weight: Tensor, term: Tensor) -> Tensor:
+    """weight ∘ term, where 0 · ∞ is 0: there is nothing to pay for what does not count.
+
+    0 · NaN is NaN. Of one shape, or of shapes that broadcast.
+    """
+    return weight * torch.where((weight == 0) & term.isinf(), 0.0, term)
 
 
 # ------------------------------------------------------------------- backward, elementwise
 
 
-def residual(z: Tensor, y: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:
+def residual(z: Tensor, y: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Tensor:
     """a − y = a (1−y) − y (1−a) = (1−y) σ(z) − y σ(−z), the trick of the notes' integral.
 
-    Exact where σ(z) − y would round to 0. z, y and the result of one shape.
+    For y of 0 or 1 one term is left, so that no digits are lost where σ(z) − y would round to 0.
+    Between them the terms cancel where a comes near y, and what is left is right to some units in
+    the last place of the terms. z, y and the result of one shape.
     """
     return (1 - y) * sigmoid(z) - y * sigmoid(-z)
 
 
-def sigmoid_prime(z: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:
+def sigmoid_prime(z: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Tensor:
     """σ'(z) = a ∘ (1−a) = σ(z) ∘ σ(−z), at most ¼; z's shape."""
     return sigmoid(z) * sigmoid(-z)
 
 
-def dz_quadratic(z: Tensor, y: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:
+def dz_quadratic(z: Tensor, y: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Tensor:
     """Equation 4, last layer, quadratic loss: dC/dz = (a − y) ∘ σ'(z); z's shape."""
     return residual(z, y, sigmoid) * sigmoid_prime(z, sigmoid)
 
@@ -98,7 +108,7 @@ def dz_quadratic(z: Tensor, y: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tens
 def dz_cross_entropy(
     z: Tensor,
     y: Tensor,
-    sigmoid: Sigmoid = torch.sigmoid,
+    sigmoid: Elementwise = torch.sigmoid,
     pos_weight: Tensor | None = None,
 ) -> Tensor:
     """Equation 5, last layer, cross-entropy: dC/dz = a − y; z's shape.
@@ -108,7 +118,7 @@ def dz_cross_entropy(
     return (1 - y) * sigmoid(z) - _positive(y, pos_weight) * sigmoid(-z)
 
 
-def dz_hidden(da: Tensor, z: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:
+def dz_hidden(da: Tensor, z: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Tensor:
     """Equation 8, hidden layers: dC/dz = dC/da ∘ σ'(z); z's shape."""
     return da * sigmoid_prime(z, sigmoid)
 
@@ -121,7 +131,12 @@ def dW(dz: Tensor, a_prev: Tensor) -> Tensor:
 
     dz [..., n_out], a_prev [..., n_in] -> [n_out, n_in].
     """
-    return dz.reshape(-1, dz.shape[-1]).mT @ a_prev.reshape(-1, a_prev.shape[-1])
+    return _rows(dz).mT @ _rows(a_prev)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., n] -> [examples, n]; not reshape(-1, n), which cannot be said where n is 0."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def db(dz: Tensor) -> Tensor:

@@ -77,12 +77,12 @@ WRONG_RULES = {
     "sigmoid_quadratic": (
         "dz_quadratic",
         lambda z, y, sigmoid: sigmoid(z) - y,
-        ("quadratic", lambda z, y: (z.sigmoid() - y) ** 2),
+        ("quadratic", lambda z, y, sigmoid=None: (z.sigmoid() - y) ** 2),
     ),
     "sigmoid_cross_entropy": (
         "dz_cross_entropy",
         lambda z, y, sigmoid, pos_weight: y - sigmoid(z),
-        ("cross_entropy", lambda z, y, pos_weight: -y * z.sigmoid().log()),
+        ("cross_entropy", lambda z, y, pos_weight, softplus=None: -y * z.sigmoid().log()),
     ),
 }
 
@@ -103,6 +103,14 @@ def test_planted_wrong_jvp_is_refused(row, monkeypatch):
     monkeypatch.setattr(function, "jvp", _negated(function.jvp))
     with pytest.raises(AssertionError):
         COLUMNS["func.jvp"](ROWS[row])
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_jvp_inside_forward_mode_is_refused(row, monkeypatch):
+    """PyTorch loses the outer tangent of a Function's jvp, in silence; so no Function is used."""
+    monkeypatch.setattr(functional, "_forward_mode_levels", lambda: 1)
+    with pytest.raises(AssertionError):
+        COLUMNS["forward mode in forward mode"](ROWS[row])
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -18,6 +18,12 @@ import nnce
 
 LOSSES = list(HAND_WRITTEN.values())
 
+# PyTorch's own warnings: it scripts its own forward-mode decompositions.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bad_targets_are_refused_in_one_sentence(loss):
@@ -198,6 +204,96 @@ def test_weights_with_batchmean():
         nnce.sigmoid_cross_entropy(z, y, weight=p, pos_weight=p),
         nnce.sigmoid_cross_entropy(z, y, weight=p, pos_weight=p, reduction="sum") / 3,
     )
+
+
+def test_what_has_weight_0_costs_and_pulls_nothing_at_an_infinite_z():
+    inf = math.inf
+    z = torch.tensor([[inf, -inf, inf, -inf]], requires_grad=True)
+    y = torch.tensor([[0.0, 1.0, 1.0, 0.0]], requires_grad=True)
+    C = nnce.sigmoid_cross_entropy(z, y, weight=torch.zeros(4), reduction="sum")
+    dz, dy = torch.autograd.grad(C, (z, y))
+    assert C == 0 and (dz == 0).all() and (dy == 0).all()
+    C = nnce.sigmoid_cross_entropy(z, y, weight=torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert C == 0
+    still_nan = nnce.sigmoid_cross_entropy(z * math.nan, y, weight=torch.zeros(4))
+    assert still_nan.isnan()
+
+
+def test_the_derivative_by_pos_weight_at_an_infinite_z():
+    """d/d pos_weight = −y ln a: 0 for y = 0 whatever a is, infinite for y = 1 and a = 0."""
+    z, y = torch.full((2,), -math.inf), torch.tensor([0.0, 1.0])
+    pos_weight = torch.full((2,), 2.0, requires_grad=True)
+    C = nnce.sigmoid_cross_entropy(z, y, pos_weight=pos_weight, reduction="none")
+    (d_pos_weight,) = torch.autograd.grad(C, pos_weight, torch.ones(2))
+    assert d_pos_weight.tolist() == [0.0, math.inf]
+
+
+def test_forward_mode_at_an_infinite_z():
+    """Along z alone, the derivative by y, which is infinite, has no part in it."""
+    z, y = torch.tensor([math.inf, -math.inf]), torch.tensor([0.0, 1.0])
+    for options in ({}, {"pos_weight": torch.ones(2)}):
+
+        def loss(z, options=options):
+            return nnce.sigmoid_cross_entropy(z, y, reduction="none", **options)
+
+        tangent = torch.func.jvp(loss, (z,), (torch.ones(2),))[1]
+        assert tangent.tolist() == [1.0, -1.0]
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (0,), (2, 3)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(0, 3), (3, 0), (0, 0)])
+def test_layers_without_features(leading, n_in, n_out):
+    a_prev, W, b = (
+        torch.rand(*shape, requires_grad=True)
+        for shape in ((*leading, n_in), (n_out, n_in), (n_out,))
+    )
+    upstream = torch.rand(*leading, n_out)
+    oracle = torch.nn.functional.linear(a_prev, W, b)
+    got = nnce.linear(a_prev, W, b)
+    assert_close(got, oracle)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (a_prev, W, b), upstream),
+        torch.autograd.grad(oracle, (a_prev, W, b), upstream),
+        strict=True,
+    ):
+        assert_close(ours, theirs)
+
+
+def test_forward_mode_in_forward_mode_is_exact_in_saturation():
+    """Second and third derivatives at |z| from 12 to 40, relatively, and at 0."""
+    z = torch.tensor([-40.0, -20.0, -12.0, 0.0, 12.0, 20.0, 40.0], dtype=torch.float64)
+    s, t = 1 / (1 + torch.exp(-z)), 1 / (1 + torch.exp(z))
+    y = torch.zeros_like(z)
+
+    def along(f):
+        return lambda z: torch.func.jvp(f, (z,), (torch.ones_like(z),))[1]
+
+    def cross_entropy(z):
+        return nnce.sigmoid_cross_entropy(z, y, reduction="none")
+
+    def quadratic(z):
+        return nnce.sigmoid_quadratic(z, y, reduction="none")
+
+    for function, second, third in (
+        (nnce.sigmoid, s * t * (t - s), s * t * (1 - 6 * s * t)),
+        (cross_entropy, s * t, s * t * (t - s)),
+        (quadratic, s * s * t * (2 * t - s), s * s * t * (s * s - 7 * s * t + 4 * t * t)),
+    ):
+        assert_close(along(along(function))(z), second, rtol=1e-13, atol=1e-300)
+        assert_close(along(along(along(function)))(z), third, rtol=1e-12, atol=1e-300)
+
+
+def test_forward_mode_in_forward_mode_by_targets_and_weights():
+    """Also by y, where it is 0 and a term is nothing."""
+    z, y, p = random(6).detach(), targets(6).detach(), random(6, seed=5).detach().abs()
+
+    def loss(y, p):
+        return nnce.sigmoid_cross_entropy(z, y, pos_weight=p, reduction="sum")
+
+    forward = torch.func.jacfwd(torch.func.jacfwd(loss), argnums=1)(y, p)
+    backward = torch.func.jacrev(torch.func.jacrev(loss), argnums=1)(y, p)
+    assert backward.diagonal().abs().min() > 0
+    assert_close(forward, backward, rtol=1e-12, atol=1e-14)
 
 
 def test_bad_weights():
