@@ -23,17 +23,20 @@ weights.
 `watch` logs dz_norm, sigmoid_prime, saturated and slowdown of any PyTorch model while it trains.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -198,17 +201,28 @@ def watch(
     wrong by more than ½, ‖dz quadratic‖ / ‖dz cross-entropy‖; the targets, which a model does not
     see, are read from the sign of the gradient, as if they were 0 or 1.
 
-    A step is a forward pass in training mode with gradients on. What is logged needs its backward
-    pass too; a step without one leaves a gap. The gradients are looked at and not touched.
+    A step is a forward pass in training mode with gradients on. A model that calls itself makes
+    one, the outermost call; threads that share a model make one each. What is logged needs its
+    backward pass too; a step without one leaves a gap. The gradients are looked at and not touched.
 
     Rows of a sigmoid's input are examples, as everywhere in nnce, but a one-dimensional input is
-    taken for one neuron's, an example each. The output layer is the one whose a the model returns,
-    alone or among other things.
+    taken for one neuron's, an example each. An output layer is one whose a the model returns, alone
+    or among others, in mappings, lists, tuples and dataclasses, whole or in part, clamped, cast,
+    reshaped, joined with others or detached. Whatever else a model makes of its a, be it 1 − a,
+    leaves it a hidden layer.
 
-    Seen are `torch.sigmoid` and its other names, wherever the model calls them, `torch.nn.Sigmoid`
-    and the module `nnce.Sigmoid`. Not seen are the function `nnce.sigmoid` and what is inside a
-    fused kernel, as in an LSTM. Passes inside `torch.func`'s transforms and compiled ones go by
-    unwatched.
+    Seen are `torch.sigmoid` and its other names, in place too, wherever the model calls them,
+    `torch.nn.Sigmoid`, and the modules `nnce.Sigmoid` that the model has when the watch begins. Not
+    seen, and not counted in the layers' numbers, are
+
+    - the function `nnce.sigmoid`, and what is inside a fused kernel, as in an LSTM;
+    - what runs with gradients off, hence what is under `torch.utils.checkpoint` with
+      use_reentrant=True, which is run again, and differentiated, only in the backward pass;
+    - what the model runs in threads of its own, as `torch.nn.DataParallel` does;
+    - what is compiled or scripted, or inside `torch.func`'s transforms.
+
+    A model that is checkpointed as a whole is seen; with use_reentrant=False its second run, in the
+    backward pass, counts as one more step, which leaves a gap.
 
     Args:
         model: any module, not compiled; of one that is, watch the module it was made from before.
@@ -248,29 +262,37 @@ class Watcher:
         """Steps seen so far."""
         self._writer, self._every, self._logits = writer, every, logits
         self._name = type(model).__name__
-        self._asleep = False
-        self._pass: _Pass | None = None
-        self._gradients: list[RemovableHandle] = []
+        self._removed = False
+        self._call = _Call()
+        self._lock = threading.Lock()
+        # Passes under way, of all threads, that are on PyTorch's stacks of function modes.
+        self._on_stacks = 0
         self._handles = [
-            model.register_forward_pre_hook(self._before),
-            # Called after a forward that raised, too.
-            model.register_forward_hook(self._after, always_call=True),
             *(
                 module.register_forward_hook(self._sigmoid_module, with_kwargs=True)
                 for module in model.modules()
                 if isinstance(module, modules.Sigmoid)
             ),
+            # First, so that it is called wherever the hook after the forward is.
+            model.register_forward_pre_hook(self._before, prepend=True),
+            # Called after a forward that raised, too.
+            model.register_forward_hook(self._after, always_call=True),
         ]
 
     def __reduce__(self) -> Any:
         """A copy of a watched model, deep or pickled, is not watched."""
-        return _asleep, ()
+        return _unwatching, ()
 
     def remove(self) -> None:
-        """End the watch: no hook is left on the model."""
-        for handle in (*self._handles, *self._gradients):
-            handle.remove()
-        self._handles, self._gradients = [], []
+        """End the watch: no hook is left on the model.
+
+        Passes under way, in other threads or around this call, go on and are not logged. The last
+        of them removes the hooks; if it raises, the next call does.
+        """
+        self._removed = True
+        if not self._call.is_running():
+            self._end()
+        self._detach()
 
     def __enter__(self) -> "Watcher":
         """End the watch at the block's end."""
@@ -285,17 +307,35 @@ class Watcher:
         """End the watch."""
         self.remove()
 
+    def _detach(self) -> None:
+        # A pass that has begun needs the hook that ends it.
+        with self._lock:
+            if self._on_stacks == 0:
+                for handle in self._handles:
+                    handle.remove()
+                self._handles = []
+
     def _before(self, model: nn.Module, arguments: object) -> None:
-        if self._asleep or torch.compiler.is_compiling():
+        call = self._call
+        if _goes_by():
             return
-        if torch._C._are_functorch_transforms_active():
+        if call.is_running():
+            call.depth += 1
+            return
+        self._end()  # what an interrupted call has left
+        if self._removed:
+            self._detach()
             return
         if not (model.training and torch.is_grad_enabled()):
             return
-        if self.step % self._every == 0:
-            self._pass = _Pass()
-            self._pass.__enter__()  # type: ignore[no-untyped-call]
-        self.step += 1
+        call.caller, call.depth = sys._getframe(1), 1
+        with self._lock:
+            step, self.step = self.step, self.step + 1
+            if step % self._every != 0:
+                return
+            self._on_stacks += 1
+        call.watched = _Pass(self, step)
+        call.watched.__enter__()  # type: ignore[no-untyped-call]
 
     def _sigmoid_module(
         self,
@@ -304,16 +344,25 @@ class Watcher:
         keywords: Mapping[str, Tensor],
         a: Tensor,
     ) -> None:
-        if self._pass is not None:
-            self._pass.seen.append(((*arguments, *keywords.values())[0], a))
+        watched = self._call.watched
+        if watched is not None and torch.is_grad_enabled() and not _goes_by():
+            layer = watched.layer((*arguments, *keywords.values())[0])
+            watched.add(layer, a)
 
     def _after(self, model: nn.Module, arguments: object, output: object) -> None:
-        if self._pass is None:
+        call = self._call
+        if _goes_by() or call.depth == 0:
             return
-        seen = self._pass.seen
-        self._pass.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._pass = None
-        if output is None:  # the forward pass raised
+        call.depth -= 1
+        if call.depth > 0:
+            return
+        watched = self._end()
+        # None where the forward pass raised. PyTorch is then going through the model's own
+        # dictionary of hooks, so that none of them can be removed.
+        if watched is None or output is None:
+            return
+        if self._removed:
+            self._detach()
             return
         if self._logits:
             if not isinstance(output, Tensor):
@@ -321,56 +370,32 @@ class Watcher:
                     f"expected {self._name} to give one tensor of logits, got "
                     f"{type(output).__name__}"
                 )
-            seen.append((output, None))
-        if not seen:
+            watched.add(watched.layer(output), None)
+        if not watched.layers:
             self.remove()
             raise ValueError(
                 f"expected a model with sigmoids, but the forward pass of {self._name} came by "
                 f"none; if its loss has the sigmoid, as BCEWithLogitsLoss has, watch with "
                 f"logits=True"
             )
-        if isinstance(output, Mapping):
-            outputs = list(output.values())
-        else:
-            outputs = list(output) if isinstance(output, tuple | list) else [output]
-        # Hooks of an earlier pass that never had its backward would only hold its graph.
-        for handle in self._gradients:
-            handle.remove()
-        self._gradients = []
-        for number, (z, a) in enumerate(seen, start=1):
-            is_output = a is None or any(_same_values(a, its) for its in outputs)
-            self._follow(f"layer{number}", z, a, is_output=is_output, step=self.step - 1)
+        watched.complete(list(_tensors(output)))
 
-    def _follow(
-        self, name: str, z: Tensor, a: Tensor | None, *, is_output: bool, step: int
-    ) -> None:
-        """Log a layer when the backward pass has come by: first its da, then its dz."""
-        came: dict[str, Tensor] = {}
-        values = z.detach()  # a hook that held z itself would keep it alive
+    def _end(self) -> "_Pass | None":
+        """Take this thread's pass, if it is in one, off PyTorch's stack."""
+        call = self._call
+        watched, call.watched, call.caller, call.depth = call.watched, None, None, 0
+        if watched is not None:
+            watched.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            with self._lock:
+                self._on_stacks -= 1
+        return watched
 
-        def keep_da(da: Tensor) -> None:
-            came["da"] = da.detach()
-
-        def log(dz: Tensor) -> None:
-            self._log(name, values, dz.detach(), came.pop("da", None), is_output, step)
-
-        if a is not None and a.requires_grad:
-            self._gradients.append(a.register_hook(keep_da))
-        if z.requires_grad:
-            self._gradients.append(z.register_hook(log))
-
-    def _log(
-        self,
-        name: str,
-        z: Tensor,
-        dz: Tensor,
-        da: Tensor | None,
-        is_output: bool,
-        step: int,
-    ) -> None:
-        z, dz = (_rows(tensor) for tensor in (z, dz))
+    def _log(self, layer: "_Layer", da: Tensor | None, dz: Tensor) -> None:
+        if self._removed or _goes_by() or layer.z.numel() == 0 or layer.z.is_complex():
+            return
+        z, dz = (_rows(tensor) for tensor in (layer.z, dz))
         pull = dz if da is None else _rows(da)
-        if is_output:
+        if layer.is_output:
             # An output that is too large is pulled down, whatever the loss. Where rounding has left
             # no pull, the output counts as right.
             a = z.sigmoid()
@@ -388,13 +413,24 @@ class Watcher:
         )
         for what, value in figures._asdict().items():
             if math.isfinite(value):
-                self._writer.add_scalar(f"{what}/{name}", value, step)
+                self._writer.add_scalar(f"{what}/layer{layer.number}", value, layer.step)
 
 
-def _asleep() -> Watcher:
-    watcher = Watcher.__new__(Watcher)
-    watcher._asleep, watcher._pass = True, None
+def _unwatching() -> Watcher:
+    nothing: Any = None
+    watcher = Watcher(nn.Module(), nothing, every=1, logits=False)
+    watcher.remove()
     return watcher
+
+
+def _goes_by() -> bool:
+    """Whether what runs now is compiled or transformed, where tensors have no values to look at."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether it is many at once, as autograd's is_grads_batched makes it, and has no values."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -403,21 +439,28 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def _same_values(a: Tensor, output: object) -> bool:
-    """Whether the output is a, perhaps in another shape."""
-    return (
-        isinstance(output, Tensor)
-        and output.numel() == a.numel()
-        and output.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
-    )
+class _Call(threading.local):
+    """The call of the watched model that this thread is in: the outermost, if it calls itself."""
+
+    caller: FrameType | None = None
+    depth = 0
+    watched: "_Pass | None" = None
+
+    def is_running(self) -> bool:
+        """Whether it goes on. Ctrl-C, for one, ends a call without the hook after the forward."""
+        frame = None if self.caller is None else sys._getframe(1)
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
 
 
 class _Pass(TorchFunctionMode):
-    """Sees the sigmoids of a forward pass, as z and a."""
+    """Sees the sigmoids of one forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, watcher: Watcher, step: int) -> None:
         super().__init__()
-        self.seen: list[tuple[Tensor, Tensor | None]] = []
+        self._watcher, self._step = watcher, step
+        self.layers: list[tuple[_Layer, Tensor | None, Node | None]] = []
 
     def __torch_function__(
         self,
@@ -426,12 +469,121 @@ class _Pass(TorchFunctionMode):
         arguments: Sequence[Any] = (),
         keywords: Mapping[str, Any] | None = None,
     ) -> Any:
-        found = function(*arguments, **(keywords or {}))
+        keywords = keywords or {}
         # Inside an autograd Function, such as nnce's, gradients are off.
-        if function in _SIGMOIDS and torch.is_grad_enabled():
-            z = arguments[0] if arguments else (keywords or {})["input"]
-            self.seen.append((z, found))
-        return found
+        if function not in _SIGMOIDS or not torch.is_grad_enabled() or _goes_by():
+            return function(*arguments, **keywords)
+        z = arguments[0] if arguments else keywords["input"]
+        layer = self.layer(z)
+        if function in _IN_PLACE and z.requires_grad:
+            # The same in two steps, since no hook sees dz of a view that is overwritten in one.
+            a = torch.sigmoid(z)
+            result = z.copy_(a)
+        else:
+            a = result = function(*arguments, **keywords)
+        self.add(layer, a)
+        return result
+
+    def layer(self, z: Tensor) -> "_Layer":
+        """Look at z, before it can be overwritten."""
+        return _Layer(self._watcher, self._step, z)
+
+    def add(self, layer: "_Layer", a: Tensor | None) -> None:
+        """Look at its a, and number the layer."""
+        self.layers.append((layer, a, None if a is None else a.grad_fn))
+        layer.number = len(self.layers)
+        if a is not None:
+            layer.follow(a)
+
+    def complete(self, outputs: Sequence[Tensor]) -> None:
+        """Tell the layers which of them the model returns; from now on they log."""
+        returned = _made_of(outputs)
+        for layer, a, node in self.layers:
+            layer.is_output = (
+                a is None or node in returned or any(_same_storage(a, output) for output in outputs)
+            )
 
 
-_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit}
+class _Layer:
+    """A layer of one pass: its z, and its gradients as the backward pass brings them."""
+
+    number: int
+    is_output: bool | None = None
+    """None until the forward pass is over."""
+
+    def __init__(self, watcher: Watcher, step: int, z: Tensor) -> None:
+        self._watcher, self.step = watcher, step
+        # A copy without the graph, which a hook must not hold: z may yet be overwritten.
+        self.z = z.detach().clone()
+        self._da: Tensor | None = None
+        # A hook on a parameter, or another leaf, would outlive the pass; `follow` does without.
+        self._is_leaf = z.is_leaf
+        if z.requires_grad and not z.is_leaf:
+            z.register_hook(self._keep_dz)
+
+    def follow(self, a: Tensor) -> None:
+        """Wait for da, and for dz where z is a leaf."""
+        if not a.requires_grad:
+            return
+        a.register_hook(self._keep_da)
+        if self._is_leaf and a.grad_fn is not None:
+            a.grad_fn.register_hook(lambda dz, da: self._keep_dz(dz[0]))
+
+    def _keep_da(self, da: Tensor) -> None:
+        self._da = None if _is_batched(da) else da.detach()
+
+    def _keep_dz(self, dz: Tensor | None) -> None:
+        da, self._da = self._da, None
+        if self.is_output is not None and dz is not None and not _is_batched(dz):
+            self._watcher._log(self, da, dz.detach())
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors of a model's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from _tensors(part)
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _made_of(outputs: Sequence[Tensor]) -> set[Node]:
+    """What the outputs are but parts, forms, clamps and casts of, as nodes of autograd's graph."""
+    waiting = [output.grad_fn for output in outputs]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        # Such as SliceBackward0 and torch::autograd::CopyBackwards.
+        if node.name().split("::")[-1].split("Backward")[0] in _KEEPING:
+            waiting += [before for before, _ in node.next_functions]
+    return seen
+
+
+def _same_storage(a: Tensor, output: Tensor) -> bool:
+    """Whether the output is a or a part of it, perhaps detached."""
+    return (
+        a.layout == output.layout == torch.strided
+        and a.numel() > 0
+        and output.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
+    )
+
+
+_IN_PLACE = {torch.sigmoid_, Tensor.sigmoid_}
+_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit, *_IN_PLACE}
+# The operations that leave an output what it is, by the names of their nodes.
+_KEEPING = {
+    *("Clamp", "ClampMin", "ClampMax", "NanToNum", "ToCopy", "Clone", "Copy", "CopySlices"),
+    *("View", "UnsafeView", "ReshapeAlias", "AsStrided", "Alias", "Squeeze", "Unsqueeze", "T"),
+    *("Permute", "Transpose", "Expand", "Repeat", "Flip", "Roll", "Diagonal", "Slice", "Select"),
+    *("Index", "IndexSelect", "Gather", "Take", "MaskedSelect", "MaskedFill", "Where", "Unbind"),
+    *("Split", "SplitWithSizes", "Cat", "Stack", "BackwardHookFunction"),
+}
