@@ -3,9 +3,42 @@ import math
 import pytest
 import torch
 from torch.autograd import Function, gradcheck
+from zoo import ZOO, SinOnce
 
 import nnce
 from nnce.gradients import ulp_distance
+
+# How many elements the functions of the zoo are tried with.
+SOME_SIZES = (1, 6, 33)
+SIZES = (1, 2, 3, 5, 7, 10, 16, 33, 64, 65)
+SIZES += (100, 200, 300, 500, 800, 1000, 1500, 2000, 3000, 5000)
+
+
+def visit(animal, n, seed, elements=64):
+    """What `check_gradients` says of one of the zoo, as a whole."""
+    inputs = animal.inputs(n, torch.Generator().manual_seed(seed))
+    report = nnce.check_gradients(animal.function, *inputs, seed=seed, elements=elements)
+    verdicts = {finding.verdict for finding in report}
+    verdict = "right" if report.right else "wrong" if "wrong" in verdicts else "cannot tell"
+    assert verdict != ("wrong" if animal.right else "right"), f"{n} elements, seed {seed}\n{report}"
+    return verdict
+
+
+@pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
+def test_no_wrong_one_is_right_and_no_right_one_wrong(animal):
+    assert len(ZOO) >= 40
+    for seed, n in enumerate(SOME_SIZES):
+        visit(animal, n, seed, elements=16)
+
+
+@pytest.mark.exhaustive
+def test_the_whole_zoo_over_20_seeds(capsys):
+    """Prints how often it cannot tell."""
+    for animal in ZOO:
+        verdicts = [visit(animal, n, seed) for seed, n in enumerate(SIZES)]
+        with capsys.disabled():
+            counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
+            print(f"{'right' if animal.right else 'wrong':7}{animal.name:47}{counts}")
 
 
 class ZeroInSaturation(Function):
@@ -49,10 +82,188 @@ def test_zero_in_saturation_is_refused_where_gradcheck_lets_it_pass(z):
     assert report.first.verdict == "wrong" and not report.right
 
 
-def test_a_derivative_that_is_0_has_no_digits():
-    """σ''(0) is 0, to which no relative error can be given."""
-    report = nnce.check_gradients(nnce.sigmoid, column(0.0))
-    assert report.first.verdict == "right" and report.second.verdict == "cannot tell"
+def test_a_derivative_that_is_0_is_right_where_the_values_show_it():
+    """To 0 no relative error can be given; but at every step f(x + h) − f(x − h) is 0, too."""
+    W = torch.randn(3, 5, dtype=torch.float64)
+    for function, x in (
+        (nnce.sigmoid, column(0.0)),  # σ''(0) = 0
+        (lambda z: 2 * z, column(1.0, 2.0)),
+        (lambda z: z**2, column(0.0)),
+        (lambda z: nnce.linear(z, W), torch.randn(2, 5)),
+        (lambda z: 0 * z + 3, column(1.0)),
+    ):
+        report = nnce.check_gradients(function, x)
+        assert report.right, str(report)
+
+
+def test_a_0_that_may_be_saturation_is_not_right():
+    """The values of σ(300) and its computed derivative do not move either; but σ does, far off."""
+    report = nnce.check_gradients(ZeroInSaturation.apply, column(300.0))
+    assert report.first.verdict == "cannot tell"
+
+
+def test_one_wrong_element_among_many():
+    """Elements that do not depend on one another are probed all; of others it says how many."""
+    generator = torch.Generator().manual_seed(0)
+    z = 5 * torch.randn(2000, generator=generator, dtype=torch.float64)
+    assert z.abs().max() > 12
+    report = nnce.check_gradients(ZeroInSaturation.apply, z)
+    assert report.first.verdict == "wrong"
+    assert report.first.probed == report.first.elements == 2000
+
+    def coupled(z):
+        return z.softmax(-1)
+
+    few = nnce.check_gradients(coupled, z[:100].clamp(-3, 3))
+    assert few.first.verdict == "cannot tell" and not few.right
+    assert (few.first.probed, few.first.elements) == (64, 100)
+    assert "elements='all'" in few.first.detail and "(64 of 100 elements probed)" in str(few)
+    every = nnce.check_gradients(coupled, z[:100].clamp(-3, 3), elements="all")
+    assert every.first.verdict == "right" and every.first.probed == 100
+    some = nnce.check_gradients(coupled, z[:20].clamp(-3, 3), elements=5)
+    assert some.first.probed == 5 and some.first.verdict == "cannot tell"
+
+
+class UpstreamHidden(Function):
+    """sin z, whose backward hides from autograd that it depends on the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    def backward(ctx, dC):
+        (z,) = ctx.saved_tensors
+        return dC.detach() * z.cos()
+
+
+def test_a_double_backward_wrong_by_the_upstream_gradient_is_seen():
+    for reference in (None, torch.sin):
+        report = nnce.check_gradients(UpstreamHidden.apply, column(1.0, 2.0), reference=reference)
+        assert report.first.verdict == "right" and report.second.verdict == "wrong"
+
+
+def test_a_second_derivative_that_is_refused_is_not_there():
+    for reference in (None, torch.sin):
+        report = nnce.check_gradients(SinOnce.apply, column(1.0, 2.0), reference=reference)
+        assert report.second.verdict == "not there" and "once_differentiable" in str(report)
+        assert report.right
+
+
+@pytest.mark.parametrize("reference", [None, torch.sin])
+def test_a_jvp_that_fails_is_wrong_and_none_at_all_is_not(reference):
+    def jvp(rule):
+        class Sine(WrongJvp):
+            pass
+
+        Sine.jvp = staticmethod(rule)
+        return Sine.apply
+
+    def raises(ctx, dz):
+        raise NotImplementedError("jvp, one day")
+
+    for rule, words in (
+        (raises, "the jvp of the function failed: NotImplementedError: jvp, one day"),
+        (lambda ctx, dz: torch.zeros(7, dtype=torch.float64), "the jvp of the function failed"),
+        (lambda ctx, dz: None, "the jvp of the function failed"),
+    ):
+        report = nnce.check_gradients(jvp(rule), column(1.0, 2.0), reference=reference)
+        assert report.forward_mode.verdict == "wrong" and words in report.forward_mode.detail
+        assert not report.right
+    report = nnce.check_gradients(ZeroInSaturation.apply, column(1.0), reference=_exact_sigmoid)
+    assert report.forward_mode.verdict == "not there" and report.right
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda x: 1 / x, 0.003),
+        (torch.tan, 1.57),
+        (lambda x: torch.tanh(1000 * x), 0.001),
+        (lambda x: torch.sin(100 * x), 0.3),
+        (lambda x: torch.sin(512 * math.pi * x) + x**3, 0.5),
+        (torch.log, 0.01),
+    ],
+    ids=["1/x", "tan", "tanh(1000x)", "sin(100x)", "sin(512 pi x)", "log"],
+)
+def test_curvature_at_any_scale(function, x):
+    for seed in range(5):
+        report = nnce.check_gradients(function, column(x, 1.001 * x), seed=seed)
+        assert report.right, str(report)
+
+
+class PeriodForgotten(Function):
+    """x³ + sin(512πx), whose second term is 0 at every whole multiple of 2⁻⁹."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3 + torch.sin(512 * math.pi * x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (x,) = ctx.saved_tensors
+        return upstream * 3 * x**2
+
+
+def test_steps_are_no_powers_of_2():
+    for seed in range(20):
+        report = nnce.check_gradients(PeriodForgotten.apply, column(0.5, 1.0), seed=seed)
+        assert report.first.verdict == "wrong"
+
+
+def test_kinks():
+    """At the kink it cannot tell, beside it it can."""
+    report = nnce.check_gradients(torch.relu, column(1.0, 0.0))
+    assert report.first.verdict == "cannot tell"
+    assert "a kink at element 1: from below the derivative is 0, from above" in str(report)
+    for seed in range(10):
+        x = torch.randn(1000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        report = nnce.check_gradients(torch.relu, x, seed=seed)
+        assert report.first.verdict == "right", str(report)
+        assert "wrong" not in [finding.verdict for finding in report]
+
+
+class NoNumber(Function):
+    @staticmethod
+    def forward(ctx, z, number):
+        ctx.number = number
+        ctx.save_for_backward(z)
+        return z.exp()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return upstream * z.exp() * torch.tensor([1.0, ctx.number]), None
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_number_from_the_backward_alone_is_wrong(number):
+    report = nnce.check_gradients(NoNumber.apply, column(1.0, 2.0), number)
+    assert report.first.verdict == "wrong"
+    # Of a function that is infinite itself, it cannot tell.
+    report = nnce.check_gradients(torch.log, column(1.0, 0.0))
+    assert report.first.verdict == "cannot tell"
+
+
+def test_functions_that_work_in_place():
+    report = nnce.check_gradients(lambda z: z.mul_(2).sigmoid_(), column(1.0, -2.0))
+    assert report.right, str(report)
+
+
+def test_a_reference_that_rounding_moves():
+    """Where terms cancel, two right ways differ by more than rtol, and it says so."""
+
+    def one_way(z):
+        return (z[0] + z[1]) + z[2]
+
+    def another(z):
+        return (z[0] + z[2]) + z[1]
+
+    report = nnce.check_gradients(one_way, column(1e9, 1e-3, -1e9), reference=another)
+    assert report.value.verdict == "cannot tell" and "rounding" in report.value.detail
+    assert report.first.verdict == "right"
 
 
 @pytest.mark.parametrize("function", [ZeroInSaturation.apply, nnce.sigmoid])
@@ -159,6 +370,16 @@ def test_bad_functions_are_named():
         nnce.check_gradients(lambda z: (z, z), z)
     with pytest.raises(ValueError, match="does not depend on its floating-point inputs"):
         nnce.check_gradients(lambda z: z.detach().sin(), z)
+    with pytest.raises(ValueError, match=r"^the function failed in float64: RuntimeError: mat1"):
+        nnce.check_gradients(torch.nn.Linear(2, 3), z)
+    with pytest.raises(ValueError, match=r"gives the same each time, got two outputs"):
+        nnce.check_gradients(torch.nn.functional.dropout, z)
+    for elements in (0, -1, 2.0, True, "some"):
+        with pytest.raises(ValueError, match=r"^expected elements 'all' or a number of at least 1"):
+            nnce.check_gradients(torch.sin, z, elements=elements)
+    for rtol in (0.0, 1.0, -1e-3, math.nan):
+        with pytest.raises(ValueError, match=r"^expected rtol between 0 and 1, got"):
+            nnce.check_gradients(torch.sin, z, rtol=rtol)
 
 
 def test_other_inputs_are_handed_on():
