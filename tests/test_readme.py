@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
+from zoo import ZOO
 
 from nnce import composability, rules
 
@@ -79,3 +80,8 @@ def test_the_matrix_is_the_one_that_is_tested():
     assert set(composability.INSIDE_PYTORCH) <= not_possible
     for name, cells in rows:
         assert ("works" in cells) == (name not in not_possible and "CUDA" not in name)
+
+
+def test_the_zoo_has_so_many():
+    (count,) = re.findall(r"Over a zoo of (\d+) functions", README)
+    assert int(count) == len(ZOO)
