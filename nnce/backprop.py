@@ -66,7 +66,8 @@ def backprop(
 
     Raises:
         ValueError: the loss is unknown, there is no layer, or the layers, x and y do not fit.
-        TypeError: the network is neither, or not all are tensors of one dtype and device.
+        TypeError: the network is neither, or not all are tensors of one floating-point dtype on
+            one device.
     """
     check_loss(loss)
     layers = _layers(network)
@@ -95,8 +96,8 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
         raise ValueError("expected a network of at least one layer, got none")
     for number, (W, b) in enumerate(layers, start=1):
         _check_alike(first=layers[0][0], W=W, **({} if b is None else {"b": b}))
-        n_in = layers[number - 2][0].shape[0] if number > 1 else W.shape[-1]
-        if W.dim() != 2 or W.shape[1] != n_in:
+        n_in = layers[number - 2][0].shape[0] if number > 1 else "n_in"
+        if W.dim() != 2 or n_in not in ("n_in", W.shape[1]):
             raise ValueError(
                 f"expected W of layer {number} of shape (n_out, {n_in}), got {tuple(W.shape)}"
             )
@@ -108,13 +109,16 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
 
 
 def _check_alike(**tensors: Tensor) -> None:
-    """Raise TypeError unless all are tensors of one dtype and device."""
+    """Raise TypeError unless all are tensors of one floating-point dtype on one device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     if len({(tensor.dtype, tensor.device) for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items())
         raise TypeError(f"expected tensors of one dtype on one device, got {found}")
+    name, tensor = next(iter(tensors.items()))
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} of a floating-point dtype, got {tensor.dtype}")
 
 
 def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:

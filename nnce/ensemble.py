@@ -59,7 +59,8 @@ class Ensemble:
 
     Like an optimizer, it trains the networks it is given: afterwards they are the trained ones.
     From its making on, their parameters are views of the ensemble's memory; each remains an
-    ordinary `MLP`, to be evaluated, saved or differentiated.
+    ordinary `MLP`, to be evaluated, saved or differentiated. A loss that was made before an epoch
+    cannot be differentiated after it, as after a step of any optimizer.
 
     What comes out is what `torch.optim.SGD` makes of the gradients of `nnce.backprop`, up to
     rounding: g += weight_decay W for weights only, v = momentum v + g, W −= lr v.
@@ -72,7 +73,9 @@ class Ensemble:
 
     Raises:
         ValueError: there is no network, they differ in shape, dtype or device, one is there twice,
-            the numbers of networks and hyperparameters differ, or a value makes no sense.
+            is frozen, reparametrised, pruned, has hooks (which would not be called) or was made
+            under inference_mode, the numbers of networks and hyperparameters differ, or a value
+            makes no sense.
         MemoryError: the ensemble would not fit into memory; the sentence says how much it needs.
     """
 
@@ -85,9 +88,9 @@ class Ensemble:
         graph: bool = True,
     ) -> None:
         """Check everything, and move the parameters into the ensemble's memory."""
-        self.networks = list(networks)
-        self.hyperparameters = list(hyperparameters)
-        self.batch_size = batch_size
+        self._networks = tuple(networks)
+        self._hyperparameters = tuple(hyperparameters)
+        self._batch_size = batch_size
         _check(self.networks, self.hyperparameters, batch_size)
         first = self.networks[0]
         self.sizes = first.sizes
@@ -96,11 +99,31 @@ class Ensemble:
         check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
         self._graph = graph and self.device.type == "cuda"
         self._members = self._grouped()
-        self._groups = [
-            _Group([self.networks[r] for r in members], [self.hyperparameters[r] for r in members])
-            for members in self._members
-        ]
+        with torch.inference_mode(False):  # or the networks could not be differentiated any more
+            self._groups = [
+                _Group(
+                    [self.networks[r] for r in members], [self.hyperparameters[r] for r in members]
+                )
+                for members in self._members
+            ]
+        self._parameters = [_parameters(network) for network in self.networks]
+        self._addresses = [[p.data_ptr() for p in its] for its in self._parameters]
         self._blocks: dict[int, _Block] = {}
+
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """The networks, which are trained in place."""
+        return self._networks
+
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameters, ...]:
+        """Those of each network."""
+        return self._hyperparameters
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a mini-batch."""
+        return self._batch_size
 
     def _grouped(self) -> list[list[int]]:
         """Which networks go together: alike ones, as many as fit the cache."""
@@ -114,7 +137,7 @@ class Ensemble:
     def train_epoch(self, x: Tensor, y: Tensor, order: Tensor) -> int:
         """One pass over the training data, all networks on the same mini-batches.
 
-        Nothing is waited for: on CUDA the work may be under way still.
+        On CUDA nothing is waited for but the check of the order: the steps may be under way still.
 
         Args:
             x: inputs [N, n_in], on the ensemble's device.
@@ -125,20 +148,25 @@ class Ensemble:
             How many steps it were.
 
         Raises:
-            ValueError: shapes do not fit the networks, or a network has left the ensemble.
+            ValueError: shapes do not fit the networks, or a network's parameters have been moved,
+                replaced or frozen, or have got hooks.
             TypeError: no tensors, or another dtype or device than the networks'.
-            IndexError: the order names an example that is not there.
+            IndexError: the order names an example that is not there; no step has been taken then.
         """
         self._check_data(x, y, order)
-        self._check_places()
-        # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
-        with torch.inference_mode():
-            for indices in order.split(self._block_steps() * self.batch_size):
-                # Gathered into places of their own: the graph reads its input there.
-                block = self._block(len(indices))
-                torch.index_select(x, 0, indices, out=block.x)
-                torch.index_select(y, 0, indices, out=block.y)
-                block.run()
+        self._check_networks()
+        try:
+            # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
+            with torch.inference_mode():
+                for indices in order.split(self._block_steps() * self.batch_size):
+                    # Gathered into places of their own: the graph reads its input there.
+                    block = self._block(len(indices))
+                    torch.index_select(x, 0, indices, out=block.x)
+                    torch.index_select(y, 0, indices, out=block.y)
+                    block.run()
+        finally:
+            # The steps are behind autograd's back, which must know that its values are no more.
+            torch.autograd.graph.increment_version(list(itertools.chain(*self._parameters)))
         return -(-len(order) // self.batch_size)
 
     @torch.no_grad()
@@ -151,7 +179,7 @@ class Ensemble:
         Returns:
             [n, n_out] for each network, in their order.
         """
-        self._check_places()
+        self._check_networks()
         found: dict[int, Tensor] = {}
         for members, group in zip(self._members, self._groups, strict=True):
             found |= zip(members, group.outputs(x), strict=True)
@@ -165,7 +193,11 @@ class Ensemble:
 
     def _block(self, n: int) -> "_Block":
         """The block of n examples; an epoch has one for its whole blocks and one for its last."""
-        if n not in self._blocks:
+        if n in self._blocks:
+            self._blocks[n] = self._blocks.pop(n)  # the last used is last
+        else:
+            while len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
             x, y = (
                 torch.empty(n, size, dtype=self.dtype, device=self.device)
                 for size in (self.sizes[0], self.sizes[-1])
@@ -179,14 +211,18 @@ class Ensemble:
         """What is done at each mini-batch of n; a benchmark may do less."""
         return _Step(group, n)
 
-    def _check_places(self) -> None:
-        """A parameter that lies elsewhere by now would silently not be trained."""
-        for group in self._groups:
-            for parameter, address in group.addresses:
-                if parameter.data_ptr() != address:
+    def _check_networks(self) -> None:
+        """A parameter that is another, or lies elsewhere by now, would silently not be trained."""
+        for network, parameters, addresses in zip(
+            self.networks, self._parameters, self._addresses, strict=True
+        ):
+            _check_network(network)
+            for now, then, address in zip(_parameters(network), parameters, addresses, strict=True):
+                if now is not then or now.data_ptr() != address:
                     raise ValueError(
                         "expected the networks' parameters in the ensemble's memory, but some have "
-                        "been moved, by .to() or by another ensemble; make a new Ensemble"
+                        "been replaced, or moved, by .to() or by another ensemble; make a new "
+                        "Ensemble"
                     )
 
     def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
@@ -209,6 +245,11 @@ class Ensemble:
             raise ValueError(
                 f"expected an order of at least one index, on {self.device}, got "
                 f"{tuple(order.shape)} on {order.device}"
+            )
+        first, last = (int(index) for index in order.aminmax())
+        if first < 0 or last >= len(x):
+            raise IndexError(
+                f"expected an order of indices from 0 to {len(x) - 1}, got {first} to {last}"
             )
 
 
@@ -264,7 +305,6 @@ class _Group:
 
         momentum = [h.momentum for h in hyperparameters]
         self.layers: list[_Layer] = []
-        self.addresses: list[tuple[nn.Parameter, int]] = []
         for position, linears in enumerate(
             zip(*(network.linears() for network in networks), strict=True)
         ):
@@ -284,7 +324,6 @@ class _Group:
                 linears, W.view(self.size, n_out, -1), b.view(self.size, n_out), strict=True
             ):
                 linear.weight.data, _bias(linear).data = its_W, its_b
-                self.addresses += [(p, p.data_ptr()) for p in (linear.weight, _bias(linear))]
 
             def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
                 """One float for all, or a tensor that multiplies each network's part of another."""
@@ -580,9 +619,12 @@ def check_memory(
 ) -> None:
     """Raise MemoryError if so many networks of these sizes cannot fit, before any is made.
 
-    Counted are parameters, as many again for their momentum, and once more while they are moved.
+    Counted are parameters, as many again for their momentum, and once more while they are moved; or
+    the float64 numbers that the largest layer is made of, where that is more.
     """
-    needed = 3 * networks * _bytes(sizes, dtype)
+    parameters = networks * _bytes(sizes, dtype)
+    drawn = 8 * max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
+    needed = max(3 * parameters, parameters + drawn)
     device = torch.device(device)
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
@@ -615,15 +657,44 @@ def _bias(linear: Any) -> nn.Parameter:
     return bias
 
 
-def _check(networks: list[MLP], hyperparameters: list[Hyperparameters], batch_size: object) -> None:
+def _parameters(network: MLP) -> list[nn.Parameter]:
+    """Weight and bias of each layer."""
+    return [p for linear in network.linears() for p in (linear.weight, _bias(linear))]
+
+
+def _check_network(network: MLP) -> None:
+    """Raise ValueError where training by the rules would be another training than PyTorch's."""
+    for parameter in _parameters(network):
+        if not parameter.requires_grad:
+            raise ValueError("expected networks to train, but one has parameters that are frozen")
+        if parameter.is_inference():
+            raise ValueError(
+                "expected networks that autograd can use, but one was made under inference_mode"
+            )
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError("expected no hooks, which are not called, but a parameter has some")
+    for module in network.modules():
+        if any(
+            (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+        ):
+            kind = type(module).__name__
+            raise ValueError(f"expected no hooks, which are not called, but a {kind} has some")
+
+
+def _check(
+    networks: Sequence[MLP], hyperparameters: Sequence[Hyperparameters], batch_size: object
+) -> None:
     if not networks:
         raise ValueError("expected at least one network, got none")
     for network in networks:
         if not isinstance(network, MLP):
             raise TypeError(f"expected networks to be nnce.MLPs, got {type(network).__name__}")
-        network.linears()  # refuses an MLP that is one no more
-        if not all(parameter.requires_grad for parameter in network.parameters()):
-            raise ValueError("expected networks to train, but one has parameters that are frozen")
+        _check_network(network)
     if len({id(parameter) for network in networks for parameter in network.parameters()}) < sum(
         len(list(network.parameters())) for network in networks
     ):

@@ -89,7 +89,7 @@ class Linear(nn.Module):
         """Draw weights and biases anew, the weights first."""
         scale = self.in_features**-0.5 if self.init == "scaled" else 1.0
         with torch.no_grad():
-            self.weight.copy_(scale * _standard_normal(self.weight, generator))
+            self.weight.copy_(_standard_normal(self.weight, generator).mul_(scale))
             if self.bias is not None:
                 self.bias.copy_(_standard_normal(self.bias, generator))
 
@@ -169,7 +169,9 @@ class MLP(nn.Sequential):
         """The layers that have parameters, from the first to the last.
 
         Raises:
-            ValueError: the network's layers are no longer those of its sizes.
+            ValueError: the network's layers are no longer those of its sizes, or compute something
+                else: their weight or bias is no parameter of their own, since they have been
+                reparametrised or pruned, or their forward has been replaced.
         """
         found = [layer for layer in self if isinstance(layer, Linear)]
         sizes = [(layer.in_features, layer.out_features) for layer in found]
@@ -183,6 +185,17 @@ class MLP(nn.Sequential):
                 f"expected the layers of an MLP of sizes {self.sizes}, but some have been added, "
                 f"replaced or taken out"
             )
+        for layer in [self, *self]:
+            base = nn.Sequential if layer is self else Linear if layer in found else Sigmoid
+            if type(layer).forward is not base.forward or "forward" in vars(layer):
+                raise ValueError(f"expected a {base.__name__} whose forward is its own")
+        for layer in found:
+            names = [*layer._parameters, *layer._buffers]
+            if names != ["weight", "bias"]:
+                raise ValueError(
+                    f"expected layers with a weight and a bias of their own, but one has been "
+                    f"reparametrised or pruned: it has {' and '.join(names)}"
+                )
         return found
 
 

@@ -62,3 +62,13 @@ def test_what_does_not_fit_is_refused():
     del network[1]
     with pytest.raises(ValueError, match=r"MLP of sizes \(4, 3, 2\), but some have been added"):
         backprop(network, x, y)
+
+
+def test_tensors_of_another_kind():
+    x, y, W = torch.rand(6, 4), torch.rand(6, 2), torch.rand(2, 4)
+    with pytest.raises(ValueError, match=r"W of layer 1 of shape \(n_out, n_in\), got \(\)$"):
+        backprop([(torch.tensor(1.0), None)], x, y)
+    with pytest.raises(ValueError, match=r"W of layer 1 of shape \(n_out, n_in\), got \(4,\)$"):
+        backprop([(W[0], None)], x, y)
+    with pytest.raises(TypeError, match=r"of a floating-point dtype, got torch.int64$"):
+        backprop([(W.long(), None)], x.long(), y.long())

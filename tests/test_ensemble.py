@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.profiler import ProfilerActivity, profile
 
 import nnce
@@ -89,12 +91,12 @@ def test_each_network_has_its_own_momentum_and_decay(digits, hidden):
         assert largest_difference(network, train_alone(alone, dataset, orders)) <= 1e-12
 
 
-@pytest.mark.parametrize("R", [1, 2, 7])
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (5, 7, 3), (20, 17, 16, 3), (5, 4, 6, 7, 2)])
-def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R):
-    """Soft targets, odd sizes, mini-batches larger than the data, epochs of different lengths."""
-    generator = torch.Generator().manual_seed(1_000 * batch_size + R)
+def compare_with_sgd(sizes, batch_size, R, seed):
+    """Train a mixture of networks both ways: soft targets, epochs of different lengths, float64.
+
+    Returns how many networks were compared.
+    """
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -112,10 +114,10 @@ def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R):
     together = Ensemble(networks, values, batch_size=batch_size)
     for order in orders:
         together.train_epoch(x, y, order)
-    for network, its, h in zip(networks, alone, values, strict=True):
-        twin, criterion = training.torch_twin(its), training.builtin_loss(h.loss)
-        weights = [linear.weight for linear in its.linears()]
-        biases = [linear.bias for linear in its.linears()]
+    for network, copied, h in zip(networks, alone, values, strict=True):
+        twin, criterion = training.torch_twin(copied), training.builtin_loss(h.loss)
+        weights = [linear.weight for linear in copied.linears()]
+        biases = [linear.bias for linear in copied.linears()]
         groups = [{"params": weights, "weight_decay": h.weight_decay}, {"params": biases}]
         optimizer = torch.optim.SGD(groups, lr=h.lr, momentum=h.momentum)
         for order in orders:
@@ -123,7 +125,30 @@ def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R):
                 optimizer.zero_grad()
                 criterion(twin(x[batch]), y[batch]).backward()
                 optimizer.step()
-        assert largest_difference(network, its) <= 1e-13
+        assert largest_difference(network, copied) <= 1e-13
+    return R
+
+
+@pytest.mark.parametrize("R", [1, 2, 7])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (5, 7, 3), (20, 17, 16, 3), (5, 4, 6, 7, 2)])
+def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R):
+    """Odd sizes, and mini-batches larger than the data."""
+    compare_with_sgd(sizes, batch_size, R, seed=1_000 * batch_size + R)
+
+
+@pytest.mark.exhaustive
+def test_2_011_random_networks_are_sgd_on_autograds_gradients():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    compared = 0
+    while compared < 2_011:
+        sizes = tuple(draw(1, 20) for _ in range(draw(2, 5)))
+        compared += compare_with_sgd(sizes, draw(1, 25), draw(1, 8), seed=compared)
+    assert compared >= 2_011
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -348,3 +373,180 @@ def test_outputs_are_those_of_each_network(sizes, R, generator):
     x = torch.rand(7, sizes[0], generator=generator, dtype=torch.float64)
     for network, z in zip(networks, together.outputs(x), strict=True):
         torch.testing.assert_close(z, network(x), rtol=0, atol=1e-14)
+
+
+def pair(sizes=(4, 3, 2)):
+    return [nnce.MLP(sizes, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+
+
+def together_of(networks, **options):
+    values = [Hyperparameters("cross-entropy", 0.5)] * len(networks)
+    return Ensemble(networks, values, batch_size=2, **options)
+
+
+def prune_l1(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def old_weight_norm(layer):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize(
+    "change",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, prune_l1, old_weight_norm],
+)
+def test_reparametrised_and_pruned_networks_are_refused(change, index):
+    """Their W is made of other parameters at each forward pass, and there is none."""
+    networks = pair()
+    change(networks[1][index])
+    message = "expected layers with a weight and a bias of their own, but one has been reparam"
+    with pytest.raises(ValueError, match=message):
+        together_of(networks)
+    with pytest.raises(ValueError, match=message):
+        nnce.backprop.backprop(networks[1], torch.rand(2, 4), torch.rand(2, 2))
+
+
+def test_other_forwards_are_refused():
+    networks = pair()
+    networks[1][0].forward = lambda a: 2 * a
+    with pytest.raises(ValueError, match="expected a Linear whose forward is its own"):
+        together_of(networks)
+
+    class Doubled(nnce.Sigmoid):
+        def forward(self, z):
+            return 2 * super().forward(z)
+
+    networks = pair()
+    networks[0][1] = Doubled()
+    with pytest.raises(ValueError, match="expected a Sigmoid whose forward is its own"):
+        together_of(networks)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("index", [None, 0, 1])
+def test_hooks_which_would_not_be_called_are_refused(kind, index):
+    networks = pair()
+    module = networks[1] if index is None else networks[1][index]
+    getattr(module, f"register_{kind}_hook")(lambda *arguments: None)
+    name = type(module).__name__
+    with pytest.raises(ValueError, match=f"expected no hooks, .* but a {name} has some"):
+        together_of(networks)
+    networks = pair()
+    networks[0][2].weight.register_hook(lambda dW: 2 * dW)
+    with pytest.raises(ValueError, match=r"expected no hooks, .* but a parameter has some"):
+        together_of(networks)
+
+
+def set_weight(network):
+    network[0].weight = nn.Parameter(network[0].weight.detach().clone())
+
+
+def assign_state(network):
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+
+
+def set_layer(network):
+    network[0] = nnce.Linear(4, 3)
+
+
+def set_data(network):
+    network[2].bias.data = torch.zeros(2)
+
+
+@pytest.mark.parametrize("change", [set_weight, assign_state, set_layer, set_data])
+def test_parameters_that_have_been_replaced_are_noticed(change):
+    """They would silently not be trained."""
+    networks = pair()
+    together = together_of(networks)
+    x, y, order = torch.rand(4, 4), torch.rand(4, 2), torch.arange(4)
+    together.train_epoch(x, y, order)
+    change(networks[1])
+    for use in (lambda: together.train_epoch(x, y, order), lambda: together.outputs(x)):
+        with pytest.raises(ValueError, match="some have been replaced, or moved"):
+            use()
+
+
+def test_a_network_frozen_later_is_noticed():
+    networks = pair()
+    together = together_of(networks)
+    networks[1][0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="parameters that are frozen"):
+        together.train_epoch(torch.rand(4, 4), torch.rand(4, 2), torch.arange(4))
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (4, 3, 2)])
+@pytest.mark.parametrize("R", [1, 2])
+def test_a_loss_from_before_cannot_be_differentiated_after(sizes, R):
+    """As after optimizer.step(): its gradient would be neither the old nor the new."""
+    networks = pair(sizes)[:R]
+    together = together_of(networks)
+    x, y, order = torch.rand(4, 4, requires_grad=True), torch.rand(4, 2), torch.arange(4)
+    losses = [nnce.sigmoid_cross_entropy(network(x), y) for network in networks]
+    together.train_epoch(x.detach(), y, order)
+    for network, loss in zip(networks, losses, strict=True):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        nnce.sigmoid_cross_entropy(network(x), y).backward()
+
+
+def test_what_was_said_at_the_making_cannot_be_changed():
+    together = together_of(pair())
+    for name, value in (("batch_size", 3), ("networks", pair()), ("hyperparameters", [])):
+        with pytest.raises(AttributeError):
+            setattr(together, name, value)
+    with pytest.raises(TypeError):
+        together.networks[0] = pair()[0]
+
+
+def test_two_blocks_are_kept():
+    """However many lengths of an order come by."""
+    together = together_of(pair())
+    x, y = torch.rand(60, 4), torch.rand(60, 2)
+    for n in (*range(60, 0, -1), 60, 1):
+        together.train_epoch(x, y, torch.arange(n))
+    assert list(together._blocks) == [60, 1]
+    kept = together._blocks[60]
+    together.train_epoch(x, y, torch.arange(60))
+    assert together._blocks[60] is kept
+
+
+def test_under_inference_mode():
+    """Networks made before can be differentiated afterwards; networks made there are refused."""
+    networks = pair()
+    with torch.inference_mode():
+        together = together_of(networks)
+        made_there = pair()
+    x, y = torch.rand(4, 4), torch.rand(4, 2)
+    together.train_epoch(x, y, torch.arange(4))
+    nnce.sigmoid_cross_entropy(networks[0](x), y).backward()
+    assert networks[0][0].weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="one was made under inference_mode"):
+        together_of(made_there)
+
+
+@pytest.mark.parametrize("wrong", [-1, 100])
+def test_a_wrong_index_at_the_end_is_seen_before_any_step(wrong):
+    networks = pair((700, 3, 2))
+    together = together_of(networks)
+    before = copy.deepcopy(networks)
+    order = torch.cat([torch.arange(100).repeat(20), torch.tensor([wrong])])
+    assert len(order) > together._block_steps() * together.batch_size
+    first, last = min(0, wrong), max(99, wrong)
+    with pytest.raises(IndexError, match=f"indices from 0 to 99, got {first} to {last}"):
+        together.train_epoch(torch.rand(100, 700), torch.rand(100, 2), order)
+    assert all(largest_difference(a, b) == 0 for a, b in zip(networks, before, strict=True))
+
+
+def test_memory_for_the_numbers_a_layer_is_drawn_from(monkeypatch):
+    """They are float64, whatever the layer's dtype: in bfloat16 more than all copies together."""
+    sizes = (1_000, 1_000)
+    pages = {"SC_PHYS_PAGES": 9, "SC_PAGE_SIZE": 1_000_000}
+    monkeypatch.setattr(ensemble.os, "sysconf", lambda name: pages[name])
+    with pytest.raises(MemoryError, match="1 network of sizes 1000-1000 would need"):
+        ensemble.check_memory(sizes, dtype=torch.bfloat16)
+    pages["SC_PHYS_PAGES"] = 11
+    ensemble.check_memory(sizes, dtype=torch.bfloat16)

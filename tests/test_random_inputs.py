@@ -139,3 +139,44 @@ def test_some_random_inputs(case):
 @given(cases())
 def test_10_000_random_inputs(case):
     check(case)
+
+
+def compare_with_bce(seed):
+    """Value and gradients of the cross-entropy beside `BCEWithLogitsLoss`, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def choose(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    shape = choose((4,), (3, 4), (2, 3, 4), (1, 1), (7, 10))
+    spread = choose(0.1, 1.0, 5.0, 30.0, 500.0)
+    z = (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    y = choose(draw(*shape), draw(*shape).round()).requires_grad_()
+    options = {"reduction": choose("none", "sum", "mean")}
+    for name in ("weight", "pos_weight"):
+        broadcast = choose(None, shape, shape[-1:], ())
+        if broadcast is not None:
+            options[name] = 3 * draw(*broadcast) * choose(1, draw(*broadcast).round())
+    got = nnce.sigmoid_cross_entropy(z, y, **options)
+    oracle = torch.nn.functional.binary_cross_entropy_with_logits(z, y, **options)
+    upstream = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    ours = (got, *torch.autograd.grad(got, (z, y), upstream))
+    theirs = (oracle, *torch.autograd.grad(oracle, (z, y), upstream))
+    # PyTorch's loses digits where its terms cancel: the bound is of their size.
+    size = 10 * (1 + z.detach().abs().max().item())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14 * size)
+
+
+def test_some_losses_beside_bce():
+    for seed in range(100):
+        compare_with_bce(seed)
+
+
+@pytest.mark.exhaustive
+def test_2_700_losses_beside_bce():
+    for seed in range(2_700):
+        compare_with_bce(seed)
