@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
             file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of many types: what a foreign file gives is left to chance
-            if memory.ran_out(error):
+            if memory.shortage(error):
                 raise
             raise ValueError(f"{path} is damaged or no network that nnce saved") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -85,7 +85,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
         network = MLP(sizes, generator=torch.Generator())
         network.load_state_dict(state, assign=True)  # each in its own dtype
     except Exception as error:  # as above: right in format, and anything else in it
-        if memory.ran_out(error):
+        if memory.shortage(error):
             raise
         raise ValueError(f"{path} is damaged: its sizes and parameters do not fit") from error
     return network.to(device)
