@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnce import memory
+
 # What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
 # 28 by 28 pixels in 10 classes.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
@@ -224,6 +226,8 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = loader(data_dir, train=train, download=not complete)
     except Exception as error:  # of many types: what a damaged file gives is left to chance
+        if memory.shortage(error):
+            raise
         reason = " ".join(str(error).split()) or "not in the format of MNIST"
         if complete:
             raise DataError(_damaged(name, folder, train, reason)) from error

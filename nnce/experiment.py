@@ -6,24 +6,29 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 
-from nnce import checkpoint, data
+from nnce import checkpoint, data, memory
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 RESULTS = "results.json"
+# Lies in a run's directory for as long as nothing there is worth keeping.
+_NOTHING_YET = ".nothing-finished-yet"
+# PyTorch counts in 64 bits, and multiplies what it is given.
+_LARGEST = 10**15
 Row = Mapping[str, object]
 
 
@@ -40,6 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         """Take a script's docstring for its description."""
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        self.register("type", int, _whole_number)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line."""
@@ -81,8 +87,11 @@ class ArgumentParser(argparse.ArgumentParser):
         """Around what depends on the user's input: what does not fit there is one line."""
         try:
             yield
-        except (ValueError, OSError, MemoryError) as error:
-            self.error(str(error))
+        except Exception as error:
+            sentence = _beyond_us(error) or (str(error) if isinstance(error, ValueError) else None)
+            if sentence is None:
+                raise
+            self.error(sentence)
 
     @contextlib.contextmanager
     def run_directory(self, chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
@@ -93,26 +102,147 @@ class ArgumentParser(argparse.ArgumentParser):
             yield path
 
 
+def _whole_number(text: str) -> int:
+    """What `type=int` means in a script's options."""
+    number = int(text)
+    if abs(number) > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected at most {_LARGEST:,}, got {text}")
+    return number
+
+
+# ------------------------------------------------------------------------------ running a script
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main() and leave with its status, quietly whatever stops it.
 
     Ctrl-C and a polite kill (SIGTERM) raise KeyboardInterrupt, so that main() can keep what it has:
-    status 130. Where nobody reads the output any more, as behind `| head`, the status is 141.
+    status 130. Where nobody reads the output any more, as behind `| head`, the status is 141. Where
+    the output cannot be written, as on a full disk, the script goes on without; a success is status
+    1 then. What main() cannot help, no memory or no space, is one sentence and status 1.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # σ on a terminal that has none
+    program = Path(sys.argv[0]).name
+    out, err = _Stream(1, stops=True), _Stream(2, stops=False)
+    sys.stdout, sys.stderr = (
+        _text(old, new) for old, new in ((sys.stdout, out), (sys.stderr, err))
+    )
+    threading.excepthook = _thread_failed
+    _signals.listen()
+    status: Any
     try:
         status = main()
         sys.stdout.flush()
+    except SystemExit as stop:
+        status = stop.code
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        # Python flushes standard output once more on its way out; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except Exception as error:
+        sentence = _beyond_us(error)
+        if sentence is None:
+            raise
+        print(f"{program}: error: {sentence}", file=sys.stderr)
+        status = 1
+    if out.lost and not status:
+        print(f"{program}: error: standard output: {out.lost.strerror}", file=sys.stderr)
+        status = 1
     sys.exit(status)
+
+
+class _Stream(io.FileIO):
+    """Standard output or error: what cannot be written goes nowhere, and stops nobody.
+
+    Args:
+        number: 1 or 2.
+        stops: whether the first write that nobody reads is to raise BrokenPipeError.
+    """
+
+    def __init__(self, number: int, *, stops: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._stops = stops
+        self.lost: OSError | None = None
+        """Why something could not be written."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            first, self.lost = self.lost is None, error
+            if first and self._stops and isinstance(error, BrokenPipeError):
+                raise
+            return len(content)
+
+
+def _text(old: Any, stream: _Stream) -> io.TextIOWrapper:
+    return io.TextIOWrapper(
+        io.BufferedWriter(stream),
+        encoding=getattr(old, "encoding", None),
+        errors="replace",  # σ on a terminal that has none
+        line_buffering=True,
+    )
+
+
+def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
+    """Of TensorBoard's thread that writes: the script meets the same error, and says it."""
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
+
+
+class _Signals:
+    """Ctrl-C (SIGINT) and a polite kill (SIGTERM), as a script takes them.
+
+    The first one raises KeyboardInterrupt, or waits for the end of an `undisturbed` block. Those
+    after it find a script that is closing, and change nothing.
+    """
+
+    def __init__(self) -> None:
+        self._held = self._came = self._waiting = False
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._came:
+            return
+        self._came, self._waiting = True, self._held
+        if not self._held:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._waiting:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+
+_signals = _Signals()
+
+
+def undisturbed() -> contextlib.AbstractContextManager[None]:
+    """For a block that writes what belongs together: Ctrl-C and SIGTERM wait until its end."""
+    return _signals.undisturbed()
+
+
+class Failed(Exception):
+    """What no script can help, such as a full disk, and what is left of its run."""
+
+
+def _beyond_us(error: BaseException) -> str | None:
+    """The sentence for no memory, no space and the like; None if the error is one of ours."""
+    if isinstance(error, Failed):
+        return str(error)
+    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
+        return memory.shortage(error)
+    where = "" if error.filename is None else f": {error.filename}"
+    return f"{error.strerror}{where}" if error.strerror else str(error)
 
 
 def device(name: str) -> torch.device:
@@ -145,29 +275,36 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
-    If the block is left, by whatever error, before there is a `results.json`, the directory is
-    removed again, so that no half-written run stays behind; only a process that is killed outright
-    leaves what it had written by then. With keep=False, for a dry run, nothing stays.
+    If the block is left, by whatever error, before `keep` has said that something in there is
+    finished (`write_results` says so, too), the directory is removed again, so that no half-written
+    run stays behind; only a process that is killed outright leaves what it had written by then.
+    With keep=False, for a dry run, nothing stays.
 
     Raises:
         ValueError: the chosen directory holds something, or cannot be made or written.
+        Failed: memory or space ran out in the block, after there was something to keep.
     """
     path = chosen or _new_directory(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     if path.exists() and not path.is_dir():
         raise ValueError(f"the run directory {path} is a file; choose a folder")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    mark = path / _NOTHING_YET
     try:
         if path.is_dir() and any(path.iterdir()):
             raise ValueError(f"the run directory {path} is already used; choose a new one")
         path.mkdir(parents=True, exist_ok=True)
-        (path / ".probe").touch()
-        (path / ".probe").unlink()
+        mark.touch(exist_ok=False)
     except OSError as error:
         raise ValueError(f"the run directory {path} cannot be written: {error.strerror}") from error
     try:
         yield path
+    except Exception as error:
+        sentence = _beyond_us(error)
+        if sentence is None or not keep or mark.exists():
+            raise
+        raise Failed(f"{sentence}; what was finished is kept in {path}") from error
     finally:
-        if not (keep and (path / RESULTS).exists()):
+        if not keep or mark.exists():
             for leftover in path.iterdir():
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
@@ -175,6 +312,11 @@ def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Itera
                     leftover.unlink()
             for folder in made:
                 folder.rmdir()
+
+
+def keep(run_dir: Path) -> None:
+    """From now on there is something in the run's directory that must stay, come what may."""
+    (run_dir / _NOTHING_YET).unlink(missing_ok=True)
 
 
 def _new_directory(parent: Path, name: str) -> Path:
@@ -188,8 +330,17 @@ def _new_directory(parent: Path, name: str) -> Path:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file, whole or not at all; NaN becomes null and an infinity "inf" or "-inf"."""
-    text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n"
+    write_text(path, json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Write a picture of matplotlib's as PNG, whole or not at all."""
+    checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def _plain(value: Any) -> Any:
@@ -233,6 +384,7 @@ def write_results(
         **more,
     }
     write_json(path, content)
+    keep(run_dir)
     return path
 
 

@@ -7,6 +7,10 @@ falls on all of them alike; the figures are medians, and `ratio` is a way's time
 median of the ratios of each turn.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
 import argparse
 import contextlib
 import copy
@@ -614,7 +618,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
     with options_parser.run_directory(options.run_dir, "benchmark") as run_dir:
         rows = measure_all(options, device)
-        print(f"{experiment.table([readable(row) for row in rows])}\n")
         experiment.write_results(
             run_dir,
             config=vars(options),
@@ -622,6 +625,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=time.perf_counter() - began,
             rows=rows,
         )
+        print(f"{experiment.table([readable(row) for row in rows])}\n")
         print(f"Results: {run_dir}")
     wrong = [row for row in rows if str(row["note"]).startswith(("WRONG", "FAILED"))]
     for found in wrong:

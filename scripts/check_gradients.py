@@ -1,5 +1,9 @@
 """Hold the hand-written gradients against PyTorch's, over the whole range of z, in every dtype."""
 
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
 import argparse
 import math
 import shutil
@@ -68,7 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         broken = broken_promises(measured, named)
 
         rows = [row._asdict() for row in measured]
-        atlas.savefig(run_dir / "saturation-atlas.png", dpi=80)
+        experiment.write_results(
+            run_dir,
+            config=vars(options),
+            device=device,
+            seconds=time.perf_counter() - began,
+            rows=rows,
+            network=named,
+            matrix=cells,
+            broken=broken,
+        )
+        experiment.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
         with SummaryWriter(str(run_dir)) as writer:
             writer.add_figure("saturation atlas", atlas)
         print(f"\n{experiment.table([readable(row) for row in measured])}\n")
@@ -82,16 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{experiment.table(named)}\n")
         if cells:
             print(f"{experiment.table(cells)}\n")
-        experiment.write_results(
-            run_dir,
-            config=vars(options),
-            device=device,
-            seconds=time.perf_counter() - began,
-            rows=rows,
-            network=named,
-            matrix=cells,
-            broken=broken,
-        )
         print(f"Results and the saturation atlas: {run_dir}")
         print(f"In TensorBoard: {experiment.tensorboard_command(run_dir)}")
     for sentence in broken:

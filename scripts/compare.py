@@ -1,8 +1,13 @@
 """Train with both losses from many starts, and say with error bars what the choice of loss does."""
 
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
 import argparse
 import contextlib
 import csv
+import io
 import math
 import shlex
 import statistics
@@ -86,47 +91,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layers = "-".join(map(str, sizes))
     name = f"compare-{options.data}-{layers}-{options.init}-seeds{options.seeds}"
     with options_parser.run_directory(options.run_dir, name) as run_dir:
-        began, interrupted = time.perf_counter(), False
+        began = time.perf_counter()
+        stopped: BaseException | None = None
         introduce(options, dataset, runs)
         controls: list[Run] = []
         with Log(run_dir, vars(options)) as log:
             try:
                 train(options, dataset, runs, controls, log)
-            except (KeyboardInterrupt, BrokenPipeError):
-                if len(runs[0].records) < 2:
+            except (KeyboardInterrupt, OSError) as error:
+                if log.finished < 1:
                     raise
-                interrupted = True
-            found = comparison.conclude(runs, controls, dataset)
+                stopped = error
+                for run in runs:  # an epoch that is not logged of all of them does not count
+                    del run.records[log.finished + 1 :]
+            with experiment.undisturbed():
+                found = comparison.conclude(runs, controls, dataset)
 
-            def write() -> None:
-                experiment.write_results(
-                    run_dir,
-                    config=vars(options),
-                    device=dataset.train.x.device,
-                    seconds=time.perf_counter() - began,
-                    rows=[summary_row(summary) for summary in found.summaries],
-                    command=command,
-                    interrupted=interrupted,
-                    logging_seconds=log.seconds,
-                    **more_results(found),
-                )
+                def write() -> None:
+                    experiment.write_results(
+                        run_dir,
+                        config=vars(options),
+                        device=dataset.train.x.device,
+                        seconds=time.perf_counter() - began,
+                        rows=[summary_row(summary) for summary in found.summaries],
+                        command=command,
+                        interrupted=stopped is not None,
+                        logging_seconds=log.seconds,
+                        **more_results(found),
+                    )
 
-            write()  # before the pictures: what is computed is safe from now on
-            text = page(found, options.dtype)
-            title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
-            figure = learning_curves(runs, found.best_lrs, f"{title}: mean and 95 % interval")
-            figure.savefig(run_dir / "learning-curves.png", dpi=90)
-            markdown = f"{text}\n\nMade by `{command}`.\n"
-            (run_dir / "results.md").write_text(markdown, encoding="utf-8")
-            log.finish([*runs, *controls], found.best_lrs, dataset, markdown, figure)
-            write()
+                write()  # before the pictures: what is computed is safe from now on
+                text = page(found, options.dtype)
+                title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
+                figure = learning_curves(runs, found.best_lrs, f"{title}: mean and 95 % interval")
+                experiment.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
+                markdown = f"{text}\n\nMade by `{command}`.\n"
+                experiment.write_text(run_dir / "results.md", markdown)
+                log.finish([*runs, *controls], found.best_lrs, dataset, markdown, figure)
+                write()
         print(f"\n{text}\n")
         print(f"{time.perf_counter() - began:.1f} s, {log.seconds:.1f} s of them logging")
         print(f"Tables, every epoch of every network, and a picture: {run_dir}")
         print(f"Curves: {experiment.tensorboard_command(run_dir)}")
-    if interrupted:
-        print("Interrupted; what was finished is in the table.", file=sys.stderr)
-        raise KeyboardInterrupt
+        if isinstance(stopped, KeyboardInterrupt):
+            print("Interrupted; what was finished is in the table.", file=sys.stderr)
+        if stopped is not None:
+            raise stopped
     return 0
 
 
@@ -202,12 +212,11 @@ class Log:
         """Begin the file."""
         self.seconds = 0.0
         """What logging has cost."""
-        self._run_dir, self._config = run_dir, config
+        self.finished = -1
+        """The last epoch that is logged of all networks side by side."""
+        self.run_dir, self._config = run_dir, config
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(
-            (run_dir / "epochs.csv").open("w", newline="", encoding="utf-8")
-        )
-        self._rows: csv.DictWriter[str] | None = None
+        self._file = self._stack.enter_context((run_dir / "epochs.csv").open("wb", buffering=0))
         self._monitors: dict[Variant, Monitor] = {}
 
     def __enter__(self) -> "Log":
@@ -232,15 +241,18 @@ class Log:
     def epoch(self, runs: Sequence[Run], dataset: data.Dataset) -> None:
         """The last epoch of these runs."""
         with self._timed():
-            for run in runs:
-                row = {**run.variant._asdict(), "seed": run.settings.seed}
-                row |= {"epoch": run.last.epoch, "step": run.last.step, "seconds": run.last.seconds}
-                row |= scalars(run.last)
-                if self._rows is None:
-                    self._rows = csv.DictWriter(self._file, list(row))
-                    self._rows.writeheader()
-                self._rows.writerow(row)
-            self._file.flush()
+            rows = [
+                {
+                    **run.variant._asdict(),
+                    "seed": run.settings.seed,
+                    "epoch": run.last.epoch,
+                    "step": run.last.step,
+                    "seconds": run.last.seconds,
+                    **scalars(run.last),
+                }
+                for run in runs
+            ]
+            self._append(rows)
             for variant, its in comparison.by_variant(runs).items():
                 monitor = self.monitor(variant)
                 monitor.log(*(run.last for run in its))
@@ -249,11 +261,27 @@ class Log:
                     first.network, dataset.validation, variant.loss, first.last.epoch
                 )
 
+    def _append(self, rows: Sequence[experiment.Row]) -> None:
+        """All of these rows, or where the disk is full none: half a number would be another one."""
+        end = self._file.tell()
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(rows[0]) if rows else [])
+        if not end:
+            table.writeheader()
+        table.writerows(rows)
+        content = memoryview(text.getvalue().encode())
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+
     def monitor(self, variant: Variant) -> Monitor:
         """The variant's own TensorBoard run."""
         if variant not in self._monitors:
             self._monitors[variant] = self._stack.enter_context(
-                Monitor(self._run_dir / str(variant), {**self._config, **variant._asdict()})
+                Monitor(self.run_dir / str(variant), {**self._config, **variant._asdict()})
             )
         return self._monitors[variant]
 
@@ -273,7 +301,7 @@ class Log:
                 monitor.log_hparams(its[0].last)
                 if variant in chosen:
                     monitor.log_images(its[0].network, dataset.test, its[0].last.epoch)
-            with Monitor(self._run_dir, self._config) as monitor:
+            with Monitor(self.run_dir, self._config) as monitor:
                 monitor.log_layout(runs[0].last)
                 monitor.log_text("results", page)
                 monitor.log_figure("learning curves", figure)
@@ -290,8 +318,12 @@ def train(
     epochs = options.epochs + 1
     with tqdm(total=epochs, unit="epoch", disable=None, leave=False) as bar:
         bar.set_description(f"{len(runs)} networks side by side")
-        for _ in comparison.train(runs, dataset):
-            log.epoch(runs, dataset)
+        for epoch in comparison.train(runs, dataset):
+            with experiment.undisturbed():
+                log.epoch(runs, dataset)
+                log.finished = epoch
+                if epoch:
+                    experiment.keep(log.run_dir)
             bar.update()
         variants = comparison.by_variant(runs)
         chosen = [
@@ -308,7 +340,8 @@ def train(
             for _, its_epochs in again:
                 next(its_epochs, None)
                 bar.update()
-            log.epoch([run for run in controls if not run.stopped], dataset)
+            with experiment.undisturbed():
+                log.epoch([run for run in controls if not run.stopped], dataset)
 
 
 # ------------------------------------------------------------------------------- what it comes to

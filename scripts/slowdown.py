@@ -1,5 +1,9 @@
 """The notes' story with one neuron, input 1 and target 0: how each loss gets out of being wrong."""
 
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for w, b in starts
             for rule in RULES
         ]
-        log(stories, run_dir)
         rows = [row(story) for story in stories]
         experiment.write_results(
             run_dir,
@@ -85,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows=rows,
             epochs=[story._asdict() for story in stories],
         )
+        log(stories, run_dir)
         print(f"\n{experiment.table([readable(story) for story in stories])}\n")
         print(f"Results and a picture: {run_dir}")
         print(f"Curves: {experiment.tensorboard_command(run_dir)}")
@@ -153,7 +157,7 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
             for w, b in starts
         ]
     )
-    figure.savefig(run_dir / "single-neuron.png", dpi=90)
+    experiment.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
     with SummaryWriter(str(run_dir)) as writer:
         writer.add_figure("single neuron", figure)
 

@@ -1,5 +1,9 @@
 """Train one network of sigmoid neurons, with gradients derived by hand or by autograd."""
 
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
 import argparse
 import dataclasses
 import sys
@@ -142,47 +146,55 @@ def run(
         flush=True,
     )
     records: list[training.Record] = []
-    interrupted = False
+    stopped: BaseException | None = None
     with Monitor(run_dir, config) as monitor:
         epochs = training.train(state, settings, dataset)
         bar = tqdm(epochs, total=settings.epochs + 1, unit="epoch", disable=None, leave=False)
         try:
             for record in bar:
-                records.append(record)
-                monitor.log(record)
-                monitor.log_histograms(
-                    state.network, dataset.validation, settings.loss, record.epoch
-                )
-                nnce.save(state.network, run_dir / "network.pt")
-                bar.write(line(record))
-        except (KeyboardInterrupt, BrokenPipeError):
-            if not records:
+                with experiment.undisturbed():
+                    monitor.log(record)
+                    monitor.log_histograms(
+                        state.network, dataset.validation, settings.loss, record.epoch
+                    )
+                    nnce.save(state.network, run_dir / "network.pt")
+                    records.append(record)
+                    if record.epoch:
+                        experiment.keep(run_dir)
+                    bar.write(line(record))
+        except (KeyboardInterrupt, OSError, training.Diverged) as error:
+            if not records or (isinstance(error, training.Diverged) and len(records) == 1):
                 raise
-            interrupted = True
-        monitor.log_images(state.network, dataset.test, records[-1].epoch)
-        monitor.log_hparams(records[-1])
+            stopped = error
+        bar.close()
 
-    rows = closing_rows(records)
-    seconds = time.perf_counter() - began
-    experiment.write_results(
-        run_dir,
-        config=config,
-        device=device,
-        seconds=seconds,
-        rows=rows,
-        interrupted=interrupted,
-        training_seconds=sum(record.seconds for record in records),
-        epochs=[record_as_dict(record) for record in records],
-    )
+        rows = closing_rows(records)
+        seconds = time.perf_counter() - began
+        with experiment.undisturbed():
+            experiment.write_results(  # before the pictures, which are worth less
+                run_dir,
+                config=config,
+                device=device,
+                seconds=seconds,
+                rows=rows,
+                interrupted=stopped is not None,
+                training_seconds=sum(record.seconds for record in records),
+                epochs=[record_as_dict(record) for record in records],
+            )
+            # The network at hand may be in the midst of an epoch that does not count.
+            finished = nnce.load(run_dir / "network.pt", device)
+            monitor.log_images(finished, dataset.test, records[-1].epoch)
+            monitor.log_hparams(records[-1])
+
     print(f"\n{experiment.table(rows)}\n")
     print(f"{seconds:.1f} s, {sum(record.seconds for record in records):.1f} s of them training")
-    if config["dry_run"]:
-        return
-    print(f"Results and network: {run_dir}")
-    print(f"Curves: {experiment.tensorboard_command(run_dir)}")
-    if interrupted:
+    if not config["dry_run"]:
+        print(f"Results and network: {run_dir}")
+        print(f"Curves: {experiment.tensorboard_command(run_dir)}")
+    if isinstance(stopped, KeyboardInterrupt):
         print(f"Interrupted; epochs 0 to {records[-1].epoch} are kept.", file=sys.stderr)
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
 
 
 def line(record: training.Record) -> str:

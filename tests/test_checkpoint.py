@@ -1,7 +1,14 @@
+import os
+import stat
+import zipfile
+
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import nnce
+from nnce import checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -73,3 +80,186 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
             nnce.load(path)
     with pytest.raises(FileNotFoundError):
         nnce.load(tmp_path / "missing.pt")
+
+
+def test_every_layer_keeps_its_dtype(tmp_path):
+    network = nnce.MLP((4, 3, 2))
+    network[0].double()
+    network[2].half()
+    nnce.save(network, tmp_path / "network.pt")
+    again = nnce.load(tmp_path / "network.pt")
+    for (name, p), (name_again, p_again) in zip(
+        network.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert name == name_again and p.dtype == p_again.dtype and torch.equal(p, p_again)
+        assert isinstance(p_again, nn.Parameter) and p_again.requires_grad
+
+
+def pruned(network):
+    prune.l1_unstructured(network[0], "weight", amount=0.5)
+
+
+def without_bias(network):
+    network[0] = nnce.Linear(4, 3, bias=False)
+
+
+def with_buffer(network):
+    network.register_buffer("mean", torch.zeros(4))
+
+
+def another_shape(network):
+    network[0].weight = nn.Parameter(torch.zeros(5, 4))
+
+
+def sparse(network):
+    network[0].weight = nn.Parameter(network[0].weight.detach().to_sparse())
+
+
+def of_whole_numbers(network):
+    network[0].weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.int64), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pruned, r"0\.weight, 0\.bias, 2\.weight, 2\.bias, got 0\.bias, 0\.weight_orig, 0\.wei"),
+        (lambda network: parametrizations.weight_norm(network[0]), r"got .*weight\.original1"),
+        (
+            without_bias,
+            r"expected the parameters of an MLP of sizes \(4, 3, 2\), .*got 0\.weight, 2",
+        ),
+        (with_buffer, r"got mean, 0\.weight"),
+        (another_shape, r"expected 0\.weight .* of shape \(3, 4\), got .* of shape \(5, 4\)"),
+        (sparse, r"expected 0\.weight to be a plain .*, got .*torch\.sparse_coo"),
+        (of_whole_numbers, r"floating-point tensor .*, got Tensor, torch\.int64"),
+        (lambda network: network.to("meta"), r"plain .*, got .* on meta"),
+    ],
+)
+def test_what_load_would_not_know_is_not_saved(tmp_path, change, message):
+    network = nnce.MLP((4, 3, 2))
+    change(network)
+    with pytest.raises(ValueError, match=message):
+        nnce.save(network, tmp_path / "network.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_parametrisation_leaves_behind_is_saved(tmp_path):
+    network = nnce.MLP((4, 3, 2))
+    pruned(network)
+    prune.remove(network[0], "weight")
+    nnce.save(network, tmp_path / "network.pt")
+    assert torch.equal(nnce.load(tmp_path / "network.pt")[0].weight, network[0].weight)
+
+
+def claim(path, sizes, state):
+    torch.save({"format": checkpoint._FORMAT, "sizes": sizes, "state_dict": state}, path)
+
+
+def test_a_small_file_cannot_claim_a_large_network(tmp_path, monkeypatch):
+    """Refused before anything is made: MLP is not even called."""
+    path = tmp_path / "network.pt"
+    sizes = (20_000, 20_000)
+    small = {"0.weight": torch.zeros(3, 4), "0.bias": torch.zeros(3)}
+    strided = {  # one number, shown everywhere
+        "0.weight": torch.zeros(1, 1).expand(20_000, 20_000),
+        "0.bias": torch.zeros(1).expand(20_000),
+    }
+    monkeypatch.setattr(checkpoint, "MLP", lambda *sizes, **more: pytest.fail("was made"))
+    for state in (small, strided):
+        claim(path, sizes, state)
+        assert path.stat().st_size < 10_000
+        with pytest.raises(ValueError, match=r"is damaged: its sizes and parameters do not fit"):
+            nnce.load(path)
+
+
+def test_a_file_that_would_unfold_is_refused_unread(tmp_path, monkeypatch):
+    path, bomb = tmp_path / "network.pt", tmp_path / "bomb.pt"
+    nnce.save(nnce.MLP((4, 3, 2)), path)
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for name in archive.namelist():
+            out.writestr(name, bytes(10**8) if name.endswith("data/0") else archive.read(name))
+    assert bomb.stat().st_size < 10**6
+    monkeypatch.setattr(torch, "load", lambda *file, **more: pytest.fail("was read"))
+    with pytest.raises(ValueError, match="damaged or no network"):
+        nnce.load(bomb)
+
+
+def test_any_layout_is_loaded(tmp_path):
+    """A weight that is stored column by column is as good."""
+    network = nnce.MLP((4, 3, 2))
+    network[0].weight = nn.Parameter(torch.rand(4, 3).T)
+    nnce.save(network, tmp_path / "network.pt")
+    assert torch.equal(nnce.load(tmp_path / "network.pt")[0].weight, network[0].weight)
+
+
+def test_saving_follows_no_link(tmp_path, monkeypatch):
+    """Neither one of the old name, nor one laid at the very name that is drawn."""
+    monkeypatch.setattr("secrets.token_hex", lambda *size: "drawn")
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "network.pt.unfinished").symlink_to(precious)
+    nnce.save(nnce.MLP((4, 3, 2)), folder / "network.pt")
+    (folder / ".unfinished-drawn").symlink_to(precious)
+    (folder / ".unfinished-dangling").symlink_to(tmp_path / "nothing")
+    for name in ("drawn", "dangling"):
+        monkeypatch.setattr("secrets.token_hex", lambda *size, name=name: name)
+        with pytest.raises(FileExistsError):
+            nnce.save(nnce.MLP((4, 3, 2)), folder / "network.pt")
+        assert (folder / f".unfinished-{name}").is_symlink()  # another's: left alone
+    assert precious.read_text() == "precious" and not (tmp_path / "nothing").exists()
+    assert nnce.load(folder / "network.pt").sizes == (4, 3, 2)
+
+
+def test_two_that_save_at_once_do_not_meet(tmp_path):
+    """Each in a file of its own until it is whole; the last one stays."""
+    path = tmp_path / "results.json"
+
+    def outer(file):
+        file.write(b"outer, ")
+        checkpoint.write_whole(path, lambda file: file.write(b"inner"))
+        assert path.read_bytes() == b"inner"
+        file.write(b"whole")
+
+    checkpoint.write_whole(path, outer)
+    assert path.read_bytes() == b"outer, whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_those_that_open_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        nnce.save(nnce.MLP((4, 3, 2)), tmp_path / "network.pt")
+        (tmp_path / "opened").write_text("")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_the_longest_name_can_be_saved(tmp_path):
+    path = tmp_path / ("n" * 252 + ".pt")
+    nnce.save(nnce.MLP((4, 3, 2)), path)
+    assert nnce.load(path).sizes == (4, 3, 2)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    """Not the RuntimeError that torch.save makes of it; and nothing is left."""
+    whole = checkpoint.Path.open
+
+    def on_a_full_disk(path, mode):
+        whole(path, mode).close()
+        return open("/dev/full", "wb", buffering=0)
+
+    monkeypatch.setattr(checkpoint.Path, "open", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        nnce.save(nnce.MLP((40, 300, 2)), tmp_path / "network.pt")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,17 @@
+"""Imported first by a script that is run: what must be in place before PyTorch is imported."""
+
+import os
+import signal
+
+# A closed standard stream would lend its number to the next file that is opened, and what PyTorch
+# prints would land in there. What is written to this placeholder fails, as to the closed stream.
+for number in range(3):
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDONLY)
+
+# Until `nnce.experiment.run_script` takes over there is nothing to keep and nothing to say.
+for number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+        signal.signal(number, lambda *_: os._exit(130))
