@@ -191,7 +191,7 @@ class MLP(nn.Sequential):
                 raise ValueError(f"expected a {base.__name__} whose forward is its own")
         for layer in found:
             names = [*layer._parameters, *layer._buffers]
-            if names != ["weight", "bias"]:
+            if not {"weight"} <= set(names) <= {"weight", "bias"}:
                 raise ValueError(
                     f"expected layers with a weight and a bias of their own, but one has been "
                     f"reparametrised or pruned: it has {' and '.join(names)}"
