@@ -132,7 +132,7 @@ def learning_curves(
     meter: Mapping[str, Band],
     title: str,
 ) -> Figure:
-    """The comparison in three panels, a colour a loss.
+    """The comparison in three panels, a colour a loss; one without curves says so.
 
     Args:
         by_epoch: test accuracy in percent against the epoch, by name of the curve.
@@ -151,7 +151,10 @@ def learning_curves(
             panel.plot(band.x, band.mean, style, color=color, ms=4, label=label)
             panel.fill_between(band.x, band.low, band.high, color=color, alpha=0.25, lw=0)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        if bands:
+            panel.legend(fontsize=8)
+        else:
+            panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
     epochs.set_xlabel("epoch")
     epochs.set_ylabel("test accuracy, %")
     shown = [value for band in by_epoch.values() for value in band.mean[1:]]

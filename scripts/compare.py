@@ -421,7 +421,7 @@ def learning_row(summary: comparison.Summary) -> experiment.Row:
             f"epochs to {accuracy:.0%}": median(epochs)
             for accuracy, epochs in summary.epochs_to.items()
         },
-        "saturated": f"{start:.0%} → {end:.0%}",
+        "saturated": "" if math.isnan(end) else f"{start:.0%} → {end:.0%}",
         "s/network": f"{summary.seconds:.2f}",
     }
 
