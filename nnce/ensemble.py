@@ -158,7 +158,7 @@ class Ensemble:
         try:
             # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
             with torch.inference_mode():
-                for indices in order.split(self._block_steps() * self.batch_size):
+                for indices in order.split(min(self._block_steps() * self.batch_size, len(order))):
                     # Gathered into places of their own: the graph reads its input there.
                     block = self._block(len(indices))
                     torch.index_select(x, 0, indices, out=block.x)
@@ -308,22 +308,23 @@ class _Group:
         for position, linears in enumerate(
             zip(*(network.linears() for network in networks), strict=True)
         ):
-            W = torch.stack([linear.weight.detach() for linear in linears])  # [G, n_out, n_in]
-            b = torch.stack([_bias(linear).detach() for linear in linears])  # [G, n_out]
-            n_out = W.shape[1]
-            if self.size > 1 and position > 0:
-                b = b.unsqueeze(1)  # [G, 1, n_out]
-                W_filled, b_filled = W, b
-            else:
-                W_filled, b_filled = W.flatten(0, 1), b.flatten()  # [G·n_out, n_in], [G·n_out]
-                W, b = W_filled, b_filled
-                if position == 0:
-                    W_filled, b_filled = _filled_up(W), _filled_up(b)
-                    W, b = W_filled[: len(W)], b_filled[: len(b)]
-            for linear, its_W, its_b in zip(
-                linears, W.view(self.size, n_out, -1), b.view(self.size, n_out), strict=True
+            n_out, n_in = linears[0].weight.shape
+            rows = self.size * n_out
+            filled = -(-rows // _ROWS) * _ROWS if position == 0 else rows
+            W_filled, b_filled = like.new_zeros(filled, n_in), like.new_zeros(filled)
+            W, b = W_filled[:rows], b_filled[:rows]  # [G·n_out, n_in], [G·n_out]
+            # Network by network, each leaving the memory it had: both whole would be twice as much.
+            for linear, of_network_W, of_network_b in zip(
+                linears, W.view(self.size, n_out, n_in), b.view(self.size, n_out), strict=True
             ):
-                linear.weight.data, _bias(linear).data = its_W, its_b
+                for parameter, place in (
+                    (linear.weight, of_network_W),
+                    (_bias(linear), of_network_b),
+                ):
+                    parameter.data = place.copy_(parameter.detach())
+            if self.size > 1 and position > 0:
+                W, b = W.view(self.size, n_out, n_in), b.view(self.size, 1, n_out)
+                W_filled, b_filled = W, b
 
             def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
                 """One float for all, or a tensor that multiplies each network's part of another."""
@@ -335,7 +336,7 @@ class _Group:
                 column = column.repeat_interleave(n_out)
                 return column if like.dim() == 1 else column.view(-1, 1)
 
-            def parameter(value: Tensor, filled: Tensor, pulls: list[float]) -> _Parameter:
+            def moving(value: Tensor, filled: Tensor, pulls: list[float]) -> _Parameter:
                 moves = any(momentum)
                 return _Parameter(
                     value,
@@ -350,8 +351,8 @@ class _Group:
 
             self.layers.append(
                 _Layer(
-                    parameter(W, W_filled, [-h.lr * h.weight_decay for h in hyperparameters]),
-                    parameter(b, b_filled, [0.0] * self.size),
+                    moving(W, W_filled, [-h.lr * h.weight_decay for h in hyperparameters]),
+                    moving(b, b_filled, [0.0] * self.size),
                 )
             )
 
@@ -375,13 +376,6 @@ class _Group:
             for tensor in (parameter.value, parameter.velocity)
             if tensor is not None
         ]
-
-
-def _filled_up(rows: Tensor) -> Tensor:
-    """The same rows and some of zeros."""
-    filled = rows.new_zeros(-(-len(rows) // _ROWS) * _ROWS, *rows.shape[1:])
-    filled[: len(rows)] = rows
-    return filled
 
 
 # ------------------------------------------------------------------------------------- the step
@@ -553,9 +547,8 @@ class _Block:
             partial(torch.neg, y, out=self._not_y),
             partial(torch.add, self._not_y, 1, out=self._not_y),
         ]
-        batches = list(
-            zip(*(tensor.split(batch_size) for tensor in (x, y, self._not_y)), strict=True)
-        )
+        n = min(batch_size, len(x))
+        batches = list(zip(*(tensor.split(n) for tensor in (x, y, self._not_y)), strict=True))
         for group in groups:
             steps = {n: step(group, n) for n in {len(batches[0][0]), len(batches[-1][0])}}
             for batch in batches:

@@ -550,3 +550,14 @@ def test_memory_for_the_numbers_a_layer_is_drawn_from(monkeypatch):
         ensemble.check_memory(sizes, dtype=torch.bfloat16)
     pages["SC_PHYS_PAGES"] = 11
     ensemble.check_memory(sizes, dtype=torch.bfloat16)
+
+
+def test_a_mini_batch_larger_than_any_number_of_examples():
+    """All examples, once: the same as a mini-batch of just so many."""
+    networks = pair()
+    values = 2 * [Hyperparameters("cross-entropy", 0.5)]
+    again = copy.deepcopy(networks)
+    x, y, order = torch.rand(5, 4), torch.rand(5, 2), torch.arange(5)
+    assert Ensemble(networks, values, batch_size=2**63).train_epoch(x, y, order) == 1
+    Ensemble(again, values, batch_size=5).train_epoch(x, y, order)
+    assert all(largest_difference(a, b) == 0 for a, b in zip(networks, again, strict=True))
