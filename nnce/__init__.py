@@ -1,11 +1,14 @@
 """Backpropagation derived by hand for networks of sigmoid neurons, as PyTorch Functions.
 
-Two losses, the quadratic one and the cross-entropy. The equations are in `nnce.rules`; the README
-says what else is where.
+Two losses, the quadratic one and the cross-entropy. The equations are in `nnce.rules`; README.md
+beside this file says what else is where.
 """
 
+from nnce.algorithm import backprop as backprop
 from nnce.checkpoint import load as load
 from nnce.checkpoint import save as save
+from nnce.ensemble import Ensemble as Ensemble
+from nnce.ensemble import Hyperparameters as Hyperparameters
 from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy
@@ -16,3 +19,6 @@ from nnce.modules import Linear as Linear
 from nnce.modules import Sigmoid as Sigmoid
 from nnce.modules import SigmoidCrossEntropyLoss as SigmoidCrossEntropyLoss
 from nnce.modules import SigmoidQuadraticLoss as SigmoidQuadraticLoss
+from nnce.watching import watch as watch
+
+__version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Data sets as tensors on a device, split in three, and seeded mini-batches of them.
+"""Data sets as tensors on a device, split in three, and seeded orders of the examples.
 
 One encoding everywhere: x [n, features] in [0, 1], y [n, classes] one-hot, both of one
 floating-point dtype. Values are checked here, once; nothing after this looks at them again.
@@ -7,7 +7,6 @@ floating-point dtype. Values are checked here, once; nothing after this looks at
 import contextlib
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,21 +150,11 @@ def check(x: Tensor, y: Tensor) -> None:
 
 
 def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """The indices of n examples in a new order, [n].
+    """The indices of n examples in a new order, [n]; mini-batches are its `split(batch_size)`.
 
     Drawn on the CPU, so that it is the same on every device.
     """
     return torch.randperm(n, generator=generator).to(device)
-
-
-def minibatches(
-    n: int, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
-) -> Iterator[Tensor]:
-    """One epoch: the indices of n examples in a new order, batch_size at a time.
-
-    The last mini-batch may be shorter.
-    """
-    yield from order(n, generator, device).split(batch_size)
 
 
 # ----------------------------------------------------------------------------------- the sources

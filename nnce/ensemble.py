@@ -1,6 +1,6 @@
 """The revised algorithm for speed: no graph, in place, many networks side by side.
 
-The same equations as in `nnce.backprop`, which is the one to read first. What makes it fast:
+The same equations as in `nnce.algorithm`, which is the one to read first. What makes it fast:
 
 - Nothing is allocated in a step: every z, a and delta has its place in memory, made once.
 - All networks see the same mini-batch, so their first layers are one layer, G networks wide: its z
@@ -16,16 +16,17 @@ Shapes, for a group of G networks and a mini-batch of n: the first layer is [n, 
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nnce.backprop import Loss, check_loss
-from nnce.modules import MLP, is_size
+from nnce.functional import check_alike
+from nnce.losses import LOSSES, Loss, check_loss
+from nnce.memory import bytes_of, check_memory
+from nnce.modules import MLP, Linear, is_size
 
 # Examples are gathered into mini-batches a block at a time, about this many bytes of them: they
 # are still in the cache when the steps read them.
@@ -107,7 +108,7 @@ class Ensemble:
                 for members in self._members
             ]
         self._parameters = [_parameters(network) for network in self.networks]
-        self._addresses = [[p.data_ptr() for p in its] for its in self._parameters]
+        self._places = [[_place_of(p) for p in parameters] for parameters in self._parameters]
         self._blocks: dict[int, _Block] = {}
 
     @property
@@ -129,7 +130,7 @@ class Ensemble:
         """Which networks go together: alike ones, as many as fit the cache."""
         size = len(self.networks)
         if self.device.type == "cpu":
-            size = max(1, _CACHE_BYTES // _bytes(self.sizes, self.dtype))
+            size = max(1, _CACHE_BYTES // bytes_of(self.sizes, self.dtype))
         # Sorted, so that most groups are of one loss and rate and need no masks.
         order = sorted(range(len(self.networks)), key=lambda r: self.hyperparameters[r])
         return [order[i : i + size] for i in range(0, len(order), size)]
@@ -148,13 +149,15 @@ class Ensemble:
             How many steps it were.
 
         Raises:
-            ValueError: shapes do not fit the networks, or a network's parameters have been moved,
-                replaced or frozen, or have got hooks.
-            TypeError: no tensors, or another dtype or device than the networks'.
+            ValueError: shapes or devices do not fit the networks, or a network's parameters have
+                been moved, replaced or frozen, or have got hooks.
+            TypeError: no tensors, or another dtype than the networks'.
             IndexError: the order names an example that is not there; no step has been taken then.
         """
         self._check_data(x, y, order)
         self._check_networks()
+        for network in self.networks:
+            _check_trains(network)
         try:
             # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
             with torch.inference_mode():
@@ -180,10 +183,10 @@ class Ensemble:
             [n, n_out] for each network, in their order.
         """
         self._check_networks()
-        found: dict[int, Tensor] = {}
+        z: dict[int, Tensor] = {}
         for members, group in zip(self._members, self._groups, strict=True):
-            found |= zip(members, group.outputs(x), strict=True)
-        return [found[r] for r in range(len(self.networks))]
+            z |= zip(members, group.outputs(x), strict=True)
+        return [z[r] for r in range(len(self.networks))]
 
     def _block_steps(self) -> int:
         """How many mini-batches make a block."""
@@ -202,23 +205,17 @@ class Ensemble:
                 torch.empty(n, size, dtype=self.dtype, device=self.device)
                 for size in (self.sizes[0], self.sizes[-1])
             )
-            self._blocks[n] = _Block(
-                self._groups, x, y, self.batch_size, graph=self._graph, step=self._step
-            )
+            self._blocks[n] = _Block(self._groups, x, y, self.batch_size, graph=self._graph)
         return self._blocks[n]
-
-    def _step(self, group: "_Group", n: int) -> "_Step":
-        """What is done at each mini-batch of n; a benchmark may do less."""
-        return _Step(group, n)
 
     def _check_networks(self) -> None:
         """A parameter that is another, or lies elsewhere by now, would silently not be trained."""
-        for network, parameters, addresses in zip(
-            self.networks, self._parameters, self._addresses, strict=True
+        for network, parameters, places in zip(
+            self.networks, self._parameters, self._places, strict=True
         ):
             _check_network(network)
-            for now, then, address in zip(_parameters(network), parameters, addresses, strict=True):
-                if now is not then or now.data_ptr() != address:
+            for now, then, place in zip(_parameters(network), parameters, places, strict=True):
+                if now is not then or _place_of(now) != place:
                     raise ValueError(
                         "expected the networks' parameters in the ensemble's memory, but some have "
                         "been replaced, or moved, by .to() or by another ensemble; make a new "
@@ -226,19 +223,14 @@ class Ensemble:
                     )
 
     def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
-        for name, tensor in (("x", x), ("y", y), ("order", order)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        check_alike({"the parameters": self._parameters[0][0], "x": x, "y": y})
+        if not isinstance(order, Tensor):
+            raise TypeError(f"expected order to be a tensor, got {type(order).__name__}")
         if order.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"expected an order of whole numbers (int64), got {order.dtype}")
         for name, tensor, size in (("x", x, self.sizes[0]), ("y", y, self.sizes[-1])):
             if tensor.dim() != 2 or tensor.shape[1] != size:
                 raise ValueError(f"expected {name} of shape (n, {size}), got {tuple(tensor.shape)}")
-            if tensor.dtype != self.dtype or tensor.device != self.device:
-                raise TypeError(
-                    f"expected {name} of {self.dtype} on {self.device}, got {tensor.dtype} on "
-                    f"{tensor.device}"
-                )
         if len(x) != len(y):
             raise ValueError(f"expected as many targets as inputs, got {len(x)} and {len(y)}")
         if order.dim() != 1 or not len(order) or order.device != self.device:
@@ -288,73 +280,26 @@ class _Group:
 
     def __init__(self, networks: list[MLP], hyperparameters: list[Hyperparameters]) -> None:
         self.size = len(networks)
-        self.losses = {h.loss for h in hyperparameters}
         like = networks[0].linears()[0].weight
 
-        def by_network(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=like.dtype, device=like.device)
-
         # Where rates differ they are folded into the last dz, from which all else is made.
-        lr = [h.lr for h in hyperparameters]
-        self.lr = by_network(lr)[0].item() if len(set(lr)) == 1 else 1.0
-        self.rates = None if len(set(lr)) == 1 else by_network(lr).view(-1, 1, 1)
+        lrs = [h.lr for h in hyperparameters]
+        common = len(set(lrs)) == 1
+        self.lr = _per_network(lrs, like)[0].item() if common else 1.0
+        self.lrs = None if common else _per_network(lrs, like).view(-1, 1, 1)
+        slowed = [LOSSES[h.loss].has_sigmoid_prime for h in hyperparameters]
+        self.any_slowed, self.all_slowed = any(slowed), all(slowed)
         # 1 where σ'(z) belongs into the last dz, 0 where not.
-        quadratic = by_network([float(h.loss == "quadratic") for h in hyperparameters])
-        self.is_quadratic = quadratic.view(-1, 1, 1)
-        self.is_cross_entropy = 1 - self.is_quadratic
+        self.is_slowed = _per_network([float(one) for one in slowed], like).view(-1, 1, 1)
+        self.is_not_slowed = 1 - self.is_slowed
 
-        momentum = [h.momentum for h in hyperparameters]
-        self.layers: list[_Layer] = []
-        for position, linears in enumerate(
-            zip(*(network.linears() for network in networks), strict=True)
-        ):
-            n_out, n_in = linears[0].weight.shape
-            rows = self.size * n_out
-            filled = -(-rows // _ROWS) * _ROWS if position == 0 else rows
-            W_filled, b_filled = like.new_zeros(filled, n_in), like.new_zeros(filled)
-            W, b = W_filled[:rows], b_filled[:rows]  # [G·n_out, n_in], [G·n_out]
-            # Network by network, each leaving the memory it had: both whole would be twice as much.
-            for linear, of_network_W, of_network_b in zip(
-                linears, W.view(self.size, n_out, n_in), b.view(self.size, n_out), strict=True
-            ):
-                for parameter, place in (
-                    (linear.weight, of_network_W),
-                    (_bias(linear), of_network_b),
-                ):
-                    parameter.data = place.copy_(parameter.detach())
-            if self.size > 1 and position > 0:
-                W, b = W.view(self.size, n_out, n_in), b.view(self.size, 1, n_out)
-                W_filled, b_filled = W, b
-
-            def factor(values: list[float], like: Tensor, n_out: int = n_out) -> float | Tensor:
-                """One float for all, or a tensor that multiplies each network's part of another."""
-                column = by_network(values)
-                if len(set(values)) == 1:
-                    return column[0].item()  # rounded; too large a number has become infinite
-                if like.dim() == 3:
-                    return column.view(-1, 1, 1)
-                column = column.repeat_interleave(n_out)
-                return column if like.dim() == 1 else column.view(-1, 1)
-
-            def moving(value: Tensor, filled: Tensor, pulls: list[float]) -> _Parameter:
-                moves = any(momentum)
-                return _Parameter(
-                    value,
-                    filled,
-                    torch.zeros_like(value) if moves else None,
-                    factor(momentum, value),
-                    factor([1 + pull for pull in pulls], value),
-                    torch.as_tensor(factor(pulls, value), dtype=value.dtype, device=value.device)
-                    if moves and any(pulls)
-                    else None,
-                )
-
-            self.layers.append(
-                _Layer(
-                    moving(W, W_filled, [-h.lr * h.weight_decay for h in hyperparameters]),
-                    moving(b, b_filled, [0.0] * self.size),
-                )
+        decays = [-h.lr * h.weight_decay for h in hyperparameters]
+        self.layers = [
+            _move_in(list(linears), hyperparameters, decays, is_first=position == 0)
+            for position, linears in enumerate(
+                zip(*(network.linears() for network in networks), strict=True)
             )
+        ]
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """z of the last layer for each network."""
@@ -376,6 +321,71 @@ class _Group:
             for tensor in (parameter.value, parameter.velocity)
             if tensor is not None
         ]
+
+
+def _per_network(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def _move_in(
+    linears: list[Linear],
+    hyperparameters: list[Hyperparameters],
+    decays: list[float],
+    *,
+    is_first: bool,
+) -> _Layer:
+    """One layer of some networks, whose parameters become views of common memory."""
+    G = len(linears)
+    n_out, n_in = linears[0].weight.shape
+    rows = G * n_out
+    filled = -(-rows // _ROWS) * _ROWS if is_first else rows
+    like = linears[0].weight.detach()
+    W_filled, b_filled = like.new_zeros(filled, n_in), like.new_zeros(filled)
+    W, b = W_filled[:rows], b_filled[:rows]  # [G·n_out, n_in], [G·n_out]
+    # Network by network, each leaving the memory it had: both whole would be twice as much.
+    for linear, W_of_one, b_of_one in zip(
+        linears, W.view(G, n_out, n_in), b.view(G, n_out), strict=True
+    ):
+        for parameter, place in ((linear.weight, W_of_one), (_bias(linear), b_of_one)):
+            parameter.data = place.copy_(parameter.detach())
+    if G > 1 and not is_first:
+        W, b = W.view(G, n_out, n_in), b.view(G, 1, n_out)
+        W_filled, b_filled = W, b
+    momenta = [h.momentum for h in hyperparameters]
+    return _Layer(
+        _moving(W, W_filled, momenta, decays, n_out),
+        _moving(b, b_filled, momenta, [0.0] * G, n_out),
+    )
+
+
+def _moving(
+    value: Tensor, filled: Tensor, momenta: list[float], decays: list[float], n_out: int
+) -> _Parameter:
+    """A parameter and how it moves; decays are −lr · weight_decay of each network."""
+    moves = any(momenta)
+    pull = None
+    if moves and any(decays):
+        factor = _factor(decays, value, n_out)
+        pull = torch.as_tensor(factor, dtype=value.dtype, device=value.device)
+    return _Parameter(
+        value=value,
+        filled=filled,
+        velocity=torch.zeros_like(value) if moves else None,
+        momentum=_factor(momenta, value, n_out),
+        decay=_factor([1 + decay for decay in decays], value, n_out),
+        pull=pull,
+    )
+
+
+def _factor(values: list[float], like: Tensor, n_out: int) -> float | Tensor:
+    """One float for all networks, or a tensor that multiplies each one's part of another."""
+    column = _per_network(values, like)
+    if len(set(values)) == 1:
+        return column[0].item()  # rounded; too large a number has become infinite
+    if like.dim() == 3:
+        return column.view(-1, 1, 1)
+    column = column.repeat_interleave(n_out)
+    return column if like.dim() == 1 else column.view(-1, 1)
 
 
 # ------------------------------------------------------------------------------------- the step
@@ -407,45 +417,47 @@ class _Place(NamedTuple):
     """torch.addmm or torch.baddbmm: β c + α a b."""
 
 
+def _place(layer: _Layer, G: int, n: int) -> _Place:
+    """Memory for one layer of G networks and a mini-batch of n."""
+    W = layer.W.value
+    batched = W.dim() == 3
+    n_out = W.shape[1] if batched else len(W) // G
+    dz = W.new_empty((G, n, n_out) if batched else (n, G * n_out))
+    z = torch.empty_like(dz) if batched else W.new_empty(n, len(layer.W.filled))
+    return _Place(
+        layer=layer,
+        WT=layer.W.filled.mT,
+        z=z,
+        a=_by_network(z, G, n_out),
+        dz=dz,
+        dz_by_network=_by_network(dz, G, n_out),
+        dzT=dz.mT,
+        da=W.new_empty(n, n_out) if G == 1 else W.new_empty(G, n, n_out),
+        sum_examples=(
+            (torch.baddbmm, W.new_ones(G, 1, n), dz)
+            if batched
+            else (torch.addmv, dz.mT, W.new_ones(n))
+        ),
+        multiply=torch.bmm if batched else torch.mm,
+        multiply_add=torch.baddbmm if batched else torch.addmm,
+    )
+
+
+def _by_network(tensor: Tensor, G: int, n_out: int) -> Tensor:
+    """[G, n, n_out], or [n, n_out] for one network, of [n, G·n_out and some]."""
+    if tensor.dim() == 3:
+        return tensor
+    tensor = tensor[:, : G * n_out]
+    return tensor if G == 1 else tensor.view(len(tensor), G, n_out).transpose(0, 1)
+
+
 class _Step:
     """One step of gradient descent of a group of networks, for mini-batches of n."""
 
     def __init__(self, group: _Group, n: int) -> None:
         self._group = group
         self._alpha = -group.lr / n
-        self._places: list[_Place] = []
-        G = group.size
-        for layer in group.layers:
-            W = layer.W.value
-            batched = W.dim() == 3
-            n_out = W.shape[1] if batched else len(W) // G
-            shape = (G, n, n_out) if batched else (n, G * n_out)
-            dz = W.new_empty(shape)
-            z = W.new_empty(shape if batched else (n, len(layer.W.filled)))
-
-            def by_network(tensor: Tensor, n_out: int = n_out) -> Tensor:
-                if tensor.dim() == 3:
-                    return tensor
-                tensor = tensor[:, : G * n_out]
-                return tensor if G == 1 else tensor.view(n, G, n_out).transpose(0, 1)
-
-            self._places.append(
-                _Place(
-                    layer,
-                    layer.W.filled.mT,
-                    z,
-                    by_network(z),
-                    dz,
-                    by_network(dz),
-                    dz.mT,
-                    W.new_empty(n, n_out) if G == 1 else W.new_empty(G, n, n_out),
-                    (torch.baddbmm, W.new_ones(G, 1, n), dz)
-                    if batched
-                    else (torch.addmv, dz.mT, W.new_ones(n)),
-                    torch.bmm if batched else torch.mm,
-                    torch.baddbmm if batched else torch.addmm,
-                )
-            )
+        self._places = [_place(layer, group.size, n) for layer in group.layers]
         last = self._places[-1].dz_by_network
         self._scratch = [
             torch.empty_like(last, memory_format=torch.contiguous_format) for _ in range(3)
@@ -476,14 +488,14 @@ class _Step:
         yield partial(torch.sigmoid, one_minus_a, out=one_minus_a)  # σ(−z)
         yield partial(torch.mul, a, not_y, out=dz)
         yield partial(torch.addcmul, dz, y, one_minus_a, value=-1, out=dz)  # (5)
-        if "quadratic" in group.losses:
+        if group.any_slowed:
             yield partial(torch.mul, a, one_minus_a, out=prime)  # σ'(z)
-            if "cross-entropy" in group.losses:  # σ'(z) for one loss, 1 for the other
-                yield partial(torch.mul, prime, group.is_quadratic, out=prime)
-                yield partial(torch.add, prime, group.is_cross_entropy, out=prime)
+            if not group.all_slowed:  # σ'(z) for one loss, 1 for the other
+                yield partial(torch.mul, prime, group.is_slowed, out=prime)
+                yield partial(torch.add, prime, group.is_not_slowed, out=prime)
             yield partial(torch.mul, dz, prime, out=dz)  # (4)
-        if group.rates is not None:
-            yield partial(torch.mul, dz, group.rates, out=dz)
+        if group.lrs is not None:
+            yield partial(torch.mul, dz, group.lrs, out=dz)
 
     def _backward(self, x: Tensor) -> Iterator[Call]:
         downwards = self._places[::-1]
@@ -538,7 +550,6 @@ class _Block:
         batch_size: int,
         *,
         graph: bool,
-        step: Callable[[_Group, int], _Step],
     ) -> None:
         self.x, self.y = x, y
         self._not_y = torch.empty_like(y)
@@ -550,7 +561,7 @@ class _Block:
         n = min(batch_size, len(x))
         batches = list(zip(*(tensor.split(n) for tensor in (x, y, self._not_y)), strict=True))
         for group in groups:
-            steps = {n: step(group, n) for n in {len(batches[0][0]), len(batches[-1][0])}}
+            steps = {n: _Step(group, n) for n in {len(batches[0][0]), len(batches[-1][0])}}
             for batch in batches:
                 self._calls += steps[len(batch[0])].calls(*batch)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -594,7 +605,7 @@ def threads(sizes: Sequence[int], batch_size: int, networks: int = 1) -> int:
     A second thread costs some microseconds at each product, which a textbook's network does not
     have to give away.
     """
-    group = min(networks, max(1, _CACHE_BYTES // _bytes(sizes, torch.float32)))
+    group = min(networks, max(1, _CACHE_BYTES // bytes_of(sizes, torch.float32)))
     layers = list(itertools.pairwise(sizes))
     # The first layer is one product for the whole group; others are one for each network.
     work = [group * layers[0][0] * layers[0][1], *(n_in * n_out for n_in, n_out in layers[1:])]
@@ -603,46 +614,7 @@ def threads(sizes: Sequence[int], batch_size: int, networks: int = 1) -> int:
     return torch.get_num_threads()
 
 
-def check_memory(
-    sizes: Sequence[int],
-    networks: int = 1,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Raise MemoryError if so many networks of these sizes cannot fit, before any is made.
-
-    Counted are parameters, as many again for their momentum, and once more while they are moved; or
-    the float64 numbers that the largest layer is made of, where that is more.
-    """
-    parameters = networks * _bytes(sizes, dtype)
-    drawn = 8 * max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
-    needed = max(3 * parameters, parameters + drawn)
-    device = torch.device(device)
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > there:
-        shape = "-".join(map(str, sizes))
-        raise MemoryError(
-            f"{networks:,} network{'s' * (networks > 1)} of sizes {shape} would "
-            f"need {_gigabytes(needed)} GB of memory, and {device.type} has {_gigabytes(there)} GB"
-        )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f}" if count < 1e15 else f"{count / 1e9:.1e}"
-
-
-def _bytes(sizes: Sequence[int], dtype: torch.dtype) -> int:
-    """What the parameters of one network take."""
-    return sum((n_in + 1) * n_out for n_in, n_out in itertools.pairwise(sizes)) * dtype.itemsize
-
-
-def _bias(linear: Any) -> nn.Parameter:
+def _bias(linear: Linear) -> nn.Parameter:
     """The bias that every layer of an MLP has."""
     if linear.bias is None:
         raise ValueError("expected networks whose layers all have a bias")
@@ -655,11 +627,18 @@ def _parameters(network: MLP) -> list[nn.Parameter]:
     return [p for linear in network.linears() for p in (linear.weight, _bias(linear))]
 
 
+def _place_of(parameter: nn.Parameter) -> tuple[int, tuple[int, ...]]:
+    return parameter.data_ptr(), parameter.stride()
+
+
+def _check_trains(network: MLP) -> None:
+    if not all(parameter.requires_grad for parameter in _parameters(network)):
+        raise ValueError("expected networks to train, but one has parameters that are frozen")
+
+
 def _check_network(network: MLP) -> None:
     """Raise ValueError where training by the rules would be another training than PyTorch's."""
     for parameter in _parameters(network):
-        if not parameter.requires_grad:
-            raise ValueError("expected networks to train, but one has parameters that are frozen")
         if parameter.is_inference():
             raise ValueError(
                 "expected networks that autograd can use, but one was made under inference_mode"
@@ -688,9 +667,9 @@ def _check(
         if not isinstance(network, MLP):
             raise TypeError(f"expected networks to be nnce.MLPs, got {type(network).__name__}")
         _check_network(network)
-    if len({id(parameter) for network in networks for parameter in network.parameters()}) < sum(
-        len(list(network.parameters())) for network in networks
-    ):
+        _check_trains(network)
+    parameters = [parameter for network in networks for parameter in _parameters(network)]
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise ValueError("expected networks without common parameters, but one is there twice")
     kinds = {
         (network.sizes, parameter.dtype, parameter.device)
@@ -698,11 +677,11 @@ def _check(
         for parameter in network.parameters()
     }
     if len(kinds) > 1:
-        found = "; ".join(
+        kinds_in_words = "; ".join(
             f"{'-'.join(map(str, sizes))} in {dtype} on {device}"
             for sizes, dtype, device in sorted(kinds, key=str)
         )
-        raise ValueError(f"expected networks of one shape, dtype and device, got {found}")
+        raise ValueError(f"expected networks of one shape, dtype and device, got {kinds_in_words}")
     if len(hyperparameters) != len(networks):
         raise ValueError(
             f"expected hyperparameters for each of the {len(networks)} networks, got "

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nnce import rules
+from nnce.losses import Loss
 
 Reduction = Literal["none", "sum", "mean", "batchmean"]
 
@@ -274,7 +275,7 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         ValueError: shapes or devices do not fit.
     """
     a_prev, W, b = _autocast(a_prev, W, b)
-    _check_alike({"a_prev": a_prev, "W": W}, {"b": b})
+    check_alike({"a_prev": a_prev, "W": W}, {"b": b})
     if W.dim() != 2:
         raise ValueError(f"expected W of shape (n_out, n_in), got {_shape(W)}")
     if a_prev.dim() == 0 or a_prev.shape[-1] != W.shape[1]:
@@ -305,7 +306,7 @@ def sigmoid(z: Tensor) -> Tensor:
     Raises:
         TypeError: z is no tensor or not floating-point.
     """
-    _check_alike({"z": z})
+    check_alike({"z": z})
     return _apply(SigmoidFunction, z)
 
 
@@ -367,11 +368,17 @@ def sigmoid_cross_entropy(
     """
     z, y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
     _check_loss(z, y, reduction)
-    _check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
+    check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
     return _reduce(C if weight is None else rules.weighted(weight, C), reduction)
+
+
+LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
+    "quadratic": sigmoid_quadratic,
+    "cross-entropy": sigmoid_cross_entropy,
+}
 
 
 # ---------------------------------------------------------------------------------- the inside
@@ -411,15 +418,24 @@ def check_reduction(reduction: str) -> None:
 
 def _check_loss(z: Tensor, y: Tensor, reduction: str) -> None:
     check_reduction(reduction)
-    _check_alike({"z": z, "y": y})
+    check_alike({"z": z, "y": y})
     if y.shape != z.shape:
         raise ValueError(f"expected y of shape {_shape(z)} like z, got {_shape(y)}")
 
 
-def _check_alike(
+def check_alike(
     required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None
 ) -> None:
-    """Tensors of one floating-point dtype on one device, set by the first."""
+    """Hold tensors to the first one's dtype and device.
+
+    Args:
+        required: by name, for the sentences.
+        optional: likewise; what is None is passed over.
+
+    Raises:
+        TypeError: one is no tensor, the first is not floating-point, or the dtypes differ.
+        ValueError: the devices differ.
+    """
     given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
     tensors = {**required, **given}
     for name, tensor in tensors.items():

@@ -1,6 +1,50 @@
-"""What a failed allocation looks like, which PyTorch has no type of its own for."""
+"""What fits into memory, asked before anything is made; and what a failed allocation looks like."""
 
+import itertools
+import os
 import re
+from collections.abc import Sequence
+
+import torch
+
+
+def check_memory(
+    sizes: Sequence[int],
+    networks: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Raise MemoryError if so many networks of these sizes cannot fit, before any is made.
+
+    Counted are parameters, as many again for their momentum, and once more while they are moved; or
+    the float64 numbers that the largest layer is made of, where that is more.
+    """
+    parameters = networks * bytes_of(sizes, dtype)
+    drawn = 8 * max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
+    needed = max(3 * parameters, parameters + drawn)
+    device = torch.device(device)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        shape = "-".join(map(str, sizes))
+        raise MemoryError(
+            f"{networks:,} network{'s' * (networks > 1)} of sizes {shape} would "
+            f"need {_gigabytes(needed)} GB of memory, and {device.type} has {_gigabytes(there)} GB"
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f}" if count < 1e15 else f"{count / 1e9:.1e}"
+
+
+def bytes_of(sizes: Sequence[int], dtype: torch.dtype) -> int:
+    """How many bytes the parameters of one network of these sizes take."""
+    return sum((n_in + 1) * n_out for n_in, n_out in itertools.pairwise(sizes)) * dtype.itemsize
 
 
 def shortage(error: BaseException) -> str | None:

@@ -1,35 +1,35 @@
 """One training loop for every engine: stochastic gradient descent on one network.
 
-`start` makes the state, `train` moves it and yields a record per epoch. The engines differ only in
-who differentiates. What is measured is measured by the rules, alike for every engine.
+`initial_state` makes the state, `train` moves it and yields a record per epoch. The engines differ
+only in who differentiates. What is measured is measured by the rules, alike for every engine.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnce import data, functional, rules
-from nnce.backprop import Loss, backprop, check_loss, loss_per_component
-from nnce.ensemble import Ensemble, Hyperparameters, check_memory
+from nnce import data
+from nnce.ensemble import Ensemble, Hyperparameters
+from nnce.functional import LOSS_FUNCTIONS
+from nnce.losses import LOSSES, Loss, check_loss
+from nnce.memory import check_memory
 from nnce.modules import MLP, Init, check_init, is_size
+from nnce.reference import BUILT_IN_LOSSES, torch_twin
+from nnce.saturation import LayerFigures, layer_figures
 
 Engine = Literal["backprop", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 Optimizer = Literal["sgd", "adam"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
-# The textbook's rates, by loss.
-DEFAULT_LR: dict[Loss, float] = {"quadratic": 3.0, "cross-entropy": 0.5}
 # torch.optim.Adam's.
 _ADAM_LR = 1e-3
 
-# σ'(z) is ¼ at most; below this a neuron counts as saturated (|z| above 4.6).
-SATURATED = 0.01
 # How many validation examples the figures of the layers are taken from.
 _LAYER_EXAMPLES = 1_000
 # How many examples are evaluated at once, to bound the memory that wide layers take.
@@ -87,7 +87,7 @@ class Settings:
                 f"engine 'functions' knows it"
             )
         if self.lr is None:
-            lr = DEFAULT_LR[self.loss] if self.optimizer == "sgd" else _ADAM_LR
+            lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
             object.__setattr__(self, "lr", lr)
         if not isinstance(self.hidden, tuple) or not all(map(is_size, self.hidden)):
             raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
@@ -135,21 +135,6 @@ class State:
     step: int = 0
 
 
-class LayerFigures(NamedTuple):
-    """How one layer learns, over the first 1,000 validation examples."""
-
-    dz_norm: float
-    """‖dC/dz‖ of one example, averaged over the examples."""
-    sigmoid_prime: float
-    """σ'(z), averaged over examples and neurons, in [0, ¼]."""
-    saturated: float
-    """The share of (example, neuron) pairs with σ'(z) below 0.01, in [0, 1]."""
-    slowdown: float
-    """`slowdown` of dC/da, in [0, ¼]. Of the last layer it is the *slowdown meter*, over the
-    examples that are wrong by more than ½ alone: ‖dz quadratic‖ / ‖dz cross-entropy‖, whatever the
-    loss. NaN where no example is that wrong."""
-
-
 class Record(NamedTuple):
     """What is known at an epoch's end; epoch 0 is the start, before any step."""
 
@@ -165,29 +150,11 @@ class Record(NamedTuple):
     """From the first layer with weights to the last."""
 
 
-def make_record(
-    epoch: int,
-    step: int,
-    seconds: float,
-    measured: Mapping[str, "Evaluation"],
-    layers: list[LayerFigures],
-) -> Record:
-    """A record of what was measured, by split."""
-    return Record(
-        epoch,
-        step,
-        seconds,
-        loss={name: its.loss for name, its in measured.items()},
-        accuracy={name: its.accuracy for name, its in measured.items()},
-        layers=layers,
-    )
-
-
 class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
 
-def start(settings: Settings, dataset: data.Dataset) -> State:
+def initial_state(settings: Settings, dataset: data.Dataset) -> State:
     """The network before the first step, on the data's device and in their dtype.
 
     Raises:
@@ -264,7 +231,7 @@ def train(
     """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
 
     Args:
-        state: from `start`; moved in place, so `state.network` is the trained network.
+        state: from `initial_state`; moved in place, so `state.network` is the trained network.
         settings: those the state was made with.
         dataset: on one device, in one floating-point dtype.
         measured: what the records are measured on; all of the dataset if None.
@@ -276,12 +243,17 @@ def train(
     measured = dataset if measured is None else measured
 
     def record(seconds: float) -> Record:
-        found = {
-            name: evaluate(state.network, split, settings.loss)
-            for name, split in measured.splits().items()
-        }
-        layers = layer_figures(state.network, measured.validation, settings.loss)
-        return make_record(state.epoch, state.step, seconds, found, layers)
+        """What there is to know now."""
+        (now,) = records(
+            lambda x: [state.network(x)],
+            [state.network],
+            [settings.loss],
+            measured,
+            epoch=state.epoch,
+            step=state.step,
+            seconds=seconds,
+        )
+        return now
 
     if state.epoch == 0:
         yield record(seconds=0.0)
@@ -292,33 +264,10 @@ def train(
             torch.cuda.synchronize(losses.device)
         seconds = time.perf_counter() - began
         _check_steps(losses, state, settings)
-        found = record(seconds)
-        if not math.isfinite(found.loss["train"]):
+        at_the_end = record(seconds)
+        if not math.isfinite(at_the_end.loss["train"]):
             raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
-        yield found
-
-
-def torch_twin(network: MLP) -> nn.Sequential:
-    """The same network of `torch.nn`'s own layers, on the very same parameters."""
-    layers: list[nn.Module] = []
-    for linear in network.linears():
-        twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
-        twin.weight = linear.weight
-        twin.register_parameter("bias", linear.bias)
-        layers += [twin, nn.Sigmoid()]
-    return nn.Sequential(*layers[:-1])
-
-
-def builtin_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """The notes' C of z and y by PyTorch's own loss functions.
-
-    PyTorch's means are over the components too, and its MSELoss has no ½.
-    """
-    if loss == "quadratic":
-        return lambda z, y: 0.5 * nn.functional.mse_loss(z.sigmoid(), y, reduction="sum") / len(z)
-    return lambda z, y: (
-        nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
-    )
+        yield at_the_end
 
 
 # ------------------------------------------------------------------------------------ the engines
@@ -331,25 +280,21 @@ _Criterion = Callable[[Tensor, Tensor], Tensor]
 def _engine(network: MLP, settings: Settings) -> tuple[_Forward, _Criterion]:
     """Network and loss whose `backward()` fills in the gradients."""
     if settings.engine == "autograd":
-        return torch_twin(network), builtin_loss(settings.loss)
-    return network, (
-        functional.sigmoid_quadratic
-        if settings.loss == "quadratic"
-        else functional.sigmoid_cross_entropy
-    )
+        return torch_twin(network), BUILT_IN_LOSSES[settings.loss]
+    return network, LOSS_FUNCTIONS[settings.loss]
 
 
 def _train_epoch(state: State, settings: Settings, split: data.Split) -> Tensor:
     """One pass over the training data; the loss of each step, of none for "backprop"."""
     x, y = split
+    order = data.order(len(x), state.generator, x.device)
     if isinstance(state.optimizer, Ensemble):
-        order = data.order(len(x), state.generator, x.device)
         state.step += state.optimizer.train_epoch(x, y, order)
         state.epoch += 1
         return x.new_empty(0)
     forward, criterion = _engine(state.network, settings)
     losses = []
-    for batch in data.minibatches(len(x), settings.batch_size, state.generator, x.device):
+    for batch in order.split(min(settings.batch_size, len(x))):
         state.optimizer.zero_grad()
         loss = criterion(forward(x[batch]), y[batch])
         loss.backward()
@@ -387,21 +332,53 @@ class Evaluation(NamedTuple):
     """In [0, 1]."""
 
 
-def evaluate(network: MLP, split: data.Split, loss: Loss) -> Evaluation:
-    """C and accuracy of a network on a split."""
-    return _evaluate(lambda x: [network(x)], split, [loss])[0]
+Outputs = Callable[[Tensor], list[Tensor]]
+"""z of the last layer of some networks, for inputs [n, n_in]: [n, n_out] each."""
 
 
-def evaluate_together(together: Ensemble, split: data.Split) -> list[Evaluation]:
-    """The same for each network of an ensemble, by the loss it is trained with."""
-    losses = [values.loss for values in together.hyperparameters]
-    return _evaluate(together.outputs, split, losses)
+def records(
+    outputs: Outputs,
+    networks: Sequence[MLP],
+    losses: Sequence[Loss],
+    measured: data.Dataset,
+    *,
+    epoch: int,
+    step: int,
+    seconds: float,
+) -> list[Record]:
+    """A record of each of some networks, at the end of an epoch.
+
+    Args:
+        outputs: of all networks, side by side.
+        networks: the same ones, for the figures of their layers.
+        losses: what each is trained with.
+        measured: what they are measured on.
+        epoch, step, seconds: where training is, and what the epoch took.
+    """
+    by_split = {name: evaluate(outputs, split, losses) for name, split in measured.splits().items()}
+    x, y = (part[:_LAYER_EXAMPLES] for part in measured.validation)
+    return [
+        Record(
+            epoch,
+            step,
+            seconds,
+            loss={name: evaluations[r].loss for name, evaluations in by_split.items()},
+            accuracy={name: evaluations[r].accuracy for name, evaluations in by_split.items()},
+            layers=layer_figures(network, x, y, loss),
+        )
+        for r, (network, loss) in enumerate(zip(networks, losses, strict=True))
+    ]
 
 
 @torch.no_grad()
-def _evaluate(
-    outputs: Callable[[Tensor], list[Tensor]], split: data.Split, losses: list[Loss]
-) -> list[Evaluation]:
+def evaluate(outputs: Outputs, split: data.Split, losses: Sequence[Loss]) -> list[Evaluation]:
+    """C and accuracy of some networks on a split, each by its loss.
+
+    Args:
+        outputs: of all networks, side by side; `lambda x: [network(x)]` for one.
+        split: of one-hot targets.
+        losses: one for each network.
+    """
     n, device = len(split.x), split.x.device
     total = torch.zeros(len(losses), dtype=torch.float64, device=device)
     right = torch.zeros(len(losses), dtype=torch.int64, device=device)
@@ -410,47 +387,9 @@ def _evaluate(
     ):
         labels = y.argmax(-1)
         for r, (z, loss) in enumerate(zip(outputs(x), losses, strict=True)):
-            total[r] += loss_per_component(z, y, loss).sum(dtype=torch.float64)
+            total[r] += LOSSES[loss].value(z, y).sum(dtype=torch.float64)
             right[r] += (z.argmax(-1) == labels).sum()
     return [
         Evaluation(C / n, count / n)
         for C, count in zip(total.tolist(), right.tolist(), strict=True)
     ]
-
-
-def layer_figures(network: MLP, split: data.Split, loss: Loss) -> list[LayerFigures]:
-    """How each layer learns, over the first 1,000 examples of a split."""
-    x, y = split.x[:_LAYER_EXAMPLES], split.y[:_LAYER_EXAMPLES]
-    found = backprop(network, x, y, loss=loss)
-    # What each layer would move by, were it not for its σ'(z).
-    with torch.no_grad():
-        wrong = is_wrong(found.a[-1], y)
-        pulls = [
-            rules.da_prev(dz, linear.weight)
-            for dz, linear in zip(found.dz[1:], network.linears()[1:], strict=True)
-        ]
-        pulls.append(rules.dz_cross_entropy(found.z[-1], y)[wrong])
-    seen = [*found.z[:-1], found.z[-1][wrong]]
-    return [
-        LayerFigures(
-            dz_norm=dz.norm(dim=-1).mean().item(),
-            sigmoid_prime=(prime := rules.sigmoid_prime(z)).mean().item(),
-            saturated=(prime < SATURATED).double().mean().item(),
-            slowdown=slowdown(pull, z_seen),
-        )
-        for z, dz, pull, z_seen in zip(found.z, found.dz, pulls, seen, strict=True)
-    ]
-
-
-def is_wrong(a: Tensor, y: Tensor) -> Tensor:
-    """Which examples have an output that is wrong by more than ½: a and y [n, m] -> [n]."""
-    return ((a - y).abs() > 0.5).any(-1)
-
-
-def slowdown(pull: Tensor, z: Tensor) -> float:
-    """How much of a pull on a layer its σ'(z) lets through: ‖pull ∘ σ'(z)‖ / ‖pull‖, in [0, ¼].
-
-    With a − y for the pull it is ‖dz quadratic‖ / ‖dz cross-entropy‖ (equations 4 and 5), with
-    dC/da of a hidden layer ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN where nothing pulls.
-    """
-    return float(rules.dz_hidden(pull, z).norm() / pull.norm())

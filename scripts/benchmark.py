@@ -1,10 +1,10 @@
 """Time an epoch of training, of nnce and of what else one would use, side by side on one machine.
 
 An epoch is 50,000 examples of MNIST's shape, drawn at random: shuffling and gathering mini-batches
-is part of it, evaluation is not. Every way starts from the same network, sees the same mini-batches
-and is first checked to come to the same loss. Ways take turns, so that what else the machine does
-falls on all of them alike; the figures are medians, and `ratio` is a way's time over nnce's, the
-median of the ratios of each turn.
+is part of it, evaluation is not. Every peer starts from the same network, sees the same
+mini-batches and is first checked to come to the same loss. Peers take turns, so that what else the
+machine does falls on all of them alike; the figures are medians, and `ratio` is a peer's time over
+nnce's, the median of the ratios of each turn.
 """
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import psutil
@@ -34,16 +34,23 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nnce import data, ensemble, experiment, functional, training
+from nnce import data, ensemble, functional, memory, training
 from nnce.ensemble import Ensemble, Hyperparameters
+from nnce.experiments import command_line, report
+from nnce.experiments.command_line import ArgumentParser
 from nnce.modules import MLP
+from nnce.reference import BUILT_IN_LOSSES, torch_twin
 
 EXAMPLES = 50_000
 LR = 0.5
 # Of ‖C‖ after one epoch of 1,000 examples; a wrong update shows in the first digit.
 SAME_LOSS = 1e-3
-# Weights times examples times networks that one turn of one way may take: a second or two.
+# Weights times examples times networks that one turn of one peer may take: a second or two.
 BUDGET = 10_000_000_000
+# For the floor: networks are walked in groups that fit into the processor's cache, and mini-batches
+# gathered so many at a time.
+CACHE_BYTES = 3_000_000
+BLOCK_STEPS = 32
 # More of a processor than this in other hands spoils a figure.
 BUSY = 0.1
 
@@ -73,54 +80,74 @@ Epoch = Callable[[Tensor], object]
 """Train on the examples in this order."""
 Parameters = Callable[[], Sequence[Any]]
 """W, b, W, b, … of the first network, as they are now."""
-Way = Callable[[Work, Tensor, Tensor, list[MLP]], tuple[Epoch, Parameters]]
+Peer = Callable[[Work, Tensor, Tensor, list[MLP]], tuple[Epoch, Parameters]]
 
 
 class Missing(Exception):
-    """This way cannot be tried here; the message says why."""
+    """This peer cannot be tried here; the message says why."""
 
 
-# ------------------------------------------------------------------------------------- the ways
+# ------------------------------------------------------------------------------------- the peers
 
 
-def nnce_(
-    work: Work, x: Tensor, y: Tensor, networks: list[MLP], kind: type[Ensemble] = Ensemble
+def nnce_ensemble(
+    work: Work, x: Tensor, y: Tensor, networks: list[MLP]
 ) -> tuple[Epoch, Parameters]:
     """The revised algorithm, networks side by side."""
     values = [Hyperparameters("cross-entropy", LR)] * len(networks)
-    together = kind(networks, values, batch_size=work.batch_size)
+    together = Ensemble(networks, values, batch_size=work.batch_size)
     return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
 
 
-class _Products(ensemble._Step):
-    """Of a step the matrix products alone: nothing is learnt."""
+class Products:
+    """Of a step of some networks side by side the matrix products alone: nothing is learnt.
 
-    def calls(self, x: Tensor, y: Tensor, not_y: Tensor) -> list[ensemble.Call]:
-        """Two forward, one da and two dW for two layers, and likewise for more."""
-        calls: list[ensemble.Call] = []
-        inputs = [x, *(place.a for place in self._places)]
-        for place, a_prev in zip(self._places, inputs[:-1], strict=True):
-            calls.append(partial(place.multiply, a_prev, place.WT, out=place.z))
-        for index in reversed(range(len(self._places))):
-            place, W = self._places[index], self._places[index].layer.W.value
-            place.dz.zero_()  # what was in that memory before may be slow numbers
-            if index > 0:
-                da = self._places[index - 1].da
-                calls.append(partial(place.multiply, place.dz, W, out=da))
-            calls.append(partial(place.multiply_add, W, place.dzT, inputs[index], out=W))
-        return calls
+    The first layers are one product, those above batched ones; forward, da and dW. What is not
+    computed between them is 0.
+    """
 
+    def __init__(self, networks: list[MLP], n: int) -> None:
+        """Make the memory for mini-batches of n."""
+        by_layer = zip(*(network.linears() for network in networks), strict=True)
+        self._W = [torch.stack([linear.weight.detach() for linear in layer]) for layer in by_layer]
+        R = len(networks)
+        self._first = self._W[0].flatten(0, 1)  # [R·n_out, n_in]
+        self._z_first = self._first.new_zeros(n, len(self._first))
+        self._dz_first = torch.zeros_like(self._z_first)
+        self._a = [W.new_zeros(R, n, W.shape[1]) for W in self._W]
+        self._dz = [torch.zeros_like(a) for a in self._a]
 
-class Products(Ensemble):
-    """An ensemble of such steps: the data's way is the same."""
-
-    def _step(self, group: ensemble._Group, n: int) -> ensemble._Step:
-        return _Products(group, n)
+    def step(self, x: Tensor) -> None:
+        """All products of one mini-batch, [n, n_in]."""
+        torch.mm(x, self._first.mT, out=self._z_first)
+        for W, a_prev, a in zip(self._W[1:], self._a, self._a[1:], strict=False):
+            torch.bmm(a_prev, W.mT, out=a)
+        for layer in range(len(self._W) - 1, 0, -1):
+            W, dz = self._W[layer], self._dz[layer]
+            torch.bmm(dz, W, out=self._a[layer - 1])  # da
+            torch.baddbmm(W, dz.mT, self._a[layer - 1], out=W)  # dW
+        torch.addmm(self._first, self._dz_first.mT, x, out=self._first)
 
 
 def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
     """The matrix products alone, with the same shuffling and gathering."""
-    return nnce_(work, x, y, networks, kind=Products)
+    # As many networks at a time as the ensemble takes, since more would leave the cache.
+    size = max(1, CACHE_BYTES // memory.bytes_of(work.sizes, torch.float32))
+    groups = [networks[i : i + size] for i in range(0, len(networks), size)]
+    products: dict[int, list[Products]] = {}
+
+    def epoch(order: Tensor) -> None:
+        with torch.inference_mode():
+            for block in order.split(BLOCK_STEPS * work.batch_size):
+                x_block = x[block]
+                for index in range(len(groups)):
+                    for batch in x_block.split(work.batch_size):
+                        n = len(batch)
+                        if n not in products:
+                            products[n] = [Products(group, n) for group in groups]
+                        products[n][index].step(batch)
+
+    return epoch, lambda: list(networks[0].parameters())
 
 
 def _loop(
@@ -144,17 +171,17 @@ def _loop(
 
 def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
     """torch.nn and autograd, with the fastest of SGD's settings."""
-    criterion = training.builtin_loss("cross-entropy")
+    criterion = BUILT_IN_LOSSES["cross-entropy"]
 
     def seconds(settings: dict[str, bool]) -> float:
-        trial = training.torch_twin(copy.deepcopy(networks[0]))
+        trial = torch_twin(copy.deepcopy(networks[0]))
         epoch, _ = _loop(work, x, y, trial, criterion, **settings)
         generator = torch.Generator().manual_seed(0)
         epoch(data.order(min(len(x), 10 * work.batch_size), generator, x.device))
         return timed(epoch, min(len(x), 100 * work.batch_size), generator, x.device)
 
     best = min(({"fused": True}, {"foreach": True}, {"foreach": False}), key=seconds)
-    return _loop(work, x, y, training.torch_twin(networks[0]), criterion, **best)
+    return _loop(work, x, y, torch_twin(networks[0]), criterion, **best)
 
 
 def functions(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
@@ -165,12 +192,13 @@ def functions(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Ep
 def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
     """The whole step under torch.compile: forward, backward and update in one graph."""
     torch._dynamo.reset()  # what was compiled for another work counts against a limit
-    twin = training.torch_twin(networks[0])
+    twin = torch_twin(networks[0])
     parameters = {name: p.detach() for name, p in twin.named_parameters()}
-    criterion = training.builtin_loss("cross-entropy")
+    criterion = BUILT_IN_LOSSES["cross-entropy"]
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return criterion(torch.func.functional_call(twin, parameters, (x,)), y)
+        z: Tensor = torch.func.functional_call(twin, parameters, (x,))
+        return criterion(z, y)
 
     @torch.compile(fullgraph=True, dynamic=False)
     def step(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
@@ -188,8 +216,8 @@ def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
     """torch.nn and autograd, the whole step captured as a CUDA graph."""
     if not x.is_cuda:
         raise Missing("no CUDA here")
-    twin = training.torch_twin(networks[0])
-    criterion = training.builtin_loss("cross-entropy")
+    twin = torch_twin(networks[0])
+    criterion = BUILT_IN_LOSSES["cross-entropy"]
     optimizer = torch.optim.SGD(twin.parameters(), lr=LR, fused=True)
     graphs: dict[int, tuple[Tensor, Tensor, torch.cuda.CUDAGraph]] = {}
 
@@ -381,8 +409,8 @@ COMPILED = "torch.compile"
 JAX = "JAX jit + scan"
 BY_EXAMPLE = "NumPy, by example"
 
-WAYS: dict[str, Way] = {
-    NNCE: nnce_,
+PEERS: dict[str, Peer] = {
+    NNCE: nnce_ensemble,
     FLOOR: floor,
     EAGER: eager,
     COMPILED: compiled,
@@ -393,7 +421,7 @@ WAYS: dict[str, Way] = {
     "NumPy, vectorised": numpy_vectorised,
     BY_EXAMPLE: numpy_by_example,
 }
-QUICK_WAYS = (NNCE, FLOOR, EAGER, JAX)
+QUICK_PEERS = (NNCE, FLOOR, EAGER, JAX)
 # Networks side by side; the others train R networks one after the other.
 SIDE_BY_SIDE = (NNCE, FLOOR)
 
@@ -402,9 +430,9 @@ SIDE_BY_SIDE = (NNCE, FLOOR)
 
 
 class Runner(NamedTuple):
-    """A way, ready to run."""
+    """A peer, ready to run."""
 
-    way: str
+    peer: str
     networks: int
     epoch: Epoch
     examples: int
@@ -421,7 +449,7 @@ def timed(epoch: Epoch, n: int, generator: torch.Generator, device: torch.device
 
 
 @contextlib.contextmanager
-def peak(device: torch.device, found: list[int]) -> Iterator[None]:
+def peak(device: torch.device, peaks: list[int]) -> Iterator[None]:
     """How much memory the block needed at most, beyond what was in use; nothing if unknowable."""
     gc.collect()
     status = Path("/proc/self/status")
@@ -429,7 +457,7 @@ def peak(device: torch.device, found: list[int]) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield
-        found.append(torch.cuda.max_memory_allocated() - before)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
@@ -439,12 +467,12 @@ def peak(device: torch.device, found: list[int]) -> Iterator[None]:
     before = psutil.Process().memory_info().rss
     yield
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    found.append(max(0, int(line.split()[1]) * 1024 - before))
+    peaks.append(max(0, int(line.split()[1]) * 1024 - before))
 
 
-def start(work: Work, networks: int, device: torch.device) -> list[MLP]:
-    """The networks every way starts from."""
-    ensemble.check_memory(work.sizes, networks, device=device)
+def fresh_networks(work: Work, networks: int, device: torch.device) -> list[MLP]:
+    """The networks every peer starts from."""
+    memory.check_memory(work.sizes, networks, device=device)
     return [
         MLP(work.sizes, generator=torch.Generator().manual_seed(seed), device=device)
         for seed in range(networks)
@@ -454,36 +482,64 @@ def start(work: Work, networks: int, device: torch.device) -> list[MLP]:
 def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
     """The first network's C over 1,000 examples after an epoch of them, in a fixed order."""
     x, y = x[:1000], y[:1000]
-    epoch, parameters = WAYS[name](work, x, y, start(work, networks, x.device))
+    epoch, parameters = PEERS[name](work, x, y, fresh_networks(work, networks, x.device))
     epoch(torch.arange(len(x), device=x.device))
-    network = start(work, 1, x.device)[0]
+    network = fresh_networks(work, 1, x.device)[0]
     with torch.no_grad():
         for p, value in zip(network.parameters(), parameters(), strict=True):
             p.copy_(torch.as_tensor(value).view_as(p))
-    return training.evaluate(network, data.Split(x, y), "cross-entropy")[0]
+    (evaluation,) = training.evaluate(lambda x: [network(x)], data.Split(x, y), ["cross-entropy"])
+    return evaluation.loss
 
 
 def prepare(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> Runner:
-    """Make a way ready, and run it once."""
+    """Make a peer ready, and run it once."""
     # Large networks, and many, take a part of an epoch; the figures are for the whole.
     weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(work.sizes))
     affordable = BUDGET // (weights * networks * (10 if name == BY_EXAMPLE else 1))
     examples = min(len(x), max(4 * work.batch_size, affordable))
-    found: list[int] = []
-    with peak(x.device, found):
-        epoch, _ = WAYS[name](work, x, y, start(work, networks, x.device))
+    peaks: list[int] = []
+    with peak(x.device, peaks):
+        epoch, _ = PEERS[name](work, x, y, fresh_networks(work, networks, x.device))
         # What is compiled for its shapes must have seen them all.
         compiles = name in (JAX, COMPILED)
         warm = torch.arange(examples if compiles else min(examples, 2_000))
         epoch(warm.to(x.device))
-    return Runner(name, networks, epoch, examples, found[0] if found else None)
+    return Runner(name, networks, epoch, examples, peaks[0] if peaks else None)
+
+
+Outcome = Literal["right", "wrong", "failed", "missing"]
+
+
+class Timing(NamedTuple):
+    """A peer's time for one work; a row of results.json."""
+
+    work: str
+    peer: str
+    networks: int
+    outcome: Outcome
+    """"wrong": another loss than nnce's; "failed": it raised; "missing": it cannot run here."""
+    note: str = ""
+    """What the loss was, or why there is no time."""
+    seconds: float = math.nan
+    """For an epoch of one network, the median."""
+    examples_per_second: float = math.nan
+    ratio: float = math.nan
+    """Its seconds over nnce's in the same turn, the median, the least and the most."""
+    ratio_least: float = math.nan
+    ratio_most: float = math.nan
+    peak_bytes: int | None = None
+    examples: int = 0
+    """What was timed is an epoch of so many."""
+    repetitions: int = 0
+    threads: int = 0
 
 
 def measure(
     work: Work, names: Sequence[str], x: Tensor, y: Tensor, repetitions: int
-) -> list[experiment.Row]:
-    """The rows of one work."""
-    rows: list[experiment.Row] = []
+) -> list[Timing]:
+    """The timings of one work."""
+    timings: list[Timing] = []
     runners: list[Runner] = []
     losses: dict[tuple[str, int], float] = {}
     for name in names:
@@ -493,17 +549,17 @@ def measure(
                 losses |= {(name, n): check(name, work, x, y, n) for n in counts}
             runners += [prepare(name, work, x, y, networks) for networks in counts]
         except Missing as reason:
-            rows.append(row(work, name, 1, note=str(reason)))
+            timings.append(Timing(str(work), name, 1, "missing", str(reason)))
         except Exception as error:  # others' code; the rest of the table is still worth having
             if name in SIDE_BY_SIDE:
                 raise
-            rows.append(row(work, name, 1, note=f"FAILED: {type(error).__name__}"))
+            timings.append(Timing(str(work), name, 1, "failed", type(error).__name__))
     wrong = {
         key: loss
         for key, loss in losses.items()
         if not abs(loss - losses[NNCE, 1]) <= SAME_LOSS * losses[NNCE, 1]
     }
-    seconds: dict[tuple[str, int], list[float]] = {(r.way, r.networks): [] for r in runners}
+    seconds: dict[tuple[str, int], list[float]] = {(r.peer, r.networks): [] for r in runners}
     generator = torch.Generator().manual_seed(0)
     # In another order each time: whoever comes after the slowest finds cold caches.
     shuffled = random.Random(0)
@@ -511,9 +567,9 @@ def measure(
     for runner in tqdm(turns, desc=str(work), disable=None, leave=False):
         took = timed(runner.epoch, runner.examples, generator, x.device)
         per_network = took / runner.networks * EXAMPLES / runner.examples
-        seconds[runner.way, runner.networks].append(per_network)
+        seconds[runner.peer, runner.networks].append(per_network)
 
-    measured = {(r.way, r.networks): (r.peak_bytes, r.examples) for r in runners}
+    ready = {(r.peer, r.networks): r for r in runners}
     for networks in work.networks:
         ours = seconds[NNCE, networks]
         for name in names:
@@ -521,56 +577,46 @@ def measure(
             if networks > 1 and not side_by_side and name != EAGER:
                 continue
             key = (name, networks if side_by_side else 1)
-            if key in seconds:
-                ratios = [a / b for a, b in zip(seconds[key], ours, strict=True)]
-                note = f"WRONG: C is {wrong[key]:.4f}" if key in wrong else ""
-                rows.append(row(work, name, networks, seconds[key], ratios, *measured[key], note))
-    return rows
+            if key not in seconds:
+                continue
+            ratios = [a / b for a, b in zip(seconds[key], ours, strict=True)]
+            median = statistics.median(seconds[key])
+            timings.append(
+                Timing(
+                    work=str(work),
+                    peer=name,
+                    networks=networks,
+                    outcome="wrong" if key in wrong else "right",
+                    note=f"C is {wrong[key]:.4f}" if key in wrong else "",
+                    seconds=median,
+                    examples_per_second=EXAMPLES / median,
+                    ratio=statistics.median(ratios),
+                    ratio_least=min(ratios),
+                    ratio_most=max(ratios),
+                    peak_bytes=ready[key].peak_bytes,
+                    examples=ready[key].examples,
+                    repetitions=len(ratios),
+                    threads=torch.get_num_threads(),
+                )
+            )
+    return timings
 
 
-def row(
-    work: Work,
-    peer: str,
-    networks: int,
-    seconds: Sequence[float] = (),
-    ratios: Sequence[float] = (),
-    peak_bytes: int | None = None,
-    examples: int = 0,
-    note: str = "",
-) -> experiment.Row:
-    """One row of results.json."""
-    median = statistics.median(seconds) if seconds else math.nan
-    return {
-        "work": str(work),
-        "peer": peer,
-        "networks": networks,
-        "seconds": median,
-        "examples_per_second": EXAMPLES / median,
-        "ratio": statistics.median(ratios) if ratios else math.nan,
-        "ratio_least": min(ratios, default=math.nan),
-        "ratio_most": max(ratios, default=math.nan),
-        "peak_bytes": peak_bytes,
-        "examples": examples,
-        "repetitions": len(seconds),
-        "threads": torch.get_num_threads(),
-        "note": note,
-    }
-
-
-def readable(row: experiment.Row) -> experiment.Row:
+def readable(timing: Timing) -> report.Row:
     """A row for people."""
-    seconds, ratio, peak_bytes = (row[key] for key in ("seconds", "ratio", "peak_bytes"))
-    there = isinstance(seconds, float) and not math.isnan(seconds)
+    there = timing.repetitions > 0
+    spread = f"{timing.ratio_least:.2f}–{timing.ratio_most:.2f}"
+    note = timing.note if timing.outcome in ("right", "missing") else timing.outcome.upper()
     return {
-        "work": row["work"],
-        "networks": row["networks"],
-        "way": row["peer"],
-        "seconds": f"{seconds:.3f}" if there else "",
-        "examples/s": f"{row['examples_per_second']:,.0f}" if there else "",
-        "ratio": f"{ratio:.2f} ({row['ratio_least']:.2f}–{row['ratio_most']:.2f})" if there else "",
-        "peak MB": f"{peak_bytes / 1e6:,.0f}" if isinstance(peak_bytes, int) else "",
-        "threads": row["threads"] if there else "",
-        "note": row["note"],
+        "work": timing.work,
+        "networks": timing.networks,
+        "peer": timing.peer,
+        "seconds": f"{timing.seconds:.3f}" if there else "",
+        "examples/s": f"{timing.examples_per_second:,.0f}" if there else "",
+        "ratio": f"{timing.ratio:.2f} ({spread})" if there else "",
+        "peak MB": "" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e6:,.0f}",
+        "threads": timing.threads if there else "",
+        "note": note if note == timing.note else f"{note}: {timing.note}",
     }
 
 
@@ -595,62 +641,63 @@ class Neighbours:
         return float(times.user + times.system)
 
 
-def parser() -> experiment.ArgumentParser:
+def parser() -> ArgumentParser:
     """The options."""
-    parser = experiment.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each way")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
     parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
     parser.add_speed_options()
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 1 if a way did not come to the loss of the others."""
+    """Measure; 1 if a peer did not come to the loss of the others."""
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     began = time.perf_counter()
     with options_parser.user_errors():
-        device = experiment.device(options.device)
+        device = command_line.device(options.device)
         if not 1 <= options.repetitions <= 1_000:
             raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
-        experiment.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
+        command_line.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
     with options_parser.run_directory(options.run_dir, "benchmark") as run_dir:
-        rows = measure_all(options, device)
-        experiment.write_results(
+        timings = measure_all(options, device)
+        report.write_results(
             run_dir,
             config=vars(options),
             device=device,
             seconds=time.perf_counter() - began,
-            rows=rows,
+            rows=[timing._asdict() for timing in timings],
         )
-        print(f"{experiment.table([readable(row) for row in rows])}\n")
+        print(f"{report.table([readable(timing) for timing in timings])}\n")
         print(f"Results: {run_dir}")
-    wrong = [row for row in rows if str(row["note"]).startswith(("WRONG", "FAILED"))]
-    for found in wrong:
-        print(f"{found['work']}, {found['peer']}: {found['note']}", file=sys.stderr)
+    wrong = [timing for timing in timings if timing.outcome in ("wrong", "failed")]
+    for timing in wrong:
+        sentence = f"{timing.work}, {timing.peer}: {timing.outcome.upper()}: {timing.note}"
+        print(sentence, file=sys.stderr)
     return 1 if wrong else 0
 
 
-def measure_all(options: argparse.Namespace, device: torch.device) -> list[experiment.Row]:
-    """All rows, and a warning where another program was at work."""
+def measure_all(options: argparse.Namespace, device: torch.device) -> list[Timing]:
+    """All timings, and a warning where another program was at work."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(EXAMPLES, 784, generator=generator)
     # As many zeros as MNIST has: weights whose input is 0 do not move.
     x = (x * (torch.rand(EXAMPLES, 784, generator=generator) < 0.2)).to(device)
     labels = torch.randint(10, (EXAMPLES,), generator=generator)
     y = data.one_hot(labels, 10).to(device, torch.float32)
-    rows: list[experiment.Row] = []
+    timings: list[Timing] = []
     processors = os.cpu_count() or 1
     all_threads = torch.get_num_threads()
     for work in QUICK if options.quick else WORKS:
         torch.set_num_threads(all_threads)
-        experiment.set_speed(options, suited=ensemble.threads(work.sizes, work.batch_size))
+        command_line.set_speed(options, suited=ensemble.threads(work.sizes, work.batch_size))
         neighbours = Neighbours()
         with threadpool_limits(torch.get_num_threads()):
-            rows += measure(
-                work, QUICK_WAYS if options.quick else list(WAYS), x, y, options.repetitions
+            timings += measure(
+                work, QUICK_PEERS if options.quick else list(PEERS), x, y, options.repetitions
             )
         if neighbours.share() > BUSY:
             print(
@@ -658,8 +705,8 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> list[exper
                 f"processors while this was measured; do not trust it",
                 file=sys.stderr,
             )
-    return rows
+    return timings
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    command_line.run_script(main)

@@ -11,19 +11,42 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nnce import accuracy, backprop, composability, data, ensemble, experiment, plots, training
+from nnce import composability, data, memory, precision, reference
+from nnce.algorithm import backprop
+from nnce.experiments import command_line, figures, report
+from nnce.experiments.command_line import ArgumentParser
+from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
+from nnce.precision import Measured
+
+# What gradients in float32 may differ by, in norm: rounding, and no more.
+SAME_IN_NORM = 1e-6
 
 
-def parser() -> experiment.ArgumentParser:
+class GradientDifference(NamedTuple):
+    """A parameter's gradient over 1,000 examples, hand-written against autograd's."""
+
+    loss: Loss
+    parameter: str
+    shape: tuple[int, ...]
+    largest: float
+    """The largest difference of an element."""
+    at: tuple[int, ...]
+    """Where that is."""
+    relative: float
+    """‖difference‖ / ‖gradient‖."""
+
+
+def parser() -> ArgumentParser:
     """The options."""
-    parser = experiment.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.add_common_options()
     parser.add_argument(
         "--hidden",
@@ -47,16 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_parser.parse_args(arguments)
     began = time.perf_counter()
     with options_parser.user_errors():
-        device = experiment.device(options.device)
-        dataset = data.load(
-            options.data,
-            data_dir=options.data_dir,
-            device=device,
-            dtype=experiment.DTYPES[options.dtype],
-        )
+        device = command_line.device(options.device)
+        dataset = command_line.load_data(options)
         x, y = dataset.train
         sizes = (x.shape[1], *options.hidden, y.shape[1])
-        ensemble.check_memory(sizes, dtype=x.dtype, device=device)
+        memory.check_memory(sizes, dtype=x.dtype, device=device)
         network = MLP(
             sizes,
             generator=torch.Generator().manual_seed(options.seed),
@@ -65,27 +83,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     with options_parser.run_directory(options.run_dir, "check-gradients") as run_dir:
         measured, atlas = measure_everywhere(device)
-        named = [
-            row for loss in backprop.LOSSES for row in compare_network(network, dataset.train, loss)
+        differences = [
+            difference
+            for loss in LOSSES
+            for difference in compare_network(network, dataset.train, loss)
         ]
         cells = matrix() if options.matrix else []
-        broken = broken_promises(measured, named)
+        broken = broken_promises(measured, differences)
 
         rows = [row._asdict() for row in measured]
-        experiment.write_results(
+        report.write_results(
             run_dir,
             config=vars(options),
             device=device,
             seconds=time.perf_counter() - began,
             rows=rows,
-            network=named,
+            network=[difference._asdict() for difference in differences],
             matrix=cells,
             broken=broken,
         )
-        experiment.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
+        report.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
         with SummaryWriter(str(run_dir)) as writer:
             writer.add_figure("saturation atlas", atlas)
-        print(f"\n{experiment.table([readable(row) for row in measured])}\n")
+        print(f"\n{report.table([readable(row) for row in measured])}\n")
         for row in measured:
             if row.by != "nnce" and not math.isnan(row.wrong_from):
                 zero = "" if math.isnan(row.zero_from) else f", and 0 from z = {row.zero_from:g}"
@@ -93,30 +113,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{row.dtype}: {row.by}: {row.quantity} is off by more than 1 % from "
                     f"z = {row.wrong_from:.4g}{zero} (y = 0)"
                 )
-        print(f"\n{experiment.table(named)}\n")
+        print(
+            f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
+        )
         if cells:
-            print(f"{experiment.table(cells)}\n")
+            print(f"{report.table(cells)}\n")
         print(f"Results and the saturation atlas: {run_dir}")
-        print(f"In TensorBoard: {experiment.tensorboard_command(run_dir)}")
+        print(f"In TensorBoard: {report.tensorboard_command(run_dir)}")
     for sentence in broken:
         print(f"{options_parser.prog}: {sentence}", file=sys.stderr)
     return 1 if broken else 0
 
 
-def measure_everywhere(device: torch.device) -> tuple[list[accuracy.Measured], Figure]:
+def measure_everywhere(device: torch.device) -> tuple[list[Measured], Figure]:
     """Every dtype, on the CPU and on the device; the atlas is the CPU's."""
     places = dict.fromkeys(["cpu", device.type])
     measured, curves = [], []
-    work = [(dtype, place) for place in places for dtype in accuracy.DTYPES]
+    work = [(dtype, place) for place in places for dtype in precision.DTYPES]
     for dtype, place in tqdm(work, unit="dtype", disable=None, leave=False):
-        rows, found = accuracy.measure(dtype, place)
-        measured += rows + accuracy.measure_linear(dtype, place)
+        rows, curves_of_dtype = precision.measure(dtype, place)
+        measured += rows + precision.measure_linear(dtype, place)
         if place == "cpu":
-            curves.append(found)
-    return measured, plots.saturation_atlas([c[0] for c in curves], [c[1] for c in curves])
+            curves.append(curves_of_dtype)
+    return measured, figures.saturation_atlas([c[0] for c in curves], [c[1] for c in curves])
 
 
-def readable(row: accuracy.Measured) -> experiment.Row:
+def readable(row: Measured) -> report.Row:
     """A row for people: three digits will do."""
     return {
         "quantity": row.quantity,
@@ -127,40 +149,52 @@ def readable(row: accuracy.Measured) -> experiment.Row:
         "ulps": f"{row.ulps:.3g}",
         "at z": "" if math.isnan(row.worst_z) else f"{row.worst_z:.4g}",
         "1 % off from": row.wrong,
-        "±∞, NaN": "right" if row.limits else "wrong",
+        "±∞, NaN": "right" if row.right_at_infinity else "wrong",
     }
 
 
-def compare_network(network: MLP, split: data.Split, loss: backprop.Loss) -> list[experiment.Row]:
+def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[GradientDifference]:
     """Every parameter's gradient by name, hand-written against autograd, over 1,000 examples."""
     x, y = split.x[:1000], split.y[:1000]
-    by_hand = backprop.backprop(network, x, y, loss=loss).gradients
+    by_hand = backprop(network, x, y, loss=loss).gradients
     names, parameters = zip(*network.named_parameters(), strict=True)
-    C = training.builtin_loss(loss)(training.torch_twin(network)(x), y)
-    rows: list[experiment.Row] = []
-    for name, theirs in zip(names, torch.autograd.grad(C, parameters), strict=True):
-        difference = (by_hand[name] - theirs).abs()
+    C = reference.BUILT_IN_LOSSES[loss](reference.torch_twin(network)(x), y)
+    differences = []
+    for name, gradient in zip(names, torch.autograd.grad(C, parameters), strict=True):
+        difference = (by_hand[name] - gradient).abs()
         where = torch.unravel_index(difference.argmax(), difference.shape)
-        rows.append(
-            {
-                "loss": loss,
-                "gradient of": name,
-                "shape": "×".join(map(str, theirs.shape)),
-                "largest difference": f"{difference.max().item():.1e}",
-                "at": ", ".join(str(int(i)) for i in where),
-                "‖difference‖ / ‖gradient‖": f"{(difference.norm() / theirs.norm()).item():.1e}",
-            }
+        differences.append(
+            GradientDifference(
+                loss=loss,
+                parameter=name,
+                shape=tuple(gradient.shape),
+                largest=difference.max().item(),
+                at=tuple(int(i) for i in where),
+                relative=(difference.norm() / gradient.norm()).item(),
+            )
         )
-    return rows
+    return differences
 
 
-def matrix() -> list[experiment.Row]:
+def readable_difference(difference: GradientDifference) -> report.Row:
+    """A row for people."""
+    return {
+        "loss": difference.loss,
+        "gradient of": difference.parameter,
+        "shape": "×".join(map(str, difference.shape)),
+        "largest difference": f"{difference.largest:.1e}",
+        "at": ", ".join(map(str, difference.at)),
+        "‖difference‖ / ‖gradient‖": f"{difference.relative:.1e}",
+    }
+
+
+def matrix() -> list[report.Row]:
     """What works together: a row for each way, a column for each function."""
     functions = composability.rows()
-    found: list[experiment.Row] = []
-    for name, check in tqdm(composability.COLUMNS.items(), disable=None, leave=False):
-        found.append({"": name, **{row: cell(name, check, functions[row]) for row in functions}})
-    return found
+    return [
+        {"": name, **{row: cell(name, check, functions[row]) for row in functions}}
+        for name, check in tqdm(composability.COLUMNS.items(), disable=None, leave=False)
+    ]
 
 
 def cell(name: str, check: composability.Cell, row: composability.Row) -> str:
@@ -179,27 +213,29 @@ def cell(name: str, check: composability.Cell, row: composability.Row) -> str:
 
 
 def broken_promises(
-    measured: Sequence[accuracy.Measured], named: Sequence[experiment.Row]
+    measured: Sequence[Measured], differences: Sequence[GradientDifference]
 ) -> list[str]:
     """What nnce promises and does not keep, a sentence each."""
-    limits = {quantity.name: quantity.limit for quantity in accuracy.quantities()}
+    promised = {quantity.name: quantity.promised_ulps for quantity in precision.quantities()}
 
-    def limit(row: accuracy.Measured) -> float:
-        return limits.get(row.quantity, accuracy.LINEAR_LIMIT)
+    def is_kept(row: Measured) -> bool:
+        ulps = promised.get(row.quantity, precision.LINEAR_PROMISED_ULPS)
+        return row.ulps <= ulps and row.below_normal < 1 and row.right_at_infinity
 
     sentences = [
         f"{row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the last place at "
         f"z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers below them, limits "
-        f"{'right' if row.limits else 'wrong'}"
+        f"{'right' if row.right_at_infinity else 'wrong'}"
         for row in measured
-        if row.by == "nnce" and not (row.ulps <= limit(row) and row.below_normal < 1 and row.limits)
+        if row.by == "nnce" and not is_kept(row)
     ]
-    for row in named:
-        error = float(str(row["‖difference‖ / ‖gradient‖"]))
-        if not error <= 1e-6:
-            sentences.append(f"{row['loss']}, {row['gradient of']}: off by {error:.1e} in norm")
+    sentences += [
+        f"{difference.loss}, {difference.parameter}: off by {difference.relative:.1e} in norm"
+        for difference in differences
+        if not difference.relative <= SAME_IN_NORM
+    ]
     return sentences
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    command_line.run_script(main)

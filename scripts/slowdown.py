@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from nnce import backprop, experiment, plots
+from nnce.algorithm import backprop
+from nnce.experiments import command_line, figures, report
+from nnce.experiments.command_line import DTYPES, ArgumentParser
+from nnce.losses import LOSSES, Loss
 
 STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
 # Where a is below this the neuron says 0, as it should.
@@ -38,9 +41,9 @@ class Story(NamedTuple):
     """|dC/dw|."""
 
 
-def parser() -> experiment.ArgumentParser:
+def parser() -> ArgumentParser:
     """The options."""
-    parser = experiment.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--start",
         type=float,
@@ -53,9 +56,7 @@ def parser() -> experiment.ArgumentParser:
     )
     parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
     parser.add_argument("--epochs", type=int, default=300, help="steps")
-    parser.add_argument(
-        "--dtype", choices=experiment.DTYPES, default="float32", help="of all tensors"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
     parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
     return parser
 
@@ -73,14 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (numbers.isfinite().all() and options.lr > 0):
             raise ValueError("expected finite numbers for --start and a positive --lr")
     with options_parser.run_directory(options.run_dir, "slowdown") as run_dir:
-        dtype = experiment.DTYPES[options.dtype]
+        dtype = DTYPES[options.dtype]
         stories = [
             learn(rule, w, b, options.lr, options.epochs, dtype)
             for w, b in starts
             for rule in RULES
         ]
         rows = [row(story) for story in stories]
-        experiment.write_results(
+        report.write_results(
             run_dir,
             config=vars(options),
             device=torch.device("cpu"),
@@ -89,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epochs=[story._asdict() for story in stories],
         )
         log(stories, run_dir)
-        print(f"\n{experiment.table([readable(story) for story in stories])}\n")
+        print(f"\n{report.table([readable(story) for story in stories])}\n")
         print(f"Results and a picture: {run_dir}")
-        print(f"Curves: {experiment.tensorboard_command(run_dir)}")
+        print(f"Curves: {report.tensorboard_command(run_dir)}")
     return 0
 
 
@@ -116,12 +117,12 @@ _Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def by_hand(
-    W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, loss: backprop.Loss
+    W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, loss: Loss
 ) -> _Step:
     """a, C, dC/dW and dC/db by the rules."""
-    found = backprop.backprop([(W, b)], x, y, loss=loss)
-    C = backprop.loss_per_component(found.z[-1], y, loss)
-    return found.a[-1], C, found.gradients["0.weight"], found.gradients["0.bias"]
+    one_pass = backprop([(W, b)], x, y, loss=loss)
+    C = LOSSES[loss].value(one_pass.z[-1], y)
+    return one_pass.a[-1], C, one_pass.gradients["0.weight"], one_pass.gradients["0.bias"]
 
 
 def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> _Step:
@@ -144,7 +145,7 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
                 ):
                     writer.add_scalar(tag, value, epoch)
     starts = dict.fromkeys((story.w, story.b) for story in stories)
-    figure = plots.single_neuron(
+    figure = figures.single_neuron(
         [
             (
                 f"start w = {w:g}, b = {b:g}",
@@ -157,12 +158,12 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
             for w, b in starts
         ]
     )
-    experiment.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
+    report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
     with SummaryWriter(str(run_dir)) as writer:
         writer.add_figure("single neuron", figure)
 
 
-def row(story: Story) -> experiment.Row:
+def row(story: Story) -> report.Row:
     """A row of results.json."""
     right = (epoch for epoch, a in enumerate(story.output) if a < RIGHT)
     return {
@@ -179,19 +180,19 @@ def row(story: Story) -> experiment.Row:
     }
 
 
-def readable(story: Story) -> experiment.Row:
+def readable(story: Story) -> report.Row:
     """The same for people."""
-    its = row(story)
-    first = its["first_epoch_below_half"]
+    numbers = row(story)
+    first = numbers["first_epoch_below_half"]
     return {
         "start w, b": f"{story.w:g}, {story.b:g}",
         "rule": story.rule,
-        "|dC/dw| at the start": f"{its['dw_start']:.2g}",
-        "loss": f"{its['loss_start']:.3g} → {its['loss_end']:.3g}",
-        "output": f"{its['output_start']:.4f} → {its['output_end']:.4f}",
+        "|dC/dw| at the start": f"{numbers['dw_start']:.2g}",
+        "loss": f"{numbers['loss_start']:.3g} → {numbers['loss_end']:.3g}",
+        "output": f"{numbers['output_start']:.4f} → {numbers['output_end']:.4f}",
         "below ½ from epoch": "never" if first is None else str(first),
     }
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    command_line.run_script(main)

@@ -11,7 +11,7 @@ for number in range(3):
     except OSError:
         os.open(os.devnull, os.O_RDONLY)
 
-# Until `nnce.experiment.run_script` takes over there is nothing to keep and nothing to say.
+# Until `command_line.run_script` takes over there is nothing to keep and nothing to say.
 for number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
         signal.signal(number, lambda *_: os._exit(130))

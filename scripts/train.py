@@ -15,19 +15,20 @@ import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import backprop, data, ensemble, experiment, modules, training
-from nnce.monitor import Monitor
+from nnce import data, ensemble, training
+from nnce.experiments import command_line, report
+from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.tensorboard import Monitor
+from nnce.losses import LOSSES
 
 
-def parser() -> experiment.ArgumentParser:
+def parser() -> ArgumentParser:
     """The options."""
-    parser = experiment.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.add_common_options()
+    parser.add_training_options()
     parser.add_argument(
-        "--hidden", type=int, nargs="*", default=[30], help="neurons of each hidden layer"
-    )
-    parser.add_argument(
-        "--loss", choices=backprop.LOSSES, default="cross-entropy", help="what to minimise"
+        "--loss", choices=tuple(LOSSES), default="cross-entropy", help="what to minimise"
     )
     parser.add_argument(
         "--engine",
@@ -41,24 +42,9 @@ def parser() -> experiment.ArgumentParser:
         default="sgd",
         help="what is made of the gradients; adam is not for --engine backprop",
     )
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the training data")
-    parser.add_argument("--batch-size", type=int, default=10, help="examples in a mini-batch")
-    rates = ", ".join(f"{lr} for {loss}" for loss, lr in training.DEFAULT_LR.items())
+    textbook = ", ".join(f"{rules.textbook_lr} for {loss}" for loss, rules in LOSSES.items())
     parser.add_argument(
-        "--lr", type=float, help=f"learning rate; if not given, {rates} (sgd), or 0.001 (adam)"
-    )
-    parser.add_argument("--momentum", type=float, default=0.0, help="as torch.optim.SGD's")
-    parser.add_argument(
-        "--l2", type=float, default=0.0, help="lambda; weights decay by lambda / n_train"
-    )
-    parser.add_argument(
-        "--init",
-        choices=modules.INITS,
-        default="scaled",
-        help="weights from N(0, 1/n_in), or from N(0, 1)",
-    )
-    parser.add_argument(
-        "--train-size", type=int, help="use the first so many training examples; all if not given"
+        "--lr", type=float, help=f"learning rate; if not given, {textbook} (sgd), or 0.001 (adam)"
     )
     parser.add_speed_options()
     parser.add_argument(
@@ -76,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with options_parser.user_errors():
             settings, dataset = prepare(options)
-            state = training.start(settings, dataset)
+            state = training.initial_state(settings, dataset)
             suited = ensemble.threads(state.network.sizes, settings.batch_size)
-            experiment.set_speed(options, suited)
+            command_line.set_speed(options, suited)
         with options_parser.run_directory(
             options.run_dir, run_name(options, settings), keep=not options.dry_run
         ) as run_dir:
@@ -100,26 +86,14 @@ def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
 
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
     """Settings and data out of the options; ValueError where they make no sense."""
-    settings = training.Settings(
-        hidden=tuple(options.hidden),
+    settings = command_line.settings(
+        options,
         loss=options.loss,
         engine=options.engine,
         optimizer=options.optimizer,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
         lr=options.lr,
-        momentum=options.momentum,
-        l2=options.l2,
-        init=options.init,
-        seed=options.seed,
     )
-    dataset = data.load(
-        options.data,
-        data_dir=options.data_dir,
-        train_size=options.train_size,
-        device=experiment.device(options.device),
-        dtype=experiment.DTYPES[options.dtype],
-    )
+    dataset = command_line.load_data(options)
     if options.dry_run:
         x, y = dataset.train
         first = data.Split(x[: settings.batch_size], y[: settings.batch_size])
@@ -141,7 +115,7 @@ def run(
         f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "
         f"validation and {len(dataset.test.x):,} test examples\n"
         f"network {'-'.join(map(str, state.network.sizes))}, {settings.loss} loss, "
-        f"engine {settings.engine}, {config['dtype']} on {experiment.device_name(device)}, "
+        f"engine {settings.engine}, {config['dtype']} on {report.device_name(device)}, "
         f"threads {torch.get_num_threads()}",
         flush=True,
     )
@@ -152,7 +126,7 @@ def run(
         bar = tqdm(epochs, total=settings.epochs + 1, unit="epoch", disable=None, leave=False)
         try:
             for record in bar:
-                with experiment.undisturbed():
+                with command_line.undisturbed():
                     monitor.log(record)
                     monitor.log_histograms(
                         state.network, dataset.validation, settings.loss, record.epoch
@@ -160,18 +134,18 @@ def run(
                     nnce.save(state.network, run_dir / "network.pt")
                     records.append(record)
                     if record.epoch:
-                        experiment.keep(run_dir)
-                    bar.write(line(record))
+                        command_line.keep(run_dir)
+                    bar.write(report.epoch_line(record))
         except (KeyboardInterrupt, OSError, training.Diverged) as error:
             if not records or (isinstance(error, training.Diverged) and len(records) == 1):
                 raise
             stopped = error
         bar.close()
 
-        rows = closing_rows(records)
+        rows = report.closing_rows(records)
         seconds = time.perf_counter() - began
-        with experiment.undisturbed():
-            experiment.write_results(  # before the pictures, which are worth less
+        with command_line.undisturbed():
+            report.write_results(  # before the pictures, which are worth less
                 run_dir,
                 config=config,
                 device=device,
@@ -179,55 +153,23 @@ def run(
                 rows=rows,
                 interrupted=stopped is not None,
                 training_seconds=sum(record.seconds for record in records),
-                epochs=[record_as_dict(record) for record in records],
+                epochs=[report.record_as_dict(record) for record in records],
             )
             # The network at hand may be in the midst of an epoch that does not count.
             finished = nnce.load(run_dir / "network.pt", device)
             monitor.log_images(finished, dataset.test, records[-1].epoch)
             monitor.log_hparams(records[-1])
 
-    print(f"\n{experiment.table(rows)}\n")
+    print(f"\n{report.table(rows)}\n")
     print(f"{seconds:.1f} s, {sum(record.seconds for record in records):.1f} s of them training")
     if not config["dry_run"]:
         print(f"Results and network: {run_dir}")
-        print(f"Curves: {experiment.tensorboard_command(run_dir)}")
+        print(f"Curves: {report.tensorboard_command(run_dir)}")
     if isinstance(stopped, KeyboardInterrupt):
         print(f"Interrupted; epochs 0 to {records[-1].epoch} are kept.", file=sys.stderr)
     if stopped is not None:
         raise stopped
 
 
-def line(record: training.Record) -> str:
-    """One epoch, for people."""
-    losses = ", ".join(f"{split} {value:.4f}" for split, value in record.loss.items())
-    accuracies = ", ".join(f"{split} {value:.2%}" for split, value in record.accuracy.items())
-    return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies}"
-
-
-def closing_rows(records: Sequence[training.Record]) -> list[experiment.Row]:
-    """The start, the epoch that is best on the validation data, and the last epoch."""
-    best = max(records, key=lambda record: record.accuracy["validation"])
-    return [
-        {
-            "network": name,
-            "epoch": record.epoch,
-            "data": split,
-            "loss": record.loss[split],
-            "accuracy": record.accuracy[split],
-        }
-        for name, record in (
-            ("start", records[0]),
-            ("best on validation", best),
-            ("last", records[-1]),
-        )
-        for split in record.loss
-    ]
-
-
-def record_as_dict(record: training.Record) -> dict[str, object]:
-    """A record for JSON, which knows no named tuples."""
-    return {**record._asdict(), "layers": [layer._asdict() for layer in record.layers]}
-
-
 if __name__ == "__main__":
-    experiment.run_script(main)
+    command_line.run_script(main)

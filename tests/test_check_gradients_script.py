@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnce import accuracy, composability, rules
+from nnce import composability, precision, rules
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def test_a_run(check, tmp_path, capsys):
     )
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert {row["dtype"] for row in results["rows"]} == {
-        str(dtype).removeprefix("torch.") for dtype in accuracy.DTYPES
+        str(dtype).removeprefix("torch.") for dtype in precision.DTYPES
     }
-    assert [row["gradient of"] for row in results["network"]] == 2 * [
+    assert [row["parameter"] for row in results["network"]] == 2 * [
         f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")
     ]
     assert results["broken"] == []
@@ -37,9 +37,9 @@ def test_on_mnist_in_float64(check, mnist, tmp_path, capsys):
     options = ["--data", "mnist", "--hidden", "100", "30", "--dtype", "float64"]
     assert check.main([*options, "--no-matrix", "--run-dir", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["network"][0]["shape"] == "100×784"
+    assert results["network"][0]["shape"] == [100, 784]
     for row in results["network"]:
-        assert float(row["‖difference‖ / ‖gradient‖"]) < 1e-12
+        assert row["relative"] < 1e-12
 
 
 def test_a_wrong_rule_breaks_the_promise(check, tmp_path, monkeypatch, capsys):

@@ -1,3 +1,5 @@
+import errno
+import io
 import os
 import stat
 import zipfile
@@ -249,17 +251,29 @@ def test_the_longest_name_can_be_saved(tmp_path):
     assert nnce.load(path).sizes == (4, 3, 2)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
-    """Not the RuntimeError that torch.save makes of it; and nothing is left."""
-    whole = checkpoint.Path.open
+def test_a_disk_that_fills_up_is_an_os_error(tmp_path, monkeypatch):
+    """Not the RuntimeError that torch.save makes of it half-way; and nothing is left."""
 
-    def on_a_full_disk(path, mode):
-        whole(path, mode).close()
-        return open("/dev/full", "wb", buffering=0)
+    class Small(io.FileIO):
+        """A file on a disk with 20,000 bytes to spare."""
 
-    monkeypatch.setattr(checkpoint.Path, "open", on_a_full_disk)
+        def write(self, content):
+            if self.tell() + len(content) > 20_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    monkeypatch.setattr(checkpoint.Path, "open", lambda path, mode: Small(path, mode))
     with pytest.raises(OSError, match="No space left"):
-        nnce.save(nnce.MLP((40, 300, 2)), tmp_path / "network.pt")
-    monkeypatch.undo()
+        nnce.save(nnce.MLP((784, 300, 10)), tmp_path / "network.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", [(torch, "load"), (checkpoint, "MLP")])
+def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch, where):
+    def no_memory(*arguments, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    nnce.save(nnce.MLP((4, 3, 2)), tmp_path / "network.pt")
+    monkeypatch.setattr(*where, no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        nnce.load(tmp_path / "network.pt")

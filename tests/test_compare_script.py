@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnce import comparison, data, training
+from nnce import data, training
+from nnce.experiments import estimates
 
 VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
 EPOCHS = 3
@@ -79,7 +80,7 @@ def test_the_table_is_what_the_csv_says(finished):
             and int(its["epoch"]) == EPOCHS
         ]
         assert len(last) == row["networks"]
-        expected = comparison.estimate(last)
+        expected = estimates.estimate(last)
         assert row["test accuracy, last epoch, mean"] == pytest.approx(expected.mean)
         if len(last) > 1:
             assert row["test accuracy, last epoch, high"] == pytest.approx(expected.high)
@@ -211,6 +212,27 @@ def test_when_everything_diverges_it_is_said(compare, tmp_path, capsys):
     assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "No rate of cross-entropy is left: all diverged." in out
+
+
+def test_when_all_of_both_losses_diverge_there_is_a_picture_all_the_same(
+    compare, tmp_path, capsys, monkeypatch
+):
+    figures = []
+    whole = compare.report.write_figure
+    monkeypatch.setattr(
+        compare.report,
+        "write_figure",
+        lambda path, figure, dpi: (figures.append(figure), whole(path, figure, dpi)),
+    )
+    options = ["--seeds", "2", "--lrs", "1e38", "--l2", "1e30", "--epochs", "1"]
+    assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for loss in ("quadratic", "cross-entropy"):
+        assert f"No rate of {loss} is left: all diverged." in out
+    assert "nan" not in out
+    (figure,) = figures
+    assert [panel.texts[0].get_text() for panel in figure.axes] == ["all diverged"] * 3
+    assert (tmp_path / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_says_so(

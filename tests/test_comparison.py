@@ -4,9 +4,11 @@ import statistics
 import pytest
 import torch
 
-from nnce import comparison, training
-from nnce.comparison import Run, Variant
-from nnce.training import LayerFigures, Record, Settings
+from nnce import training
+from nnce.experiments import comparison, estimates
+from nnce.experiments.comparison import Run, Variant
+from nnce.saturation import LayerFigures
+from nnce.training import Record, Settings
 
 BASE = Settings(hidden=(8,), epochs=2)
 
@@ -75,9 +77,9 @@ def trained(digits):
     """Two losses, two seeds, in float64."""
     dataset = type(digits)(*(type(s)(s.x.double(), s.y.double()) for s in digits))
     lrs = {"quadratic": [1.0], "cross-entropy": [0.5]}
-    runs = comparison.start(comparison.plan(BASE, lrs, 2, dataset), dataset)
+    runs = comparison.make_runs(comparison.plan(BASE, lrs, 2, dataset), dataset)
     starts = [[p.detach().clone() for p in r.network.parameters()] for r in runs]
-    assert list(comparison.train(runs, dataset)) == [0, 1, 2]
+    assert list(comparison.train_together(runs, dataset)) == [0, 1, 2]
     return dataset, runs, starts
 
 
@@ -110,9 +112,10 @@ def test_records_say_what_training_does(trained):
     for r in runs:
         assert [record.epoch for record in r.records] == [0, 1, 2]
         assert r.last.step == 2 * 120 and r.last.seconds > 0
-        found = training.evaluate(r.network, dataset.test, r.settings.loss)
-        assert r.last.loss["test"] == pytest.approx(found.loss)
-        assert r.last.accuracy["test"] == found.accuracy
+        network, loss = r.network, r.settings.loss
+        (alone,) = training.evaluate(lambda x, f=network: [f(x)], dataset.test, [loss])
+        assert r.last.loss["test"] == pytest.approx(alone.loss)
+        assert r.last.accuracy["test"] == alone.accuracy
 
 
 def test_engines_agree_in_float64(digits):
@@ -129,8 +132,8 @@ def test_engines_agree_in_float64(digits):
 
 def test_a_diverging_rate_leaves_the_others_alone(digits):
     def train(lrs):
-        runs = comparison.start(comparison.plan(BASE, lrs, 2, digits), digits)
-        list(comparison.train(runs, digits))
+        runs = comparison.make_runs(comparison.plan(BASE, lrs, 2, digits), digits)
+        list(comparison.train_together(runs, digits))
         return {(r.variant, r.settings.seed): r for r in runs}
 
     wild = train({"quadratic": [1.0], "cross-entropy": [0.5, 1e38]})
@@ -161,15 +164,15 @@ def test_a_diverging_control_is_marked(digits):
 
 def test_estimate_by_hand():
     # Four values with mean 5 and s² = 20/3; t of 3 degrees of freedom is 3.1824 at 97.5 %.
-    found = comparison.estimate([2.0, 4.0, 6.0, 8.0])
+    found = estimates.estimate([2.0, 4.0, 6.0, 8.0])
     half = 3.182446305284263 * math.sqrt(20 / 3) / 2
     assert found == pytest.approx((5.0, math.sqrt(20 / 3), 5 - half, 5 + half, 4))
 
 
 def test_estimate_of_one_has_no_interval_and_of_none_nothing():
-    mean, sd, low, high, n = comparison.estimate([3.0])
+    mean, sd, low, high, n = estimates.estimate([3.0])
     assert (mean, n) == (3.0, 1) and all(map(math.isnan, (sd, low, high)))
-    mean, *_, n = comparison.estimate([])
+    mean, *_, n = estimates.estimate([])
     assert math.isnan(mean) and n == 0
 
 
@@ -182,7 +185,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 def test_paired_difference_by_hand():
     # Differences 1, 2, 3: mean 2, s = 1, t = 2 √3; two-sided p with 2 degrees of freedom.
-    found = comparison.paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    found = estimates.paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     t = 2 * math.sqrt(3)
     p = 1 - t / math.sqrt(2 + t**2)
     assert found.mean == 2 and found.n == 3
@@ -191,9 +194,9 @@ def test_paired_difference_by_hand():
 
 
 def test_paired_difference_without_spread_or_of_one_pair():
-    found = comparison.paired_difference([1.5, 2.5], [1.0, 2.0])
+    found = estimates.paired_difference([1.5, 2.5], [1.0, 2.0])
     assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5) and math.isnan(found.p)
-    found = comparison.paired_difference([1.5], [1.0])
+    found = estimates.paired_difference([1.5], [1.0])
     assert found.mean == 0.5 and math.isnan(found.low) and math.isnan(found.p)
 
 

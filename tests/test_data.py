@@ -89,18 +89,17 @@ def test_one_hot():
         data.one_hot(torch.tensor([3, 0]), 3)
 
 
-def test_minibatches():
+def test_orders():
     def epoch(seed):
-        return list(data.minibatches(23, 5, torch.Generator().manual_seed(seed)))
+        return data.order(23, torch.Generator().manual_seed(seed))
 
-    batches = epoch(0)
-    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
-    assert sorted(torch.cat(batches).tolist()) == list(range(23))
-    assert torch.equal(torch.cat(batches), torch.cat(epoch(0)))
-    assert not torch.equal(torch.cat(batches), torch.cat(epoch(1)))
+    assert [len(batch) for batch in epoch(0).split(5)] == [5, 5, 5, 5, 3]
+    assert sorted(epoch(0).tolist()) == list(range(23))
+    assert torch.equal(epoch(0), epoch(0))
+    assert not torch.equal(epoch(0), epoch(1))
     generator = torch.Generator().manual_seed(0)
-    first, second = (list(data.minibatches(23, 5, generator)) for _ in range(2))
-    assert not torch.equal(torch.cat(first), torch.cat(second))  # a new order every epoch
+    first, second = (data.order(23, generator) for _ in range(2))
+    assert not torch.equal(first, second)  # a new order every epoch
 
 
 # -------------------------------------------------------------- what can be wrong in a folder
@@ -222,3 +221,14 @@ def test_a_torchvision_of_another_build(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(DataError, match="same build as torch"):
         data.load("mnist")
+
+
+def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """Else one would be told to delete files that are whole."""
+
+    def no_memory(*arguments, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(datasets, "MNIST", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        data.load("mnist", data_dir=tmp_path)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.profiler import ProfilerActivity, profile
 
 import nnce
-from nnce import data, ensemble, training
+from nnce import data, ensemble, memory, reference, training
 from nnce.ensemble import Ensemble, Hyperparameters
 from nnce.training import Settings
 
@@ -27,7 +27,7 @@ MIXED = [
 
 def make(settings, dataset, batch_size=10):
     """An ensemble of networks with these settings, each from its own seed, and the order's draw."""
-    states = [training.start(one, dataset) for one in settings]
+    states = [training.initial_state(one, dataset) for one in settings]
     n = len(dataset.train.x)
     values = [Hyperparameters(s.loss, s.rate, s.momentum, s.l2 / n) for s in settings]
     return Ensemble([state.network for state in states], values, batch_size=batch_size)
@@ -35,8 +35,8 @@ def make(settings, dataset, batch_size=10):
 
 def train_alone(settings, dataset, orders):
     """The network trained by autograd, on mini-batches in a given order."""
-    state = training.start(dataclasses.replace(settings, engine="autograd"), dataset)
-    twin, criterion = training.torch_twin(state.network), training.builtin_loss(settings.loss)
+    state = training.initial_state(dataclasses.replace(settings, engine="autograd"), dataset)
+    twin, criterion = reference.torch_twin(state.network), reference.BUILT_IN_LOSSES[settings.loss]
     x, y = dataset.train
     for order in orders:
         for batch in order.split(settings.batch_size):
@@ -58,7 +58,7 @@ def largest_difference(one, two):
 )
 def test_mixed_networks_are_each_the_one_autograd_trains(mnist, R, hidden, momentum, share, l2):
     """200 steps in float64; momentum at a tenth of the rate, since training is chaotic at the full
-    one (DESIGN.md, fact 7), and so is a single layer without momentum (5e-12 was seen)."""
+    one, and so is a single layer without momentum (5e-12 was seen)."""
     share = share if hidden else 0.1
     settings = [
         Settings(hidden, loss, lr=share * lr, momentum=momentum, l2=l2, seed=seed)
@@ -69,7 +69,7 @@ def test_mixed_networks_are_each_the_one_autograd_trains(mnist, R, hidden, momen
     assert together.train_epoch(*mnist.train, order) == 200
     for network, alone in zip(together.networks, settings, strict=True):
         assert largest_difference(network, train_alone(alone, mnist, [order])) <= 1e-12
-        assert largest_difference(network, training.start(alone, mnist).network) > 1e-3
+        assert largest_difference(network, training.initial_state(alone, mnist).network) > 1e-3
 
 
 @pytest.mark.parametrize("hidden", [(), (12,), (12, 8)])
@@ -115,7 +115,7 @@ def compare_with_sgd(sizes, batch_size, R, seed):
     for order in orders:
         together.train_epoch(x, y, order)
     for network, copied, h in zip(networks, alone, values, strict=True):
-        twin, criterion = training.torch_twin(copied), training.builtin_loss(h.loss)
+        twin, criterion = reference.torch_twin(copied), reference.BUILT_IN_LOSSES[h.loss]
         weights = [linear.weight for linear in copied.linears()]
         biases = [linear.bias for linear in copied.linears()]
         groups = [{"params": weights, "weight_decay": h.weight_decay}, {"params": biases}]
@@ -157,7 +157,7 @@ def test_groups_change_nothing(digits, size, monkeypatch):
     settings = [Settings((9,), loss, lr=lr, seed=s) for s, (loss, lr) in enumerate(MIXED)]
     order = data.order(1_197, torch.Generator().manual_seed(5))
     monkeypatch.setattr(
-        ensemble, "_CACHE_BYTES", size * ensemble._bytes((64, 9, 10), torch.float64)
+        ensemble, "_CACHE_BYTES", size * memory.bytes_of((64, 9, 10), torch.float64)
     )
     together = make(settings, dataset)
     assert max(group.size for group in together._groups) == size
@@ -187,7 +187,7 @@ def test_saturated_neurons_learn_as_the_rules_say():
         with torch.no_grad():
             network[0].weight.fill_(0.0)
             network[0].bias.fill_(20.0)
-        found = nnce.backprop.backprop(
+        found = nnce.backprop(
             network, torch.ones(1, 1), torch.full((1, 1), y), loss=loss
         ).gradients["0.weight"]
         assert found.item() != 0
@@ -340,8 +340,12 @@ def test_what_does_not_fit_is_refused(digits):
     together = Ensemble([network], [one], batch_size=10)
     with pytest.raises(ValueError, match=r"x of shape \(n, 64\), got \(1197, 10\)"):
         together.train_epoch(y, y, order)
-    with pytest.raises(TypeError, match=r"x of torch.float32 on cpu, got torch.float64 on cpu"):
+    with pytest.raises(
+        TypeError, match=r"x of dtype torch.float32 like the parameters, got torch."
+    ):
         together.train_epoch(x.double(), y, order)
+    with pytest.raises(ValueError, match=r"y on device cpu like the parameters, got meta"):
+        together.train_epoch(x, y.to("meta"), order)
     with pytest.raises(ValueError, match="as many targets as inputs, got 1197 and 5"):
         together.train_epoch(x, y[:5], order)
     with pytest.raises(TypeError, match="x to be a tensor, got list"):
@@ -358,8 +362,8 @@ def test_more_than_memory_holds_is_refused_before_anything_is_made():
     with pytest.raises(
         MemoryError, match=r"1,000,000,000 networks of sizes 784-30-10 would need 2"
     ):
-        ensemble.check_memory((784, 30, 10), 1_000_000_000)
-    ensemble.check_memory((784, 30, 10), 1_000)
+        memory.check_memory((784, 30, 10), 1_000_000_000)
+    memory.check_memory((784, 30, 10), 1_000)
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (6, 5, 4, 2)])
@@ -406,7 +410,7 @@ def test_reparametrised_and_pruned_networks_are_refused(change, index):
     with pytest.raises(ValueError, match=message):
         together_of(networks)
     with pytest.raises(ValueError, match=message):
-        nnce.backprop.backprop(networks[1], torch.rand(2, 4), torch.rand(2, 2))
+        nnce.backprop(networks[1], torch.rand(2, 4), torch.rand(2, 2))
 
 
 def test_other_forwards_are_refused():
@@ -545,11 +549,11 @@ def test_memory_for_the_numbers_a_layer_is_drawn_from(monkeypatch):
     """They are float64, whatever the layer's dtype: in bfloat16 more than all copies together."""
     sizes = (1_000, 1_000)
     pages = {"SC_PHYS_PAGES": 9, "SC_PAGE_SIZE": 1_000_000}
-    monkeypatch.setattr(ensemble.os, "sysconf", lambda name: pages[name])
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: pages[name])
     with pytest.raises(MemoryError, match="1 network of sizes 1000-1000 would need"):
-        ensemble.check_memory(sizes, dtype=torch.bfloat16)
+        memory.check_memory(sizes, dtype=torch.bfloat16)
     pages["SC_PHYS_PAGES"] = 11
-    ensemble.check_memory(sizes, dtype=torch.bfloat16)
+    memory.check_memory(sizes, dtype=torch.bfloat16)
 
 
 def test_a_mini_batch_larger_than_any_number_of_examples():

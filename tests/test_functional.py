@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from gradient_checks import (
+from oracles import (
     HAND_WRITTEN,
     REDUCTIONS,
     bce_with_logits,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradient_checks import CHECKS
+from oracles import CHECKS
 
 from nnce import functional, rules
 

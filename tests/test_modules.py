@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import nnce
-from nnce.training import torch_twin
+from nnce.reference import torch_twin
 
 
 def test_mlp_is_the_network_of_the_notes(generator):

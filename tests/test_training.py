@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nnce import data, training
-from nnce.backprop import LOSSES, backprop
+from nnce import data, reference, training
+from nnce.algorithm import backprop
+from nnce.losses import LOSSES
 from nnce.training import Diverged, Settings
 
 
 def run(settings, dataset):
-    state = training.start(settings, dataset)
+    state = training.initial_state(settings, dataset)
     return state, list(training.train(state, settings, dataset))
 
 
@@ -26,14 +27,14 @@ def small(dataset, n, dtype=torch.float64):
     ("momentum", "share", "l2"), [(0.0, 1.0, 0.0), (0.0, 1.0, 5.0), (0.9, 0.1, 5.0)]
 )
 def test_engines_agree_over_200_steps_of_mnist(mnist, loss, momentum, share, l2):
-    """Momentum at a tenth of the rate: at the full one training is chaotic (DESIGN.md, fact 7)."""
-    lr = share * training.DEFAULT_LR[loss]
+    """Momentum at a tenth of the rate: at the full one training is chaotic."""
+    lr = share * LOSSES[loss].textbook_lr
     settings = Settings(loss=loss, lr=lr, momentum=momentum, l2=l2, epochs=1)
     trained, *others = (
         run(dataclasses.replace(settings, engine=engine), mnist)[0] for engine in training.ENGINES
     )
     assert trained.step == 200 and all(other.step == 200 for other in others)
-    start = training.start(settings, mnist).network
+    start = training.initial_state(settings, mnist).network
     for ours, *theirs, before in zip(
         *(state.network.parameters() for state in (trained, *others)),
         start.parameters(),
@@ -49,7 +50,7 @@ def test_float32_gradients_agree_in_norm(mnist, loss):
     gradients = []
     for engine in ("functions", "autograd"):
         settings = Settings(loss=loss, engine=engine)
-        network = training.start(settings, dataset).network
+        network = training.initial_state(settings, dataset).network
         forward, criterion = training._engine(network, settings)
         criterion(forward(dataset.train.x), dataset.train.y).backward()
         gradients.append([p.grad for p in network.parameters()])
@@ -68,11 +69,11 @@ def test_a_step_is_the_textbooks(digits, engine, loss):
     trained, records = run(settings, dataset)
     assert trained.step == records[-1].step == 6  # 10 + 10 + 5, twice
 
-    state = training.start(settings, dataset)
+    state = training.initial_state(settings, dataset)
     velocity = {name: torch.zeros_like(p) for name, p in state.network.named_parameters()}
     x, y = dataset.train
     for _ in range(2):
-        for batch in data.minibatches(25, 10, state.generator):
+        for batch in data.order(25, state.generator).split(10):
             gradients = backprop(state.network, x[batch], y[batch], loss=loss).gradients
             with torch.no_grad():
                 for name, p in state.network.named_parameters():
@@ -98,17 +99,14 @@ def test_same_seed_same_bits(digits, engine):
 
 def test_starts_are_paired(digits):
     """The start does not depend on the loss, nor the order of the mini-batches on the sizes."""
-    quadratic = training.start(Settings(loss="quadratic"), digits)
-    cross_entropy = training.start(Settings(loss="cross-entropy"), digits)
-    wide = training.start(Settings(hidden=(50, 20)), digits)
+    quadratic = training.initial_state(Settings(loss="quadratic"), digits)
+    cross_entropy = training.initial_state(Settings(loss="cross-entropy"), digits)
+    wide = training.initial_state(Settings(hidden=(50, 20)), digits)
     for a, b in zip(
         quadratic.network.parameters(), cross_entropy.network.parameters(), strict=True
     ):
         assert torch.equal(a, b)
-    orders = [
-        torch.cat(list(data.minibatches(100, 10, state.generator)))
-        for state in (quadratic, cross_entropy, wide)
-    ]
+    orders = [data.order(100, state.generator) for state in (quadratic, cross_entropy, wide)]
     assert torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
 
 
@@ -151,12 +149,12 @@ def test_adam_is_pytorchs(digits, engine):
     settings = Settings(engine=engine, optimizer="adam", epochs=1)
     assert Settings(optimizer="adam").engine == "functions" and settings.lr == 1e-3
     trained, _ = run(settings, digits)
-    state = training.start(settings, digits)
-    twin = training.torch_twin(state.network)
+    state = training.initial_state(settings, digits)
+    twin = reference.torch_twin(state.network)
     adam = torch.optim.Adam(twin.parameters())
-    for batch in data.minibatches(1197, 10, state.generator):
+    for batch in data.order(1197, state.generator).split(10):
         adam.zero_grad()
-        training.builtin_loss("cross-entropy")(
+        reference.BUILT_IN_LOSSES["cross-entropy"](
             twin(digits.train.x[batch]), digits.train.y[batch]
         ).backward()
         adam.step()
@@ -172,7 +170,7 @@ def test_the_data_are_checked(digits):
         (data.Split(2 * x, y), r"inputs x in \[0, 1\]"),
     ):
         with pytest.raises(data.DataError, match=message):
-            training.start(Settings(), digits._replace(train=train))
+            training.initial_state(Settings(), digits._replace(train=train))
 
 
 def test_mnist_reaches_94_percent_in_five_epochs(mnist):

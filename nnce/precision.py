@@ -13,50 +13,32 @@ from torch import Tensor
 
 from nnce import functional
 from nnce.gradients import ulp
+from nnce.reference import CONTENDERS, LossFunction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-_F = torch.nn.functional
-_Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def _naive_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    a = z.sigmoid()
-    return -(y * a.log() + (1 - y) * (1 - a).log())
-
-
-def _naive_quadratic(z: Tensor, y: Tensor) -> Tensor:
-    return (1 / (1 + torch.exp(-z)) - y).square() / 2
 
 
 class Quantity(NamedTuple):
     """Something computed for each z and y, and those who compute it, nnce first."""
 
     name: str
-    contenders: dict[str, _Loss]
+    contenders: dict[str, LossFunction]
     derivative: bool
     """Whether it is the contender's derivative by z, or its value."""
     exact: Callable[[Any, Any, Any, int], Any]
     """The truth, from mpmath's σ(z), σ(−z), z itself, and y."""
-    limit: float
-    """What nnce promises for y ∈ {0, 1}, in units in the last place."""
+    promised_ulps: float
+    """What nnce promises for y ∈ {0, 1}, in units in the last place, of normal numbers."""
 
 
-_CROSS_ENTROPY: dict[str, _Loss] = {
-    "nnce": lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="none"),
-    "BCEWithLogitsLoss": lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="none"),
-    "BCELoss of σ(z)": lambda z, y: _F.binary_cross_entropy(z.sigmoid(), y, reduction="none"),
-    "textbook formula": _naive_cross_entropy,
+_OURS: dict[str, LossFunction] = {
+    "cross-entropy": lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="none"),
+    "quadratic": lambda z, y: functional.sigmoid_quadratic(z, y, reduction="none"),
+    "sigmoid": lambda z, y: functional.sigmoid(z),
 }
-_QUADRATIC: dict[str, _Loss] = {
-    "nnce": lambda z, y: functional.sigmoid_quadratic(z, y, reduction="none"),
-    "½ MSELoss of σ(z)": lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="none"),
-    "textbook formula": _naive_quadratic,
-}
-_SIGMOID: dict[str, _Loss] = {
-    "nnce": lambda z, y: functional.sigmoid(z),
-    "torch.sigmoid": lambda z, y: z.sigmoid(),
-}
+_CROSS_ENTROPY, _QUADRATIC, _SIGMOID = (
+    {"nnce": ours, **CONTENDERS[name]} for name, ours in _OURS.items()
+)
 
 
 def _softplus(mp: Any, z: Any) -> Any:
@@ -139,7 +121,7 @@ class Measured(NamedTuple):
     """From which z on, for y = 0, the result is exactly 0 though the truth is not; else NaN."""
     wrong_from: float
     """The smallest z > 0 with, for y = 0, an error above 1 %; else NaN."""
-    limits: bool
+    right_at_infinity: bool
     """Whether z = ±∞ gives the limit, and NaN gives NaN."""
     wrong: str
     """Where, for either y, the error first exceeds 1 % as |z| grows; empty if nowhere."""
@@ -171,7 +153,7 @@ def measure(
             computed[by] = results[0]
             rows.append(
                 _measured(quantity, by, z, results, exact, device)._replace(
-                    limits=_limits(quantity, contender, dtype, device)
+                    right_at_infinity=_right_at_infinity(quantity, contender, dtype, device)
                 )
             )
         if quantity.derivative and quantity.contenders is not _SIGMOID:
@@ -197,7 +179,7 @@ def _exact(quantity: Quantity, z: Tensor, y: int) -> tuple[Tensor, Tensor]:
 
 
 def _compute(
-    quantity: Quantity, contender: _Loss, z: Tensor, y: int, device: torch.device | str
+    quantity: Quantity, contender: LossFunction, z: Tensor, y: int, device: torch.device | str
 ) -> Tensor:
     leaf = z.to(device).detach().requires_grad_()
     output = contender(leaf, torch.full_like(leaf, y))
@@ -242,7 +224,7 @@ def _measured(
         below_normal=float(torch.where(normal, 0.0, error).max()) / tiny,
         zero_from=float(z[blind].min()) if blind.any() else math.nan,
         wrong_from=float(z[wrong].min()) if wrong.any() else math.nan,
-        limits=False,
+        right_at_infinity=False,
         wrong=f"y = {nearest // len(z)}, z = {float(z[nearest % len(z)]):.4g}"
         if first[nearest] < math.inf
         else "",
@@ -251,8 +233,11 @@ def _measured(
 
 # A sum of products has no relative promise where its terms cancel, so the linear layer is judged in
 # units in the last place of the sum of its terms' magnitudes; this many are promised.
-LINEAR_LIMIT = 8.0
-_LINEAR = {"nnce": functional.linear, "torch.nn.functional.linear": _F.linear}
+LINEAR_PROMISED_ULPS = 8.0
+_LINEAR = {
+    "nnce": functional.linear,
+    "torch.nn.functional.linear": torch.nn.functional.linear,
+}
 
 
 def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Measured]:
@@ -296,7 +281,7 @@ def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> li
                     below_normal=0.0,
                     zero_from=math.nan,
                     wrong_from=math.nan,
-                    limits=True,
+                    right_at_infinity=True,
                     wrong="",
                 )
             )
@@ -318,8 +303,8 @@ def _exact_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 _INFINITE = torch.tensor([-math.inf, math.inf, math.nan])
 
 
-def _limits(
-    quantity: Quantity, contender: _Loss, dtype: torch.dtype, device: torch.device | str
+def _right_at_infinity(
+    quantity: Quantity, contender: LossFunction, dtype: torch.dtype, device: torch.device | str
 ) -> bool:
     expected = {
         "cross-entropy, dC/dz": {0: (0.0, 1.0), 1: (-1.0, 0.0)},

@@ -8,7 +8,6 @@ and the same.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import statistics
 import time
@@ -17,15 +16,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from scipy import stats
 
 from nnce import data, training
-from nnce.backprop import LOSSES, Loss
-from nnce.ensemble import Ensemble, check_memory
+from nnce.ensemble import Ensemble
+from nnce.experiments.estimates import Difference, Estimate, estimate, paired_difference
+from nnce.losses import LOSSES, Loss
+from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
 from nnce.training import Engine, Record, Settings
 
-CONFIDENCE = 0.95
 # Of the training data the first so many are measured: as many as MNIST has for validation.
 _MEASURED = 10_000
 # The engines are compared over so many training examples: 200 mini-batches of 10.
@@ -128,17 +127,17 @@ def plan(
     ]
 
 
-def start(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
+def make_runs(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
     """The networks before the first step, one for each of the settings."""
-    return [Run(its, training.make_network(its, dataset)) for its in settings]
+    return [Run(of_run, training.make_network(of_run, dataset)) for of_run in settings]
 
 
-def train(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
+def train_together(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
     """Train all networks side by side, yielding each epoch once every run has its record of it.
 
     Args:
-        runs: from `start`. They differ in loss, rate and seed alone; the first one's seed fixes the
-            order of the mini-batches.
+        runs: from `make_runs`. They differ in loss, rate and seed alone; the first one's seed fixes
+            the order of the mini-batches.
         dataset: on one device, in one dtype. The records' "train" is its first 10,000 training
             examples.
     """
@@ -158,21 +157,16 @@ def train(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = (time.perf_counter() - began) / len(runs)
-        by_split = {
-            name: training.evaluate_together(together, split)
-            for name, split in measured.splits().items()
-        }
         # Appended together, so that whoever interrupts finds them all equally long.
-        records = [
-            training.make_record(
-                epoch,
-                step,
-                seconds,
-                {name: evaluations[r] for name, evaluations in by_split.items()},
-                training.layer_figures(run.network, measured.validation, run.settings.loss),
-            )
-            for r, run in enumerate(runs)
-        ]
+        records = training.records(
+            together.outputs,
+            together.networks,
+            [run.settings.loss for run in runs],
+            measured,
+            epoch=epoch,
+            step=step,
+            seconds=seconds,
+        )
         for run, record in zip(runs, records, strict=True):
             run.records.append(record)
         yield epoch
@@ -190,7 +184,7 @@ def control(run: Run, dataset: data.Dataset, *, order_seed: int) -> tuple[Run, I
         The new run, and an iterator that trains it and yields its epochs.
     """
     settings = dataclasses.replace(run.settings, engine="autograd")
-    state = training.start(settings, dataset)
+    state = training.initial_state(settings, dataset)
     state.generator = training.generators(order_seed)[1]
     again = Run(settings, state.network)
 
@@ -235,7 +229,7 @@ def engine_differences(
         trained: dict[Engine, training.State] = {}
         for engine in training.ENGINES:
             one = dataclasses.replace(its, engine=engine, epochs=1)
-            trained[engine] = training.start(one, short)
+            trained[engine] = training.initial_state(one, short)
             with contextlib.suppress(training.Diverged):  # all of them do; the difference is NaN
                 for _ in training.train(trained[engine], one, short):
                     pass
@@ -247,61 +241,7 @@ def engine_differences(
     return found
 
 
-# ------------------------------------------------------------------------------------ statistics
-
-
-class Estimate(NamedTuple):
-    """A mean and how sure it is."""
-
-    mean: float
-    sd: float
-    """The sample's standard deviation; NaN for n = 1."""
-    low: float
-    high: float
-    """The 95 % confidence interval of the mean, by Student's t; NaN for n = 1."""
-    n: int
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, standard deviation and 95 % confidence interval of independent values.
-
-    The interval is mean ± t s / √n, with the quantile t of Student's distribution with n − 1
-    degrees of freedom. Without values everything is NaN, and n is 0.
-    """
-    n = len(values)
-    if n < 2:
-        mean = values[0] if n else math.nan
-        return Estimate(mean, math.nan, math.nan, math.nan, n)
-    # statistics.stdev is exact, and so slow that logging would feel it.
-    mean = math.fsum(values) / n
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = _quantile(n - 1) * sd / math.sqrt(n)
-    return Estimate(mean, sd, mean - half, mean + half, n)
-
-
-@functools.lru_cache
-def _quantile(degrees: int) -> float:
-    """What so much of Student's distribution lies within."""
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
-
-
-class Difference(NamedTuple):
-    """A paired difference."""
-
-    mean: float
-    low: float
-    high: float
-    """The 95 % confidence interval; NaN for n = 1."""
-    p: float
-    """Of the paired t-test, two-sided; NaN where the differences have no spread."""
-    n: int
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """a − b, pair by pair, by the paired t-test (`scipy.stats.ttest_rel`)."""
-    mean, sd, low, high, n = estimate([x - y for x, y in zip(a, b, strict=True)])
-    p = float(stats.ttest_rel(a, b).pvalue) if sd > 0 else math.nan
-    return Difference(mean, low, high, p, n)
+# --------------------------------------------------------------------------- what came of them
 
 
 def by_variant(runs: Sequence[Run]) -> dict[Variant, list[Run]]:

@@ -1,7 +1,7 @@
 """Figures. Each function draws one and returns it; saving and logging are the caller's."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nnce import data, rules
-from nnce.accuracy import Curve
+from nnce.experiments.comparison import Run, Variant, by_variant
+from nnce.experiments.estimates import estimate
+from nnce.losses import Loss
+from nnce.precision import Curve
+from nnce.training import Record
 
 
 def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve]) -> Figure:
@@ -126,7 +130,7 @@ class Band(NamedTuple):
     high: list[float]
 
 
-def learning_curves(
+def _three_panels(
     by_epoch: Mapping[str, Band],
     by_lr: Mapping[str, Band],
     meter: Mapping[str, Band],
@@ -141,10 +145,10 @@ def learning_curves(
         title: what was trained, and how many.
     """
     figure = Figure(figsize=(12, 4), layout="constrained")
-    epochs, rates, meters = figure.subplots(1, 3)
+    epochs, lrs, meters = figure.subplots(1, 3)
     for panel, bands, style in (
         (epochs, by_epoch, "-"),
-        (rates, by_lr, "o-"),
+        (lrs, by_lr, "o-"),
         (meters, meter, "-"),
     ):
         for color, (label, band) in zip(("C0", "C1", "C2", "C3"), bands.items(), strict=False):
@@ -160,14 +164,70 @@ def learning_curves(
     shown = [value for band in by_epoch.values() for value in band.mean[1:]]
     if shown:  # the start, at chance, would squeeze what is compared
         epochs.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
-    rates.set_xscale("log")
-    rates.set_xlabel("learning rate")
-    rates.set_ylabel("test accuracy after the last epoch, %")
+    lrs.set_xscale("log")
+    lrs.set_xlabel("learning rate")
+    lrs.set_ylabel("test accuracy after the last epoch, %")
     meters.set_xlabel("epoch")
     meters.set_ylabel("‖dz quadratic‖ / ‖dz cross-entropy‖")
     meters.set_ylim(bottom=0)
     figure.suptitle(title)
     return figure
+
+
+def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str) -> Figure:
+    """The comparison in three panels: accuracy by epoch and by rate, and the slowdown meter.
+
+    Args:
+        runs: all networks; those that diverged are left out.
+        best: each loss's best rate.
+        title: what was trained, and how many.
+    """
+    variants = by_variant([run for run in runs if not run.diverged])
+
+    def band(places: Sequence[float], values: Sequence[Sequence[float]]) -> Band:
+        estimates = [estimate([v for v in some if math.isfinite(v)]) for some in values]
+        return Band(
+            list(places),
+            [e.mean for e in estimates],
+            [e.low for e in estimates],
+            [e.high for e in estimates],
+        )
+
+    def by_epoch(runs: Sequence[Run], value: Callable[[Record], float]) -> Band:
+        epochs = list(zip(*(run.records for run in runs), strict=True))
+        return band(
+            [records[0].epoch for records in epochs],
+            [[value(record) for record in records] for records in epochs],
+        )
+
+    chosen = {
+        f"{loss}, rate {lr:g}": variants[Variant(loss, lr)] for loss, lr in sorted(best.items())
+    }
+    grids = {
+        loss: sorted(variant.lr for variant in variants if variant.loss == loss)
+        for loss in sorted(best)
+    }
+    return _three_panels(
+        {
+            name: by_epoch(best_runs, lambda record: 100 * record.accuracy["test"])
+            for name, best_runs in chosen.items()
+        },
+        {
+            loss: band(
+                lrs,
+                [
+                    [100 * run.last.accuracy["test"] for run in variants[Variant(loss, lr)]]
+                    for lr in lrs
+                ],
+            )
+            for loss, lrs in grids.items()
+        },
+        {
+            name: by_epoch(best_runs, lambda record: record.layers[-1].slowdown)
+            for name, best_runs in chosen.items()
+        },
+        title,
+    )
 
 
 def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]]]]) -> Figure:
@@ -180,9 +240,9 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
     figure = Figure(figsize=(4 * len(stories), 7), layout="constrained")
     panels = figure.subplots(3, len(stories), squeeze=False, sharex=True, sharey="row")
     colors = {"cross-entropy": "C0", "quadratic": "C1"}
-    for column, (title, rules_) in zip(panels.T, stories, strict=True):
+    for column, (title, by_rule) in zip(panels.T, stories, strict=True):
         column[0].set_title(title)
-        for rule, curves in rules_.items():
+        for rule, curves in by_rule.items():
             for panel, values in zip(column, curves, strict=True):
                 style = "-" if rule in colors else "--"
                 panel.plot(values, style, color=colors.get(rule, "C3"), label=rule)

@@ -1,26 +1,7 @@
-"""TensorBoard: what is logged and under which tags.
+"""Watch any PyTorch model learn: the figures of its sigmoid layers, through hooks.
 
-One TensorBoard run per variant, with identical tags, so that `tensorboard --logdir runs` overlays
-them. The step is the epoch; epoch 0 is the start. Layers are numbered from 1, the first with
-weights.
-
-    loss/train            C, and likewise loss/validation and loss/test
-    accuracy/train        in [0, 1], and likewise accuracy/validation and accuracy/test
-    dz_norm/layer1        ‖dC/dz‖ of one example, the mean over 1,000 validation examples
-    sigmoid_prime/layer1  the mean of σ'(z) over the same examples
-    saturated/layer1      the share of neurons with σ'(z) < 0.01 over the same examples
-    slowdown/layer1       how much of the pull on the layer its σ'(z) lets through; of the last one
-                          the slowdown meter, ‖dz quadratic‖ / ‖dz cross-entropy‖ of the examples
-                          that are wrong by more than ½ (no point where none is)
-    mean/…, lower/…,      with several networks the curves above are their means; these are the mean
-    upper/…               and its 95 % confidence interval, for the margin charts of Custom Scalars
-    output/z              histograms over the outputs' neurons and 1,000 validation examples, at
-                          ten epochs or so, and likewise output/a and output/dz
-    weights/layer1        images at the end: the weights of each neuron of the first layer,
-    wrong, confusion      the most confidently wrong test examples, and what is taken for what
-    config, results       texts: the options; the closing table and the command that made it
-
-`watch` logs dz_norm, sigmoid_prime, saturated and slowdown of any PyTorch model while it trains.
+What is seen of a layer is `nnce.saturation`'s; what becomes of it is the business of any writer
+that has `add_scalar`.
 """
 
 import dataclasses
@@ -28,166 +9,28 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-from nnce import comparison, data, modules, plots, training
-from nnce.backprop import Loss, backprop
+from nnce import modules, saturation
 from nnce.modules import MLP
-from nnce.training import Record
-
-# Histograms are worth most in the first epochs; more of them would only make the files large.
-_HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
-_HISTOGRAM_EXAMPLES = 1_000
-# TensorBoard draws 30 by default.
-_BINS = 60
-_BANDS = ("mean", "lower", "upper")
-# The options that say what was trained; others say how long, or where.
-_HYPERPARAMETERS = (
-    *("data", "train_size", "hidden", "init", "loss", "engine", "optimizer"),
-    *("lr", "batch_size", "momentum", "l2", "epochs", "dtype"),
-)
 
 
-def scalars(record: Record) -> dict[str, float]:
-    """A record's figures by their tags."""
-    found = {
-        **{f"loss/{split}": value for split, value in record.loss.items()},
-        **{f"accuracy/{split}": value for split, value in record.accuracy.items()},
-    }
-    for number, layer in enumerate(record.layers, start=1):
-        found |= {f"{name}/layer{number}": value for name, value in layer._asdict().items()}
-    return found
+class ScalarWriter(Protocol):
+    """What takes the figures: TensorBoard's `SummaryWriter`, or a few lines of your own."""
 
-
-class Monitor:
-    """Writes what there is to see of one variant into its directory.
-
-    Args:
-        run_dir: where TensorBoard finds it.
-        config: name and value of each option.
-    """
-
-    def __init__(self, run_dir: Path, config: Mapping[str, object]) -> None:
-        """Open the log and write the configuration into it."""
-        self._writer = SummaryWriter(str(run_dir))
-        self._config = dict(config)
-        lines = ["| option | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in config.items()]
-        self.log_text("config", "\n".join(lines))
-
-    def log(self, *records: Record) -> None:
-        """Add an epoch to the curves: of one network, or the mean of several and its band."""
-        by_tag = [scalars(record) for record in records]
-        for tag in by_tag[0]:
-            # NaN is no value: a diverged network's loss, or a meter with nothing to measure.
-            values = [its[tag] for its in by_tag if math.isfinite(its[tag])]
-            mean, _, low, high, n = comparison.estimate(values)
-            if n > 0:
-                self._writer.add_scalar(tag, mean, records[0].epoch)
-            if n > 1:
-                # The mean once more, since TensorBoard complains of a run that has one of the
-                # three tags of a margin chart and not the others, as a single network's.
-                for band, value in zip(_BANDS, (mean, low, high), strict=True):
-                    self._writer.add_scalar(f"{band}/{tag}", value, records[0].epoch)
-        self._writer.flush()
-
-    def log_layout(self, record: Record) -> None:
-        """Lay out Custom Scalars: a margin chart for each curve, the mean with its band."""
-        charts: dict[str, Any] = {
-            tag: ["Margin", [f"{band}/{tag}" for band in _BANDS]]
-            for tag in reversed(scalars(record))  # TensorBoard shows the last one first
-        }
-        self._writer.add_custom_scalars({"mean and 95 % confidence interval over seeds": charts})
-
-    def log_histograms(self, network: MLP, split: data.Split, loss: Loss, epoch: int) -> None:
-        """Add histograms of z, a and dz of the output layer, at a bounded number of epochs."""
-        if epoch not in _HISTOGRAM_EPOCHS:
-            return
-        x, y = split.x[:_HISTOGRAM_EXAMPLES], split.y[:_HISTOGRAM_EXAMPLES]
-        found = backprop(network, x, y, loss=loss)
-        for name, values in (("z", found.z[-1]), ("a", found.a[-1]), ("dz", found.dz[-1])):
-            if values.isfinite().all():
-                self._writer.add_histogram(f"output/{name}", values.double(), epoch, _BINS)
-
-    def log_images(self, network: MLP, split: data.Split, epoch: int) -> None:
-        """Add first-layer weights, the most confidently wrong examples and the confusion matrix.
-
-        Args:
-            network: whose parameters are finite numbers.
-            split: the test data, of one-hot targets.
-            epoch: the step they are shown at.
-        """
-        side = math.isqrt(network.sizes[0])
-        if side**2 == network.sizes[0]:
-            weights = network.linears()[0].weight.detach().view(-1, 1, side, side)
-            largest = weights.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
-            grey = 0.5 + 0.5 * weights / largest  # 0 is grey, whatever the neuron's scale
-            scale = max(1, 56 // side)
-            enlarged = grey.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-            framed = nn.functional.pad(enlarged, (1, 1, 1, 1), value=1.0)
-            self._writer.add_images("weights/layer1", framed.float().cpu(), epoch)
-        with torch.no_grad():
-            z = network(split.x)
-        self._writer.add_figure("wrong", plots.wrong_examples(split, z), epoch)
-        self._writer.add_figure("confusion", plots.confusion_matrix(split, z), epoch)
-
-    def log_hparams(self, record: Record) -> None:
-        """Enter the options and what came of them among the hyper-parameters.
-
-        `SummaryWriter.add_hparams` would start a run of its own for it.
-        """
-        options = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in self._config.items()
-            if name in _HYPERPARAMETERS
-        }
-        metrics = {
-            tag: value
-            for tag, value in scalars(record).items()
-            if tag.startswith(("loss/", "accuracy/"))
-        }
-        writer: Any = self._writer.file_writer
-        for summary in hparams(options, metrics):
-            writer.add_summary(summary)
-
-    def log_figure(self, tag: str, figure: Figure) -> None:
-        """Add a picture."""
-        self._writer.add_figure(tag, figure)
-
-    def log_text(self, tag: str, markdown: str) -> None:
-        """Add a page of text."""
-        self._writer.add_text(tag, markdown)
-
-    def __enter__(self) -> "Monitor":
-        """Close the log at the block's end."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the log."""
-        self._writer.close()
-
-
-# ------------------------------------------------------------------ a watcher for any PyTorch model
+    def add_scalar(self, tag: str, value: float, step: int) -> object:
+        """Take one point of the curve called `tag`."""
 
 
 def watch(
     model: nn.Module,
-    writer: SummaryWriter,
+    writer: ScalarWriter,
     *,
     every: int = 100,
     logits: bool | None = None,
@@ -197,7 +40,7 @@ def watch(
     At every so many steps, from the first one on, four curves per sigmoid layer, numbered as the
     forward pass comes by: dz_norm/layer1 (the mean over the examples of ‖dC/dz‖, of C as your code
     averages and scales it), sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see
-    `nnce.training.slowdown`). The slowdown of the output layer is that of the examples that are
+    `nnce.saturation.slowdown`). The slowdown of the output layer is that of the examples that are
     wrong by more than ½, ‖dz quadratic‖ / ‖dz cross-entropy‖; the targets, which a model does not
     see, are read from the sign of the gradient, as if they were 0 or 1.
 
@@ -226,7 +69,8 @@ def watch(
 
     Args:
         model: any module, not compiled; of one that is, watch the module it was made from before.
-        writer: open as long as the model is watched.
+        writer: takes each point by add_scalar(tag, value, step): a `SummaryWriter` of TensorBoard,
+            open as long as the model is watched, or anything else that has it.
         every: steps from one point of the curves to the next, at least 1.
         logits: whether the model's output is z of sigmoid neurons, whose sigmoid is in the loss,
             as for `BCEWithLogitsLoss` and nnce's; None for yes if it is an `nnce.MLP`.
@@ -242,7 +86,7 @@ def watch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to watch, got {type(model).__name__}")
     if not callable(getattr(writer, "add_scalar", None)):
-        raise TypeError(f"expected a SummaryWriter, got {type(writer).__name__}")
+        raise TypeError(f"expected a writer with add_scalar, got {type(writer).__name__}")
     if not modules.is_size(every):
         raise ValueError(f"expected every to be a whole number of at least 1, got {every!r}")
     if hasattr(model, "_orig_mod"):
@@ -256,7 +100,7 @@ def watch(
 class Watcher:
     """What `watch` has attached to a model."""
 
-    def __init__(self, model: nn.Module, writer: SummaryWriter, every: int, logits: bool) -> None:
+    def __init__(self, model: nn.Module, writer: ScalarWriter, every: int, logits: bool) -> None:
         """Attach the hooks; `watch` checks the arguments."""
         self.step = 0
         """Steps seen so far."""
@@ -400,17 +244,9 @@ class Watcher:
             # no pull, the output counts as right.
             a = z.sigmoid()
             y = torch.where(pull > 0, 0.0, torch.where(pull < 0, 1.0, a.round()))
-            wrong = training.is_wrong(a, y)
-            pull, z_seen = (a - y)[wrong], z[wrong]
+            figures = saturation.output_layer(z, dz, y)
         else:
-            z_seen = z
-        prime = z.sigmoid() * (-z).sigmoid()
-        figures = training.LayerFigures(
-            dz_norm=dz.norm(dim=-1).mean().item(),
-            sigmoid_prime=prime.mean().item(),
-            saturated=(prime < training.SATURATED).double().mean().item(),
-            slowdown=training.slowdown(pull, z_seen),
-        )
+            figures = saturation.hidden_layer(z, dz, pull)
         for what, value in figures._asdict().items():
             if math.isfinite(value):
                 self._writer.add_scalar(f"{what}/layer{layer.number}", value, layer.step)

@@ -4,16 +4,15 @@ To be read beside the notes, and to look inside a network: every z, a and delta 
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnce import rules
+from nnce.functional import check_alike
+from nnce.losses import LOSSES, Loss, check_loss
 from nnce.modules import MLP
-
-Loss = Literal["quadratic", "cross-entropy"]
-LOSSES: tuple[Loss, ...] = ("quadratic", "cross-entropy")
 
 
 class Pass(NamedTuple):
@@ -27,22 +26,6 @@ class Pass(NamedTuple):
     """dC/dz, a row for each example, of that example's own C: not divided by n."""
     gradients: dict[str, Tensor]
     """The gradients of the mean of C over the examples, by the name of the parameter."""
-
-
-def check_loss(loss: str) -> None:
-    """Raise ValueError unless `loss` is "quadratic" or "cross-entropy"."""
-    if loss not in LOSSES:
-        raise ValueError(f"expected loss {' or '.join(map(repr, LOSSES))}, got {loss!r}")
-
-
-def loss_per_component(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """C of each component, z's shape: equation 2 or 3."""
-    return rules.quadratic(z, y) if loss == "quadratic" else rules.cross_entropy(z, y)
-
-
-def dz_last(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """dC/dz of the last layer, z's shape: equation 4 or 5. All that sets the losses apart."""
-    return rules.dz_quadratic(z, y) if loss == "quadratic" else rules.dz_cross_entropy(z, y)
 
 
 def backprop(
@@ -65,13 +48,13 @@ def backprop(
         MLP's `state_dict` ("0.weight", "0.bias", "2.weight", …).
 
     Raises:
-        ValueError: the loss is unknown, there is no layer, or the layers, x and y do not fit.
-        TypeError: the network is neither, or not all are tensors of one floating-point dtype on
-            one device.
+        ValueError: the loss is unknown, there is no layer, the layers, x and y do not fit or lie on
+            different devices, or the MLP is reparametrised or pruned.
+        TypeError: the network is neither, or not all are tensors of one floating-point dtype.
     """
     check_loss(loss)
     layers = _layers(network)
-    _check_alike(x=x, y=y, W=layers[0][0])
+    check_alike({"x": x, "y": y, "W": layers[0][0]})
     n_in, n_out = layers[0][0].shape[1], layers[-1][0].shape[0]
     if x.dim() != 2 or x.shape[1] != n_in:
         raise ValueError(f"expected x of shape (n, {n_in}), got {tuple(x.shape)}")
@@ -95,7 +78,7 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
     if not layers:
         raise ValueError("expected a network of at least one layer, got none")
     for number, (W, b) in enumerate(layers, start=1):
-        _check_alike(first=layers[0][0], W=W, **({} if b is None else {"b": b}))
+        check_alike({"the first W": layers[0][0], "W": W}, {"b": b})
         n_in = layers[number - 2][0].shape[0] if number > 1 else "n_in"
         if W.dim() != 2 or n_in not in ("n_in", W.shape[1]):
             raise ValueError(
@@ -108,19 +91,6 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
     return layers
 
 
-def _check_alike(**tensors: Tensor) -> None:
-    """Raise TypeError unless all are tensors of one floating-point dtype on one device."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-    if len({(tensor.dtype, tensor.device) for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items())
-        raise TypeError(f"expected tensors of one dtype on one device, got {found}")
-    name, tensor = next(iter(tensors.items()))
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected {name} of a floating-point dtype, got {tensor.dtype}")
-
-
 def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
     # Forward.
     z: list[Tensor] = []
@@ -130,7 +100,7 @@ def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
         a.append(rules.sigmoid(z[-1]))  # (1)
 
     # Backward: the last delta, then each layer's from the one after it.
-    dz = [dz_last(z[-1], y, loss)]  # (4) or (5)
+    dz = [LOSSES[loss].dz_last(z[-1], y)]  # (4) or (5)
     for (W, _), z_hidden in zip(reversed(layers[1:]), reversed(z[:-1]), strict=True):
         da = rules.da_prev(dz[-1], W)  # (7)
         dz.append(rules.dz_hidden(da, z_hidden))  # (8)

@@ -1,18 +1,13 @@
-"""What the scripts share: options, device, run directory, `results.json`, the closing table."""
+"""What the scripts share: options and what they mean, signals and streams, the run's directory."""
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
-import json
-import math
-import platform
-import shlex
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -20,16 +15,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from nnce import checkpoint, data, memory
+from nnce import data, memory, modules
+from nnce.training import Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-RESULTS = "results.json"
 # Lies in a run's directory for as long as nothing there is worth keeping.
 _NOTHING_YET = ".nothing-finished-yet"
 # PyTorch counts in 64 bits, and multiplies what it is given.
 _LARGEST = 10**15
-Row = Mapping[str, object]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -70,6 +64,29 @@ class ArgumentParser(argparse.ArgumentParser):
             help="where the results go, a new or empty folder (default: a new one under runs/)",
         )
 
+    def add_training_options(self) -> None:
+        """What `settings` takes, and --train-size."""
+        self.add_argument(
+            "--hidden", type=int, nargs="*", default=[30], help="neurons of each hidden layer"
+        )
+        self.add_argument("--epochs", type=int, default=30, help="passes over the training data")
+        self.add_argument("--batch-size", type=int, default=10, help="examples in a mini-batch")
+        self.add_argument("--momentum", type=float, default=0.0, help="as torch.optim.SGD's")
+        self.add_argument(
+            "--l2", type=float, default=0.0, help="lambda; weights decay by lambda / n_train"
+        )
+        self.add_argument(
+            "--init",
+            choices=modules.INITS,
+            default="scaled",
+            help="weights from N(0, 1/n_in), or from N(0, 1)",
+        )
+        self.add_argument(
+            "--train-size",
+            type=int,
+            help="use the first so many training examples; all if not given",
+        )
+
     def add_speed_options(self) -> None:
         """--threads and --matmul-precision, for `set_speed`."""
         self.add_argument(
@@ -106,7 +123,9 @@ def _whole_number(text: str) -> int:
     """What `type=int` means in a script's options."""
     number = int(text)
     if abs(number) > _LARGEST:
-        raise argparse.ArgumentTypeError(f"expected at most {_LARGEST:,}, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number within ±{_LARGEST:,}, got {text}"
+        )
     return number
 
 
@@ -130,8 +149,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     _signals.listen()
     status: Any
     try:
-        status = main()
-        sys.stdout.flush()
+        try:
+            status = main()
+            sys.stdout.flush()
+        finally:
+            _signals.ignore()
     except SystemExit as stop:
         status = stop.code
     except KeyboardInterrupt:
@@ -204,6 +226,11 @@ class _Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._take)
 
+    def ignore(self) -> None:
+        # Not by a handler of Python's: those go before the process does.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._came:
             return
@@ -245,6 +272,43 @@ def _beyond_us(error: BaseException) -> str | None:
     return f"{error.strerror}{where}" if error.strerror else str(error)
 
 
+# ------------------------------------------------------------------------------ what options mean
+
+
+def settings(options: argparse.Namespace, **more: Any) -> Settings:
+    """The settings that the training options say, and more of a script's own.
+
+    Raises:
+        ValueError: one makes no sense.
+    """
+    return Settings(
+        hidden=tuple(options.hidden),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        momentum=options.momentum,
+        l2=options.l2,
+        init=options.init,
+        seed=options.seed,
+        **more,
+    )
+
+
+def load_data(options: argparse.Namespace) -> data.Dataset:
+    """The data set that the options name, on their device and in their dtype.
+
+    Raises:
+        DataError: it cannot be had, or is not what it should be.
+        ValueError: there is no such device.
+    """
+    return data.load(
+        options.data,
+        data_dir=options.data_dir,
+        train_size=getattr(options, "train_size", None),  # a script that trains has it
+        device=device(options.device),
+        dtype=DTYPES[options.dtype],
+    )
+
+
 def device(name: str) -> torch.device:
     """The device of --device; "auto" is CUDA where there is one, else the CPU.
 
@@ -271,14 +335,17 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
     torch.set_float32_matmul_precision(options.matmul_precision)
 
 
+# ---------------------------------------------------------------------------- the run's directory
+
+
 @contextlib.contextmanager
 def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
     If the block is left, by whatever error, before `keep` has said that something in there is
-    finished (`write_results` says so, too), the directory is removed again, so that no half-written
-    run stays behind; only a process that is killed outright leaves what it had written by then.
-    With keep=False, for a dry run, nothing stays.
+    finished (`report.write_results` says so, too), the directory is removed again, so that no
+    half-written run stays behind; only a process that is killed outright leaves what it had written
+    by then. With keep=False, for a dry run, nothing stays.
 
     Raises:
         ValueError: the chosen directory holds something, or cannot be made or written.
@@ -326,121 +393,3 @@ def _new_directory(parent: Path, name: str) -> Path:
         path = parent / f"{name}-{number}"
         number += 1
     return path
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all; NaN becomes null and an infinity "inf" or "-inf"."""
-    write_text(path, json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
-
-
-def write_figure(path: Path, figure: Any, dpi: int) -> None:
-    """Write a picture of matplotlib's as PNG, whole or not at all."""
-    checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
-
-
-def _plain(value: Any) -> Any:
-    """The same without the numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
-def write_results(
-    run_dir: Path,
-    *,
-    config: Mapping[str, object],
-    device: torch.device,
-    seconds: float,
-    rows: Sequence[Row],
-    **more: Any,
-) -> Path:
-    """Write `results.json`, for programs: what was asked, where it ran, and what came out.
-
-    Args:
-        run_dir: the run's directory.
-        config: every option.
-        device: where it ran.
-        seconds: how long it took.
-        rows: the closing table.
-        more: what else the script measured, by name.
-    """
-    path = run_dir / RESULTS
-    content = {
-        "config": config,
-        "versions": versions(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "rows": rows,
-        **more,
-    }
-    write_json(path, content)
-    keep(run_dir)
-    return path
-
-
-def versions() -> dict[str, str]:
-    """The versions that results depend on, by package."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("nnce", "torchvision", "numpy", "scikit-learn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words: "cpu", or the name of the graphics card."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as a Markdown table, numbers to the right."""
-    header = list(rows[0])
-    cells = [header, *([_cell(row[key]) for key in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    numeric = [isinstance(rows[0][key], int | float) for key in header]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, numeric, strict=True)
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(
-        "-" * (width + 1) + (":" if right else "-")
-        for width, right in zip(widths, numeric, strict=True)
-    )
-    return "\n".join([line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
-
-
-def _cell(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    # A loss that has run away must not push the table off the screen.
-    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
-
-
-def tensorboard_command(run_dir: Path) -> str:
-    """The command that shows this run's curves, beside those of its neighbours."""
-    tensorboard = Path(sys.executable).with_name("tensorboard")
-    # A run in the working directory has other things for neighbours.
-    here = run_dir.absolute().parent == Path.cwd()
-    return shlex.join(
-        [_from_here(tensorboard), "--logdir", _from_here(run_dir if here else run_dir.parent)]
-    )
-
-
-def _from_here(path: Path) -> str:
-    with contextlib.suppress(ValueError):
-        path = path.absolute().relative_to(Path.cwd())
-    return str(path)

@@ -1,0 +1,1 @@
+"""What the scripts are made of; needs `nnce[scripts]`, which the rest of nnce does not."""

@@ -1,0 +1,64 @@
+"""Means and paired differences with their 95 % confidence intervals."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean and how sure it is."""
+
+    mean: float
+    sd: float
+    """The sample's standard deviation; NaN for n = 1."""
+    low: float
+    high: float
+    """The 95 % confidence interval of the mean, by Student's t; NaN for n = 1."""
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean, standard deviation and 95 % confidence interval of independent values.
+
+    The interval is mean ± t s / √n, with the quantile t of Student's distribution with n − 1
+    degrees of freedom. Without values everything is NaN, and n is 0.
+    """
+    n = len(values)
+    if n < 2:
+        mean = values[0] if n else math.nan
+        return Estimate(mean, math.nan, math.nan, math.nan, n)
+    # statistics.stdev is exact, and so slow that logging would feel it.
+    mean = math.fsum(values) / n
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = _quantile(n - 1) * sd / math.sqrt(n)
+    return Estimate(mean, sd, mean - half, mean + half, n)
+
+
+@functools.lru_cache
+def _quantile(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t with so many degrees of freedom."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
+
+
+class Difference(NamedTuple):
+    """A paired difference."""
+
+    mean: float
+    low: float
+    high: float
+    """The 95 % confidence interval; NaN for n = 1."""
+    p: float
+    """Of the paired t-test, two-sided; NaN where the differences have no spread."""
+    n: int
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """a − b, pair by pair, by the paired t-test (`scipy.stats.ttest_rel`)."""
+    mean, sd, low, high, n = estimate([x - y for x, y in zip(a, b, strict=True)])
+    p = float(stats.ttest_rel(a, b).pvalue) if sd > 0 else math.nan
+    return Difference(mean, low, high, p, n)

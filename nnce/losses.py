@@ -1,0 +1,46 @@
+"""What sets the two losses apart, once: everything else treats them alike."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from nnce import rules
+
+Loss = Literal["quadratic", "cross-entropy"]
+
+
+class LossRules(NamedTuple):
+    """The rules of one loss."""
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    """C of each component, of z and y: z's shape."""
+    dz_last: Callable[[Tensor, Tensor], Tensor]
+    """dC/dz of the last layer, of z and y: z's shape."""
+    has_sigmoid_prime: bool
+    """Whether dC/dz of the last layer is (a − y) ∘ σ'(z), and not a − y."""
+    textbook_lr: float
+    """The learning rate of Nielsen's book (chapters 1 and 3)."""
+
+
+# Each rule is looked up when it is called: whoever changes one sees it everywhere.
+LOSSES: dict[Loss, LossRules] = {
+    "quadratic": LossRules(
+        value=lambda z, y: rules.quadratic(z, y),  # (2)
+        dz_last=lambda z, y: rules.dz_quadratic(z, y),  # (4)
+        has_sigmoid_prime=True,
+        textbook_lr=3.0,
+    ),
+    "cross-entropy": LossRules(
+        value=lambda z, y: rules.cross_entropy(z, y),  # (3)
+        dz_last=lambda z, y: rules.dz_cross_entropy(z, y),  # (5)
+        has_sigmoid_prime=False,
+        textbook_lr=0.5,
+    ),
+}
+
+
+def check_loss(loss: str) -> None:
+    """Raise ValueError unless `loss` is "quadratic" or "cross-entropy"."""
+    if loss not in tuple(LOSSES):
+        raise ValueError(f"expected loss {' or '.join(map(repr, LOSSES))}, got {loss!r}")

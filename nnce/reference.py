@@ -1,0 +1,56 @@
+"""PyTorch's way to the same: a network's twin, the built-in losses, the contenders of the proof."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nnce.losses import Loss
+from nnce.modules import MLP
+
+_F = torch.nn.functional
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Of z and y."""
+
+
+def torch_twin(network: MLP) -> nn.Sequential:
+    """The same network of `torch.nn`'s own layers, on the very same parameters."""
+    layers: list[nn.Module] = []
+    for linear in network.linears():
+        twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
+        twin.weight = linear.weight
+        twin.register_parameter("bias", linear.bias)
+        layers += [twin, nn.Sigmoid()]
+    return nn.Sequential(*layers[:-1])
+
+
+# PyTorch's means are over the components too, and its MSELoss has no ½.
+BUILT_IN_LOSSES: dict[Loss, LossFunction] = {
+    "quadratic": lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="sum") / len(z),
+    "cross-entropy": lambda z, y: (
+        _F.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
+    ),
+}
+"""The notes' C, averaged over the examples, by PyTorch's own loss functions."""
+
+
+def _textbook_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    a = z.sigmoid()
+    return -(y * a.log() + (1 - y) * (1 - a).log())
+
+
+CONTENDERS: dict[str, dict[str, LossFunction]] = {
+    "cross-entropy": {
+        "BCEWithLogitsLoss": lambda z, y: _F.binary_cross_entropy_with_logits(
+            z, y, reduction="none"
+        ),
+        "BCELoss of σ(z)": lambda z, y: _F.binary_cross_entropy(z.sigmoid(), y, reduction="none"),
+        "textbook formula": _textbook_cross_entropy,
+    },
+    "quadratic": {
+        "½ MSELoss of σ(z)": lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="none"),
+        "textbook formula": lambda z, y: (1 / (1 + torch.exp(-z)) - y).square() / 2,
+    },
+    "sigmoid": {"torch.sigmoid": lambda z, y: z.sigmoid()},
+}
+"""What else computes a quantity of the proof, per component, by quantity and name."""

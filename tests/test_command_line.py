@@ -1,0 +1,459 @@
+"""What the scripts share, mostly in processes of their own: what stops them, and what stays."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import nnce
+from nnce import memory
+from nnce.experiments import command_line, report
+
+SCRIPTS = ROOT / "scripts"
+NAMES = [path.stem for path in sorted(SCRIPTS.glob("*.py")) if path.stem != "startup"]
+QUICK = {
+    "train": ["--epochs", "3"],
+    "compare": ["--epochs", "3", "--seeds", "2", "--lrs", "1", "--control-seeds", "0"],
+}
+ENDLESS = {name: [*options, "--epochs", "100000"] for name, options in QUICK.items()}
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits and streams of POSIX")
+
+
+def command(name, *options, change=""):
+    """A script with its options, and what is to be changed before it runs."""
+    code = f"import runpy, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\n{change}\n"
+    code += f"sys.argv[0] = '{name}.py'\n"
+    code += f"runpy.run_path({str(SCRIPTS / (name + '.py'))!r}, run_name='__main__')"
+    return [sys.executable, "-c", code, *options]
+
+
+def run(name, *options, change=""):
+    return subprocess.run(
+        command(name, *options, change=change), capture_output=True, text=True, timeout=120
+    )
+
+
+def results(run_dir):
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def csv_epochs(run_dir):
+    """The epochs of every network by epochs.csv, each row of it whole."""
+    content = (run_dir / "epochs.csv").read_bytes()
+    assert content.endswith(b"\r\n")
+    rows = list(csv.DictReader(content.decode().splitlines()))
+    assert all(None not in row.values() and "" not in row.values() for row in rows)
+    return [int(row["epoch"]) for row in rows]
+
+
+# --------------------------------------------------------------------------- stopped by a signal
+
+
+@posix
+@pytest.mark.parametrize(
+    ("name", "repeated"), [("train", signal.SIGINT), ("compare", signal.SIGTERM)]
+)
+def test_signals_that_are_repeated_take_nothing_away(name, repeated, tmp_path):
+    """The directory went with the second one, the trained network in it."""
+    run_dir = tmp_path / "run"
+    options = [*ENDLESS[name], "--run-dir", str(run_dir)]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / f"{name}.py"), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # Begun, and two epochs of it finished.
+    while not run_dir.exists() or (run_dir / command_line._NOTHING_YET).exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:
+        time.sleep(0.01)
+        process.send_signal(repeated)
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.returncode == 130 and err.startswith("Interrupted; ") and err.count("\n") == 1
+    found = results(run_dir)
+    assert found["interrupted"]
+    if name == "train":
+        assert len(found["epochs"]) >= 2
+        assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+    else:
+        (finished,) = {row["epochs"] for row in found["rows"]}
+        assert finished == max(csv_epochs(run_dir)) >= 1
+        assert (run_dir / "learning-curves.png").exists() and (run_dir / "results.md").exists()
+
+
+@posix
+@pytest.mark.parametrize(
+    ("where", "epochs", "interrupted"),
+    [
+        ("nnce.experiments.tensorboard.Monitor.log_images", 3, False),
+        ("nnce.experiments.report.write_json", 3, False),
+        ("nnce.save", 0, True),
+    ],
+)
+def test_what_is_being_written_is_written_whole(where, epochs, interrupted, tmp_path):
+    """Signals in the midst of it wait until it is there."""
+    target, function = where.rsplit(".", 1)
+    change = f"""
+import os, signal, nnce
+import nnce.experiments.report, nnce.experiments.tensorboard
+whole = {where}
+def disturbed(*arguments, **more):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    return whole(*arguments, **more)
+{target}.{function} = disturbed
+"""
+    found = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
+    assert found.returncode == 130
+    assert found.stderr == (f"Interrupted; epochs 0 to {epochs} are kept.\n" if interrupted else "")
+    recorded = results(tmp_path / "run")
+    assert recorded["interrupted"] == interrupted
+    assert [record["epoch"] for record in recorded["epochs"]] == list(range(epochs + 1))
+    assert nnce.load(tmp_path / "run" / "network.pt").sizes == (64, 30, 10)
+    assert b"confusion" in next((tmp_path / "run").glob("events*")).read_bytes()
+
+
+def test_a_signal_waits_for_the_end_of_an_undisturbed_block():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signals = command_line._Signals()
+    try:
+        signals.listen()
+        done = []
+        with pytest.raises(KeyboardInterrupt), signals.undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            done.append(1)
+        signal.raise_signal(signal.SIGINT)  # the second one finds a script that is closing
+        with signals.undisturbed():
+            signal.raise_signal(signal.SIGINT)
+        again = command_line._Signals()
+        again.listen()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert done == [1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+@posix
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_during_the_imports_it_is_quiet(name, number, tmp_path):
+    for module in ("torch", "numpy"):  # whichever is first
+        (tmp_path / f"{module}.py").write_text(
+            "import sys, time; print('importing', flush=True); time.sleep(60)"
+        )
+    places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / f"{name}.py")],
+        env={**os.environ, "PYTHONPATH": places},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+# ----------------------------------------------------------- stopped by a full disk or no memory
+
+FULL = """
+import errno, tensorboard.summary.writer.record_writer as records
+import nnce.checkpoint
+from nnce.experiments.tensorboard import Monitor
+
+def full(*arguments, **more):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+def full_after(whole, calls):
+    count = iter(range(calls))
+    return lambda *arguments: whole(*arguments) if next(count, None) is not None else full()
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "epochs"),
+    [
+        # While logging, at epoch 2: in TensorBoard's thread, and when the network is saved.
+        ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
+        ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
+        # While closing.
+        ("Monitor.log_images = full", 4),
+        ("Monitor.__exit__ = full", 4),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_path):
+    run_dir = tmp_path / "run"
+    found = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=FULL + change)
+    assert found.returncode == 1
+    assert found.stderr == (
+        f"train.py: error: No space left on device; what was finished is kept in {run_dir}\n"
+    )
+    assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+    recorded = results(run_dir)
+    assert len(recorded["epochs"]) == epochs and recorded["interrupted"] == (epochs < 4)
+
+
+def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
+    run_dir = tmp_path / "run"
+    change = FULL + "nnce.experiments.report.write_json = full"
+    change = change.replace(
+        "import nnce.checkpoint", "import nnce.experiments.report, nnce.checkpoint"
+    )
+    found = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1
+    assert "what was finished is kept in" in found.stderr
+    assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+    assert {path.name.partition(".")[0] for path in run_dir.iterdir()} == {"network", "events"}
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
+    change = FULL + "records.RecordWriter.write = full"
+    found = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
+    assert found.returncode == 1
+    assert found.stderr == "train.py: error: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "epochs"),
+    [
+        ("Monitor.log = full_after(Monitor.log, 5)", 1),
+        ("Monitor.log_layout = full", 3),
+    ],
+)
+def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):
+    run_dir = tmp_path / "run"
+    found = run("compare", *QUICK["compare"], "--run-dir", str(run_dir), change=FULL + change)
+    assert found.returncode == 1
+    assert found.stderr == (
+        f"compare.py: error: No space left on device; what was finished is kept in {run_dir}\n"
+    )
+    assert {row["epochs"] for row in results(run_dir)["rows"]} == {epochs}
+    assert set(range(epochs + 1)) <= set(csv_epochs(run_dir))
+
+
+def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path):
+    """Of a row that is cut off the last number would be another one."""
+    log = report.Log(tmp_path, {})
+    log._append([{"epoch": 0, "loss": 0.123456}])
+    before = (tmp_path / "epochs.csv").read_bytes()
+
+    class Small:
+        """Takes ten bytes more and no others, as a disk does."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 10
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, content):
+            if not self.left:
+                raise OSError("no space left on device")
+            self.left -= len(content[: self.left])
+            return self.file.write(content[:10])
+
+    whole, log._file = log._file, Small(log._file)
+    with pytest.raises(OSError, match="no space"):
+        log._append([{"epoch": 1, "loss": 0.123456}])
+    log._file = whole
+    assert (tmp_path / "epochs.csv").read_bytes() == before
+    log._append([{"epoch": 1, "loss": 0.5}])
+    with log:
+        pass
+    assert csv_epochs(tmp_path) == [0, 1]
+
+
+def test_an_error_of_ours_still_has_its_traceback(tmp_path):
+    """And takes nothing finished away, either."""
+    run_dir = tmp_path / "run"
+    change = "from nnce.experiments.tensorboard import Monitor\nMonitor.log_images = None"
+    found = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
+    assert found.returncode == 1 and "TypeError: 'NoneType'" in found.stderr
+    assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+
+
+def test_divergence_keeps_the_epochs_before_it(script, tmp_path, monkeypatch, capsys):
+    from nnce import training
+
+    whole = training._train_epoch
+
+    def diverges(state, *rest):
+        losses = whole(state, *rest)
+        if state.epoch == 3:
+            with torch.no_grad():
+                state.network[0].weight.fill_(torch.nan)
+        return losses
+
+    monkeypatch.setattr(training, "_train_epoch", diverges)
+    assert script("train").main(["--run-dir", str(tmp_path / "run")]) == 1
+    assert "no longer a finite number after epoch 3" in capsys.readouterr().err
+    recorded = results(tmp_path / "run")
+    assert recorded["interrupted"] and len(recorded["epochs"]) == 3
+    assert nnce.load(tmp_path / "run" / "network.pt")[0].weight.isfinite().all()
+
+
+LITTLE_MEMORY = """
+import os, resource, torch, matplotlib.figure, sklearn.model_selection, torch.utils.tensorboard
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's limits")
+@pytest.mark.parametrize("name", ["train", "compare", "check_gradients"])
+def test_no_memory_is_one_sentence(name, tmp_path):
+    """PyTorch's bare RuntimeError, of its own allocator."""
+    options = ["--hidden", "2000000", "--run-dir", str(tmp_path / "run")]
+    if name == "compare":
+        options += ["--seeds", "1", "--lrs", "1"]
+    found = run(name, *options, change=LITTLE_MEMORY)
+    assert found.returncode in (1, 2)
+    assert found.stderr.startswith(f"{name}.py: error: ") and found.stderr.count("\n") == 1
+    assert "there is not enough memory: " in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shortage_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**55)
+    cuda = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB."
+    )
+    least = "there is not enough memory"
+    for error, sentence in (
+        (cpu.value, f"{least}: {2**57} bytes could not be allocated"),
+        (cuda, f"{least}: 20.00 MiB could not be allocated"),
+        (RuntimeError("CUDA error: out of memory"), f"{least}: some could not be allocated"),
+        (MemoryError(), least),
+        (MemoryError("8 networks would not fit"), "8 networks would not fit"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("out of memory"), None),
+    ):
+        assert memory.shortage(error) == sentence
+
+
+def test_no_memory_while_preparing_is_the_options_fault(script, refused, monkeypatch):
+    def no_memory(*arguments, **more):
+        raise MemoryError
+
+    train = script("train")
+    monkeypatch.setattr(nnce.data, "load", no_memory)
+    assert "error: there is not enough memory\n" in refused(train.main)
+
+
+# ------------------------------------------------------------------------------ what cannot be read
+
+
+def redirected(redirection, *options):
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+    train = [sys.executable, str(SCRIPTS / "train.py"), *options]
+    return subprocess.run([*shell, *train], capture_output=True, text=True, timeout=120)
+
+
+@posix
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("redirection", "status", "reason"),
+    [
+        (">&-", 1, "Bad file descriptor"),
+        (">/dev/full", 1, "No space left on device"),
+        ("2>&-", 0, None),
+        ("<&- >&- 2>&-", 1, None),
+    ],
+)
+def test_what_nobody_can_read_is_trained_all_the_same(redirection, status, reason, tmp_path):
+    run_dir = tmp_path / "run"
+    found = redirected(redirection, *QUICK["train"], "--run-dir", str(run_dir))
+    assert found.returncode == status
+    assert found.stderr == (f"train.py: error: standard output: {reason}\n" if reason else "")
+    assert "| best on validation |" in found.stdout or status
+    recorded = results(run_dir)
+    assert len(recorded["epochs"]) == 4 and not recorded["interrupted"]
+    # Nothing else has come into a file that took the number of a closed stream.
+    assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+
+
+@posix
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("options", "redirection", "status"),
+    [("--help", ">/dev/full", 1), ("--lr=-1", "2>&-", 2)],
+)
+def test_help_and_mistakes_that_cannot_be_written(options, redirection, status):
+    found = redirected(redirection, options)
+    assert found.returncode == status and "Traceback" not in found.stderr
+
+
+# ------------------------------------------------------------------------------------- the options
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("number", [2**63, -(2**63), 10**400], ids=["2^63", "-2^63", "10^400"])
+def test_absurd_numbers_are_one_line(name, number, script, refused, capsys):
+    module = script(name)
+    options = [
+        action.option_strings[0] for action in module.parser()._actions if action.type is int
+    ]
+    assert options
+    for option in options:
+        assert "expected a whole number within ±1,000,000,000,000,000, got" in refused(
+            module.main, f"{option}={number}"
+        )
+
+
+def test_the_largest_number_that_is_taken_can_be_computed_with(script, tmp_path, capsys):
+    options = ["--batch-size", str(command_line._LARGEST), "--epochs", "1"]
+    for engine in ("backprop", "functions"):
+        run_dir = tmp_path / engine
+        assert script("train").main([*options, "--engine", engine, "--run-dir", str(run_dir)]) == 0
+        assert results(run_dir)["config"]["batch_size"] == command_line._LARGEST
+
+
+def test_no_whole_number_is_said_as_before(script, refused):
+    assert "invalid int value: '3.5'" in refused(script("train").main, "--epochs", "3.5")
+
+
+# -------------------------------------------------------------------------------- the run directory
+
+
+def test_two_runs_cannot_take_the_same_directory(tmp_path):
+    with (
+        command_line.run_directory(tmp_path / "run", "run") as run_dir,
+        pytest.raises(ValueError, match="already used"),
+        command_line.run_directory(run_dir, "run"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, ZeroDivisionError])
+def test_a_directory_goes_until_something_is_finished(error, tmp_path):
+    for finished in (False, True):
+        with (
+            pytest.raises(error),
+            command_line.run_directory(tmp_path / "new" / "run", "run") as run_dir,
+        ):
+            (run_dir / "half").write_text("")
+            (run_dir / "folder").mkdir()
+            if finished:
+                command_line.keep(run_dir)
+                command_line.keep(run_dir)
+            raise error
+        assert (tmp_path / "new" / "run" / "half").exists() == finished
+        assert (tmp_path / "new").exists() == finished
