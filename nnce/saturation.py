@@ -50,8 +50,7 @@ def hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> LayerFigures:
 def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> LayerFigures:
     """The figures of the last layer: z, dC/dz and the targets, [n, neurons] each."""
     wrong = ((rules.sigmoid(z) - y).abs() > 0.5).any(-1)  # [n]: the examples that are
-    z_wrong = z[wrong]
-    return _figures(z, dz, slowdown(rules.dz_cross_entropy(z_wrong, y[wrong]), z_wrong))
+    return _figures(z, dz, slowdown(rules.dz_cross_entropy(z, y)[wrong], z[wrong]))
 
 
 def _figures(z: Tensor, dz: Tensor, slowdown: float) -> LayerFigures:

@@ -358,14 +358,6 @@ def test_what_does_not_fit_is_refused(digits):
         together.train_epoch(x, y, order[:0])
 
 
-def test_more_than_memory_holds_is_refused_before_anything_is_made():
-    with pytest.raises(
-        MemoryError, match=r"1,000,000,000 networks of sizes 784-30-10 would need 2"
-    ):
-        memory.check_memory((784, 30, 10), 1_000_000_000)
-    memory.check_memory((784, 30, 10), 1_000)
-
-
 @pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (6, 5, 4, 2)])
 @pytest.mark.parametrize("R", [1, 3])
 def test_outputs_are_those_of_each_network(sizes, R, generator):
@@ -543,17 +535,6 @@ def test_a_wrong_index_at_the_end_is_seen_before_any_step(wrong):
     with pytest.raises(IndexError, match=f"indices from 0 to 99, got {first} to {last}"):
         together.train_epoch(torch.rand(100, 700), torch.rand(100, 2), order)
     assert all(largest_difference(a, b) == 0 for a, b in zip(networks, before, strict=True))
-
-
-def test_memory_for_the_numbers_a_layer_is_drawn_from(monkeypatch):
-    """They are float64, whatever the layer's dtype: in bfloat16 more than all copies together."""
-    sizes = (1_000, 1_000)
-    pages = {"SC_PHYS_PAGES": 9, "SC_PAGE_SIZE": 1_000_000}
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: pages[name])
-    with pytest.raises(MemoryError, match="1 network of sizes 1000-1000 would need"):
-        memory.check_memory(sizes, dtype=torch.bfloat16)
-    pages["SC_PHYS_PAGES"] = 11
-    memory.check_memory(sizes, dtype=torch.bfloat16)
 
 
 def test_a_mini_batch_larger_than_any_number_of_examples():

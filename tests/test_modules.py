@@ -7,7 +7,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import nnce
-from nnce.reference import torch_twin
 
 
 def test_mlp_is_the_network_of_the_notes(generator):
@@ -120,12 +119,3 @@ def test_losses_are_the_functions():
             nnce.SigmoidQuadraticLoss(reduction)(z, y),
             nnce.sigmoid_quadratic(z, y, reduction=reduction),
         )
-
-
-def test_twin_shares_its_parameters():
-    network = nnce.MLP((4, 3, 2))
-    twin = torch_twin(network)
-    x = torch.rand(5, 4)
-    assert_close(twin(x), network(x))
-    assert all(a is b for a, b in zip(twin.parameters(), network.parameters(), strict=True))
-    assert [type(layer).__module__.split(".")[0] for layer in twin] == ["torch"] * 3

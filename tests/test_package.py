@@ -1,17 +1,149 @@
+"""The wall: what may import what, and what must do without the extras."""
+
+import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
 
-LIGHT = """
-import sys, torch
-before = set(sys.modules)
-import nnce
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new - set(sys.stdlib_module_names) - {"nnce", "torch"}))
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "nnce"
+# Whoever stands here may import what stands above it.
+ORDER = (
+    *("rules", "losses", "functional", "modules", "memory", "algorithm", "ensemble", "checkpoint"),
+    *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
+    "training",
+    *(
+        f"experiments.{name}"
+        for name in ("__init__", "command_line", "estimates", "comparison", "figures")
+    ),
+    *("experiments.tensorboard", "experiments.report"),
+    "__init__",
+)
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+OUTSIDE = [name for name in ORDER if not name.startswith("experiments")]
+
+
+def imported(path):
+    """The files of nnce that a file imports, and the names that it imports from the package."""
+    modules, names = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {a.name for a in node.names if a.name.split(".")[0] == "nnce"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide the order"
+            if node.module and node.module.split(".")[0] == "nnce":
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}".removeprefix("nnce.")
+                    if name in FILES or f"{name}.__init__" in FILES:
+                        modules.add(f"nnce.{name}")
+                    elif node.module == "nnce":
+                        names.add(alias.name)
+                    else:
+                        modules.add(node.module)
+    return {module.removeprefix("nnce.") for module in modules}, names
+
+
+def test_the_order_names_every_file():
+    assert set(ORDER) == set(FILES) and len(ORDER) == len(FILES)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_above_it(name):
+    modules, names = imported(FILES[name])
+    above = ORDER[: ORDER.index(name)]
+    assert modules - {"experiments"} <= set(above)
+    assert not names, "a name of nnce/__init__.py"
+
+
+def test_an_import_from_below_is_seen(tmp_path):
+    path = tmp_path / "rules.py"
+    path.write_text(
+        "from nnce import training, MLP\nfrom nnce.data import load\nimport nnce.memory"
+    )
+    assert imported(path) == ({"training", "data", "memory"}, {"MLP"})
+
+
+def required(distribution, seen):
+    """The distributions that one requires, and those that they require."""
+    name = re.sub(r"[-_.]+", "-", distribution).lower()
+    if name in seen:
+        return
+    try:
+        requirements = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:  # for another platform
+        return
+    seen.add(name)
+    for requirement in requirements:
+        if "extra ==" not in requirement:
+            required(re.match(r"[\w.-]+", requirement)[0], seen)
+
+
+ALONE = """
+import importlib, sys, warnings
+
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+allowed = set(sys.argv[2].split(",")) | set(sys.stdlib_module_names) | {"nnce"}
+sys.meta_path.insert(0, Wall())
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+importlib.import_module(sys.argv[1])
+for name in ("numpy", "matplotlib", "scipy", "tensorboard", "sklearn", "torchvision"):
+    assert name not in sys.modules, name
 """
 
 
-def test_import_nnce_imports_torch_and_nothing_else():
-    found = subprocess.run(
-        [sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_torch_is_all_that_is_needed(name):
+    """In a process in which nothing can be imported but torch and what torch itself requires."""
+    distributions = set()
+    required("torch", distributions)
+    assert "mpmath" in distributions and "numpy" not in distributions
+    top_levels = importlib.metadata.packages_distributions()
+    allowed = {
+        package
+        for package, owners in top_levels.items()
+        if {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & distributions
+    }
+    module = "nnce" if name == "__init__" else f"nnce.{name}"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, module, ",".join(sorted(allowed))],
+        capture_output=True,
+        text=True,
     )
-    assert found.stdout.strip() == "[]"
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wall_holds():
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, "nnce.experiments.figures", "torch"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "No module named" in done.stderr
+
+
+def test_every_file_has_its_test():
+    """test_X.py for nnce/X.py, test_X_script.py for scripts/X.py."""
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    names = {name.split(".")[-1] for name in FILES} - {"__init__"}
+    assert {f"test_{name}" for name in names} <= tests
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"startup"}
+    assert {f"test_{name}_script" for name in scripts} <= tests
+
+
+def test_a_function_of_the_face_shadows_no_file():
+    import nnce
+
+    public = {name for name in vars(nnce) if callable(getattr(nnce, name))}
+    assert not public & set(FILES)
+    assert importlib.metadata.version("nnce") == nnce.__version__

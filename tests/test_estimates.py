@@ -1,0 +1,47 @@
+import math
+import statistics
+
+import pytest
+import torch
+
+from nnce.experiments.estimates import estimate, paired_difference
+
+
+def test_estimate_by_hand():
+    # Four values with mean 5 and s² = 20/3; t of 3 degrees of freedom is 3.1824 at 97.5 %.
+    found = estimate([2.0, 4.0, 6.0, 8.0])
+    half = 3.182446305284263 * math.sqrt(20 / 3) / 2
+    assert found == pytest.approx((5.0, math.sqrt(20 / 3), 5 - half, 5 + half, 4))
+
+
+def test_estimate_of_one_has_no_interval_and_of_none_nothing():
+    mean, sd, low, high, n = estimate([3.0])
+    assert (mean, n) == (3.0, 1) and all(map(math.isnan, (sd, low, high)))
+    mean, *_, n = estimate([])
+    assert math.isnan(mean) and n == 0
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4_000, 5, generator=generator, dtype=torch.float64).tolist()
+    covered = statistics.fmean(e.low < 0 < e.high for e in map(estimate, samples))
+    assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
+
+
+def test_paired_difference_by_hand():
+    # Differences 1, 2, 3: mean 2, s = 1, t = 2 √3; two-sided p with 2 degrees of freedom.
+    difference = paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    t = 2 * math.sqrt(3)
+    p = 1 - t / math.sqrt(2 + t**2)
+    assert difference.mean == 2 and difference.n == 3
+    assert difference.p == pytest.approx(p)
+    assert difference.low == pytest.approx(2 - 4.302652729911275 / math.sqrt(3))
+
+
+def test_paired_difference_without_spread_or_of_one_pair():
+    difference = paired_difference([1.5, 2.5], [1.0, 2.0])
+    assert (difference.mean, difference.low, difference.high) == (0.5, 0.5, 0.5) and math.isnan(
+        difference.p
+    )
+    difference = paired_difference([1.5], [1.0])
+    assert difference.mean == 0.5 and math.isnan(difference.low) and math.isnan(difference.p)

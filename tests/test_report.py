@@ -1,0 +1,65 @@
+import json
+import math
+
+import pytest
+import torch
+
+from nnce.experiments import report
+from nnce.experiments.estimates import Estimate
+
+
+def test_a_table_has_numbers_to_the_right():
+    rows = [{"name": "a", "value": 1.23456}, {"name": "long", "value": 12}]
+    assert report.table(rows).splitlines() == [
+        "| name |  value |",
+        "|------|-------:|",
+        "| a    | 1.2346 |",
+        "| long |     12 |",
+    ]
+
+
+def test_a_runaway_number_does_not_push_the_table_off_the_screen():
+    assert "1.23e+30" in report.table([{"loss": 1.23456e30}])
+
+
+def test_json_has_no_numbers_that_json_has_not(tmp_path):
+    path = tmp_path / "some.json"
+    report.write_json(path, {"a": [math.nan, math.inf, (-math.inf, 1.5)], "b": {"c": None}})
+    content = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert content == {"a": [None, "inf", ["-inf", 1.5]], "b": {"c": None}}
+
+
+def test_results_say_where_they_come_from(tmp_path):
+    path = report.write_results(
+        tmp_path, config={"x": 1}, device=torch.device("cpu"), seconds=1.5, rows=[], extra=[2]
+    )
+    content = json.loads(path.read_text())
+    assert content["config"] == {"x": 1} and content["extra"] == [2]
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["device"] == "cpu" and content["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(0.95, 0.01, 0.94, 0.96, 8), "95.00 ± 1.00 (94.00 to 96.00)"),
+        (Estimate(0.95, math.nan, math.nan, math.nan, 1), "95.00"),
+        (Estimate(math.nan, math.nan, math.nan, math.nan, 0), ""),
+    ],
+)
+def test_percent(estimate, text):
+    assert report.percent(estimate) == text
+
+
+@pytest.mark.parametrize(
+    ("epochs", "text"),
+    [
+        ([1, 2, 9], "2"),
+        ([1, None, 3], "3 (2/3)"),
+        ([None, None, 3], "never (1/3)"),
+        ([None], "never"),
+        ([], "never"),
+    ],
+)
+def test_median(epochs, text):
+    assert report.median(epochs) == text

@@ -1,0 +1,78 @@
+"""What is logged, read back; what it looks like is seen in the browser's test."""
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import nnce
+from nnce.experiments.tensorboard import Monitor, scalars
+from nnce.saturation import LayerFigures
+from nnce.training import Record
+
+
+def record(epoch, accuracy, slowdown=0.1):
+    splits = ("train", "validation", "test")
+    return Record(
+        epoch=epoch,
+        step=10 * epoch,
+        seconds=1.0,
+        loss=dict.fromkeys(splits, 0.5),
+        accuracy=dict.fromkeys(splits, accuracy),
+        layers=[LayerFigures(1.0, 0.2, 0.0, slowdown)],
+    )
+
+
+def read(path):
+    return EventAccumulator(str(path), size_guidance={"histograms": 0}).Reload()
+
+
+def test_scalars_are_the_documented_tags():
+    tags = scalars(record(0, 0.9))
+    assert tags["accuracy/test"] == 0.9 and tags["dz_norm/layer1"] == 1.0
+    assert len(tags) == 2 * 3 + 4
+
+
+def test_one_network_has_curves_and_no_bands(tmp_path):
+    with Monitor(tmp_path, {"lr": 0.5}) as monitor:
+        monitor.log(record(0, 0.1, slowdown=math.nan))
+        monitor.log(record(1, 0.9))
+    events = read(tmp_path)
+    assert set(events.Tags()["scalars"]) == set(scalars(record(0, 0.9)))
+    assert [(e.step, e.value) for e in events.Scalars("accuracy/test")] == [
+        (0, pytest.approx(0.1)),
+        (1, pytest.approx(0.9)),
+    ]
+    assert [e.step for e in events.Scalars("slowdown/layer1")] == [1]  # NaN is no point
+
+
+def test_several_networks_have_their_mean_and_its_band(tmp_path):
+    with Monitor(tmp_path, {}) as monitor:
+        monitor.log(record(1, 0.8), record(1, 0.9))
+    events = read(tmp_path)
+    mean, low, high = (
+        events.Scalars(f"{band}/accuracy/test")[0].value for band in ("mean", "lower", "upper")
+    )
+    assert mean == pytest.approx(0.85) == events.Scalars("accuracy/test")[0].value
+    assert low < mean < high and mean - low == pytest.approx(high - mean, rel=1e-4)
+
+
+def test_histograms_at_some_epochs_alone(tmp_path, digits):
+    network = nnce.MLP((64, 10))
+    with Monitor(tmp_path, {}) as monitor:
+        for epoch in (0, 1, 4):
+            monitor.log_histograms(network, digits.validation, "quadratic", epoch)
+    events = read(tmp_path)
+    assert set(events.Tags()["histograms"]) == {"output/z", "output/a", "output/dz"}
+    assert [e.step for e in events.Histograms("output/dz")] == [0, 1]
+    assert events.Histograms("output/z")[0].histogram_value.num == 10 * len(digits.validation.x)
+
+
+def test_weights_that_are_all_0_are_drawn_grey(tmp_path, digits):
+    network = nnce.MLP((64, 10))
+    with torch.no_grad():
+        network[0].weight.zero_()
+    with Monitor(tmp_path, {}) as monitor:
+        monitor.log_images(network, digits.test, 0)
+    assert set(read(tmp_path).Tags()["images"]) >= {"wrong", "confusion"}
