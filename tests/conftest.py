@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from nnce import data
 
 ROOT = Path(__file__).parent.parent
 
+# In a shell's background SIGINT is ignored, and would be by the scripts that are run here, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The networks here are small: one thread is as fast, and stays so beside another busy program.
 torch.set_num_threads(1)
 

@@ -75,7 +75,10 @@ def test_signals_that_are_repeated_take_nothing_away(name, repeated, tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 60
     while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
         time.sleep(0.01)
         process.send_signal(repeated)
     err = process.stderr.read()

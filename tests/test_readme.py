@@ -1,5 +1,6 @@
-"""What the README says in code runs."""
+"""What the pages say in code runs, and what they name exists."""
 
+import importlib
 import re
 
 import pytest
@@ -7,11 +8,27 @@ import torch
 from conftest import ROOT
 from zoo import ZOO
 
+import nnce
 from nnce import composability, rules
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"### ([^\n]+)\n(?:(?!\n#).)*?```python\n(.*?)```", README, re.DOTALL)
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "nnce/README.md", "scripts/README.md", "runs/README.md")
+}
+README, INSIDE, SCRIPTS = (PAGES[n] for n in ("README.md", "nnce/README.md", "scripts/README.md"))
+EXAMPLES = [
+    (f"{name}, {title}", code)
+    for name, page in PAGES.items()
+    for title, code in re.findall(
+        r"\n#+ ([^\n]+)\n(?:(?!\n#).)*?```python\n(.*?)```", page, re.DOTALL
+    )
+]
 TEN_LINES = re.search(r"ten lines:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+COMMANDS = [
+    (name, command.split())
+    for page in PAGES.values()
+    for name, command in re.findall(r"scripts/(\w+)\.py([^\n`|]*)", page)
+]
 
 
 def execute(code):
@@ -20,29 +37,70 @@ def execute(code):
     return namespace
 
 
+def test_the_front_page_fits_on_two_screens():
+    assert len(README.encode()) <= 10_000
+
+
 def test_every_example_is_run():
-    assert len(EXAMPLES) + 1 == README.count("```python")
+    assert len(EXAMPLES) == sum(page.count("```python") for page in PAGES.values())
 
 
 def test_ten_lines():
     code = TEN_LINES.strip().splitlines()
-    found = execute(TEN_LINES)
+    names = execute(TEN_LINES)
     assert len([line for line in code if line]) == 10
-    a = found["nnce"].sigmoid(found["network"](found["x"]))
-    assert ((a > 0.5) == (found["y"] > 0.5)).all()
+    a = names["nnce"].sigmoid(names["network"](names["x"]))
+    assert ((a > 0.5) == (names["y"] > 0.5)).all()
 
 
-@pytest.mark.parametrize(("name", "code"), EXAMPLES)
+@pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
 def test_example(name, code, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "runs/digits" in code:
-        command = re.search(r"scripts/train.py (--run-dir runs/digits)", README)[1]
+        command = re.search(r"scripts/train.py (--run-dir runs/digits)", INSIDE)[1]
         script("train").main(command.split())
     execute(code)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), COMMANDS, ids=[" ".join([n, *o]) for n, o in COMMANDS]
+)
+def test_every_command_is_one_of_a_scripts(name, options, script):
+    options = ["10" if option == "N" else option for option in options]
+    if options and options[0].startswith("-"):
+        script(name).parser().parse_args(options)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#]*)#?[^)]*\)", PAGES[name]):
+        if target and not target.startswith("http"):
+            assert (ROOT / name).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", PAGES[name]):
+        page = (ROOT / name).parent.joinpath(target).resolve() if target else ROOT / name
+        titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [title.lower().replace(" ", "-") for title in titles], anchor
+
+
+def test_what_is_named_beside_the_textbooks_code_exists():
+    table = INSIDE[INSIDE.index("## If you come from") :]
+    named = set(re.findall(r"`(?:nnce\.)?((?:nnce|data|training|rules|losses)\.\w+)", table))
+    named |= {f"nnce.{name}" for name in re.findall(r"nnce\.(\w+)\(", table)}
+    assert len(named) > 10
+    for name in named:
+        module, attribute = name.split(".")
+        home = nnce if module == "nnce" else importlib.import_module(f"nnce.{module}")
+        assert hasattr(home, attribute), name
+
+
+def test_every_file_is_in_the_list_of_rooms():
+    rooms = re.findall(r"^\| \[`([\w/.]+)`\]", INSIDE, re.MULTILINE)
+    files = {path.name for path in (ROOT / "nnce").glob("*.py")} - {"__init__.py"}
+    assert set(rooms) == files | {"experiments/"}
+
+
 def test_convolutional_example_trains_as_with_pytorchs_loss():
-    code = dict(EXAMPLES)["In place of `BCEWithLogitsLoss`"]
+    code = dict(EXAMPLES)["README.md, In place of `BCEWithLogitsLoss`"]
     ours = 'nnce.SigmoidCrossEntropyLoss(reduction="mean")'
     assert ours in code
     gradients = []
@@ -61,7 +119,7 @@ def test_the_two_commands_name_what_exists():
 
 
 def test_every_rule_named_in_the_table_exists():
-    table = README[README.index("## The equations") : README.index("## In Python")]
+    table = INSIDE[INSIDE.index("## The equations") : INSIDE.index("## The rooms")]
     names = [
         name
         for row in re.findall(r"^\| \d .*\|([^|]*)\|$", table, re.MULTILINE)
@@ -72,7 +130,7 @@ def test_every_rule_named_in_the_table_exists():
 
 def test_the_matrix_is_the_one_that_is_tested():
     rows = re.findall(
-        r"^\| ([^|]+) \|((?: (?:works|no .|not tried ³) \|){4})$", README, re.MULTILINE
+        r"^\| ([^|]+) \|((?: (?:works|no .|not tried ³) \|){4})$", SCRIPTS, re.MULTILINE
     )
     assert [name for name, _ in rows] == list(composability.COLUMNS)
     # What the newest PyTorch cannot do; older ones can do some of it.
@@ -83,5 +141,5 @@ def test_the_matrix_is_the_one_that_is_tested():
 
 
 def test_the_zoo_has_so_many():
-    (count,) = re.findall(r"Over a zoo of (\d+) functions", README)
+    (count,) = re.findall(r"Over a zoo of (\d+) functions", INSIDE)
     assert int(count) == len(ZOO)
