@@ -56,7 +56,9 @@ def largest_difference(one, two):
 @pytest.mark.parametrize(
     ("momentum", "share", "l2"), [(0.0, 1.0, 0.0), (0.0, 1.0, 5.0), (0.9, 0.1, 5.0)]
 )
-def test_mixed_networks_are_each_the_one_autograd_trains(mnist, R, hidden, momentum, share, l2):
+def test_mixed_networks_are_each_the_one_autograd_trains(
+    mnist_like, R, hidden, momentum, share, l2
+):
     """200 steps in float64; momentum at a tenth of the rate, since training is chaotic at the full
     one, and so is a single layer without momentum (5e-12 was seen)."""
     share = share if hidden else 0.1
@@ -64,12 +66,12 @@ def test_mixed_networks_are_each_the_one_autograd_trains(mnist, R, hidden, momen
         Settings(hidden, loss, lr=share * lr, momentum=momentum, l2=l2, seed=seed)
         for seed, (loss, lr) in enumerate(MIXED[:R])
     ]
-    together = make(settings, mnist)
+    together = make(settings, mnist_like)
     order = data.order(2_000, torch.Generator().manual_seed(5))
-    assert together.train_epoch(*mnist.train, order) == 200
+    assert together.train_epoch(*mnist_like.train, order) == 200
     for network, alone in zip(together.networks, settings, strict=True):
-        assert largest_difference(network, train_alone(alone, mnist, [order])) <= 1e-12
-        assert largest_difference(network, training.initial_state(alone, mnist).network) > 1e-3
+        assert largest_difference(network, train_alone(alone, mnist_like, [order])) <= 1e-12
+        assert largest_difference(network, training.initial_state(alone, mnist_like).network) > 1e-3
 
 
 @pytest.mark.parametrize("hidden", [(), (12,), (12, 8)])

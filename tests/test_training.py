@@ -26,15 +26,16 @@ def small(dataset, n, dtype=torch.float64):
 @pytest.mark.parametrize(
     ("momentum", "share", "l2"), [(0.0, 1.0, 0.0), (0.0, 1.0, 5.0), (0.9, 0.1, 5.0)]
 )
-def test_engines_agree_over_200_steps_of_mnist(mnist, loss, momentum, share, l2):
+def test_engines_agree_over_200_steps(mnist_like, loss, momentum, share, l2):
     """Momentum at a tenth of the rate: at the full one training is chaotic."""
     lr = share * LOSSES[loss].textbook_lr
     settings = Settings(loss=loss, lr=lr, momentum=momentum, l2=l2, epochs=1)
     trained, *others = (
-        run(dataclasses.replace(settings, engine=engine), mnist)[0] for engine in training.ENGINES
+        run(dataclasses.replace(settings, engine=engine), mnist_like)[0]
+        for engine in training.ENGINES
     )
     assert trained.step == 200 and all(other.step == 200 for other in others)
-    start = training.initial_state(settings, mnist).network
+    start = training.initial_state(settings, mnist_like).network
     for ours, *theirs, before in zip(
         *(state.network.parameters() for state in (trained, *others)),
         start.parameters(),
@@ -45,8 +46,8 @@ def test_engines_agree_over_200_steps_of_mnist(mnist, loss, momentum, share, l2)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_float32_gradients_agree_in_norm(mnist, loss):
-    dataset = small(mnist, 1_000, torch.float32)
+def test_float32_gradients_agree_in_norm(mnist_like, loss):
+    dataset = small(mnist_like, 1_000, torch.float32)
     gradients = []
     for engine in ("functions", "autograd"):
         settings = Settings(loss=loss, engine=engine)
