@@ -16,7 +16,7 @@ from nnce.modules import MLP
 
 
 class Pass(NamedTuple):
-    """What one pass found; lists go from the first layer with weights to the last."""
+    """What one pass computes; lists go from the first layer with weights to the last."""
 
     z: list[Tensor]
     """Weighted inputs, [n, neurons] each."""

@@ -2,7 +2,7 @@
 
 A matrix: the four functions are its rows, PyTorch's transformations and settings its columns, and a
 cell is a check that computes something both ways and raises if the two differ. The tests run every
-cell, and `scripts/check_gradients.py` prints what it found.
+cell, and `scripts/check_gradients.py` prints what came of it.
 """
 
 import threading
@@ -231,14 +231,14 @@ def _autocast(device: str, dtype: torch.dtype) -> Callable[[Row], None]:
     """Under autocast the dtypes are those of PyTorch's own functions, and so are the numbers."""
 
     def cell(row: Row) -> None:
-        found = []
+        results = []
         for function in (row.function, row.reference):
             leaves = [t.to(device, torch.float32).requires_grad_() for t in row.inputs]
             with torch.autocast(device, dtype):
                 output = function(*leaves)
             gradients = torch.autograd.grad(output, leaves)
-            found.append((output, *gradients))
-        ours, theirs = found
+            results.append((output, *gradients))
+        ours, theirs = results
         _same(ours, theirs, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
 
         leaves = [t.to(device, torch.float32) for t in row.inputs]

@@ -173,30 +173,30 @@ class MLP(nn.Sequential):
                 else: their weight or bias is no parameter of their own, since they have been
                 reparametrised or pruned, or their forward has been replaced.
         """
-        found = [layer for layer in self if isinstance(layer, Linear)]
-        sizes = [(layer.in_features, layer.out_features) for layer in found]
+        linears = [layer for layer in self if isinstance(layer, Linear)]
+        sizes = [(layer.in_features, layer.out_features) for layer in linears]
         alternate = all(
             isinstance(layer, Sigmoid if index % 2 else Linear) for index, layer in enumerate(self)
         )
         if sizes != list(zip(self.sizes[:-1], self.sizes[1:], strict=True)) or not (
-            alternate and len(self) == 2 * len(found) - 1
+            alternate and len(self) == 2 * len(linears) - 1
         ):
             raise ValueError(
                 f"expected the layers of an MLP of sizes {self.sizes}, but some have been added, "
                 f"replaced or taken out"
             )
         for layer in [self, *self]:
-            base = nn.Sequential if layer is self else Linear if layer in found else Sigmoid
+            base = nn.Sequential if layer is self else Linear if layer in linears else Sigmoid
             if type(layer).forward is not base.forward or "forward" in vars(layer):
                 raise ValueError(f"expected a {base.__name__} whose forward is its own")
-        for layer in found:
+        for layer in linears:
             names = [*layer._parameters, *layer._buffers]
             if not {"weight"} <= set(names) <= {"weight", "bias"}:
                 raise ValueError(
                     f"expected layers with a weight and a bias of their own, but one has been "
                     f"reparametrised or pruned: it has {' and '.join(names)}"
                 )
-        return found
+        return linears
 
 
 class SigmoidQuadraticLoss(nn.Module):

@@ -12,7 +12,7 @@ from nnce.losses import LOSSES
 def test_deltas_are_the_gradients_by_z(loss, sizes):
     network = nnce.MLP(sizes, dtype=torch.float64)
     x, y = torch.rand(6, 4, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
-    found = backprop(network, x, y, loss=loss)
+    one_pass = backprop(network, x, y, loss=loss)
 
     z, a = [], x
     for W, b in ((layer.weight, layer.bias) for layer in network.linears()):
@@ -20,10 +20,10 @@ def test_deltas_are_the_gradients_by_z(loss, sizes):
         a = z[-1].sigmoid()
     C = 0.5 * (a - y).square() if loss == "quadratic" else -(y * a.log() + (1 - y) * (1 - a).log())
     dz = torch.autograd.grad(C.sum(), z)
-    for ours, theirs in zip((*found.z, *found.dz, found.a[-1]), (*z, *dz, a), strict=True):
+    for ours, theirs in zip((*one_pass.z, *one_pass.dz, one_pass.a[-1]), (*z, *dz, a), strict=True):
         assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
-    assert [tuple(t.shape) for t in found.a] == [(6, n) for n in sizes[1:]]
-    assert not any(t.requires_grad for t in found.gradients.values())
+    assert [tuple(t.shape) for t in one_pass.a] == [(6, n) for n in sizes[1:]]
+    assert not any(t.requires_grad for t in one_pass.gradients.values())
 
 
 def test_takes_tensors():

@@ -62,11 +62,11 @@ def test_the_floor_is_five_products_a_step(benchmark, drawn, R):
     before = [p.clone() for p in networks[0].parameters()]
     epoch, _ = benchmark.floor(work, *drawn, networks)
     epoch(torch.arange(100))
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         epoch(torch.arange(100))
     products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
-    assert sum(event.name in products for event in found.events()) == 10 * 5
-    assert not any("sigmoid" in event.name for event in found.events())
+    assert sum(event.name in products for event in profiled.events()) == 10 * 5
+    assert not any("sigmoid" in event.name for event in profiled.events())
     assert all(torch.equal(a, b) for a, b in zip(before, networks[0].parameters(), strict=True))
 
 

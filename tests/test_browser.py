@@ -22,7 +22,7 @@ const walk = (root, visit) => {
     if (element.shadowRoot) walk(element.shadowRoot, visit);
   }
 };
-const found = [];
+const hosts = [];
 walk(document, (host) => {
   if (host.localName !== arguments[0]) return;
   const box = host.getBoundingClientRect();
@@ -38,9 +38,9 @@ walk(document, (host) => {
   };
   walk(host, look);
   if (host.shadowRoot) walk(host.shadowRoot, look);
-  found.push(drawn);
+  hosts.push(drawn);
 });
-return found;
+return hosts;
 """
 OPEN_ALL = """
 const walk = (root) => {
@@ -114,7 +114,7 @@ class Board:
 
     def drawn(self, name, what):
         """The elements of a name in which there is something of a kind."""
-        return [its for its in self.driver.execute_script(DRAWN, name) if its[what]]
+        return [host for host in self.driver.execute_script(DRAWN, name) if host[what]]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_run_list_and_time_series(board):
 def test_scalars_are_overlaid(board):
     board.open("scalars", lambda: board.drawn("vz-line-chart2", "lines"))
     # In one chart a line each of the comparison's variants, its controls and the training run.
-    assert max(its["lines"] for its in board.drawn("vz-line-chart2", "lines")) >= 4 + 2 + 1
+    assert max(chart["lines"] for chart in board.drawn("vz-line-chart2", "lines")) >= 4 + 2 + 1
 
 
 def test_margin_charts(board):
@@ -220,7 +220,7 @@ def test_images(board):
     wanted = {"weights/layer1", "wrong", "confusion", "learning curves", "single neuron"}
 
     def shown():
-        return wanted <= {its["tag"] for its in board.drawn("tf-image-loader", "images")}
+        return wanted <= {image["tag"] for image in board.drawn("tf-image-loader", "images")}
 
     all_shown = board.wait(shown)
     board.driver.save_screenshot(str(board.screenshots / "images.png"))

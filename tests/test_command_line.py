@@ -84,13 +84,13 @@ def test_signals_that_are_repeated_take_nothing_away(name, repeated, tmp_path):
     err = process.stderr.read()
     process.stderr.close()
     assert process.returncode == 130 and err.startswith("Interrupted; ") and err.count("\n") == 1
-    found = results(run_dir)
-    assert found["interrupted"]
+    recorded = results(run_dir)
+    assert recorded["interrupted"]
     if name == "train":
-        assert len(found["epochs"]) >= 2
+        assert len(recorded["epochs"]) >= 2
         assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
     else:
-        (finished,) = {row["epochs"] for row in found["rows"]}
+        (finished,) = {row["epochs"] for row in recorded["rows"]}
         assert finished == max(csv_epochs(run_dir)) >= 1
         assert (run_dir / "learning-curves.png").exists() and (run_dir / "results.md").exists()
 
@@ -117,9 +117,9 @@ def disturbed(*arguments, **more):
     return whole(*arguments, **more)
 {target}.{function} = disturbed
 """
-    found = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
-    assert found.returncode == 130
-    assert found.stderr == (f"Interrupted; epochs 0 to {epochs} are kept.\n" if interrupted else "")
+    done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
+    assert done.returncode == 130
+    assert done.stderr == (f"Interrupted; epochs 0 to {epochs} are kept.\n" if interrupted else "")
     recorded = results(tmp_path / "run")
     assert recorded["interrupted"] == interrupted
     assert [record["epoch"] for record in recorded["epochs"]] == list(range(epochs + 1))
@@ -200,9 +200,9 @@ def full_after(whole, calls):
 )
 def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_path):
     run_dir = tmp_path / "run"
-    found = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=FULL + change)
-    assert found.returncode == 1
-    assert found.stderr == (
+    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=FULL + change)
+    assert done.returncode == 1
+    assert done.stderr == (
         f"train.py: error: No space left on device; what was finished is kept in {run_dir}\n"
     )
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
@@ -216,18 +216,18 @@ def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     change = change.replace(
         "import nnce.checkpoint", "import nnce.experiments.report, nnce.checkpoint"
     )
-    found = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
-    assert found.returncode == 1 and found.stderr.count("\n") == 1
-    assert "what was finished is kept in" in found.stderr
+    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "what was finished is kept in" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
     assert {path.name.partition(".")[0] for path in run_dir.iterdir()} == {"network", "events"}
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
     change = FULL + "records.RecordWriter.write = full"
-    found = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
-    assert found.returncode == 1
-    assert found.stderr == "train.py: error: No space left on device\n"
+    done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
+    assert done.returncode == 1
+    assert done.stderr == "train.py: error: No space left on device\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,9 +240,9 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
 )
 def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):
     run_dir = tmp_path / "run"
-    found = run("compare", *QUICK["compare"], "--run-dir", str(run_dir), change=FULL + change)
-    assert found.returncode == 1
-    assert found.stderr == (
+    done = run("compare", *QUICK["compare"], "--run-dir", str(run_dir), change=FULL + change)
+    assert done.returncode == 1
+    assert done.stderr == (
         f"compare.py: error: No space left on device; what was finished is kept in {run_dir}\n"
     )
     assert {row["epochs"] for row in results(run_dir)["rows"]} == {epochs}
@@ -285,8 +285,8 @@ def test_an_error_of_ours_still_has_its_traceback(tmp_path):
     """And takes nothing finished away, either."""
     run_dir = tmp_path / "run"
     change = "from nnce.experiments.tensorboard import Monitor\nMonitor.log_images = None"
-    found = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
-    assert found.returncode == 1 and "TypeError: 'NoneType'" in found.stderr
+    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
+    assert done.returncode == 1 and "TypeError: 'NoneType'" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
 
 
@@ -325,10 +325,10 @@ def test_no_memory_is_one_sentence(name, tmp_path):
     options = ["--hidden", "2000000", "--run-dir", str(tmp_path / "run")]
     if name == "compare":
         options += ["--seeds", "1", "--lrs", "1"]
-    found = run(name, *options, change=LITTLE_MEMORY)
-    assert found.returncode in (1, 2)
-    assert found.stderr.startswith(f"{name}.py: error: ") and found.stderr.count("\n") == 1
-    assert "there is not enough memory: " in found.stderr
+    done = run(name, *options, change=LITTLE_MEMORY)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(f"{name}.py: error: ") and done.stderr.count("\n") == 1
+    assert "there is not enough memory: " in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -382,10 +382,10 @@ def redirected(redirection, *options):
 )
 def test_what_nobody_can_read_is_trained_all_the_same(redirection, status, reason, tmp_path):
     run_dir = tmp_path / "run"
-    found = redirected(redirection, *QUICK["train"], "--run-dir", str(run_dir))
-    assert found.returncode == status
-    assert found.stderr == (f"train.py: error: standard output: {reason}\n" if reason else "")
-    assert "| best on validation |" in found.stdout or status
+    done = redirected(redirection, *QUICK["train"], "--run-dir", str(run_dir))
+    assert done.returncode == status
+    assert done.stderr == (f"train.py: error: standard output: {reason}\n" if reason else "")
+    assert "| best on validation |" in done.stdout or status
     recorded = results(run_dir)
     assert len(recorded["epochs"]) == 4 and not recorded["interrupted"]
     # Nothing else has come into a file that took the number of a closed stream.
@@ -399,8 +399,8 @@ def test_what_nobody_can_read_is_trained_all_the_same(redirection, status, reaso
     [("--help", ">/dev/full", 1), ("--lr=-1", "2>&-", 2)],
 )
 def test_help_and_mistakes_that_cannot_be_written(options, redirection, status):
-    found = redirected(redirection, options)
-    assert found.returncode == status and "Traceback" not in found.stderr
+    done = redirected(redirection, options)
+    assert done.returncode == status and "Traceback" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------- the options

@@ -53,13 +53,13 @@ def test_results(finished):
             assert (low is None) if engine == "autograd" else low <= mean <= high
         assert len(row["epochs to 90% validation accuracy"]) == row["networks"]
         assert row["seconds a network"] > 0
-    assert {found["at"] for found in results["differences"]} == {
+    assert {difference["at"] for difference in results["differences"]} == {
         "both 0.5",
         "both 3",
         f"best: {best['quadratic']:g} and {best['cross-entropy']:g}",
     }
     assert len(results["differences"]) == 3 * 3
-    assert all(found["difference"] < 1e-12 for found in results["engines"])
+    assert all(engine["difference"] < 1e-12 for engine in results["engines"])
     assert not results["interrupted"] and results["command"].startswith("scripts/compare.py")
     assert len(results["control"]) == 2
 
@@ -72,12 +72,12 @@ def test_the_table_is_what_the_csv_says(finished):
     assert len(epochs) == (4 * 3 + 2) * (EPOCHS + 1)
     for row in results["rows"]:
         last = [
-            float(its["accuracy/test"])
-            for its in epochs
-            if its["loss"] == row["loss"]
-            and float(its["lr"]) == row["lr"]
-            and its["engine"] == row["engine"]
-            and int(its["epoch"]) == EPOCHS
+            float(epoch["accuracy/test"])
+            for epoch in epochs
+            if epoch["loss"] == row["loss"]
+            and float(epoch["lr"]) == row["lr"]
+            and epoch["engine"] == row["engine"]
+            and int(epoch["epoch"]) == EPOCHS
         ]
         assert len(last) == row["networks"]
         expected = estimates.estimate(last)
@@ -297,13 +297,13 @@ def test_a_used_run_directory_is_refused(compare, tmp_path, refused):
 
 def test_the_default_comparison_stays_small(tmp_path):
     """Under 20 MB in all; what logging costs is in results.json."""
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "compare.py"), "--run-dir", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "best on validation" in found.stdout and found.stderr == ""
+    assert "best on validation" in done.stdout and done.stderr == ""
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 20e6
     results = json.loads((tmp_path / "run" / "results.json").read_text())

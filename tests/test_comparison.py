@@ -38,8 +38,8 @@ def run(loss, lr, seed, curve, losses=None):
 def test_plan_pairs_every_loss_and_rate_with_every_seed(digits):
     lrs = {"quadratic": [3.0, 1.0, 3.0], "cross-entropy": [0.5]}
     settings = comparison.plan(BASE, lrs, 2, digits)
-    found = [(s.loss, s.lr, s.seed) for s in settings]
-    assert found == [
+    planned = [(s.loss, s.lr, s.seed) for s in settings]
+    assert planned == [
         ("quadratic", 3.0, 0),
         ("quadratic", 3.0, 1),
         ("quadratic", 1.0, 0),
@@ -119,13 +119,13 @@ def test_records_say_what_training_does(trained):
 
 def test_engines_agree_in_float64(digits):
     settings = [Settings(loss=loss, hidden=(8,)) for loss in ("quadratic", "cross-entropy")]
-    found = comparison.engine_differences(settings, digits)
-    assert {(f.loss, f.engine) for f in found} == {
+    differences = comparison.engine_differences(settings, digits)
+    assert {(f.loss, f.engine) for f in differences} == {
         (loss, engine)
         for loss in ("quadratic", "cross-entropy")
         for engine in ("backprop", "functions")
     }
-    for f in found:
+    for f in differences:
         assert f.steps == 120 and 0 <= f.difference < 1e-12
 
 
@@ -144,10 +144,12 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
     runs = list(wild.values())
     assert comparison.best_lrs(runs) == {"quadratic": 1.0, "cross-entropy": 0.5}
     best = comparison.best_lrs(runs)
-    its = comparison.summarise(comparison.by_variant(runs)[Variant("cross-entropy", 1e38)], best)
-    assert not its.chosen
-    assert its.diverged == its.networks == 2
-    assert its.test_accuracy["last epoch"].n == 0
+    summary = comparison.summarise(
+        comparison.by_variant(runs)[Variant("cross-entropy", 1e38)], best
+    )
+    assert not summary.chosen
+    assert summary.diverged == summary.networks == 2
+    assert summary.test_accuracy["last epoch"].n == 0
 
 
 def test_a_diverging_control_is_marked(digits):
@@ -174,21 +176,21 @@ def test_the_rate_is_chosen_on_validation_after_the_last_epoch():
 
 
 def test_summary():
-    its = comparison.summarise(
+    summary = comparison.summarise(
         [
             run("quadratic", 1.0, 0, [0.1, 0.91, 0.96, 0.94]),
             run("quadratic", 1.0, 1, [0.1, 0.80, 0.92, 0.98]),
         ],
         {"quadratic": 1.0, "cross-entropy": 0.5},
     )
-    assert its.chosen
-    assert its.epochs == 3 and its.diverged == 0
-    assert its.epochs_to == {0.90: [1, 2], 0.95: [2, 3], 0.97: [None, 3]}
-    assert its.test_accuracy["first epoch"].mean == pytest.approx((0.90 + 0.79) / 2)
-    assert its.test_accuracy["last epoch"].mean == pytest.approx((0.93 + 0.97) / 2)
-    assert its.test_accuracy["best validation epoch"].mean == pytest.approx((0.95 + 0.97) / 2)
-    assert its.saturated == pytest.approx((0.0, 0.3))
-    assert its.seconds == pytest.approx(1.5)
+    assert summary.chosen
+    assert summary.epochs == 3 and summary.diverged == 0
+    assert summary.epochs_to == {0.90: [1, 2], 0.95: [2, 3], 0.97: [None, 3]}
+    assert summary.test_accuracy["first epoch"].mean == pytest.approx((0.90 + 0.79) / 2)
+    assert summary.test_accuracy["last epoch"].mean == pytest.approx((0.93 + 0.97) / 2)
+    assert summary.test_accuracy["best validation epoch"].mean == pytest.approx((0.95 + 0.97) / 2)
+    assert summary.saturated == pytest.approx((0.0, 0.3))
+    assert summary.seconds == pytest.approx(1.5)
 
 
 def test_compare_is_cross_entropy_minus_quadratic_by_seed():
@@ -201,10 +203,10 @@ def test_compare_is_cross_entropy_minus_quadratic_by_seed():
         run("cross-entropy", 1.0, 0, [0.1, 0.7, 0.8]),
         run("cross-entropy", 1.0, 2, [0.1, 0.7, 0.1], losses=[1.0, 1.0, math.inf]),
     ]
-    found = comparison.compare(runs, 1.0, 1.0).difference
-    assert found["last epoch"].mean == pytest.approx((0.2 + 0.1) / 2)
-    assert found["last epoch"].n == 2
-    assert found["first epoch"].mean == pytest.approx(0.2)
+    differences = comparison.compare(runs, 1.0, 1.0).difference
+    assert differences["last epoch"].mean == pytest.approx((0.2 + 0.1) / 2)
+    assert differences["last epoch"].n == 2
+    assert differences["first epoch"].mean == pytest.approx(0.2)
 
 
 def test_conclude_notes_what_a_reader_must_know(digits):
@@ -213,22 +215,24 @@ def test_conclude_notes_what_a_reader_must_know(digits):
         run("quadratic", 3.0, 0, [0.1, 0.7]),
         run("cross-entropy", 1.0, 0, [0.1, 0.7], losses=[1.0, math.nan]),
     ]
-    found = comparison.conclude(runs, [], digits)
-    assert found.best_lrs == {"quadratic": 3.0}
-    assert found.notes == [
+    findings = comparison.conclude(runs, [], digits)
+    assert findings.best_lrs == {"quadratic": 3.0}
+    assert findings.notes == [
         "**Interrupted after epoch 1.**",  # of 30
         "The best rate for quadratic, 3, is at the edge of its grid.",
         "No rate of cross-entropy is left: all diverged.",
         "One seed: there is no interval and no p-value; take --seeds 8, say.",
     ]
-    assert list(found.comparisons) == ["both 1"]
-    assert found.comparisons["both 1"].difference["last epoch"].n == 0
-    assert [its.loss for its in found.engines] == ["quadratic", "quadratic"]
+    assert list(findings.comparisons) == ["both 1"]
+    assert findings.comparisons["both 1"].difference["last epoch"].n == 0
+    assert [difference.loss for difference in findings.engines] == ["quadratic", "quadratic"]
 
 
 def test_control_differences():
     twin = run("quadratic", 1.0, 0, [0.1, 0.50, 0.60, 0.70])
     again = run("quadratic", 1.0, 0, [0.1, 0.51, 0.57, 0.70])
     again.settings = Settings(loss="quadratic", lr=1.0, seed=0, engine="autograd")
-    (found,) = comparison.control_differences([twin], [again])
-    assert (found.first_epoch, found.last_epoch, found.largest) == pytest.approx((0.01, 0, 0.03))
+    (difference,) = comparison.control_differences([twin], [again])
+    assert (difference.first_epoch, difference.last_epoch, difference.largest) == pytest.approx(
+        (0.01, 0, 0.03)
+    )

@@ -189,13 +189,13 @@ def test_saturated_neurons_learn_as_the_rules_say():
         with torch.no_grad():
             network[0].weight.fill_(0.0)
             network[0].bias.fill_(20.0)
-        found = nnce.backprop(
+        gradient = nnce.backprop(
             network, torch.ones(1, 1), torch.full((1, 1), y), loss=loss
         ).gradients["0.weight"]
-        assert found.item() != 0
+        assert gradient.item() != 0
         alone = Ensemble([network], [Hyperparameters(loss, 1.0)], batch_size=1)
         alone.train_epoch(torch.ones(1, 1), torch.full((1, 1), y), torch.tensor([0]))
-        torch.testing.assert_close(network[0].weight.detach(), -found, rtol=1e-6, atol=0)
+        torch.testing.assert_close(network[0].weight.detach(), -gradient, rtol=1e-6, atol=0)
 
 
 def test_networks_remain_ordinary(digits, tmp_path):
@@ -229,11 +229,11 @@ def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
     for _ in range(2):
         with profile(
             activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as found:
+        ) as profiled:
             together.train_epoch(*digits.train, order)
-    sizes = [event.cpu_memory_usage for event in found.events() if event.name == "[memory]"]
+    sizes = [event.cpu_memory_usage for event in profiled.events() if event.name == "[memory]"]
     assert max(sizes, default=0) <= 16
-    assert any(event.name == "aten::sigmoid_backward" for event in found.events())
+    assert any(event.name == "aten::sigmoid_backward" for event in profiled.events())
 
 
 @pytest.mark.parametrize("R", [1, 5])

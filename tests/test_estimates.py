@@ -9,9 +9,9 @@ from nnce.experiments.estimates import estimate, paired_difference
 
 def test_estimate_by_hand():
     # Four values with mean 5 and s² = 20/3; t of 3 degrees of freedom is 3.1824 at 97.5 %.
-    found = estimate([2.0, 4.0, 6.0, 8.0])
+    estimated = estimate([2.0, 4.0, 6.0, 8.0])
     half = 3.182446305284263 * math.sqrt(20 / 3) / 2
-    assert found == pytest.approx((5.0, math.sqrt(20 / 3), 5 - half, 5 + half, 4))
+    assert estimated == pytest.approx((5.0, math.sqrt(20 / 3), 5 - half, 5 + half, 4))
 
 
 def test_estimate_of_one_has_no_interval_and_of_none_nothing():

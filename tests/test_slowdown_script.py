@@ -65,8 +65,8 @@ def test_picture_and_curves(slowdown, tmp_path, capsys):
         events = EventAccumulator(str(run_dir / name)).Reload()
         assert set(events.Tags()["scalars"]) == {"neuron/output", "neuron/loss", "neuron/dC_dw"}
         if name.endswith("quadratic"):
-            found = [event.value for event in events.Scalars("neuron/output")]
-            assert found == pytest.approx(results["epochs"][0]["output"])
+            curve = [event.value for event in events.Scalars("neuron/output")]
+            assert curve == pytest.approx(results["epochs"][0]["output"])
             assert [e.step for e in events.Scalars("neuron/dC_dw")] == list(range(6))
     assert EventAccumulator(str(run_dir)).Reload().Tags()["images"] == ["single neuron"]
 

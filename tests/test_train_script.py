@@ -207,12 +207,12 @@ def test_help_on_a_terminal_without_greek(tmp_path):
 def test_as_a_program(tmp_path):
     """In a process of its own: the status of a mistake, and no traceback."""
     environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning"}
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--lr", "-1"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 2 and found.stdout == ""
-    assert found.stderr == "train.py: error: expected a positive learning rate, got -1.0\n"
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: error: expected a positive learning rate, got -1.0\n"

@@ -123,9 +123,9 @@ def test_records(digits):
         assert last.loss[name] == pytest.approx(C.item() / len(x), rel=1e-6)
         right = (z.argmax(1) == y.argmax(1)).double().mean().item()
         assert last.accuracy[name] == pytest.approx(right)
-    found = backprop(state.network, *digits.validation)
+    one_pass = backprop(state.network, *digits.validation)
     assert len(last.layers) == 2
-    for figures, z, dz in zip(last.layers, found.z, found.dz, strict=True):
+    for figures, z, dz in zip(last.layers, one_pass.z, one_pass.dz, strict=True):
         assert figures.dz_norm == pytest.approx(dz.square().sum(1).sqrt().mean().item(), rel=1e-5)
         a = z.double().sigmoid()
         assert figures.saturated == pytest.approx((a * (1 - a) < 0.01).double().mean().item())

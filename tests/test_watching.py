@@ -104,18 +104,20 @@ def test_watch_sees_what_backprop_sees(name, examples, logged):
         step(model, loss, *examples)
     x, y = examples
     parameters = list(model.parameters())
-    found = backprop(list(zip(parameters[::2], parameters[1::2], strict=True)), x, y, loss=kind)
+    one_pass = backprop(list(zip(parameters[::2], parameters[1::2], strict=True)), x, y, loss=kind)
     with torch.no_grad():
-        wrong = ((found.a[-1] - y).abs() > 0.5).any(-1)
+        wrong = ((one_pass.a[-1] - y).abs() > 0.5).any(-1)
         assert 0 < wrong.sum() < len(x)
-        da = rules.da_prev(found.dz[1], parameters[2])
+        da = rules.da_prev(one_pass.dz[1], parameters[2])
         slow, fast = (
-            rule(found.z[-1], y)[wrong] for rule in (rules.dz_quadratic, rules.dz_cross_entropy)
+            rule(one_pass.z[-1], y)[wrong] for rule in (rules.dz_quadratic, rules.dz_cross_entropy)
         )
-    meters = (found.dz[0].norm() / da.norm(), slow.norm() / fast.norm())
+    meters = (one_pass.dz[0].norm() / da.norm(), slow.norm() / fast.norm())
     scalars = read()
     assert set(scalars) == {f"{what}/layer{n}" for what in FIGURES for n in (1, 2)}
-    for number, (z, dz, meter) in enumerate(zip(found.z, found.dz, meters, strict=True), start=1):
+    for number, (z, dz, meter) in enumerate(
+        zip(one_pass.z, one_pass.dz, meters, strict=True), start=1
+    ):
         prime = rules.sigmoid_prime(z)
         expected = {
             "dz_norm": dz.norm(dim=-1).mean() / len(x),  # of C as the code averages it
@@ -243,8 +245,8 @@ def test_an_output_among_others_is_the_output_layer(examples, logged):
         torch.manual_seed(0)
         model = Several(kind)
         watch(model, writer, every=1).step = at
-        found = model(x)
-        half_squares(found["a"] if kind is dict else found[1], y).backward()
+        output = model(x)
+        half_squares(output["a"] if kind is dict else output[1], y).backward()
     torch.manual_seed(0)
     model = sequential()
     watch(model, writer, every=1).step = 2
@@ -264,10 +266,10 @@ def test_transforms_and_compiled_passes_go_by_unwatched(examples, logged):
 
     expected = torch.func.grad(loss)(parameters, x, y)
     with watch(model, writer, every=1):
-        found = torch.func.grad(loss)(parameters, x, y)
+        gradients = torch.func.grad(loss)(parameters, x, y)
         torch.func.vmap(model)(x)
         torch.compile(model, backend="eager")(x)
-    assert all(torch.equal(found[name], expected[name]) for name in parameters)
+    assert all(torch.equal(gradients[name], expected[name]) for name in parameters)
     assert read() == {}
 
 

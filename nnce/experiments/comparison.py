@@ -224,11 +224,11 @@ def engine_differences(
     """
     n = _ENGINE_EXAMPLES
     short = data.Dataset(*(data.Split(x[:n].double(), y[:n].double()) for x, y in dataset))
-    found = []
-    for its in settings:
+    differences = []
+    for of_loss in settings:
         trained: dict[Engine, training.State] = {}
         for engine in training.ENGINES:
-            one = dataclasses.replace(its, engine=engine, epochs=1)
+            one = dataclasses.replace(of_loss, engine=engine, epochs=1)
             trained[engine] = training.initial_state(one, short)
             with contextlib.suppress(training.Diverged):  # all of them do; the difference is NaN
                 for _ in training.train(trained[engine], one, short):
@@ -237,8 +237,8 @@ def engine_differences(
         for engine, state in trained.items():
             pairs = zip(state.network.parameters(), control.network.parameters(), strict=True)
             difference = max((a - b).abs().max().item() for a, b in pairs)
-            found.append(EngineDifference(its.loss, engine, state.step, difference))
-    return found
+            differences.append(EngineDifference(of_loss.loss, engine, state.step, difference))
+    return differences
 
 
 # --------------------------------------------------------------------------- what came of them
@@ -246,10 +246,10 @@ def engine_differences(
 
 def by_variant(runs: Sequence[Run]) -> dict[Variant, list[Run]]:
     """The runs of each variant, in their order."""
-    found: dict[Variant, list[Run]] = {}
+    variants: dict[Variant, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.variant, []).append(run)
-    return found
+        variants.setdefault(run.variant, []).append(run)
+    return variants
 
 
 def best_lrs(runs: Sequence[Run]) -> dict[Loss, float]:
@@ -258,11 +258,11 @@ def best_lrs(runs: Sequence[Run]) -> dict[Loss, float]:
     A rate at which any network diverged is out; a loss of which none is left is not in the answer.
     """
     scores: dict[Loss, dict[float, float]] = {}
-    for variant, its in by_variant(runs).items():
-        if not any(run.diverged for run in its):
-            score = statistics.fmean(run.last.accuracy["validation"] for run in its)
+    for variant, of_variant in by_variant(runs).items():
+        if not any(run.diverged for run in of_variant):
+            score = statistics.fmean(run.last.accuracy["validation"] for run in of_variant)
             scores.setdefault(variant.loss, {})[variant.lr] = score
-    return {loss: max(its, key=lambda lr: its[lr]) for loss, its in scores.items()}
+    return {loss: max(by_lr, key=by_lr.__getitem__) for loss, by_lr in scores.items()}
 
 
 MEASURES: dict[str, Callable[[Run], float]] = {
@@ -332,9 +332,9 @@ class Comparison(NamedTuple):
 
 def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -> Comparison:
     """The losses at a rate each, over the seeds at which neither diverged."""
-    its = by_variant([run for run in runs if not run.diverged])
+    variants = by_variant([run for run in runs if not run.diverged])
     quadratic, cross_entropy = (
-        {run.settings.seed: run for run in its.get(variant, [])}
+        {run.settings.seed: run for run in variants.get(variant, [])}
         for variant in (
             Variant("quadratic", quadratic_lr),
             Variant("cross-entropy", cross_entropy_lr),
@@ -372,7 +372,7 @@ class ControlDifference(NamedTuple):
 def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[ControlDifference]:
     """The difference of each control that has come to the first epoch."""
     twins = {(run.variant, run.settings.seed): run for run in runs}
-    found = []
+    all_differences = []
     for run in controls:
         twin = twins[run.variant._replace(engine="backprop"), run.settings.seed]
         differences = [
@@ -381,7 +381,7 @@ def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[Co
         ]
         if len(differences) > 1:
             loss, lr, _ = run.variant
-            found.append(
+            all_differences.append(
                 ControlDifference(
                     loss,
                     lr,
@@ -391,7 +391,7 @@ def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[Co
                     largest=max(map(abs, differences)),
                 )
             )
-    return found
+    return all_differences
 
 
 class Findings(NamedTuple):
@@ -436,9 +436,9 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     return Findings(
         best,
         [
-            summarise(its, best)
-            for its in by_variant([*runs, *controls]).values()
-            if len(its[0].records) > 1
+            summarise(of_variant, best)
+            for of_variant in by_variant([*runs, *controls]).values()
+            if len(of_variant[0].records) > 1
         ],
         comparisons,
         engine_differences(
