@@ -262,7 +262,7 @@ class _Parameter(NamedTuple):
     momentum: float | Tensor
     decay: float | Tensor
     """What the step leaves of the value, 1 − lr · weight_decay."""
-    pull: Tensor | None
+    shrink: Tensor | None
     """−lr · weight_decay where momentum and decay come together, for the velocity."""
 
 
@@ -363,17 +363,17 @@ def _moving(
 ) -> _Parameter:
     """A parameter and how it moves; decays are −lr · weight_decay of each network."""
     moves = any(momenta)
-    pull = None
+    shrink = None
     if moves and any(decays):
         factor = _factor(decays, value, n_out)
-        pull = torch.as_tensor(factor, dtype=value.dtype, device=value.device)
+        shrink = torch.as_tensor(factor, dtype=value.dtype, device=value.device)
     return _Parameter(
         value=value,
         filled=filled,
         velocity=torch.zeros_like(value) if moves else None,
         momentum=_factor(momenta, value, n_out),
         decay=_factor([1 + decay for decay in decays], value, n_out),
-        pull=pull,
+        shrink=shrink,
     )
 
 
@@ -522,8 +522,8 @@ class _Step:
             # The velocity is −lr v: with a constant rate the same as torch.optim.SGD's v.
             beta = yield from _scale(velocity, parameter.momentum)
             yield partial(add_gradient, velocity, A, B, beta=beta, alpha=alpha, out=velocity)  # (6)
-            if parameter.pull is not None:
-                yield partial(torch.addcmul, velocity, value, parameter.pull, out=velocity)
+            if parameter.shrink is not None:
+                yield partial(torch.addcmul, velocity, value, parameter.shrink, out=velocity)
             yield partial(torch.add, value, velocity, out=value)
 
 

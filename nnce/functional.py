@@ -42,6 +42,12 @@ def _with_signature(function: _F) -> _F:
     return function
 
 
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep them for backward and jvp; nothing that was made of them, which has no derivatives."""
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
 @_with_signature
 class LinearFunction(Function):
     """Equation 1 forward, equations 6 and 7 backward."""
@@ -84,11 +90,8 @@ class SigmoidFunction(Function):
         """a = σ(z)."""
         return rules.sigmoid(z)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep z: from a, σ'(z) = a (1−a) is 0 as soon as a rounds to 1."""
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    # z and not a: σ'(z) = a (1−a) is 0 as soon as a rounds to 1.
+    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
@@ -109,11 +112,7 @@ class SigmoidQuadraticFunction(Function):
         """C = ½ (σ(z) − y)²."""
         return rules.quadratic(z, y)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep z and y."""
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,11 +137,7 @@ class SigmoidCrossEntropyFunction(Function):
         """C = −[y ln σ(z) + (1−y) ln(1 − σ(z))]."""
         return rules.cross_entropy(z, y, pos_weight)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep z, y and pos_weight."""
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,13 +53,13 @@ def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> LayerFigures:
     return _figures(z, dz, slowdown(rules.dz_cross_entropy(z, y)[wrong], z[wrong]))
 
 
-def _figures(z: Tensor, dz: Tensor, slowdown: float) -> LayerFigures:
+def _figures(z: Tensor, dz: Tensor, let_through: float) -> LayerFigures:
     prime = rules.sigmoid_prime(z)
     return LayerFigures(
         dz_norm=dz.norm(dim=-1).mean().item(),
         sigmoid_prime=prime.mean().item(),
         saturated=(prime < SATURATED).double().mean().item(),
-        slowdown=slowdown,
+        slowdown=let_through,
     )
 
 

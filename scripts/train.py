@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             suited = ensemble.threads(state.network.sizes, settings.batch_size)
             command_line.set_speed(options, suited)
         with options_parser.run_directory(
-            options.run_dir, run_name(options, settings), keep=not options.dry_run
+            options.run_dir, run_name(options, settings), dry_run=options.dry_run
         ) as run_dir:
             config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
             run(state, settings, dataset, run_dir, config)

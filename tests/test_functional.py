@@ -96,7 +96,7 @@ def test_a_one_dimensional_z_is_one_example(loss):
 
 
 def test_oracles_as_pytorch_reduces_them():
-    """Fact 2 of the design: PyTorch's means are over the components too, and MSELoss has no ½."""
+    """PyTorch's means are over the components too, and MSELoss has no ½."""
     z, y = random(7, 4), targets(7, 4)
     F = torch.nn.functional
     assert_close(
@@ -154,7 +154,7 @@ def test_linear_computes_only_what_is_asked_for():
 
 
 def test_only_inputs_are_saved():
-    """Fact 4 of the design: a saved intermediate gives silently wrong second derivatives."""
+    """A saved intermediate gives silently wrong second derivatives."""
     z, y = random(3, 4), targets(3, 4)
     for output, inputs in (
         (nnce.sigmoid(z), (z,)),

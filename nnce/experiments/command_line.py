@@ -111,11 +111,13 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(sentence)
 
     @contextlib.contextmanager
-    def run_directory(self, chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
+    def run_directory(
+        self, chosen: Path | None, name: str, *, dry_run: bool = False
+    ) -> Iterator[Path]:
         """`run_directory`, where a directory that cannot be had is a user's error."""
         with contextlib.ExitStack() as stack:
             with self.user_errors():
-                path = stack.enter_context(run_directory(chosen, name, keep=keep))
+                path = stack.enter_context(run_directory(chosen, name, dry_run=dry_run))
             yield path
 
 
@@ -339,13 +341,13 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 
 
 @contextlib.contextmanager
-def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Iterator[Path]:
+def run_directory(chosen: Path | None, name: str, *, dry_run: bool = False) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
     If the block is left, by whatever error, before `keep` has said that something in there is
     finished (`report.write_results` says so, too), the directory is removed again, so that no
     half-written run stays behind; only a process that is killed outright leaves what it had written
-    by then. With keep=False, for a dry run, nothing stays.
+    by then. Of a dry run nothing stays.
 
     Raises:
         ValueError: the chosen directory holds something, or cannot be made or written.
@@ -367,11 +369,11 @@ def run_directory(chosen: Path | None, name: str, *, keep: bool = True) -> Itera
         yield path
     except Exception as error:
         sentence = _beyond_us(error)
-        if sentence is None or not keep or mark.exists():
+        if sentence is None or dry_run or mark.exists():
             raise
         raise Failed(f"{sentence}; what was finished is kept in {path}") from error
     finally:
-        if not keep or mark.exists():
+        if dry_run or mark.exists():
             for leftover in path.iterdir():
                 if leftover.is_dir():
                     shutil.rmtree(leftover)

@@ -27,7 +27,6 @@ loop, under the same tags.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -171,11 +170,6 @@ class Monitor:
         """Close the log at the block's end."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the log."""
         self._writer.close()
