@@ -4,11 +4,11 @@ Two losses, the quadratic one and the cross-entropy. The equations are in `nnce.
 beside this file says what else is where.
 """
 
+from nnce.algorithm import Hyperparameters as Hyperparameters
 from nnce.algorithm import backprop as backprop
 from nnce.checkpoint import load as load
 from nnce.checkpoint import save as save
 from nnce.ensemble import Ensemble as Ensemble
-from nnce.ensemble import Hyperparameters as Hyperparameters
 from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy

@@ -15,6 +15,16 @@ from nnce.losses import LOSSES, Loss, check_loss
 from nnce.modules import MLP
 
 
+class Hyperparameters(NamedTuple):
+    """What may differ from network to network, in the words of `torch.optim.SGD`."""
+
+    loss: Loss
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    """λ / n_train, for weights only."""
+
+
 class Pass(NamedTuple):
     """What one pass computes; lists go from the first layer with weights to the last."""
 

@@ -73,6 +73,10 @@ class Report(NamedTuple):
             and self.second.verdict in ("right", "not there")
         )
 
+    def __bool__(self) -> bool:
+        """`right`, so that `assert check_gradients(…)` means what it says."""
+        return self.right
+
     def __str__(self) -> str:
         """A line for each."""
         lines = []

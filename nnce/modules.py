@@ -198,6 +198,17 @@ class MLP(nn.Sequential):
                 )
         return linears
 
+    def weights_and_biases(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """W [n_out, n_in] and b [n_out] of each layer, from the first to the last.
+
+        Raises:
+            ValueError: as for `linears`, or a layer has no bias.
+        """
+        pairs = [(linear.weight, linear.bias) for linear in self.linears()]
+        if any(b is None for _, b in pairs):
+            raise ValueError("expected a network whose layers all have a bias")
+        return [(W, b) for W, b in pairs if b is not None]
+
 
 class SigmoidQuadraticLoss(nn.Module):
     """C = ½ ‖σ(z) − y‖², the notes' first error function: `nnce.functional.sigmoid_quadratic`.

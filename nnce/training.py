@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nnce import data
-from nnce.ensemble import Ensemble, Hyperparameters
+from nnce.algorithm import Hyperparameters
+from nnce.ensemble import Ensemble, How
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.memory import check_memory
@@ -22,8 +23,10 @@ from nnce.modules import MLP, Init, check_init, is_size
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 from nnce.saturation import LayerFigures, layer_figures
 
-Engine = Literal["backprop", "functions", "autograd"]
+Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+WHOLE: tuple[Engine, ...] = ("backprop", "loops", "products")
+"""Engines that are an `Ensemble`, without a graph."""
 Optimizer = Literal["sgd", "adam"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
@@ -47,11 +50,12 @@ class Settings:
     """Neurons of each hidden layer; none for a single layer."""
     loss: Loss = "cross-entropy"
     engine: Engine | None = None
-    """Who makes the gradients: "backprop", the revised algorithm run whole, without a graph;
-    "functions", nnce's Functions in PyTorch's graph; "autograd", PyTorch alone. None for the first
-    of them that knows the optimizer."""
+    """Who makes the gradients: "backprop", the revised algorithm run whole, without a graph, as
+    "loops" or as "products", whichever suits, or either of those by name; "functions", nnce's
+    Functions in PyTorch's graph; "autograd", PyTorch alone. None for the first of them that knows
+    the optimizer."""
     optimizer: Optimizer = "sgd"
-    """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which "backprop" does not know."""
+    """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which wants a graph."""
     epochs: int = 30
     batch_size: int = 10
     lr: float | None = None
@@ -81,9 +85,9 @@ class Settings:
             raise ValueError(
                 f"expected engine {' or '.join(map(repr, ENGINES))}, got {self.engine!r}"
             )
-        if self.engine == "backprop" and self.optimizer != "sgd":
+        if self.engine in WHOLE and self.optimizer != "sgd":
             raise ValueError(
-                f"expected optimizer 'sgd' for engine 'backprop', got {self.optimizer!r}; "
+                f"expected optimizer 'sgd' for engine {self.engine!r}, got {self.optimizer!r}; "
                 f"engine 'functions' knows it"
             )
         if self.lr is None:
@@ -128,7 +132,7 @@ class State:
 
     network: MLP
     optimizer: torch.optim.Optimizer | Ensemble
-    """Moves the network, and holds the momentum; the engine "backprop" is an ensemble of one."""
+    """Moves the network, and holds the momentum; without a graph it is an `Ensemble` of one."""
     generator: torch.Generator
     """Draws the order of the mini-batches."""
     epoch: int = 0
@@ -205,10 +209,16 @@ def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
     )
 
 
+def ensemble_engine(engine: Engine | None) -> How | None:
+    """What an `Ensemble` is asked for: loops or products by name, None for whichever suits."""
+    return engine if engine == "loops" or engine == "products" else None
+
+
 def _optimizer(network: MLP, settings: Settings, n_train: int) -> torch.optim.Optimizer | Ensemble:
-    if settings.engine == "backprop":
+    if settings.engine in WHOLE:
         values = hyperparameters(settings, n_train)
-        return Ensemble([network], [values], batch_size=settings.batch_size)
+        how = ensemble_engine(settings.engine)
+        return Ensemble([network], [values], batch_size=settings.batch_size, engine=how)
     groups: list[dict[str, Any]] = [
         {
             "params": [linear.weight for linear in network.linears()],
@@ -238,7 +248,8 @@ def train(
 
     Raises:
         Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
-            The engine "backprop" makes no losses on its way, so there it is seen at the end.
+            Engines without a graph make no losses on their way, so there it is seen at the end.
+            A parameter that is infinite or NaN counts as well, though no loss may show it.
     """
     measured = dataset if measured is None else measured
 
@@ -265,7 +276,7 @@ def train(
         seconds = time.perf_counter() - began
         _check_steps(losses, state, settings)
         at_the_end = record(seconds)
-        if not math.isfinite(at_the_end.loss["train"]):
+        if not (math.isfinite(at_the_end.loss["train"]) and is_finite(state.network)):
             raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
         yield at_the_end
 
@@ -285,7 +296,7 @@ def _engine(network: MLP, settings: Settings) -> tuple[_Forward, _Criterion]:
 
 
 def _train_epoch(state: State, settings: Settings, split: data.Split) -> Tensor:
-    """One pass over the training data; the loss of each step, of none for "backprop"."""
+    """One pass over the training data; the loss of each step, of none without a graph."""
     x, y = split
     order = data.order(len(x), state.generator, x.device)
     if isinstance(state.optimizer, Ensemble):
@@ -303,6 +314,11 @@ def _train_epoch(state: State, settings: Settings, split: data.Split) -> Tensor:
     state.step += len(losses)
     state.epoch += 1
     return torch.stack(losses)
+
+
+def is_finite(network: MLP) -> bool:
+    """Whether all parameters are finite numbers."""
+    return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
 def _check_steps(losses: Tensor, state: State, settings: Settings) -> None:

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnce import data, ensemble, functional, memory, training
-from nnce.ensemble import Ensemble, Hyperparameters
+from nnce.algorithm import Hyperparameters
+from nnce.ensemble import Ensemble
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.modules import MLP

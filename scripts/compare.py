@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = comparison.make_runs(settings, dataset)
         sizes = runs[0].network.sizes
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size, len(runs)))
+        command_line.announce_compilation(options, sizes)
     layers = "-".join(map(str, sizes))
     name = f"compare-{options.data}-{layers}-{options.init}-seeds{options.seeds}"
     with options_parser.run_directory(options.run_dir, name) as run_dir:
@@ -175,7 +176,7 @@ def train_all(
     epochs = options.epochs + 1
     with tqdm(total=epochs, unit="epoch", disable=None, leave=False) as bar:
         bar.set_description(f"{len(runs)} networks side by side")
-        for epoch in comparison.train_together(runs, dataset):
+        for epoch in comparison.train_together(runs, dataset, options.threads):
             with command_line.undisturbed():
                 log.epoch(runs, dataset)
                 log.finished = epoch
@@ -191,7 +192,7 @@ def train_all(
         bar.reset(epochs * len(chosen))
         bar.set_description("the control, by autograd")
         # Epoch by epoch through all of them, so that their curves have one point an epoch.
-        again = [comparison.control(run, dataset, order_seed=options.seed) for run in chosen]
+        again = [comparison.control(run, dataset) for run in chosen]
         controls += [run for run, _ in again]
         for _ in range(epochs):
             for _, epochs_of_one in again:

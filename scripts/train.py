@@ -34,7 +34,8 @@ def parser() -> ArgumentParser:
         "--engine",
         choices=training.ENGINES,
         help="who makes the gradients: the revised algorithm without a graph (if not given, and "
-        "the optimizer is sgd), nnce's Functions in PyTorch's graph, or PyTorch's autograd alone",
+        "the optimizer is sgd), as loops or as matrix products, whichever suits, or either of them "
+        "by name; nnce's Functions in PyTorch's graph; or PyTorch's autograd alone",
     )
     parser.add_argument(
         "--optimizer",
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             state = training.initial_state(settings, dataset)
             suited = ensemble.threads(state.network.sizes, settings.batch_size)
             command_line.set_speed(options, suited)
+            command_line.announce_compilation(options, state.network.sizes, settings.engine)
         with options_parser.run_directory(
             options.run_dir, run_name(options, settings), dry_run=options.dry_run
         ) as run_dir:

@@ -1,63 +1,29 @@
 """Networks trained side by side are the networks trained alone, nearly to the bit."""
 
-import contextlib
 import copy
-import dataclasses
 import itertools
 
 import pytest
 import torch
+from side_by_side import MIXED, largest_difference, make, train_alone
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.profiler import ProfilerActivity, profile
 
 import nnce
-from nnce import data, ensemble, memory, reference, training
-from nnce.ensemble import Ensemble, Hyperparameters
+from nnce import data, ensemble, reference, training
+from nnce.algorithm import Hyperparameters
+from nnce.ensemble import HOWS, Ensemble
 from nnce.training import Settings
 
-MIXED = [
-    ("quadratic", 3.0),
-    ("cross-entropy", 0.5),
-    ("cross-entropy", 0.1),
-    ("quadratic", 1.0),
-    ("cross-entropy", 0.5),
-]
 
-
-def make(settings, dataset, batch_size=10):
-    """An ensemble of networks with these settings, each from its own seed, and the order's draw."""
-    states = [training.initial_state(one, dataset) for one in settings]
-    n = len(dataset.train.x)
-    values = [Hyperparameters(s.loss, s.rate, s.momentum, s.l2 / n) for s in settings]
-    return Ensemble([state.network for state in states], values, batch_size=batch_size)
-
-
-def train_alone(settings, dataset, orders):
-    """The network trained by autograd, on mini-batches in a given order."""
-    state = training.initial_state(dataclasses.replace(settings, engine="autograd"), dataset)
-    twin, criterion = reference.torch_twin(state.network), reference.BUILT_IN_LOSSES[settings.loss]
-    x, y = dataset.train
-    for order in orders:
-        for batch in order.split(settings.batch_size):
-            state.optimizer.zero_grad()
-            criterion(twin(x[batch]), y[batch]).backward()
-            state.optimizer.step()
-    return state.network
-
-
-def largest_difference(one, two):
-    pairs = zip(one.parameters(), two.parameters(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
-
-
+@pytest.mark.parametrize("engine", HOWS)
 @pytest.mark.parametrize("R", [1, 5])
 @pytest.mark.parametrize("hidden", [(), (30,), (20, 15), (12, 16, 14)])
 @pytest.mark.parametrize(
     ("momentum", "share", "l2"), [(0.0, 1.0, 0.0), (0.0, 1.0, 5.0), (0.9, 0.1, 5.0)]
 )
 def test_mixed_networks_are_each_the_one_autograd_trains(
-    mnist_like, R, hidden, momentum, share, l2
+    mnist_like, engine, R, hidden, momentum, share, l2
 ):
     """200 steps in float64; momentum at a tenth of the rate, since training is chaotic at the full
     one, and so is a single layer without momentum (5e-12 was seen)."""
@@ -66,7 +32,7 @@ def test_mixed_networks_are_each_the_one_autograd_trains(
         Settings(hidden, loss, lr=share * lr, momentum=momentum, l2=l2, seed=seed)
         for seed, (loss, lr) in enumerate(MIXED[:R])
     ]
-    together = make(settings, mnist_like)
+    together = make(settings, mnist_like, engine=engine)
     order = data.order(2_000, torch.Generator().manual_seed(5))
     assert together.train_epoch(*mnist_like.train, order) == 200
     for network, alone in zip(together.networks, settings, strict=True):
@@ -74,8 +40,9 @@ def test_mixed_networks_are_each_the_one_autograd_trains(
         assert largest_difference(network, training.initial_state(alone, mnist_like).network) > 1e-3
 
 
+@pytest.mark.parametrize("engine", HOWS)
 @pytest.mark.parametrize("hidden", [(), (12,), (12, 8)])
-def test_each_network_has_its_own_momentum_and_decay(digits, hidden):
+def test_each_network_has_its_own_momentum_and_decay(digits, engine, hidden):
     """And a last mini-batch that is shorter, twice: 1,197 = 119 · 10 + 7."""
     dataset = data.Dataset(*(data.Split(x.double(), y.double()) for x, y in digits))
     settings = [
@@ -84,7 +51,7 @@ def test_each_network_has_its_own_momentum_and_decay(digits, hidden):
             zip(MIXED, (0.9, 0.0, 0.5, 0.3, 0.0), (0.0, 5.0, 1.0, 0.0, 0.0), strict=True)
         )
     ]
-    together = make(settings, dataset)
+    together = make(settings, dataset, engine=engine)
     generator = torch.Generator().manual_seed(5)
     orders = [data.order(1_197, generator) for _ in range(2)]
     for order in orders:
@@ -93,7 +60,7 @@ def test_each_network_has_its_own_momentum_and_decay(digits, hidden):
         assert largest_difference(network, train_alone(alone, dataset, orders)) <= 1e-12
 
 
-def compare_with_sgd(sizes, batch_size, R, seed):
+def compare_with_sgd(sizes, batch_size, R, seed, engine, own):
     """Train a mixture of networks both ways: soft targets, epochs of different lengths, float64.
 
     Returns how many networks were compared.
@@ -104,7 +71,15 @@ def compare_with_sgd(sizes, batch_size, R, seed):
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     x, y = draw(23, sizes[0]), draw(23, sizes[-1])
-    orders = [torch.randperm(23, generator=generator)[:n] for n in (23, 7, 23, 1)]
+    if seed % 2:
+        x = x * (draw(23, sizes[0]) < 0.3)
+        x[3] = 0.0
+    orders = [
+        torch.stack([torch.randperm(23, generator=generator)[:n] for _ in range(R)])
+        if own
+        else torch.randperm(23, generator=generator)[:n].expand(R, -1)
+        for n in (23, 7, 23, 1)
+    ]
     networks = [nnce.MLP(sizes, generator=generator, dtype=torch.float64) for _ in range(R)]
     values = []
     for r in range(R):
@@ -113,17 +88,17 @@ def compare_with_sgd(sizes, batch_size, R, seed):
         loss = MIXED[r % 5][0]
         values.append(Hyperparameters(loss, lr, 0.9 * momentum * moves, 0.1 * decay * moves))
     alone = copy.deepcopy(networks)
-    together = Ensemble(networks, values, batch_size=batch_size)
+    together = Ensemble(networks, values, batch_size=batch_size, engine=engine)
     for order in orders:
-        together.train_epoch(x, y, order)
-    for network, copied, h in zip(networks, alone, values, strict=True):
+        together.train_epoch(x, y, order if own else order[0])
+    for r, (network, copied, h) in enumerate(zip(networks, alone, values, strict=True)):
         twin, criterion = reference.torch_twin(copied), reference.BUILT_IN_LOSSES[h.loss]
         weights = [linear.weight for linear in copied.linears()]
         biases = [linear.bias for linear in copied.linears()]
         groups = [{"params": weights, "weight_decay": h.weight_decay}, {"params": biases}]
         optimizer = torch.optim.SGD(groups, lr=h.lr, momentum=h.momentum)
         for order in orders:
-            for batch in order.split(batch_size):
+            for batch in order[r].split(batch_size):
                 optimizer.zero_grad()
                 criterion(twin(x[batch]), y[batch]).backward()
                 optimizer.step()
@@ -131,12 +106,14 @@ def compare_with_sgd(sizes, batch_size, R, seed):
     return R
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("engine", HOWS)
 @pytest.mark.parametrize("R", [1, 2, 7])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (5, 7, 3), (20, 17, 16, 3), (5, 4, 6, 7, 2)])
-def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R):
-    """Odd sizes, and mini-batches larger than the data."""
-    compare_with_sgd(sizes, batch_size, R, seed=1_000 * batch_size + R)
+def test_any_mixture_is_sgd_on_autograds_gradients(sizes, batch_size, R, engine, own):
+    """Odd sizes, and mini-batches larger than the data; with zeros among the inputs and without."""
+    compare_with_sgd(sizes, batch_size, R, 1_000 * batch_size + R, engine, own)
 
 
 @pytest.mark.exhaustive
@@ -149,25 +126,9 @@ def test_2_011_random_networks_are_sgd_on_autograds_gradients():
     compared = 0
     while compared < 2_011:
         sizes = tuple(draw(1, 20) for _ in range(draw(2, 5)))
-        compared += compare_with_sgd(sizes, draw(1, 25), draw(1, 8), seed=compared)
+        engine, own = HOWS[draw(0, 1)], bool(draw(0, 1))
+        compared += compare_with_sgd(sizes, draw(1, 25), draw(1, 8), compared, engine, own)
     assert compared >= 2_011
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_groups_change_nothing(digits, size, monkeypatch):
-    dataset = data.Dataset(*(data.Split(x.double(), y.double()) for x, y in digits))
-    settings = [Settings((9,), loss, lr=lr, seed=s) for s, (loss, lr) in enumerate(MIXED)]
-    order = data.order(1_197, torch.Generator().manual_seed(5))
-    monkeypatch.setattr(
-        ensemble, "_CACHE_BYTES", size * memory.bytes_of((64, 9, 10), torch.float64)
-    )
-    together = make(settings, dataset)
-    assert max(group.size for group in together._groups) == size
-    together.train_epoch(*dataset.train, order)
-    for network, one in zip(together.networks, settings, strict=True):
-        alone = make([one], dataset)
-        alone.train_epoch(*dataset.train, order)
-        assert largest_difference(network, alone.networks[0]) <= 1e-12
 
 
 def test_one_step_in_float32_is_right_within_rounding(digits):
@@ -201,8 +162,9 @@ def test_saturated_neurons_learn_as_the_rules_say():
 def test_networks_remain_ordinary(digits, tmp_path):
     """They can be saved small, loaded, differentiated, and put into another ensemble."""
     settings = [Settings((9,), seed=seed) for seed in range(40)]
-    first = make(settings, digits)
+    first = make(settings, digits, engine="products")
     networks = first.networks
+    first.train_epoch(*digits.train, torch.arange(10))
     path = tmp_path / "network.pt"
     nnce.save(networks[3], path)
     alone = tmp_path / "alone.pt"
@@ -211,100 +173,12 @@ def test_networks_remain_ordinary(digits, tmp_path):
     assert largest_difference(nnce.load(path), networks[3]) == 0
     nnce.sigmoid_cross_entropy(networks[3](digits.train.x), digits.train.y).backward()
     assert networks[3][0].weight.grad is not None
-    again = Ensemble(networks[3:5], 2 * [Hyperparameters("quadratic", 1.0)], batch_size=10)
+    values = 2 * [Hyperparameters("quadratic", 1.0)]
+    again = Ensemble(networks[3:5], values, batch_size=10, engine="products")
     again.train_epoch(*digits.train, torch.arange(10))
     with pytest.raises(ValueError, match=r"moved, by \.to\(\) or by another ensemble"):
         first.train_epoch(*digits.train, torch.arange(10))
     assert largest_difference(nnce.load(path), networks[3]) > 0
-
-
-@pytest.mark.parametrize("R", [1, 5])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
-    settings = [Settings(loss=MIXED[r][0], lr=0.1, momentum=momentum, l2=1.0) for r in range(R)]
-    together = make(settings, digits)
-    order = data.order(1_197, torch.Generator().manual_seed(5))
-    together.train_epoch(*digits.train, order)  # the places are made
-    # A warm-up: the profiler's own start may allocate.
-    for _ in range(2):
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiled:
-            together.train_epoch(*digits.train, order)
-    sizes = [event.cpu_memory_usage for event in profiled.events() if event.name == "[memory]"]
-    assert max(sizes, default=0) <= 16
-    assert any(event.name == "aten::sigmoid_backward" for event in profiled.events())
-
-
-@pytest.mark.parametrize("R", [1, 5])
-def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch):
-    """Without CUDA: a graph that runs what it should have recorded, while it records and later."""
-    blocks = []
-
-    class Stream(contextlib.nullcontext):
-        def wait_stream(self, other):
-            pass
-
-    class Graph(contextlib.nullcontext):
-        def replay(self):
-            blocks.pop(0)._run()
-
-    for name, stand_in in (
-        ("Stream", lambda device: Stream()),
-        ("current_stream", lambda device: Stream()),
-        ("stream", lambda stream: stream),
-        ("CUDAGraph", Graph),
-        ("graph", lambda graph: graph),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    settings = [
-        Settings(loss=MIXED[r][0], lr=MIXED[r][1], momentum=0.5 * (r == 1), seed=r)
-        for r in range(R)
-    ]
-    by_graph, eager = make(settings, digits), make(settings, digits)
-    by_graph._graph = True
-    run = ensemble._Block.run
-
-    def remember(block):
-        if block._wants_graph:
-            blocks.append(block)
-        run(block)
-
-    monkeypatch.setattr(ensemble._Block, "run", remember)
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(2):
-        order = data.order(1_197, generator)
-        by_graph.train_epoch(*digits.train, order)
-        assert all(block._graph is not None for block in by_graph._blocks.values())
-        eager.train_epoch(*digits.train, order)
-    for a, b in zip(by_graph.networks, eager.networks, strict=True):
-        assert largest_difference(a, b) == 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("R", [1, 5])
-def test_cuda_graph_is_eager_and_allocates_nothing(digits, R):
-    dataset = data.Dataset(*(data.Split(x.cuda().double(), y.cuda().double()) for x, y in digits))
-    settings = [
-        Settings(loss=MIXED[r][0], lr=MIXED[r][1], momentum=0.5 * (r == 1), seed=r)
-        for r in range(R)
-    ]
-    order = data.order(1_197, torch.Generator().manual_seed(5), "cuda")
-    by_graph, eager = make(settings, dataset), make(settings, dataset)
-    eager._graph = False
-    for epoch in range(3):
-        if epoch == 1:
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        by_graph.train_epoch(*dataset.train, order)
-        if epoch == 2:
-            assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    for _ in range(3):
-        eager.train_epoch(*dataset.train, order)
-    for a, b in zip(by_graph.networks, eager.networks, strict=True):
-        assert largest_difference(a, b) <= 1e-12
-    for network, one in zip(by_graph.networks, settings, strict=True):
-        assert largest_difference(network, train_alone(one, dataset, 3 * [order])) <= 1e-12
 
 
 def test_threads_by_size():
@@ -455,16 +329,23 @@ def set_data(network):
     network[2].bias.data = torch.zeros(2)
 
 
-@pytest.mark.parametrize("change", [set_weight, assign_state, set_layer, set_data])
-def test_parameters_that_have_been_replaced_are_noticed(change):
+@pytest.mark.parametrize(
+    ("engine", "change"),
+    [
+        *((engine, change) for engine in HOWS for change in (set_weight, assign_state, set_layer)),
+        # Loops read what is in a parameter at each epoch, wherever that lies.
+        ("products", set_data),
+    ],
+)
+def test_parameters_that_have_been_replaced_are_noticed(engine, change):
     """They would silently not be trained."""
     networks = pair()
-    together = together_of(networks)
+    together = together_of(networks, engine=engine)
     x, y, order = torch.rand(4, 4), torch.rand(4, 2), torch.arange(4)
     together.train_epoch(x, y, order)
     change(networks[1])
     for use in (lambda: together.train_epoch(x, y, order), lambda: together.outputs(x)):
-        with pytest.raises(ValueError, match="some have been replaced, or moved"):
+        with pytest.raises(ValueError, match=r"some have been (replaced|moved)"):
             use()
 
 
@@ -500,18 +381,6 @@ def test_what_was_said_at_the_making_cannot_be_changed():
         together.networks[0] = pair()[0]
 
 
-def test_two_blocks_are_kept():
-    """However many lengths of an order come by."""
-    together = together_of(pair())
-    x, y = torch.rand(60, 4), torch.rand(60, 2)
-    for n in (*range(60, 0, -1), 60, 1):
-        together.train_epoch(x, y, torch.arange(n))
-    assert list(together._blocks) == [60, 1]
-    kept = together._blocks[60]
-    together.train_epoch(x, y, torch.arange(60))
-    assert together._blocks[60] is kept
-
-
 def test_under_inference_mode():
     """Networks made before can be differentiated afterwards; networks made there are refused."""
     networks = pair()
@@ -532,19 +401,66 @@ def test_a_wrong_index_at_the_end_is_seen_before_any_step(wrong):
     together = together_of(networks)
     before = copy.deepcopy(networks)
     order = torch.cat([torch.arange(100).repeat(20), torch.tensor([wrong])])
-    assert len(order) > together._block_steps() * together.batch_size
     first, last = min(0, wrong), max(99, wrong)
     with pytest.raises(IndexError, match=f"indices from 0 to 99, got {first} to {last}"):
         together.train_epoch(torch.rand(100, 700), torch.rand(100, 2), order)
     assert all(largest_difference(a, b) == 0 for a, b in zip(networks, before, strict=True))
 
 
-def test_a_mini_batch_larger_than_any_number_of_examples():
+@pytest.mark.parametrize("engine", HOWS)
+def test_a_mini_batch_larger_than_any_number_of_examples(engine):
     """All examples, once: the same as a mini-batch of just so many."""
     networks = pair()
     values = 2 * [Hyperparameters("cross-entropy", 0.5)]
     again = copy.deepcopy(networks)
     x, y, order = torch.rand(5, 4), torch.rand(5, 2), torch.arange(5)
-    assert Ensemble(networks, values, batch_size=2**63).train_epoch(x, y, order) == 1
-    Ensemble(again, values, batch_size=5).train_epoch(x, y, order)
+    assert Ensemble(networks, values, batch_size=2**63, engine=engine).train_epoch(x, y, order) == 1
+    Ensemble(again, values, batch_size=5, engine=engine).train_epoch(x, y, order)
     assert all(largest_difference(a, b) == 0 for a, b in zip(networks, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "density", "suits"),
+    [
+        ((784, 30, 10), 10, 0.19, True),
+        ((784, 30, 10), 1, 1.0, True),
+        ((784, 100, 10), 10, 0.19, True),
+        ((64, 30, 10), 10, 0.5, True),
+        ((784, 300, 10), 10, 1.0, False),
+        ((784, 300, 10), 128, 0.19, False),
+        ((784, 800, 10), 128, 0.19, False),
+        ((784, 1000, 1000, 10), 512, 0.19, False),
+    ],
+)
+def test_loops_where_they_were_measured_to_be_faster(sizes, batch_size, density, suits):
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.float64):
+        assert ensemble.suits_loops(sizes, batch_size, dtype, cpu, density) == suits
+    assert not ensemble.suits_loops(sizes, batch_size, torch.bfloat16, cpu, density)
+    assert not ensemble.suits_loops(sizes, batch_size, dtype, torch.device("cuda"), density)
+
+
+def test_the_choice_is_made_at_the_first_epoch_and_kept():
+    together = together_of(pair((40, 9, 3)))
+    assert together.engine is None
+    x, y = torch.rand(20, 40), torch.rand(20, 3)
+    together.train_epoch(x, y, torch.arange(20))
+    assert together.engine == "loops"
+    wide = together_of(pair((400, 300, 3)))
+    wide.train_epoch(torch.rand(20, 400), y, torch.arange(20))
+    chosen = wide.engine
+    wide.train_epoch(torch.zeros(20, 400), y, torch.arange(20))
+    assert wide.engine == chosen
+
+
+def test_orders_that_do_not_fit():
+    together = together_of(pair())
+    x, y = torch.rand(4, 4), torch.rand(4, 2)
+    for order in (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(1, 2, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"of shape \(n,\) or \(2, n\), on cpu, got \("):
+            together.train_epoch(x, y, order)
+    with pytest.raises(IndexError, match="indices from 0 to 3, got 0 to 4"):
+        together.train_epoch(x, y, torch.tensor([[0, 1], [3, 4]]))
+    for threads in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match="threads to be a whole number of at least 1, got"):
+            together_of(pair(), threads=threads)

@@ -4,7 +4,7 @@ import statistics
 import pytest
 import torch
 
-from nnce.experiments.estimates import estimate, paired_difference
+from nnce.experiments.estimates import estimate, holm, paired_difference
 
 
 def test_estimate_by_hand():
@@ -45,3 +45,12 @@ def test_paired_difference_without_spread_or_of_one_pair():
     )
     difference = paired_difference([1.5], [1.0])
     assert difference.mean == 0.5 and math.isnan(difference.low) and math.isnan(difference.p)
+
+
+def test_holm_by_hand():
+    """Of 0.01, 0.04, 0.03 the smallest counts three times, the next twice, the largest as it is."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    first, alone = holm([math.nan, 0.02])
+    assert math.isnan(first) and alone == 0.02
+    assert holm([]) == []

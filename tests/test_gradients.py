@@ -393,6 +393,12 @@ def test_other_inputs_are_handed_on():
     assert report.right
 
 
+def test_a_report_is_true_only_if_all_is_right():
+    assert nnce.check_gradients(nnce.sigmoid, column(1.0))
+    assert not nnce.check_gradients(ZeroInSaturation.apply, column(14.0))
+    assert not nnce.check_gradients(nnce.sigmoid, column(45.0))  # it cannot tell
+
+
 def test_the_report_is_readable():
     text = str(nnce.check_gradients(nnce.sigmoid, column(40.0)))
     assert text.splitlines()[1].startswith("first        cannot tell the numerical derivative")

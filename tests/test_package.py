@@ -12,7 +12,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "nnce"
 # Whoever stands here may import what stands above it.
 ORDER = (
-    *("rules", "losses", "functional", "modules", "memory", "algorithm", "ensemble", "checkpoint"),
+    *("rules", "losses", "functional", "modules", "memory", "algorithm", "loops", "products"),
+    *("ensemble", "checkpoint"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
     "training",
     *(

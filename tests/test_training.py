@@ -140,7 +140,7 @@ def test_digits_defaults_reach_95_percent(digits):
 @pytest.mark.parametrize("engine", training.ENGINES)
 def test_divergence_says_when_and_with_what(digits, engine):
     settings = Settings(engine=engine, lr=1e38)
-    when = "after epoch 1" if engine == "backprop" else r"in epoch 1, step \d+"
+    when = "after epoch 1" if engine in training.WHOLE else r"in epoch 1, step \d+"
     with pytest.raises(Diverged, match=rf"{when}, with loss=cross-entropy, lr=1e\+38, momentum=0"):
         run(settings, digits)
 
@@ -209,7 +209,7 @@ def test_divergence_of_the_last_step_is_seen(digits):
         ({"hidden": 30}, "positive hidden sizes, got 30"),
         ({"hidden": (30, 0)}, r"positive hidden sizes, got \(30, 0\)"),
         ({"loss": "hinge"}, "'quadratic' or 'cross-entropy', got 'hinge'"),
-        ({"engine": "magic"}, "'backprop' or 'functions' or 'autograd', got 'magic'"),
+        ({"engine": "magic"}, "'products' or 'functions' or 'autograd', got 'magic'"),
         ({"optimizer": "lion"}, "'sgd' or 'adam', got 'lion'"),
         ({"optimizer": "adam", "engine": "backprop"}, "'sgd' for engine 'backprop', got 'adam'"),
         ({"optimizer": "adam", "momentum": 0.9}, "no momentum for optimizer 'adam'"),
@@ -219,3 +219,16 @@ def test_divergence_of_the_last_step_is_seen(digits):
 def test_bad_settings(wrong, message):
     with pytest.raises(ValueError, match=message):
         Settings(**wrong)
+
+
+@pytest.mark.parametrize("engine", training.ENGINES)
+def test_a_parameter_that_is_no_number_is_seen_where_no_loss_shows_it(digits, engine):
+    """The weights of a pixel that is 0 in every digit."""
+    dataset = small(digits, 50)
+    settings = Settings(engine=engine, epochs=1, hidden=(3,))
+    state = training.initial_state(settings, dataset)
+    (unused, *_) = (dataset.train.x == 0).all(0).nonzero()[:, 0].tolist()
+    with torch.no_grad():
+        state.network[0].weight[0, unused] = math.nan
+    with pytest.raises(Diverged):
+        list(training.train(state, settings, dataset))

@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -15,8 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from nnce import data, memory, modules
-from nnce.training import Settings
+from nnce import data, ensemble, loops, memory, modules
+from nnce.training import Engine, Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -333,11 +334,24 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
     threads = suited if options.threads is None else options.threads
     if not 1 <= threads <= 1024:
         raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
+    processors = os.cpu_count() or 1
+    if threads > processors:
+        print(f"--threads {threads}: this machine has {processors} processors", file=sys.stderr)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
 
 
 # ---------------------------------------------------------------------------- the run's directory
+
+
+def announce_compilation(
+    options: argparse.Namespace, sizes: Sequence[int], engine: Engine | None = "backprop"
+) -> None:
+    """Say so where the loops will be compiled, which takes some seconds and is done once."""
+    dtype, place = DTYPES[options.dtype], device(options.device)
+    suits = ensemble.suits_loops(sizes, options.batch_size, dtype, place, density=0.2)
+    if (engine == "loops" or (engine == "backprop" and suits)) and not loops.is_cached():
+        print("compiling the loops: once, and it takes some seconds", flush=True)
 
 
 @contextlib.contextmanager

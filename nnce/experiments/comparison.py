@@ -1,9 +1,8 @@
 """Seeds × losses × rates: all networks side by side, and the statistics of what comes out.
 
-Networks are *paired*: those of one seed start from the same parameters, whatever their loss and
-rate, and all see the same mini-batches. The control is one of them trained again by PyTorch's
-autograd. So the intervals here say how much the start matters; the order of the mini-batches is one
-and the same.
+Networks are *paired*: those of one seed start from the same parameters and see the same
+mini-batches, whatever their loss and rate. The control is one of them trained again by PyTorch's
+autograd. So the intervals here say how much start and order matter together.
 """
 
 import contextlib
@@ -17,9 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from nnce import data, training
+from nnce import data, loops, training
 from nnce.ensemble import Ensemble
-from nnce.experiments.estimates import Difference, Estimate, estimate, paired_difference
+from nnce.experiments.estimates import (
+    Difference,
+    Estimate,
+    estimate,
+    holm,
+    paired_difference,
+)
 from nnce.losses import LOSSES, Loss
 from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
@@ -27,6 +32,8 @@ from nnce.training import Engine, Record, Settings
 
 # Of the training data the first so many are measured: as many as MNIST has for validation.
 _MEASURED = 10_000
+# "backprop" is one of the first two.
+_ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
 # The engines are compared over so many training examples: 200 mini-batches of 10.
 _ENGINE_EXAMPLES = 2_000
 
@@ -132,28 +139,35 @@ def make_runs(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
     return [Run(of_run, training.make_network(of_run, dataset)) for of_run in settings]
 
 
-def train_together(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
+def train_together(
+    runs: Sequence[Run], dataset: data.Dataset, threads: int | None = None
+) -> Iterator[int]:
     """Train all networks side by side, yielding each epoch once every run has its record of it.
 
     Args:
-        runs: from `make_runs`. They differ in loss, rate and seed alone; the first one's seed fixes
-            the order of the mini-batches.
+        runs: from `make_runs`. They differ in loss, rate and seed alone; each one's seed fixes its
+            start and its order of the mini-batches.
         dataset: on one device, in one dtype. The records' "train" is its first 10,000 training
             examples.
+        threads: for loops, as `Ensemble` takes them.
     """
     (x, y), common = dataset.train, runs[0].settings
     together = Ensemble(
         [run.network for run in runs],
         [training.hyperparameters(run.settings, len(x)) for run in runs],
         batch_size=common.batch_size,
+        engine=training.ensemble_engine(common.engine),
+        threads=threads,
     )
     measured = _measured(dataset)
-    generator = training.generators(common.seed)[1]
+    draw = {run.settings.seed: training.generators(run.settings.seed)[1] for run in runs}
     step, seconds = 0, 0.0
     for epoch in range(common.epochs + 1):
         if epoch:
             began = time.perf_counter()
-            step += together.train_epoch(x, y, data.order(len(x), generator, x.device))
+            orders = {seed: data.order(len(x), draw[seed], x.device) for seed in draw}
+            by_run = torch.stack([orders[run.settings.seed] for run in runs])
+            step += together.train_epoch(x, y, by_run)
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = (time.perf_counter() - began) / len(runs)
@@ -169,23 +183,23 @@ def train_together(runs: Sequence[Run], dataset: data.Dataset) -> Iterator[int]:
         )
         for run, record in zip(runs, records, strict=True):
             run.records.append(record)
+            # A weight whose input is always 0 may be NaN, and no loss would show it.
+            run.stopped = run.stopped or not training.is_finite(run.network)
         yield epoch
 
 
-def control(run: Run, dataset: data.Dataset, *, order_seed: int) -> tuple[Run, Iterator[int]]:
+def control(run: Run, dataset: data.Dataset) -> tuple[Run, Iterator[int]]:
     """The same network once more, from its start, by PyTorch's autograd alone.
 
     Args:
         run: the one to repeat.
         dataset: the same.
-        order_seed: the seed that fixed the order of the mini-batches.
 
     Returns:
         The new run, and an iterator that trains it and yields its epochs.
     """
     settings = dataclasses.replace(run.settings, engine="autograd")
     state = training.initial_state(settings, dataset)
-    state.generator = training.generators(order_seed)[1]
     again = Run(settings, state.network)
 
     def epochs() -> Iterator[int]:
@@ -227,7 +241,9 @@ def engine_differences(
     differences = []
     for of_loss in settings:
         trained: dict[Engine, training.State] = {}
-        for engine in training.ENGINES:
+        for engine in _ENGINES:
+            if engine == "loops" and not loops.is_available():
+                continue
             one = dataclasses.replace(of_loss, engine=engine, epochs=1)
             trained[engine] = training.initial_state(one, short)
             with contextlib.suppress(training.Diverged):  # all of them do; the difference is NaN
@@ -354,6 +370,21 @@ def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -
     )
 
 
+def _corrected(comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
+    """With p-values corrected for how many there are in all."""
+    ps = [d.p for compared in comparisons.values() for d in compared.difference.values()]
+    corrected = iter(holm(ps))
+    return {
+        at: compared._replace(
+            difference={
+                name: difference._replace(p_holm=next(corrected))
+                for name, difference in compared.difference.items()
+            }
+        )
+        for at, compared in comparisons.items()
+    }
+
+
 class ControlDifference(NamedTuple):
     """How far the test accuracy of a control is from that of the network it repeats, in [−1, 1].
 
@@ -432,6 +463,7 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     if len(best) == len(LOSSES):
         slow, fast = best["quadratic"], best["cross-entropy"]
         comparisons[f"best: {slow:g} and {fast:g}"] = compare(runs, slow, fast)
+    comparisons = _corrected(comparisons)
     common = runs[0].settings
     return Findings(
         best,

@@ -55,6 +55,8 @@ class Difference(NamedTuple):
     p: float
     """Of the paired t-test, two-sided; NaN where the differences have no spread."""
     n: int
+    p_holm: float = math.nan
+    """p corrected for the number of differences it is one of, by `holm`; NaN if it is alone."""
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -62,3 +64,19 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     mean, sd, low, high, n = estimate([x - y for x, y in zip(a, b, strict=True)])
     p = float(stats.ttest_rel(a, b).pvalue) if sd > 0 else math.nan
     return Difference(mean, low, high, p, n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's method, in their order; NaN stays NaN.
+
+    The smallest of m is multiplied by m, the next by m − 1, and so on, each at least as large as
+    the one before, and 1 at most: then the chance that any true null hypothesis is rejected is what
+    one p-value says. Source: S. Holm, Scandinavian Journal of Statistics 6 (1979) 65–70.
+    """
+    ranks = sorted((r for r, p in enumerate(ps) if not math.isnan(p)), key=lambda r: ps[r])
+    corrected = [math.nan] * len(ps)
+    least = 0.0
+    for rank, r in enumerate(ranks):
+        least = max(least, min(1.0, (len(ranks) - rank) * ps[r]))
+        corrected[r] = least
+    return corrected

@@ -204,8 +204,8 @@ READING = """\
 At equal rates part of the difference is the length of the step: cross-entropy's dC/dz is the
 quadratic's without the factor σ'(z), which is ¼ at most. The fair comparison is at each loss's best
 rate, the one of the highest mean validation accuracy after the last epoch. The intervals are for
-the choice of the start; the order of the mini-batches is the same for all. The p-values (paired
-t-test) are not corrected for their number."""
+start and order of the mini-batches together, which each seed draws. p is the paired t-test's; the
+last p is corrected for the number of differences in this table, by Holm's method."""
 
 
 def summary_row(summary: Summary) -> Row:
@@ -315,7 +315,7 @@ def difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
     rows: list[Row] = []
     for name in MEASURES:
         for at, compared in comparisons.items():
-            mean, low, high, p, n = compared.difference[name]
+            mean, low, high, p, n, p_holm = compared.difference[name]
             if n:
                 interval = f"{100 * low:+.2f} to {100 * high:+.2f}" if n > 1 else ""
                 rows.append(
@@ -325,6 +325,7 @@ def difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
                         "difference": f"{100 * mean:+.2f}",
                         "95 % interval": interval,
                         "p": f"{p:.2g}" if math.isfinite(p) else "",
+                        "p, Holm": f"{p_holm:.2g}" if math.isfinite(p_holm) else "",
                         "n": n,
                     }
                 )
@@ -335,7 +336,7 @@ def page(findings: Findings, dtype: str) -> str:
     """The tables and what to know of them, in Markdown."""
     parts = [
         table([accuracy_row(summary) for summary in findings.summaries]),
-        "Mean ± standard deviation (95 % confidence interval of the mean) over n starts. How fast, "
+        "Mean ± standard deviation (95 % confidence interval of the mean) over n seeds. How fast, "
         "with the median epoch at which a validation accuracy is first reached, and the share of "
         "saturated output neurons at the start and at the end:",
         table([learning_row(summary) for summary in findings.summaries]),
@@ -343,7 +344,7 @@ def page(findings: Findings, dtype: str) -> str:
     ]
     if differences := difference_rows(findings.comparisons):
         parts += [
-            "Cross-entropy minus quadratic, in points of test accuracy, paired by the start; "
+            "Cross-entropy minus quadratic, in points of test accuracy, paired by the seed; "
             "quadratic's rate first:",
             table(differences),
             READING,

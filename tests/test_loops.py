@@ -1,0 +1,273 @@
+"""What is the loops' own; that they train as autograd does is in test_ensemble.py."""
+
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from side_by_side import largest_difference
+
+import nnce
+from nnce import loops, precision
+from nnce.algorithm import Hyperparameters
+from nnce.ensemble import Ensemble
+from nnce.gradients import ulp, ulp_distance
+
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def last_layer(z, y, has_sigmoid_prime):
+    """a, σ(−z) and dz of the last layer for each z, by the compiled loop."""
+    with loops._interrupts_wait():
+        loops._compile()
+    n, kind = len(z), DTYPES[z.dtype]
+    width = -(-n // 32) * 32
+    places = [np.zeros(width, dtype=kind) for _ in range(6)]
+    places[0][:n] = z.numpy()
+    sizes = [np.array([size], dtype=np.int64) for size in (n, width)]
+    empty = np.zeros(0, dtype=kind)
+    targets = np.full(n, y, dtype=kind)
+    *in_front, db = places
+    loops.example(*in_front, empty, *sizes, targets, has_sigmoid_prime, db, empty)
+    return [torch.from_numpy(place[:n]) for place in (places[1], places[2], places[3])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "promised"), [("cross-entropy", 3.0), ("quadratic", 8.0)])
+def test_the_last_delta_is_exact_at_every_z(dtype, name, promised):
+    (quantity,) = [q for q in precision.quantities() if q.name == f"{name}, dC/dz"]
+    z = precision.grid(dtype)
+    tiny = torch.finfo(dtype).smallest_normal
+    least = math.exp(np.float32(loops._LEAST)) if dtype == torch.float32 else tiny
+    for y in (0, 1):
+        _, _, dz = last_layer(z, y, name == "quadratic")
+        high, low = precision._exact(quantity, z, y)
+        ulps = ((dz.double() - high) - low).abs() / ulp(high, dtype)
+        normal = high.abs() >= tiny
+        assert ulps[normal].max() <= promised
+        # Below them: right in sign, and no larger than e^x is where it is kept from underflow.
+        below = dz.double()[~normal] * high[~normal].sign()
+        assert (below >= 0).all() and (below <= least * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_exponential_is_right_to_two_units(dtype):
+    """From z = 20 on σ(−z) is e^(−z), up to a unit in the last place of float32."""
+    least = 87.3 if dtype == torch.float32 else 700.0
+    z = torch.linspace(37 if dtype == torch.float64 else 20, least, 20_000, dtype=torch.float64)
+    z = z.to(dtype)
+    _, not_a, _ = last_layer(z, 0, False)
+    assert ulp_distance(not_a, torch.exp(-z.double())).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits(dtype):
+    z = torch.tensor([-math.inf, math.inf, math.nan, 0.0], dtype=dtype)
+    a, not_a, dz = last_layer(z, 0, False)
+    assert a[1] == 1 and a[3] == 0.5 == not_a[3] and a[0] < 1e-37
+    assert a[2].isnan() and not_a[2].isnan() and dz[2].isnan()
+
+
+def networks(R=3, sizes=(12, 9, 3), dtype=torch.float32):
+    return [
+        nnce.MLP(sizes, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        for seed in range(R)
+    ]
+
+
+def mixed(R=3):
+    losses = ("cross-entropy", "quadratic", "cross-entropy")
+    return [Hyperparameters(losses[r % 3], 0.5 + r, 0.3 * (r % 2), 0.01 * r) for r in range(R)]
+
+
+def drawn(n=230, n_in=12, n_out=3, share=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, n_in, generator=generator) * (
+        torch.rand(n, n_in, generator=generator) < share
+    )
+    return x, torch.rand(n, n_out, generator=generator).round()
+
+
+def orders(R, n=230):
+    generator = torch.Generator().manual_seed(7)
+    return torch.stack([torch.randperm(n, generator=generator) for _ in range(R)])
+
+
+def same_bits(one, two):
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_bits_are_a_networks_own(share, monkeypatch):
+    """Whatever it is trained beside, however many threads there are, and whatever the block."""
+    x, y = drawn(share=share)
+    alone = networks()
+    for r, (network, h) in enumerate(zip(alone, mixed(), strict=True)):
+        together = Ensemble([network], [h], batch_size=10, engine="loops")
+        for _ in range(2):
+            together.train_epoch(x, y, orders(3)[r])
+    assert not same_bits(alone[0], networks()[0])
+    for threads, block in ((1, 20), (2, 20), (5, 3), (2, 1)):
+        monkeypatch.setattr(loops, "_BLOCK_STEPS", block)
+        side_by_side = networks()
+        together = Ensemble(side_by_side, mixed(), batch_size=10, engine="loops", threads=threads)
+        for _ in range(2):
+            together.train_epoch(x, y, orders(3))
+        assert all(same_bits(a, b) for a, b in zip(alone, side_by_side, strict=True))
+
+
+def test_dense_inputs_are_walked_as_sparse_ones_are():
+    x, y = drawn(share=1.0)
+    by_dense, by_sparse = networks(), networks()
+    for some, dense in ((by_dense, True), (by_sparse, False)):
+        trainer = loops.Loops(some, mixed(), 10, dense=dense)
+        trainer.train(x, y, list(orders(3)), 1)
+    assert max(map(largest_difference, by_dense, by_sparse)) <= 1e-5
+
+
+def test_the_examples_are_made_once_and_again_if_x_changes(monkeypatch):
+    made = []
+    whole = loops.make_examples
+    monkeypatch.setattr(loops, "_kept", loops._Kept())
+    monkeypatch.setattr(loops, "make_examples", lambda *a, **k: (made.append(1), whole(*a, **k))[1])
+    x, y = drawn()
+    trainers = [Ensemble(networks(), mixed(), batch_size=10, engine="loops") for _ in range(2)]
+    for _ in range(2):
+        for trainer in trainers:
+            trainer.train_epoch(x, y, orders(3))
+    assert len(made) == 1
+    x[0, 0] += 1
+    trainers[0].train_epoch(x, y, orders(3))
+    assert len(made) == 2
+    changed, fresh = networks(1), networks(1)
+    for network, inputs in zip((changed[0], fresh[0]), (x, x.clone()), strict=True):
+        Ensemble([network], mixed(1), batch_size=10, engine="loops").train_epoch(
+            inputs, y, orders(1)[0]
+        )
+    assert same_bits(changed[0], fresh[0])
+
+
+def test_a_weight_whose_input_is_0_is_not_touched():
+    """Nor read: it may be NaN. An input that is NaN is one like any other."""
+    x, y = drawn(n=20)
+    x[:, 4] = 0.0
+    (network,) = networks(1)
+    with torch.no_grad():
+        network[0].weight[:, 4] = math.nan
+    h = [Hyperparameters("cross-entropy", 0.5)]
+    Ensemble([network], h, batch_size=10, engine="loops").train_epoch(x, y, torch.arange(20))
+    assert network[0].weight[:, 4].isnan().all()
+    assert network[2].weight.isfinite().all()
+    x[3, 5] = math.nan
+    Ensemble([network], h, batch_size=10, engine="loops").train_epoch(x, y, torch.arange(20))
+    assert network[2].weight.isnan().all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="timers of POSIX")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
+    x, y = drawn(n=200_000, n_in=100)
+    some = networks(2, (100, 30, 3))
+    before = copy.deepcopy(some)
+    order = orders(2, 200_000)
+    h = 2 * [Hyperparameters("cross-entropy", 0.5)]
+    together = Ensemble(some, h, batch_size=10, engine="loops", threads=threads)
+    together.train_epoch(x, y, order[:, :10])  # compiled, and the examples made
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        began = time.monotonic()
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(1_000):
+                together.train_epoch(x, y, order)
+        assert time.monotonic() - began < 0.05 + 0.5
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, handler)
+    # A whole number of blocks of 20 steps: those very parameters are met again on the way.
+    again = Ensemble(before, h, batch_size=10, engine="loops", threads=1)
+    again.train_epoch(x, y, order[:, :10])
+    met = [False, False]
+    for begin in range(0, 200_000, 200):
+        for r in (0, 1):
+            met[r] = met[r] or same_bits(before[r], some[r])
+        if all(met):
+            break
+        again.train_epoch(x, y, order[:, begin : begin + 200])
+    assert all(met)
+
+
+CACHED = """
+import sys, torch, nnce
+from nnce import loops
+from nnce.ensemble import Ensemble, Hyperparameters
+network = nnce.MLP((4, 3, 2))
+values = [Hyperparameters("cross-entropy", 0.5)]
+together = Ensemble([network], values, batch_size=2, engine="loops")
+print(loops.is_cached())
+together.train_epoch(torch.rand(4, 4), torch.rand(4, 2), torch.arange(4))
+print(sum(loops.train.stats.cache_hits.values()))
+"""
+
+
+def in_a_process(**environment):
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_what_is_compiled_is_found_again_by_a_second_process(tmp_path):
+    assert in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ["False", "0"]
+    assert in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ["True", "1"]
+
+
+def test_where_nothing_can_be_written_they_are_compiled_all_the_same(monkeypatch):
+    numba = pytest.importorskip("numba")
+    whole = numba.njit
+
+    def njit(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return whole(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    for name in ("train", "sigmoids", "first_layer", "example", "update_first_layer", "decay"):
+        monkeypatch.setattr(loops, name, None)
+    x, y = drawn()
+    by_uncached, by_cached = networks(1), networks(1)
+    Ensemble(by_uncached, mixed(1), batch_size=10, engine="loops").train_epoch(x, y, orders(1))
+    assert not loops.is_cached()
+    monkeypatch.undo()
+    Ensemble(by_cached, mixed(1), batch_size=10, engine="loops").train_epoch(x, y, orders(1))
+    assert same_bits(by_uncached[0], by_cached[0])
+
+
+def test_where_loops_cannot_be_had(monkeypatch):
+    h = [Hyperparameters("cross-entropy", 0.5)]
+    with pytest.raises(TypeError, match=r"float32 or float64 for engine 'loops', got torch.bfloat"):
+        Ensemble(networks(1, dtype=torch.bfloat16), h, batch_size=2, engine="loops")
+    with pytest.raises(ValueError, match="expected engine 'loops' or 'products', got 'loop'"):
+        Ensemble(networks(1), h, batch_size=2, engine="loop")
+    with pytest.raises(ValueError, match=r"on the CPU for engine 'loops', got meta"):
+        Ensemble([networks(1)[0].to("meta")], h, batch_size=2, engine="loops")
+    monkeypatch.setattr(loops, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"not installed: pip install 'nnce\[fast\]'"):
+        Ensemble(networks(1), h, batch_size=2, engine="loops")
+    together = Ensemble(networks(1), h, batch_size=2)
+    x, y = drawn()
+    together.train_epoch(x, y, orders(1)[0])
+    assert together.engine == "products"
