@@ -85,6 +85,8 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
         kind = type(network).__name__
         raise TypeError(f"expected an nnce.MLP or a sequence of pairs (W, b), got {kind}")
     layers = list(network)
+    if not all(isinstance(layer, tuple | list) and len(layer) == 2 for layer in layers):
+        raise TypeError("expected the layers as pairs (W, b), b a tensor or None")
     if not layers:
         raise ValueError("expected a network of at least one layer, got none")
     for number, (W, b) in enumerate(layers, start=1):

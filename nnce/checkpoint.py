@@ -21,8 +21,8 @@ _FORMAT = "nnce.MLP 1"
 def save(network: MLP, path: str | os.PathLike[str]) -> None:
     """Save a network, so that `load` gives it back: sizes and parameters, each in its dtype.
 
-    The file appears whole or not at all: it is written beside its place and moved there, so a plug
-    pulled half-way leaves the one before it.
+    The file appears whole or not at all: it is written beside its place and moved there, so a
+    process that is killed half-way leaves the one before it.
 
     Raises:
         TypeError: the network is no MLP.
@@ -68,6 +68,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
             with zipfile.ZipFile(file) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > length:
                     raise ValueError("its parts would be larger than it is")
+                if archive.testzip() is not None:  # torch.load looks at no checksum
+                    raise ValueError("a checksum in it is wrong")
             file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of many types: what a foreign file gives is left to chance

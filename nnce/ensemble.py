@@ -74,6 +74,8 @@ class Ensemble:
         graph: bool = True,
     ) -> None:
         """Check everything."""
+        if isinstance(networks, MLP):
+            raise TypeError("expected a sequence of networks, got one nnce.MLP: put it in a list")
         self._networks = tuple(networks)
         self._hyperparameters = tuple(hyperparameters)
         self._batch_size = batch_size
@@ -181,8 +183,15 @@ class Ensemble:
 
         Returns:
             [n, n_out] for each network, in their order.
+
+        Raises:
+            ValueError: x has another shape or device, or as for `train_epoch`.
+            TypeError: x is no tensor, or of another dtype.
         """
         self._check_networks()
+        check_alike({"the parameters": self._parameters[0][0], "x": x})
+        if x.dim() != 2 or x.shape[1] != self.sizes[0]:
+            raise ValueError(f"expected x of shape (n, {self.sizes[0]}), got {tuple(x.shape)}")
         size = group_size(self.sizes, len(self.networks), self.dtype, self.device)
         z: list[Tensor] = []
         for begin in range(0, len(self.networks), size):

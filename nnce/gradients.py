@@ -152,7 +152,8 @@ def check_gradients(
     places = [i for i, t in enumerate(wide) if _is_real(t)]
     if not places:
         kinds = ", ".join(str(t.dtype) if isinstance(t, Tensor) else repr(t) for t in inputs)
-        raise TypeError(f"expected a floating-point tensor to differentiate by, got {kinds}")
+        got = kinds or "no inputs"
+        raise TypeError(f"expected a floating-point tensor to differentiate by, got {got}")
     if not any(wide[i].numel() for i in places):
         raise ValueError("expected something to differentiate by, got empty tensors")
     ours = _Function(function, wide, places, "the function")

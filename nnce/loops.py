@@ -392,18 +392,26 @@ def _subnormals_are_0() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: inside a compiler's callback it would be lost."""
+    """Ctrl-C and SIGTERM wait for the end of the block.
+
+    Raised inside a compiler's callback they would be lost, and while parameters are written these
+    would be of two different steps.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [
+        signal.signal(number, lambda number, frame: came.append(number)) for number in numbers
+    ]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -614,8 +622,9 @@ class Loops:
             else:
                 self._share_out(examples, jobs, threads, stop)
         finally:
-            for network in self._networks:
-                network.give()
+            with _interrupts_wait():
+                for network in self._networks:
+                    network.give()
 
     def _share_out(
         self, examples: Examples, jobs: list[tuple[_Network, Any]], threads: int, stop: Any

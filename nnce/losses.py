@@ -1,4 +1,4 @@
-"""What sets the two losses apart, once: everything else treats them alike."""
+"""What sets the two losses apart, once: value, last delta, the textbook's rate."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple

@@ -49,6 +49,7 @@ class Linear(nn.Module):
     Raises:
         ValueError: a size is not positive, the initialisation unknown, or the dtype not one of
             floating-point numbers.
+        TypeError: the dtype is none.
 
     Source: M. Nielsen, Neural Networks and Deep Learning, chapters 1 and 3, `network2.py`.
     """
@@ -72,6 +73,8 @@ class Linear(nn.Module):
                 f"out_features={out_features}"
             )
         check_init(init)
+        if not isinstance(dtype, torch.dtype | None):
+            raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
         if not (dtype is None or dtype.is_floating_point):
             raise ValueError(f"expected a floating-point dtype, got {dtype}")
         self.in_features = in_features

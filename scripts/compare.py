@@ -134,7 +134,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[training.Settings], data.
     """The settings of every network and the data; ValueError where the options make no sense."""
     base = command_line.settings(options)
     lrs = learning_rates(options.lrs)
-    if not 0 <= options.control_seeds <= max(0, options.seeds):
+    if options.seeds >= 1 and not 0 <= options.control_seeds <= options.seeds:
         raise ValueError(
             f"expected 0 to {options.seeds} --control-seeds, as many as there are seeds, got "
             f"{options.control_seeds}"

@@ -73,3 +73,6 @@ def test_tensors_of_another_kind():
         backprop([(W[0], None)], x, y)
     with pytest.raises(TypeError, match=r"of a floating-point dtype, got torch.int64$"):
         backprop([(W.long(), None)], x.long(), y.long())
+    for layers in ([W, W], [(W, None, None)], [3]):
+        with pytest.raises(TypeError, match=r"expected the layers as pairs \(W, b\)"):
+            backprop(layers, x, y)

@@ -277,3 +277,16 @@ def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch, where):
     monkeypatch.setattr(*where, no_memory)
     with pytest.raises(RuntimeError, match="can't allocate"):
         nnce.load(tmp_path / "network.pt")
+
+
+def test_a_changed_number_is_no_other_network(tmp_path):
+    """Any byte of the parameters: the file's own checksums say so, and nobody else would."""
+    path = tmp_path / "network.pt"
+    network = nnce.MLP((4, 3, 2))
+    nnce.save(network, path)
+    whole = path.read_bytes()
+    start = whole.index(network[0].weight.detach().numpy().tobytes())
+    for place in range(start, start + 48):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            nnce.load(path)

@@ -464,3 +464,22 @@ def test_orders_that_do_not_fit():
     for threads in (0, 1.5, "2"):
         with pytest.raises(ValueError, match="threads to be a whole number of at least 1, got"):
             together_of(pair(), threads=threads)
+
+
+def test_what_is_no_list_of_networks_and_no_input():
+    with pytest.raises(TypeError, match=r"a sequence of networks, got one nnce\.MLP"):
+        Ensemble(pair()[0], [], batch_size=2)
+    together = together_of(pair())
+    with pytest.raises(ValueError, match=r"x of shape \(n, 4\), got \(3, 5\)"):
+        together.outputs(torch.rand(3, 5))
+    with pytest.raises(TypeError, match="x to be a tensor, got list"):
+        together.outputs([[1.0] * 4])
+
+
+@pytest.mark.parametrize("engine", HOWS)
+def test_frozen_networks_can_be_evaluated(engine):
+    networks = pair()
+    together = together_of(networks, engine=engine)
+    networks[0].requires_grad_(False)
+    x = torch.rand(3, 4)
+    torch.testing.assert_close(together.outputs(x)[0], networks[0](x))

@@ -54,3 +54,9 @@ def test_holm_by_hand():
     first, alone = holm([math.nan, 0.02])
     assert math.isnan(first) and alone == 0.02
     assert holm([]) == []
+
+
+def test_a_spread_of_rounding_alone_is_none():
+    """The differences of 0.3 and 0.1 and of 1.2 and 1.0 are not quite the same."""
+    difference = paired_difference([0.3, 1.2], [0.1, 1.0])
+    assert math.isnan(difference.p) and difference.mean == pytest.approx(0.2)

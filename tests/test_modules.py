@@ -119,3 +119,8 @@ def test_losses_are_the_functions():
             nnce.SigmoidQuadraticLoss(reduction)(z, y),
             nnce.sigmoid_quadratic(z, y, reduction=reduction),
         )
+
+
+def test_a_dtype_that_is_none():
+    with pytest.raises(TypeError, match=r"expected dtype to be a torch.dtype, got 'float32'"):
+        nnce.MLP((4, 2), dtype="float32")

@@ -76,3 +76,10 @@ def test_weights_that_are_all_0_are_drawn_grey(tmp_path, digits):
     with Monitor(tmp_path, {}) as monitor:
         monitor.log_images(network, digits.test, 0)
     assert set(read(tmp_path).Tags()["images"]) >= {"wrong", "confusion"}
+
+
+def test_of_a_wide_layer_some_neurons_are_drawn(tmp_path, digits):
+    with Monitor(tmp_path, {}) as monitor:
+        monitor.log_images(nnce.MLP((64, 500, 10)), digits.test, 0)
+    (event,) = read(tmp_path).Images("weights/layer1")
+    assert event.height * event.width <= 100 * 60 * 60

@@ -61,8 +61,11 @@ class Difference(NamedTuple):
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     """a − b, pair by pair, by the paired t-test (`scipy.stats.ttest_rel`)."""
-    mean, sd, low, high, n = estimate([x - y for x, y in zip(a, b, strict=True)])
-    p = float(stats.ttest_rel(a, b).pvalue) if sd > 0 else math.nan
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    mean, sd, low, high, n = estimate(differences)
+    # A spread of rounding alone is none.
+    spread = sd > 1e-12 * max(map(abs, differences), default=0.0)
+    p = float(stats.ttest_rel(a, b).pvalue) if spread else math.nan
     return Difference(mean, low, high, p, n)
 
 

@@ -47,6 +47,8 @@ _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _HISTOGRAM_EXAMPLES = 1_000
 # TensorBoard draws 30 by default.
 _BINS = 60
+# Of a wide first layer the first so many neurons are drawn.
+_IMAGES = 100
 _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
 _HYPERPARAMETERS = (
@@ -127,7 +129,7 @@ class Monitor:
         """
         side = math.isqrt(network.sizes[0])
         if side**2 == network.sizes[0]:
-            weights = network.linears()[0].weight.detach().view(-1, 1, side, side)
+            weights = network.linears()[0].weight.detach()[:_IMAGES].view(-1, 1, side, side)
             largest = weights.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
             grey = 0.5 + 0.5 * weights / largest  # 0 is grey, whatever the neuron's scale
             scale = max(1, 56 // side)
