@@ -410,8 +410,8 @@ def _interrupts_wait() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    for number in came:
-        signal.raise_signal(number)
+    for waiting in came:
+        signal.raise_signal(waiting)
 
 
 # ------------------------------------------------------------------------------------ the data
