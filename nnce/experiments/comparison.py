@@ -8,6 +8,7 @@ autograd. So the intervals here say how much start and order matter together.
 import contextlib
 import dataclasses
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,20 +173,32 @@ def train_together(
                 torch.cuda.synchronize(x.device)
             seconds = (time.perf_counter() - began) / len(runs)
         # Appended together, so that whoever interrupts finds them all equally long.
-        records = training.records(
-            together.outputs,
-            together.networks,
-            [run.settings.loss for run in runs],
-            measured,
-            epoch=epoch,
-            step=step,
-            seconds=seconds,
-        )
+        with _torch_threads(threads or os.cpu_count() or 1):
+            records = training.records(
+                together.outputs,
+                together.networks,
+                [run.settings.loss for run in runs],
+                measured,
+                epoch=epoch,
+                step=step,
+                seconds=seconds,
+            )
         for run, record in zip(runs, records, strict=True):
             run.records.append(record)
             # A weight whose input is always 0 may be NaN, and no loss would show it.
             run.stopped = run.stopped or not training.is_finite(run.network)
         yield epoch
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """So many threads for PyTorch's products; training small networks wants fewer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def control(run: Run, dataset: data.Dataset) -> tuple[Run, Iterator[int]]:
