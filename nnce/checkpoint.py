@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnce import memory
-from nnce.modules import MLP
+from nnce.modules import MLP, is_size
 
 _FORMAT = "nnce.MLP 1"
 
@@ -38,7 +38,7 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
     # Clones: a network of an ensemble is a view, and torch.save would write the whole ensemble.
     content = {
         "format": _FORMAT,
-        "sizes": network.sizes,
+        "sizes": tuple(int(size) for size in network.sizes),
         "state_dict": {name: tensor.detach().cpu().clone() for name, tensor in state.items()},
     }
     # In memory first: where the disk is full, torch.save raises a RuntimeError of its own.
@@ -80,12 +80,18 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
         raise ValueError(f"{path} is no network that nnce saved")
     try:
         sizes, state = content["sizes"], content["state_dict"]
+        # Before anything is made of them, be it a sentence: they may be millions, or nested.
+        if len(state) != 2 * (len(sizes) - 1) or not all(map(is_size, sizes)):
+            raise ValueError("its sizes are none of an MLP with so many parameters")
         _check_parameters(sizes, state)
         if sum(tensor.numel() * tensor.itemsize for tensor in state.values()) > length:
             raise ValueError("its parameters would be larger than it is")
         # A generator of its own: loading must not move PyTorch's global one.
-        network = MLP(sizes, generator=torch.Generator())
-        network.load_state_dict(state, assign=True)  # each in its own dtype
+        with torch.inference_mode(False):  # or the network could not be differentiated
+            network = MLP(sizes, generator=torch.Generator())
+            # Each in its own dtype and, whatever the file says, in memory of its own.
+            clones = {name: tensor.clone() for name, tensor in state.items()}
+            network.load_state_dict(clones, assign=True)
     except Exception as error:  # as above: right in format, and anything else in it
         if memory.shortage(error):
             raise

@@ -325,11 +325,11 @@ def _parameters(network: MLP) -> list[nn.Parameter]:
     return [p for pair in network.weights_and_biases() for p in pair]
 
 
-_Place = tuple[int, tuple[int, ...]]
+_Place = tuple[int, tuple[int, ...], bool]
 
 
 def _place_of(parameter: nn.Parameter) -> _Place:
-    return parameter.data_ptr(), parameter.stride()
+    return parameter.data_ptr(), parameter.stride(), parameter.is_neg()
 
 
 def _check_trains(network: MLP) -> None:

@@ -290,3 +290,27 @@ def test_a_changed_number_is_no_other_network(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="damaged"):
             nnce.load(path)
+
+
+def test_sizes_that_would_be_a_long_story_are_refused_at_once(tmp_path):
+    """Nested ones double with each level, in a file of a kilobyte."""
+    nested = (1, 1)
+    for _ in range(60):
+        nested = (nested, nested)
+    path = tmp_path / "network.pt"
+    for sizes in (nested, [1] * 100_000):
+        torch.save({"format": "nnce.MLP 1", "sizes": sizes, "state_dict": {}}, path)
+        with pytest.raises(ValueError, match="damaged"):
+            nnce.load(path)
+
+
+def test_a_loaded_network_has_memory_of_its_own_and_can_be_trained(tmp_path):
+    path = tmp_path / "network.pt"
+    state = dict.fromkeys(("0.weight", "2.weight"), torch.rand(2, 2))
+    state |= dict.fromkeys(("0.bias", "2.bias"), torch.rand(2))
+    torch.save({"format": "nnce.MLP 1", "sizes": (2, 2, 2), "state_dict": state}, path)
+    with torch.inference_mode():
+        network = nnce.load(path)
+    assert network[0].weight.data_ptr() != network[2].weight.data_ptr()
+    network(torch.rand(3, 2)).sum().backward()
+    assert network[0].weight.grad is not None

@@ -412,3 +412,8 @@ def test_ulp_distance():
     values = torch.tensor([math.inf, math.nan, math.nan, math.inf])
     distances = ulp_distance(values, column(math.inf, math.nan, 1.0, 1.0))
     assert distances.tolist() == [0, 0, math.inf, math.inf]
+
+
+def test_an_operation_without_a_second_derivative_is_judged_by_its_first():
+    report = nnce.check_gradients(torch.nn.functional.hardsigmoid, column(0.5, -1.0))
+    assert report.first.verdict == "right" and report.second.verdict == "not there"

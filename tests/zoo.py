@@ -350,3 +350,27 @@ class SavedIntermediate(Function):
 
 
 add("second derivative: a saved intermediate", SavedIntermediate.apply, right=False)
+
+
+# ------------------------------------------------------------ what a second hunt got past the check
+
+wrong("clips the upstream gradient", torch.sin, lambda ctx, z, u: u.clamp(-2, 2) * z.cos())
+wrong(
+    "upstream gradient without its sign",
+    lambda z: z.sin().sum(),
+    lambda ctx, z, u: u.abs() * z.cos(),
+)
+wrong(
+    "tangent read as if contiguous",
+    torch.sin,
+    lambda ctx, z, u: u * z.cos(),
+    matrices,
+    jvp=lambda z, dz: memory(dz) * z.cos(),
+)
+add(
+    "batch norm",
+    lambda x: F.batch_norm(x, None, None, training=True),
+    lambda n, g: normal(4 * n, g).view(4, n),
+    right=True,
+)
+add("cumsum of large numbers", lambda x: x.cumsum(0), lambda n, g: normal(n, g, 1e17), right=True)
