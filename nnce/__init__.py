@@ -1,7 +1,8 @@
 """Backpropagation derived by hand for networks of sigmoid neurons, as PyTorch Functions.
 
 Two losses, the quadratic one and the cross-entropy. The equations are in `nnce.rules`; README.md
-beside this file says what else is where.
+beside this file says what else is where, and in what order: a file imports only what stands above
+it there, and all but `experiments/` needs torch alone.
 """
 
 from nnce.algorithm import Hyperparameters as Hyperparameters
