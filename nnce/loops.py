@@ -11,8 +11,9 @@ one call makes.
 
 How the numbers lie in memory, and why:
 
-- First-layer weights [n_in + 1, H]: a row an input, so that one input's weights are one run of
-  memory. The last row is a dummy that fills up an example's list of inputs.
+- First-layer weights [n_in + 2, H]: a row an input, so that one input's weights are one run of
+  memory. The last two rows are dummies, which fill up an example's list of inputs by turns: no two
+  neighbours in a list are the same row.
 - H, and the width of every layer, is n filled up to a multiple of 32, for the processor's wide
   registers. What is filled up is exactly 0 and stays so.
 - The layers above: one vector of biases, and one of weights, [n_out, filled-up n_in] each.
@@ -101,6 +102,21 @@ def _loop_sigmoids(z: Any, a: Any, not_a: Any, at: Any, n: Any) -> None:
         not_a[i] = small if z[i] > 0 else large
 
 
+def _loop_read_ahead(rows: Any, starts: Any, inputs: Any, values: Any) -> Any:
+    """Look at the examples of a mini-batch, which lie anywhere in memory, here and there.
+
+    None of the reads waits for another, so the processor fetches them all at once; the loops below
+    would wait for each example in its turn. What is read is returned lest it be left out.
+    """
+    seen = values.dtype.type(0)
+    for e in range(np.uint64(len(rows))):
+        for k in range(
+            np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)]), np.uint64(16)
+        ):
+            seen += values[k] + values.dtype.type(inputs[k])
+    return seen
+
+
 def _loop_first_layer(
     W: Any, b: Any, rows: Any, starts: Any, inputs: Any, values: Any, z: Any
 ) -> None:
@@ -109,13 +125,31 @@ def _loop_first_layer(
     for e in range(np.uint64(len(rows))):
         for h in range(H):
             z[e, h] = b[h]
-        for k in range(
-            np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)]), np.uint64(4)
-        ):
+        k, end = np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)])
+        # Eight inputs a pass over z, and four if so many are left.
+        while k + np.uint64(4) < end:
             i0, i1 = inputs[k], inputs[k + np.uint64(1)]
-            i2, i3 = inputs[k + np.uint64(2)], inputs[k + np.uint64(3)]
             x0, x1 = values[k], values[k + np.uint64(1)]
-            x2, x3 = values[k + np.uint64(2)], values[k + np.uint64(3)]
+            k += np.uint64(2)
+            i2, i3 = inputs[k], inputs[k + np.uint64(1)]
+            x2, x3 = values[k], values[k + np.uint64(1)]
+            k += np.uint64(2)
+            i4, i5 = inputs[k], inputs[k + np.uint64(1)]
+            x4, x5 = values[k], values[k + np.uint64(1)]
+            k += np.uint64(2)
+            i6, i7 = inputs[k], inputs[k + np.uint64(1)]
+            x6, x7 = values[k], values[k + np.uint64(1)]
+            k += np.uint64(2)
+            for h in range(H):
+                z[e, h] += (x0 * W[i0, h] + x1 * W[i1, h] + x2 * W[i2, h] + x3 * W[i3, h]) + (
+                    x4 * W[i4, h] + x5 * W[i5, h] + x6 * W[i6, h] + x7 * W[i7, h]
+                )
+        if k < end:
+            i0, i1 = inputs[k], inputs[k + np.uint64(1)]
+            x0, x1 = values[k], values[k + np.uint64(1)]
+            k += np.uint64(2)
+            i2, i3 = inputs[k], inputs[k + np.uint64(1)]
+            x2, x3 = values[k], values[k + np.uint64(1)]
             for h in range(H):
                 z[e, h] += x0 * W[i0, h] + x1 * W[i1, h] + x2 * W[i2, h] + x3 * W[i3, h]
 
@@ -226,7 +260,6 @@ def _loop_update_first_layer(
             x0, x1 = values[k], values[k + np.uint64(1)]
             for h in range(H):
                 W[i, h] += x0 * steps[e, h]
-            for h in range(H):
                 W[j, h] += x1 * steps[e, h]
 
 
@@ -299,6 +332,8 @@ def _loop_train(
         if dense:
             first_layer_dense(W, b, rows, x, first_z)
         else:
+            seen = read_ahead(rows, starts, inputs, values)
+            first_z[0, 0] = seen  # overwritten at once
             first_layer(W, b, rows, starts, inputs, values, first_z)
         step = -lr / V.dtype.type(n)
         for e in range(n):
@@ -333,6 +368,7 @@ def _loop_train(
 
 # The compiled ones, by the names that the loops call each other by.
 sigmoids: Any = None
+read_ahead: Any = None
 first_layer: Any = None
 first_layer_dense: Any = None
 example: Any = None
@@ -345,7 +381,7 @@ train: Any = None
 
 def _compile() -> None:
     """Give the loops to Numba, which compiles each at its first call."""
-    global np, sigmoids, first_layer, first_layer_dense, example
+    global np, sigmoids, read_ahead, first_layer, first_layer_dense, example
     global update_first_layer, update_first_layer_dense, move, decay, train
     if train is not None:
         return
@@ -362,6 +398,7 @@ def _compile() -> None:
             return numba.njit(**options)(loop)
 
     sigmoids = compiled(_loop_sigmoids, _EXACT)
+    read_ahead = compiled(_loop_read_ahead)
     first_layer = compiled(_loop_first_layer)
     first_layer_dense = compiled(_loop_first_layer_dense)
     example = compiled(_loop_example)
@@ -423,7 +460,7 @@ class Examples(NamedTuple):
     starts: Any
     """Where each example's list of inputs begins, and where the last one ends; empty if dense."""
     inputs: Any
-    """The inputs that are not 0, filled up to a multiple of 4 with the dummy one."""
+    """The inputs that are not 0, filled up to a multiple of 4 with the dummies."""
     values: Any
     """What they are."""
     x: Any
@@ -445,7 +482,7 @@ def make_examples(x: Tensor, y: Tensor, *, dense: bool) -> Examples:
     if dense:
         return Examples(
             starts=numpy.zeros(0, dtype=numpy.int64),
-            inputs=numpy.zeros(0, dtype=numpy.uint64),
+            inputs=numpy.zeros(0, dtype=numpy.uint32),
             values=numpy.zeros(0, dtype=targets.dtype),
             x=x.detach().contiguous().numpy(),
             y=targets,
@@ -459,13 +496,13 @@ def make_examples(x: Tensor, y: Tensor, *, dense: bool) -> Examples:
     # Where each of them goes: its number within its example, from where that begins.
     first = torch.cumsum(counts, 0) - counts
     places = torch.arange(len(rows)) - first[rows] + starts[rows]
-    inputs = torch.full((int(starts[-1]),), n_in, dtype=torch.int64)
+    inputs = n_in + torch.arange(int(starts[-1])) % 2
     inputs[places] = columns
     values = torch.zeros(int(starts[-1]), dtype=x.dtype)
     values[places] = x.detach()[rows, columns]
     return Examples(
         starts.numpy(),
-        inputs.numpy().astype(numpy.uint64),
+        inputs.numpy().astype(numpy.uint32),
         values.numpy(),
         numpy.zeros((0, n_in), dtype=targets.dtype),
         targets,
@@ -515,7 +552,7 @@ class _Network:
 
         total = sum(self.widths)
         above = sum(n * width for n, width in zip(n_outs[1:], self.widths[:-1], strict=True))
-        W, b, V = zeros(network.sizes[0] + 1, self.widths[0]), zeros(total), zeros(above)
+        W, b, V = zeros(network.sizes[0] + 2, self.widths[0]), zeros(total), zeros(above)
         self._W, self._b, self._V = W, b, V
         velocities = (
             [zeros(*t.shape) for t in (W, b, V)] if momentum else [zeros(0, 0), zeros(0), zeros(0)]
@@ -551,7 +588,7 @@ class _Network:
         for layer, (n_out, width) in enumerate(zip(self._n_outs, self.widths, strict=True)):
             bias = self._b[b : b + n_out]
             if layer == 0:
-                yield self._W[:-1, :n_out].T, bias
+                yield self._W[:-2, :n_out].T, bias
             else:
                 whole = self._V[v : v + n_out * width_below].reshape(n_out, width_below)
                 yield whole[:, : self._n_outs[layer - 1]], bias

@@ -245,7 +245,15 @@ def test_where_nothing_can_be_written_they_are_compiled_all_the_same(monkeypatch
         return whole(**options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    for name in ("train", "sigmoids", "first_layer", "example", "update_first_layer", "decay"):
+    for name in (
+        "train",
+        "sigmoids",
+        "read_ahead",
+        "first_layer",
+        "example",
+        "update_first_layer",
+        "decay",
+    ):
         monkeypatch.setattr(loops, name, None)
     x, y = drawn()
     by_uncached, by_cached = networks(1), networks(1)
