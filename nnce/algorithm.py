@@ -103,12 +103,25 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
     return layers
 
 
-def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
+def deltas(
+    layers: Sequence[tuple[Tensor, Tensor | None]], x: Tensor, y: Tensor, loss: Loss
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """z, a and dC/dz of every layer, without the gradients; arguments unchecked.
+
+    Args:
+        layers: pairs (W [n_out, n_in], b [n_out] or None).
+        x: inputs, [n, n_in of the first layer].
+        y: targets, [n, n_out of the last layer].
+        loss: "quadratic" or "cross-entropy".
+
+    Returns:
+        As in a `Pass`, each a list from the first layer with weights to the last.
+    """
     # Forward.
     z: list[Tensor] = []
-    a = [x]
+    a: list[Tensor] = []
     for W, b in layers:
-        z.append(rules.linear(a[-1], W, b))  # (1)
+        z.append(rules.linear(a[-1] if a else x, W, b))  # (1)
         a.append(rules.sigmoid(z[-1]))  # (1)
 
     # Backward: the last delta, then each layer's from the one after it.
@@ -117,13 +130,18 @@ def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
         da = rules.da_prev(dz[-1], W)  # (7)
         dz.append(rules.dz_hidden(da, z_hidden))  # (8)
     dz.reverse()
+    return z, a, dz
+
+
+def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
+    z, a, dz = deltas(layers, x, y, loss)
 
     # Gradients, averaged over the examples.
     n = len(x)
     gradients: dict[str, Tensor] = {}
-    for layer, ((_, b), a_prev) in enumerate(zip(layers, a[:-1], strict=True)):
+    for layer, ((_, b), a_prev) in enumerate(zip(layers, [x, *a[:-1]], strict=True)):
         name = 2 * layer  # in an MLP every other module is a sigmoid
         gradients[f"{name}.weight"] = rules.dW(dz[layer], a_prev) / n  # (6)
         if b is not None:
             gradients[f"{name}.bias"] = rules.db(dz[layer]) / n  # (6)
-    return Pass(z, a[1:], dz, gradients)
+    return Pass(z, a, dz, gradients)

@@ -135,8 +135,8 @@ class Ensemble:
             IndexError: the order names an example that is not there; no step has been taken then.
         """
         self._check_data(x, y, order)
-        self._check_networks()
-        for network in self.networks:
+        for number, network in enumerate(self.networks):
+            self._check_network(number)
             _check_trains(network)
         trainer = self._trainer_for(x, order)
         if isinstance(trainer, Loops):
@@ -175,47 +175,47 @@ class Ensemble:
         return self._trainer
 
     @torch.no_grad()
-    def outputs(self, x: Tensor) -> list[Tensor]:
-        """z of the last layer of every network, as `network(x)` of each one, side by side.
+    def outputs(self, number: int, x: Tensor) -> Tensor:
+        """z of the last layer of one network, as `networks[number](x)`, by loops if they train it.
+
+        Several threads may ask for several networks at once.
 
         Args:
+            number: which network.
             x: inputs [n, n_in], on the ensemble's device and in its dtype.
 
         Returns:
-            [n, n_out] for each network, in their order.
+            [n, n_out].
 
         Raises:
             ValueError: x has another shape or device, or as for `train_epoch`.
             TypeError: x is no tensor, or of another dtype.
         """
-        self._check_networks()
+        self._check_network(number)
         check_alike({"the parameters": self._parameters[0][0], "x": x})
         if x.dim() != 2 or x.shape[1] != self.sizes[0]:
             raise ValueError(f"expected x of shape (n, {self.sizes[0]}), got {tuple(x.shape)}")
-        size = group_size(self.sizes, len(self.networks), self.dtype, self.device)
-        z: list[Tensor] = []
-        for begin in range(0, len(self.networks), size):
-            group = self.networks[begin : begin + size]
-            z += _outputs([network.weights_and_biases() for network in group], x)
+        if isinstance(self._trainer, Loops):
+            return self._trainer.outputs(number, x)
+        z: Tensor = self.networks[number](x)
         return z
 
-    def _check_networks(self) -> None:
+    def _check_network(self, number: int) -> None:
         """A parameter that is another, or lies elsewhere by now, would silently not be trained."""
-        for network, parameters in zip(self.networks, self._parameters, strict=True):
-            _check_network(network)
-            now = _parameters(network)
-            if not all(a is b for a, b in zip(now, parameters, strict=True)):
-                raise ValueError(
-                    "expected the parameters the ensemble was made with, but some have been "
-                    "replaced; make a new Ensemble"
-                )
-            if any((p.dtype, p.device) != (self.dtype, self.device) for p in now):
-                raise ValueError(
-                    f"expected the networks' parameters in {self.dtype} on {self.device}, but some "
-                    f"have been moved; make a new Ensemble"
-                )
-        places = [[_place_of(p) for p in parameters] for parameters in self._parameters]
-        if self._places and places != self._places:
+        network, parameters = self.networks[number], self._parameters[number]
+        _check_network(network)
+        now = _parameters(network)
+        if not all(a is b for a, b in zip(now, parameters, strict=True)):
+            raise ValueError(
+                "expected the parameters the ensemble was made with, but some have been replaced; "
+                "make a new Ensemble"
+            )
+        if any((p.dtype, p.device) != (self.dtype, self.device) for p in now):
+            raise ValueError(
+                f"expected the networks' parameters in {self.dtype} on {self.device}, but some "
+                f"have been moved; make a new Ensemble"
+            )
+        if self._places and [_place_of(p) for p in parameters] != self._places[number]:
             raise ValueError(
                 "expected the networks' parameters in the ensemble's memory, but some have been "
                 "moved, by .to() or by another ensemble; make a new Ensemble"
@@ -244,18 +244,6 @@ class Ensemble:
             raise IndexError(
                 f"expected an order of indices from 0 to {len(x) - 1}, got {first} to {last}"
             )
-
-
-def _outputs(group: list[list[tuple[nn.Parameter, nn.Parameter]]], x: Tensor) -> list[Tensor]:
-    """z of the last layer for each of some networks: the first layers are one product."""
-    G = len(group)
-    first, *others = zip(*group, strict=True)
-    W, b = (torch.cat([pair[i] for pair in first]) for i in (0, 1))
-    z = torch.addmm(b, x, W.mT).view(len(x), G, -1).transpose(0, 1)  # (1), [G, n, n_out]
-    for layer in others:
-        W, b = (torch.stack([pair[i] for pair in layer]) for i in (0, 1))
-        z = torch.baddbmm(b.unsqueeze(1), z.sigmoid(), W.mT)  # (1)
-    return list(z)
 
 
 # ------------------------------------------------------------------------- what is asked before

@@ -11,16 +11,18 @@ one call makes.
 
 How the numbers lie in memory, and why:
 
-- First-layer weights [n_in + 2, H]: a row an input, so that one input's weights are one run of
-  memory. The last two rows are dummies, which fill up an example's list of inputs by turns: no two
-  neighbours in a list are the same row.
+- First-layer weights [n_in + 1, H]: a row an input, so that one input's weights are one run of
+  memory. The last row is a dummy, which fills up an example's list of inputs.
 - H, and the width of every layer, is n filled up to a multiple of 32, for the processor's wide
   registers. What is filled up is exactly 0 and stays so.
 - The layers above: one vector of biases, and one of weights, [n_out, filled-up n_in] each.
+- All of it flat, and beginning where a line of the cache does: a row that lies across lines takes a
+  third longer.
 - Indices are unsigned: a signed one costs a test at each access.
 
 Below, the functions named `_loop_…` are compiled at first use, and cached on disk where that can be
-written. They are at the top of the module because Numba caches no others.
+written. They are at the top of the module because Numba caches no others. Two more, `_lanes_…`, are
+what the loops do to 32 numbers at once.
 """
 
 import concurrent.futures
@@ -43,7 +45,11 @@ from nnce.modules import MLP
 
 # Rows are filled up to a multiple of this many numbers, and lists of inputs to one of so many.
 _LANES = 32
-_INPUTS_AT_ONCE = 4
+_INPUTS_AT_ONCE = 8
+# So many data sets are kept as the loops read them: those to train on and to measure on.
+_KEPT = 4
+# Examples whose outputs are computed together.
+_OUTPUTS_AT_ONCE = 100
 # Mini-batches to a call: few, so that Ctrl-C is answered soon and the data of a block are still in
 # the cache when the next network walks over them.
 _BLOCK_STEPS = 20
@@ -66,6 +72,87 @@ np: Any = None
 def is_available() -> bool:
     """Whether Numba is there to compile the loops."""
     return importlib.util.find_spec("numba") is not None
+
+
+# ------------------------------------------------------------------------- 32 numbers at once
+
+# Written out for the compiler, which would make the same of a loop over 32 numbers but for a doubt:
+# two arrays might be the same memory. It asks at each row anew, which takes as long as the row.
+
+
+def _lanes_add_row(_: Any, to: Any, t: Any, row: Any, r: Any, x: Any) -> tuple[Any, Any]:
+    """add_row(to, t, row, r, x): to[t : t + 32] += x row[r : r + 32], of flat arrays."""
+    from numba.core import types
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, t, row, r, x = arguments
+        to_type, _, row_type, _, _ = signature.args
+        place = _lanes(context, builder, to_type, to, t)
+        numbers = builder.load(_lanes(context, builder, row_type, row, r), align=4)
+        before = builder.load(place, align=4)
+        builder.store(_add_product(builder, before, x, numbers), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(to, t, row, r, x), code
+
+
+def _lanes_add_rows(
+    _: Any, to: Any, t: Any, W: Any, h: Any, H: Any, inputs: Any, k: Any, values: Any, v: Any
+) -> tuple[Any, Any]:
+    """add_rows(to, t, W, h, H, inputs, k, values, v): eight rows of W, H numbers each, at once.
+
+    For j from 0 to 7: to[t : t + 32] += values[v + j] W[i H + h : i H + h + 32], i = inputs[k + j].
+    """
+    from numba.core import types
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, t, W, h, H, inputs, k, values, v = arguments
+        to_type, _, W_type, _, _, inputs_type, _, values_type, _ = signature.args
+        place = _lanes(context, builder, to_type, to, t)
+        total = builder.load(place, align=4)
+        for j in range(_INPUTS_AT_ONCE):
+            i = builder.load(_item(context, builder, inputs_type, inputs, _plus(builder, k, j)))
+            x = builder.load(_item(context, builder, values_type, values, _plus(builder, v, j)))
+            at = builder.add(builder.mul(builder.zext(i, H.type), H), h)
+            row = builder.load(_lanes(context, builder, W_type, W, at), align=4)
+            total = _add_product(builder, total, x, row)
+        builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(to, t, W, h, H, inputs, k, values, v), code
+
+
+def _plus(builder: Any, index: Any, j: int) -> Any:
+    return builder.add(index, index.type(j))
+
+
+def _item(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
+    """Where a number of an array lies."""
+    from numba.core import cgutils
+
+    made = context.make_array(array_type)(context, builder, array)
+    return cgutils.get_item_pointer(context, builder, array_type, made, [at], wraparound=False)
+
+
+def _lanes(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
+    """Where 32 numbers of an array lie."""
+    from llvmlite import ir
+
+    vector = ir.VectorType(context.get_value_type(array_type.dtype), _LANES)
+    place = _item(context, builder, array_type, array, at)
+    return builder.bitcast(place, vector.as_pointer())
+
+
+def _add_product(builder: Any, total: Any, x: Any, row: Any) -> Any:
+    """total + x row, rounded once where the processor can."""
+    from llvmlite import ir
+
+    flags = tuple(sorted(_FAST))
+    none = ir.Constant(row.type, ir.Undefined)
+    first = builder.insert_element(none, x, ir.IntType(32)(0))
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+    product = builder.fmul(builder.shuffle_vector(first, none, everywhere), row, flags=flags)
+    return builder.fadd(total, product, flags=flags)
 
 
 # ----------------------------------------------------------------------------------- the loops
@@ -118,62 +205,57 @@ def _loop_read_ahead(rows: Any, starts: Any, inputs: Any, values: Any) -> Any:
 
 
 def _loop_first_layer(
-    W: Any, b: Any, rows: Any, starts: Any, inputs: Any, values: Any, z: Any
+    W: Any, b: Any, rows: Any, starts: Any, inputs: Any, values: Any, H: Any, z: Any
 ) -> None:
     """(1) z = W a_prev + b of the first layer, for the examples of a mini-batch."""
-    H = np.uint64(W.shape[1])
     for e in range(np.uint64(len(rows))):
         for h in range(H):
-            z[e, h] = b[h]
-        k, end = np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)])
-        # Eight inputs a pass over z, and four if so many are left.
-        while k + np.uint64(4) < end:
-            i0, i1 = inputs[k], inputs[k + np.uint64(1)]
-            x0, x1 = values[k], values[k + np.uint64(1)]
-            k += np.uint64(2)
-            i2, i3 = inputs[k], inputs[k + np.uint64(1)]
-            x2, x3 = values[k], values[k + np.uint64(1)]
-            k += np.uint64(2)
-            i4, i5 = inputs[k], inputs[k + np.uint64(1)]
-            x4, x5 = values[k], values[k + np.uint64(1)]
-            k += np.uint64(2)
-            i6, i7 = inputs[k], inputs[k + np.uint64(1)]
-            x6, x7 = values[k], values[k + np.uint64(1)]
-            k += np.uint64(2)
-            for h in range(H):
-                z[e, h] += (x0 * W[i0, h] + x1 * W[i1, h] + x2 * W[i2, h] + x3 * W[i3, h]) + (
-                    x4 * W[i4, h] + x5 * W[i5, h] + x6 * W[i6, h] + x7 * W[i7, h]
-                )
-        if k < end:
-            i0, i1 = inputs[k], inputs[k + np.uint64(1)]
-            x0, x1 = values[k], values[k + np.uint64(1)]
-            k += np.uint64(2)
-            i2, i3 = inputs[k], inputs[k + np.uint64(1)]
-            x2, x3 = values[k], values[k + np.uint64(1)]
-            for h in range(H):
-                z[e, h] += x0 * W[i0, h] + x1 * W[i1, h] + x2 * W[i2, h] + x3 * W[i3, h]
+            z[e * H + h] = b[h]
+        for k in range(
+            np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)]), np.uint64(8)
+        ):
+            for h in range(np.uint64(0), H, np.uint64(32)):
+                add_rows(z, e * H + h, W, h, H, inputs, k, values, k)
 
 
-def _loop_first_layer_dense(W: Any, b: Any, rows: Any, x: Any, z: Any) -> None:
+def _loop_first_layer_dense(W: Any, b: Any, rows: Any, inputs: Any, x: Any, H: Any, z: Any) -> None:
     """The same for inputs that are hardly ever 0: inputs outside, examples inside."""
-    H = np.uint64(W.shape[1])
-    n = np.uint64(len(rows))
-    n_in = np.uint64(x.shape[1])
-    whole = n_in - n_in % np.uint64(4)
+    n, n_in = np.uint64(len(rows)), np.uint64(x.shape[1])
+    values = x.ravel()
+    whole = n_in - n_in % np.uint64(8)
     for e in range(n):
         for h in range(H):
-            z[e, h] = b[h]
-    for i in range(np.uint64(0), whole, np.uint64(4)):
-        j, k, m = i + np.uint64(1), i + np.uint64(2), i + np.uint64(3)
+            z[e * H + h] = b[h]
+    for i in range(np.uint64(0), whole, np.uint64(8)):
         for e in range(n):
-            x0, x1, x2, x3 = x[rows[e], i], x[rows[e], j], x[rows[e], k], x[rows[e], m]
-            for h in range(H):
-                z[e, h] += x0 * W[i, h] + x1 * W[j, h] + x2 * W[k, h] + x3 * W[m, h]
+            for h in range(np.uint64(0), H, np.uint64(32)):
+                add_rows(z, e * H + h, W, h, H, inputs, i, values, np.uint64(rows[e]) * n_in + i)
     for i in range(whole, n_in):
         for e in range(n):
-            x0 = x[rows[e], i]
-            for h in range(H):
-                z[e, h] += x0 * W[i, h]
+            for h in range(np.uint64(0), H, np.uint64(32)):
+                add_row(z, e * H + h, W, i * H + h, x[rows[e], i])
+
+
+def _loop_forward(z: Any, a: Any, not_a: Any, b: Any, V: Any, n_outs: Any, widths: Any) -> None:
+    """(1) z and a of one example, from z of the first layer to z of the last.
+
+    z, a, σ(−z) and b are vectors with a place for each layer, one after the other.
+    """
+    zero = V.dtype.type(0)
+    below, v = np.uint64(0), np.uint64(0)
+    for layer in range(np.uint64(1), np.uint64(len(widths))):
+        P = np.uint64(widths[layer - np.uint64(1)])
+        sigmoids(z, a, not_a, below, P)
+        for h in range(np.uint64(n_outs[layer - np.uint64(1)]), P):
+            a[below + h] = zero
+        at = below + P
+        for o in range(np.uint64(n_outs[layer])):
+            total = zero
+            for h in range(P):
+                total += V[v + h] * a[below + h]
+            z[at + o] = total + b[at + o]
+            v += P
+        below = at
 
 
 def _loop_example(
@@ -192,29 +274,14 @@ def _loop_example(
 ) -> None:
     """One example from z of the first layer on: forward, backward, and its part of (6).
 
-    z, a, σ(−z), dz, b and db are vectors with a place for each layer, one after the other; at the
-    end dz of the first layer is in its place.
+    dz and db are vectors like the forward's; at the end dz of the first layer is in its place.
     """
     zero, one = V.dtype.type(0), V.dtype.type(1)
     L = np.uint64(len(widths))
-    # Forward.
-    sigmoids(z, a, not_a, np.uint64(0), np.uint64(widths[0]))
-    below, v = np.uint64(0), np.uint64(0)
-    for layer in range(np.uint64(1), L):
-        P, Q = np.uint64(widths[layer - np.uint64(1)]), np.uint64(widths[layer])
-        for h in range(np.uint64(n_outs[layer - np.uint64(1)]), P):
-            a[below + h] = zero
-        at = below + P
-        for o in range(np.uint64(n_outs[layer])):
-            total = zero
-            for h in range(P):
-                total += V[v + h] * a[below + h]
-            z[at + o] = total + b[at + o]  # (1)
-            v += P
-        sigmoids(z, a, not_a, at, Q)
-        below = at
+    forward(z, a, not_a, b, V, n_outs, widths)
     # The last delta.
-    at = below
+    at, v = np.uint64(len(b)) - np.uint64(widths[L - np.uint64(1)]), np.uint64(len(V))
+    sigmoids(z, a, not_a, at, np.uint64(widths[L - np.uint64(1)]))
     for o in range(np.uint64(widths[L - np.uint64(1)])):
         dz[at + o] = zero
     for o in range(np.uint64(n_outs[L - np.uint64(1)])):
@@ -232,10 +299,9 @@ def _loop_example(
             dz[below + h] = zero
         w = v
         for o in range(np.uint64(n_outs[layer])):
-            d = dz[at + o]
-            for h in range(P):
-                dz[below + h] += V[w + h] * d  # (7)
-                dV[w + h] += d * a[below + h]  # (6)
+            for h in range(np.uint64(0), P, np.uint64(32)):
+                add_row(dz, below + h, V, w + h, dz[at + o])  # (7)
+                add_row(dV, w + h, a, below + h, dz[at + o])  # (6)
             w += P
         for h in range(P):
             dz[below + h] *= a[below + h] * not_a[below + h]  # (8)
@@ -245,32 +311,24 @@ def _loop_example(
 
 
 def _loop_update_first_layer(
-    W: Any, rows: Any, starts: Any, inputs: Any, values: Any, steps: Any
+    W: Any, rows: Any, starts: Any, inputs: Any, values: Any, H: Any, steps: Any
 ) -> None:
     """(6) and the step of gradient descent: W ← W − lr / n · dz a_prevᵀ.
 
     steps are −lr / n · dz; W may be the velocity instead.
     """
-    H = np.uint64(W.shape[1])
     for e in range(np.uint64(len(rows))):
-        for k in range(
-            np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)]), np.uint64(2)
-        ):
-            i, j = inputs[k], inputs[k + np.uint64(1)]
-            x0, x1 = values[k], values[k + np.uint64(1)]
-            for h in range(H):
-                W[i, h] += x0 * steps[e, h]
-                W[j, h] += x1 * steps[e, h]
+        for k in range(np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)])):
+            for h in range(np.uint64(0), H, np.uint64(32)):
+                add_row(W, inputs[k] * H + h, steps, e * H + h, values[k])
 
 
-def _loop_update_first_layer_dense(W: Any, rows: Any, x: Any, steps: Any) -> None:
+def _loop_update_first_layer_dense(W: Any, rows: Any, x: Any, H: Any, steps: Any) -> None:
     """The same for inputs that are hardly ever 0."""
-    H = np.uint64(W.shape[1])
     for i in range(np.uint64(x.shape[1])):
         for e in range(np.uint64(len(rows))):
-            x0 = x[rows[e], i]
-            for h in range(H):
-                W[i, h] += x0 * steps[e, h]
+            for h in range(np.uint64(0), H, np.uint64(32)):
+                add_row(W, i * H + h, steps, e * H + h, x[rows[e], i])
 
 
 def _loop_move(value: Any, velocity: Any, momentum: Any, shrink: Any) -> None:
@@ -283,6 +341,41 @@ def _loop_decay(value: Any, keep: Any) -> None:
     """What a step leaves of flat weights, 1 − lr · weight_decay."""
     for t in range(np.uint64(len(value))):
         value[t] *= keep
+
+
+def _loop_outputs(
+    W: Any,
+    b: Any,
+    V: Any,
+    n_outs: Any,
+    widths: Any,
+    starts: Any,
+    inputs: Any,
+    values: Any,
+    x: Any,
+    rows: Any,
+    batch_size: Any,
+    z: Any,
+    a: Any,
+    not_a: Any,
+    first_z: Any,
+    out: Any,
+) -> None:
+    """z of the last layer for some examples, a mini-batch at a time."""
+    H = np.uint64(widths[0])
+    last = len(b) - widths[len(widths) - 1]
+    for begin in range(0, len(rows), batch_size):
+        batch = rows[begin : begin + batch_size]
+        if len(starts) == 0:
+            first_layer_dense(W, b, batch, inputs, x, H, first_z)
+        else:
+            first_layer(W, b, batch, starts, inputs, values, H, first_z)
+        for e in range(np.uint64(len(batch))):
+            for h in range(H):
+                z[h] = first_z[e * H + h]
+            forward(z, a, not_a, b, V, n_outs, widths)
+            for o in range(out.shape[1]):
+                out[batch[e], o] = z[last + o]
 
 
 def _loop_train(
@@ -321,7 +414,7 @@ def _loop_train(
     dense = len(starts) == 0
     moves = len(ub) > 0
     zero, one = V.dtype.type(0), V.dtype.type(1)
-    H = np.uint64(W.shape[1])
+    H = np.uint64(widths[0])
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         n = np.uint64(len(rows))
@@ -330,65 +423,71 @@ def _loop_train(
         for t in range(np.uint64(len(dV))):
             dV[t] = zero
         if dense:
-            first_layer_dense(W, b, rows, x, first_z)
+            first_layer_dense(W, b, rows, inputs, x, H, first_z)
         else:
-            seen = read_ahead(rows, starts, inputs, values)
-            first_z[0, 0] = seen  # overwritten at once
-            first_layer(W, b, rows, starts, inputs, values, first_z)
+            first_z[0] = read_ahead(rows, starts, inputs, values)  # which is overwritten at once
+            first_layer(W, b, rows, starts, inputs, values, H, first_z)
         step = -lr / V.dtype.type(n)
         for e in range(n):
             for h in range(H):
-                z[h] = first_z[e, h]
+                z[h] = first_z[e * H + h]
             example(z, a, not_a, dz, b, V, n_outs, widths, y[rows[e]], has_sigmoid_prime, db, dV)
             for h in range(H):
-                first_z[e, h] = step * dz[h]
+                first_z[e * H + h] = step * dz[h]
         # The step; W stands where it is, or its velocity in its place.
         shrink = -lr * weight_decay
         if moves:
-            move(W.ravel(), uW.ravel(), momentum, shrink)
+            move(W, uW, momentum, shrink)
             move(V, uV, momentum, shrink)
             move(b, ub, momentum, zero)
         elif weight_decay != zero:
-            decay(W.ravel(), one + shrink)
+            decay(W, one + shrink)
             decay(V, one + shrink)
         target_W, target_V, target_b = (uW, uV, ub) if moves else (W, V, b)
         if dense:
-            update_first_layer_dense(target_W, rows, x, first_z)
+            update_first_layer_dense(target_W, rows, x, H, first_z)
         else:
-            update_first_layer(target_W, rows, starts, inputs, values, first_z)
-        for t in range(np.uint64(len(V))):
-            target_V[t] += step * dV[t]
-        for t in range(np.uint64(len(b))):
-            target_b[t] += step * db[t]
+            update_first_layer(target_W, rows, starts, inputs, values, H, first_z)
+        for t in range(np.uint64(0), np.uint64(len(V)), np.uint64(32)):
+            add_row(target_V, t, dV, t, step)
+        for t in range(np.uint64(0), np.uint64(len(b)), np.uint64(32)):
+            add_row(target_b, t, db, t, step)
         if moves:
-            move(uW.ravel(), W.ravel(), one, one)
+            move(uW, W, one, one)
             move(uV, V, one, one)
             move(ub, b, one, one)
 
 
 # The compiled ones, by the names that the loops call each other by.
+add_row: Any = None
+add_rows: Any = None
 sigmoids: Any = None
 read_ahead: Any = None
 first_layer: Any = None
 first_layer_dense: Any = None
+forward: Any = None
 example: Any = None
 update_first_layer: Any = None
 update_first_layer_dense: Any = None
 move: Any = None
 decay: Any = None
+outputs: Any = None
 train: Any = None
 
 
 def _compile() -> None:
     """Give the loops to Numba, which compiles each at its first call."""
-    global np, sigmoids, read_ahead, first_layer, first_layer_dense, example
-    global update_first_layer, update_first_layer_dense, move, decay, train
+    global np, add_row, add_rows, sigmoids, read_ahead, first_layer, first_layer_dense
+    global forward, example, update_first_layer, update_first_layer_dense, move, decay
+    global outputs, train
     if train is not None:
         return
     import numba
     import numpy
+    from numba.extending import intrinsic
 
     np = numpy
+    add_row, add_rows = intrinsic(_lanes_add_row), intrinsic(_lanes_add_rows)
 
     def compiled(loop: Any, flags: set[str] = _FAST) -> Any:
         options: Any = {"nogil": True, "error_model": "numpy", "fastmath": flags}
@@ -401,11 +500,11 @@ def _compile() -> None:
     read_ahead = compiled(_loop_read_ahead)
     first_layer = compiled(_loop_first_layer)
     first_layer_dense = compiled(_loop_first_layer_dense)
-    example = compiled(_loop_example)
+    forward, example = compiled(_loop_forward), compiled(_loop_example)
     update_first_layer = compiled(_loop_update_first_layer)
     update_first_layer_dense = compiled(_loop_update_first_layer_dense)
     move, decay = compiled(_loop_move), compiled(_loop_decay)
-    train = compiled(_loop_train)
+    outputs, train = compiled(_loop_outputs), compiled(_loop_train)
 
 
 def is_cached() -> bool:
@@ -454,19 +553,18 @@ def _interrupts_wait() -> Iterator[None]:
 # ------------------------------------------------------------------------------------ the data
 
 
-class Examples(NamedTuple):
-    """Inputs and targets as the loops read them, for all networks."""
+class Inputs(NamedTuple):
+    """Inputs as the loops read them, for all networks."""
 
     starts: Any
     """Where each example's list of inputs begins, and where the last one ends; empty if dense."""
     inputs: Any
-    """The inputs that are not 0, filled up to a multiple of 4 with the dummies."""
+    """The inputs that are not 0, each list filled up to a multiple of 8 with the dummy; all if
+    dense."""
     values: Any
     """What they are."""
     x: Any
     """All of them, [N, n_in]; [0, n_in] unless dense."""
-    y: Any
-    """[N, n_out]."""
 
 
 def density(x: Tensor) -> float:
@@ -474,20 +572,20 @@ def density(x: Tensor) -> float:
     return int(torch.count_nonzero(x)) / max(1, x.numel())
 
 
-def make_examples(x: Tensor, y: Tensor, *, dense: bool) -> Examples:
-    """The examples for the loops: as dense rows, or as the inputs that are not 0."""
+def make_inputs(x: Tensor, *, dense: bool) -> Inputs:
+    """The inputs for the loops: as dense rows, or those that are not 0."""
     import numpy
 
-    targets = y.detach().contiguous().numpy()
-    if dense:
-        return Examples(
-            starts=numpy.zeros(0, dtype=numpy.int64),
-            inputs=numpy.zeros(0, dtype=numpy.uint32),
-            values=numpy.zeros(0, dtype=targets.dtype),
-            x=x.detach().contiguous().numpy(),
-            y=targets,
-        )
+    x = x.detach()
     n, n_in = x.shape
+    if dense:
+        whole = x.contiguous().numpy()
+        return Inputs(
+            starts=numpy.zeros(0, dtype=numpy.int64),
+            inputs=numpy.arange(n_in, dtype=numpy.uint32),
+            values=numpy.zeros(0, dtype=whole.dtype),
+            x=whole,
+        )
     rows, columns = torch.nonzero(x, as_tuple=True)  # NaN is an input like any other
     counts = torch.bincount(rows, minlength=n)
     filled = (counts + _INPUTS_AT_ONCE - 1) // _INPUTS_AT_ONCE * _INPUTS_AT_ONCE
@@ -496,35 +594,43 @@ def make_examples(x: Tensor, y: Tensor, *, dense: bool) -> Examples:
     # Where each of them goes: its number within its example, from where that begins.
     first = torch.cumsum(counts, 0) - counts
     places = torch.arange(len(rows)) - first[rows] + starts[rows]
-    inputs = n_in + torch.arange(int(starts[-1])) % 2
+    inputs = torch.full((int(starts[-1]),), n_in)
     inputs[places] = columns
     values = torch.zeros(int(starts[-1]), dtype=x.dtype)
-    values[places] = x.detach()[rows, columns]
-    return Examples(
+    values[places] = x[rows, columns]
+    return Inputs(
         starts.numpy(),
         inputs.numpy().astype(numpy.uint32),
         values.numpy(),
-        numpy.zeros((0, n_in), dtype=targets.dtype),
-        targets,
+        numpy.zeros((0, n_in), dtype=values.numpy().dtype),
     )
 
 
 class _Kept:
-    """The examples made last, for as long as x and y are the same and unchanged."""
+    """The inputs made of the last tensors, for as long as these are there and unchanged."""
 
     def __init__(self) -> None:
-        self._of: tuple[Any, ...] = (lambda: None, lambda: None)
-        self._versions: tuple[Any, ...] = ()
-        self._examples: Examples | None = None
+        self._lock = threading.Lock()
+        self._made: dict[tuple[Any, ...], tuple[Any, Inputs]] = {}
 
-    def get(self, x: Tensor, y: Tensor, *, dense: bool) -> Examples:
-        """Those of x and y, made anew if either is another tensor or has been changed in place."""
-        versions = (x._version, y._version, dense)
-        same = all(ref() is t for ref, t in zip(self._of, (x, y), strict=True))
-        if self._examples is None or not same or versions != self._versions:
-            self._examples = make_examples(x, y, dense=dense)
-            self._of, self._versions = (weakref.ref(x), weakref.ref(y)), versions
-        return self._examples
+    def get(self, x: Tensor, *, dense: bool) -> Inputs:
+        """Those of x, made anew if it is other numbers or has been changed in place."""
+        if x.is_inference():  # PyTorch does not say whether it has been changed
+            return make_inputs(x, dense=dense)
+        # Of views: each slice of a data set is a tensor of its own, but the data set remains.
+        whole = x if x._base is None else x._base
+        place = (x.storage_offset(), tuple(x.shape), x.stride(), x._version, dense)
+        key = (id(whole), *place)
+        with self._lock:
+            of, made = self._made.pop(key, (lambda: None, None))
+            if made is None or of() is not whole:
+                made = make_inputs(x, dense=dense)
+            self._made[key] = weakref.ref(whole), made  # the last used is last
+            for other, (of, _) in list(self._made.items()):
+                changed = other[0] == key[0] and other[-2] != x._version
+                if of() is None or changed or len(self._made) > _KEPT:
+                    del self._made[other]
+        return made
 
 
 # One for all ensembles: a comparison, or a benchmark, has several on the same data.
@@ -542,44 +648,54 @@ class _Network:
 
         loss, lr, momentum, weight_decay = values
         self._pairs = network.weights_and_biases()
-        kind = self._pairs[0][0].detach().numpy().dtype
+        like = self._pairs[0][0].detach()
         n_outs = network.sizes[1:]
         self.widths = [-(-n // _LANES) * _LANES for n in n_outs]
         self._n_outs = n_outs
 
         def zeros(*shape: int) -> Any:
-            return numpy.zeros(shape, dtype=kind)
+            return like.new_zeros(shape).numpy()  # PyTorch's memory begins with a cache line
 
         total = sum(self.widths)
         above = sum(n * width for n, width in zip(n_outs[1:], self.widths[:-1], strict=True))
-        W, b, V = zeros(network.sizes[0] + 2, self.widths[0]), zeros(total), zeros(above)
+        W, b, V = zeros((network.sizes[0] + 1) * self.widths[0]), zeros(total), zeros(above)
         self._W, self._b, self._V = W, b, V
-        velocities = (
-            [zeros(*t.shape) for t in (W, b, V)] if momentum else [zeros(0, 0), zeros(0), zeros(0)]
-        )
-        self._parameters = (
-            *(W, b, V, *velocities),
-            numpy.array(n_outs, dtype=numpy.int64),
-            numpy.array(self.widths, dtype=numpy.int64),
-        )
+        velocities = [zeros(len(t) if momentum else 0) for t in (W, b, V)]
+        self._parameters = (W, b, V, *velocities)
+        self._widths = tuple(numpy.array(n, dtype=numpy.int64) for n in (n_outs, self.widths))
         self._settings = (
-            *(kind.type(value) for value in (lr, momentum, weight_decay)),
+            *(W.dtype.type(value) for value in (lr, momentum, weight_decay)),
             LOSSES[loss].has_sigmoid_prime,
         )
         scratch = (zeros(total) for _ in range(5))
         self._scratch = (*scratch, zeros(above))
-        self._first_z = zeros(0, self.widths[0])
+        self._first_z = zeros(0)
         self._batch_size = batch_size
 
-    def train(self, examples: Examples, order: Any) -> None:
+    def train(self, inputs: Inputs, y: Any, order: Any) -> None:
         """Steps through the examples of an order, a whole number of mini-batches but at its end."""
         n = min(self._batch_size, len(order))
-        if len(self._first_z) < n:
-            self._first_z = np.zeros((n, self.widths[0]), dtype=self._first_z.dtype)
         train(
-            *(*self._parameters, *examples, order, max(1, n), *self._settings),
-            *(*self._scratch, self._first_z),
+            *(*self._parameters, *self._widths, *inputs, y, order, max(1, n), *self._settings),
+            *(*self._scratch, self._room(n)),
         )
+
+    def outputs(self, inputs: Inputs, n: int) -> Any:
+        """z of the last layer, [n, n_out]."""
+        z, a, not_a = self._scratch[:3]
+        out = np.empty((n, self._n_outs[-1]), dtype=z.dtype)
+        outputs(
+            *(*self._parameters[:3], *self._widths, *inputs, np.arange(n), _OUTPUTS_AT_ONCE),
+            *(z, a, not_a, self._room(_OUTPUTS_AT_ONCE), out),
+        )
+        return out
+
+    def _room(self, n: int) -> Any:
+        """For z of the first layer of so many examples."""
+        size = n * self.widths[0]
+        if len(self._first_z) < size:
+            self._first_z = torch.from_numpy(self._b).new_zeros(size).numpy()
+        return self._first_z
 
     def _places(self) -> Iterator[tuple[Any, Any]]:
         """W and b of each layer in the loops' memory, [n_out, n_in] and [n_out]."""
@@ -588,7 +704,7 @@ class _Network:
         for layer, (n_out, width) in enumerate(zip(self._n_outs, self.widths, strict=True)):
             bias = self._b[b : b + n_out]
             if layer == 0:
-                yield self._W[:-2, :n_out].T, bias
+                yield self._W.reshape(-1, width)[:-1, :n_out].T, bias
             else:
                 whole = self._V[v : v + n_out * width_below].reshape(n_out, width_below)
                 yield whole[:, : self._n_outs[layer - 1]], bias
@@ -646,30 +762,48 @@ class Loops:
             orders: of the examples, one for each network, all of one length.
             threads: how many of the processor's to share the networks out over.
         """
-        examples = _kept.get(x, y, dense=self._dense)
+        inputs, targets = _kept.get(x, dense=self._dense), y.detach().contiguous().numpy()
         for network in self._networks:
             network.take()
         jobs = list(zip(self._networks, [order.numpy() for order in orders], strict=True))
         with _interrupts_wait():  # a first call of a dtype compiles
-            self._networks[0].train(examples, jobs[0][1][:0])
+            self._networks[0].train(inputs, targets, jobs[0][1][:0])
         stop = threading.Event()
         try:
             if min(threads, len(jobs)) == 1:
-                self._walk(examples, jobs, stop)
+                self._walk(inputs, targets, jobs, stop)
             else:
-                self._share_out(examples, jobs, threads, stop)
+                self._share_out(inputs, targets, jobs, threads, stop)
         finally:
             with _interrupts_wait():
                 for network in self._networks:
                     network.give()
 
+    def outputs(self, number: int, x: Tensor) -> Tensor:
+        """z of the last layer of one network, [n, n_out]; for several at once in several threads.
+
+        Args:
+            number: which network.
+            x: inputs [n, n_in].
+        """
+        network = self._networks[number]
+        network.take()
+        inputs = _kept.get(x, dense=self._dense)
+        with _interrupts_wait():  # a first call of a dtype compiles
+            return torch.from_numpy(network.outputs(inputs, len(x)))
+
     def _share_out(
-        self, examples: Examples, jobs: list[tuple[_Network, Any]], threads: int, stop: Any
+        self,
+        inputs: Inputs,
+        y: Any,
+        jobs: list[tuple[_Network, Any]],
+        threads: int,
+        stop: threading.Event,
     ) -> None:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             try:
                 walks = [
-                    pool.submit(self._walk, examples, jobs[thread::threads], stop)
+                    pool.submit(self._walk, inputs, y, jobs[thread::threads], stop)
                     for thread in range(threads)
                 ]
                 for walk in walks:
@@ -678,7 +812,7 @@ class Loops:
                 stop.set()  # after Ctrl-C, say; the blocks under way are finished
 
     def _walk(
-        self, examples: Examples, jobs: list[tuple[_Network, Any]], stop: threading.Event
+        self, inputs: Inputs, y: Any, jobs: list[tuple[_Network, Any]], stop: threading.Event
     ) -> None:
         """Block by block, so that the data are read once for all of a thread's networks."""
         length = len(jobs[0][1]) if jobs else 0
@@ -688,4 +822,4 @@ class Loops:
                 for network, order in jobs:
                     if stop.is_set():
                         return
-                    network.train(examples, order[begin : begin + size])
+                    network.train(inputs, y, order[begin : begin + size])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnce import rules
-from nnce.algorithm import backprop
+from nnce.algorithm import deltas
 from nnce.losses import Loss
 from nnce.modules import MLP
 
@@ -73,15 +73,10 @@ def layer_figures(network: MLP, x: Tensor, y: Tensor, loss: Loss) -> list[LayerF
         y: targets in [0, 1], [n, n_out].
         loss: "quadratic" or "cross-entropy".
     """
-    one_pass = backprop(network, x, y, loss=loss)
+    layers = network.weights_and_biases()
+    z, _, dz = deltas(layers, x, y, loss)
     hidden = [
-        hidden_layer(z, dz, rules.da_prev(dz_above, linear_above.weight))
-        for z, dz, dz_above, linear_above in zip(
-            one_pass.z[:-1],
-            one_pass.dz[:-1],
-            one_pass.dz[1:],
-            network.linears()[1:],
-            strict=True,
-        )
+        hidden_layer(z[layer], dz[layer], rules.da_prev(dz[layer + 1], layers[layer + 1][0]))
+        for layer in range(len(layers) - 1)
     ]
-    return [*hidden, output_layer(one_pass.z[-1], one_pass.dz[-1], y)]
+    return [*hidden, output_layer(z[-1], dz[-1], y)]

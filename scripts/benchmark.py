@@ -543,7 +543,7 @@ def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
     with torch.no_grad():
         for p, value in zip(network.parameters(), parameters(), strict=True):
             p.copy_(torch.as_tensor(value).view_as(p))
-    (evaluation,) = training.evaluate(lambda x: [network(x)], data.Split(x, y), ["cross-entropy"])
+    evaluation = training.evaluate(network, data.Split(x, y), "cross-entropy")
     return evaluation.loss
 
 

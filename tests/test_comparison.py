@@ -112,7 +112,7 @@ def test_records_say_what_training_does(trained):
         assert [record.epoch for record in r.records] == [0, 1, 2]
         assert r.last.step == 2 * 120 and r.last.seconds > 0
         network, loss = r.network, r.settings.loss
-        (alone,) = training.evaluate(lambda x, f=network: [f(x)], dataset.test, [loss])
+        alone = training.evaluate(network, dataset.test, loss)
         assert r.last.loss["test"] == pytest.approx(alone.loss)
         assert r.last.accuracy["test"] == alone.accuracy
 

@@ -236,15 +236,20 @@ def test_what_does_not_fit_is_refused(digits):
 
 @pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (6, 5, 4, 2)])
 @pytest.mark.parametrize("R", [1, 3])
-def test_outputs_are_those_of_each_network(sizes, R, generator):
+@pytest.mark.parametrize("engine", HOWS)
+def test_outputs_are_those_of_each_network(sizes, R, engine, generator):
     networks = [nnce.MLP(sizes, generator=generator, dtype=torch.float64) for _ in range(R)]
     # In another order than they are grouped in.
     losses = ["quadratic", "cross-entropy", "quadratic"][:R]
     values = [Hyperparameters(loss, lr=0.1) for loss in losses]
-    together = Ensemble(networks, values, batch_size=4)
+    together = Ensemble(networks, values, batch_size=4, engine=engine)
     x = torch.rand(7, sizes[0], generator=generator, dtype=torch.float64)
-    for network, z in zip(networks, together.outputs(x), strict=True):
-        torch.testing.assert_close(z, network(x), rtol=0, atol=1e-14)
+    y, order = torch.rand(7, sizes[-1], generator=generator, dtype=torch.float64), torch.arange(7)
+    for _ in range(2):  # before it is trained, and after
+        for number, network in enumerate(networks):
+            z = together.outputs(number, x)
+            torch.testing.assert_close(z, network(x), rtol=0, atol=1e-14)
+        together.train_epoch(x, y, order)
 
 
 def pair(sizes=(4, 3, 2)):
@@ -344,7 +349,7 @@ def test_parameters_that_have_been_replaced_are_noticed(engine, change):
     x, y, order = torch.rand(4, 4), torch.rand(4, 2), torch.arange(4)
     together.train_epoch(x, y, order)
     change(networks[1])
-    for use in (lambda: together.train_epoch(x, y, order), lambda: together.outputs(x)):
+    for use in (lambda: together.train_epoch(x, y, order), lambda: together.outputs(1, x)):
         with pytest.raises(ValueError, match=r"some have been (replaced|moved)"):
             use()
 
@@ -471,9 +476,9 @@ def test_what_is_no_list_of_networks_and_no_input():
         Ensemble(pair()[0], [], batch_size=2)
     together = together_of(pair())
     with pytest.raises(ValueError, match=r"x of shape \(n, 4\), got \(3, 5\)"):
-        together.outputs(torch.rand(3, 5))
+        together.outputs(0, torch.rand(3, 5))
     with pytest.raises(TypeError, match="x to be a tensor, got list"):
-        together.outputs([[1.0] * 4])
+        together.outputs(0, [[1.0] * 4])
 
 
 @pytest.mark.parametrize("engine", HOWS)
@@ -482,4 +487,4 @@ def test_frozen_networks_can_be_evaluated(engine):
     together = together_of(networks, engine=engine)
     networks[0].requires_grad_(False)
     x = torch.rand(3, 4)
-    torch.testing.assert_close(together.outputs(x)[0], networks[0](x))
+    torch.testing.assert_close(together.outputs(0, x), networks[0](x))

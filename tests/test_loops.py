@@ -135,9 +135,9 @@ def test_dense_inputs_are_walked_as_sparse_ones_are():
 
 def test_the_examples_are_made_once_and_again_if_x_changes(monkeypatch):
     made = []
-    whole = loops.make_examples
+    whole = loops.make_inputs
     monkeypatch.setattr(loops, "_kept", loops._Kept())
-    monkeypatch.setattr(loops, "make_examples", lambda *a, **k: (made.append(1), whole(*a, **k))[1])
+    monkeypatch.setattr(loops, "make_inputs", lambda *a, **k: (made.append(1), whole(*a, **k))[1])
     x, y = drawn()
     trainers = [Ensemble(networks(), mixed(), batch_size=10, engine="loops") for _ in range(2)]
     for _ in range(2):
@@ -153,6 +153,26 @@ def test_the_examples_are_made_once_and_again_if_x_changes(monkeypatch):
             inputs, y, orders(1)[0]
         )
     assert same_bits(changed[0], fresh[0])
+
+
+def test_slices_of_a_data_set_are_its_own_and_inference_tensors_are_not_kept(monkeypatch):
+    made = []
+    whole = loops.make_inputs
+    kept = loops._Kept()
+    monkeypatch.setattr(loops, "make_inputs", lambda *a, **k: (made.append(1), whole(*a, **k))[1])
+    x, _ = drawn()
+    first = [kept.get(x[:50], dense=False) for _ in range(3)]
+    other = kept.get(x[50:], dense=False)
+    assert len(made) == 2 and first[0] is first[2]
+    assert np.array_equal(other.values, whole(x[50:].clone(), dense=False).values)
+    x[0, 0] += 1
+    assert kept.get(x[:50], dense=False) is not first[0] and len(made) == 3
+    with torch.inference_mode():
+        x = x.clone()
+    kept.get(x, dense=False)
+    with torch.inference_mode():
+        x[0, 0] = 7.0
+    assert kept.get(x, dense=False).values[0] == 7.0
 
 
 def test_a_weight_whose_input_is_0_is_not_touched():
@@ -245,15 +265,9 @@ def test_where_nothing_can_be_written_they_are_compiled_all_the_same(monkeypatch
         return whole(**options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    for name in (
-        "train",
-        "sigmoids",
-        "read_ahead",
-        "first_layer",
-        "example",
-        "update_first_layer",
-        "decay",
-    ):
+    compiled = [name for name, value in vars(loops).items() if hasattr(value, "py_func")]
+    assert "train" in compiled
+    for name in compiled:
         monkeypatch.setattr(loops, name, None)
     x, y = drawn()
     by_uncached, by_cached = networks(1), networks(1)

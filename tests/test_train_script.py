@@ -42,7 +42,7 @@ def test_a_run(train, tmp_path, capsys, digits):
 
     network = nnce.load(run_dir / "network.pt")
     assert network.sizes == (64, 12, 8, 10)
-    (alone,) = training.evaluate(lambda x: [network(x)], digits.test, ["cross-entropy"])
+    alone = training.evaluate(network, digits.test, "cross-entropy")
     assert last["test"]["loss"] == pytest.approx(alone.loss)
     assert last["test"]["accuracy"] == alone.accuracy
 

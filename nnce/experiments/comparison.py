@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,8 @@ def train_together(
             start and its order of the mini-batches.
         dataset: on one device, in one dtype. The records' "train" is its first 10,000 training
             examples.
-        threads: for loops, as `Ensemble` takes them.
+        threads: for loops, as `Ensemble` takes them, and to measure so many networks at once; None
+            for as many as the machine has processors.
     """
     (x, y), common = dataset.train, runs[0].settings
     together = Ensemble(
@@ -161,6 +163,8 @@ def train_together(
         threads=threads,
     )
     measured = _measured(dataset)
+    # A thread a network is faster than several for one, whose products are small.
+    at_once = 1 if x.is_cuda else threads or os.cpu_count() or 1
     draw = {run.settings.seed: training.generators(run.settings.seed)[1] for run in runs}
     step, seconds = 0, 0.0
     for epoch in range(common.epochs + 1):
@@ -173,15 +177,16 @@ def train_together(
                 torch.cuda.synchronize(x.device)
             seconds = (time.perf_counter() - began) / len(runs)
         # Appended together, so that whoever interrupts finds them all equally long.
-        with _torch_threads(threads or os.cpu_count() or 1):
+        with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
             records = training.records(
-                together.outputs,
+                [partial(together.outputs, number) for number in range(len(runs))],
                 together.networks,
                 [run.settings.loss for run in runs],
                 measured,
                 epoch=epoch,
                 step=step,
                 seconds=seconds,
+                threads=at_once,
             )
         for run, record in zip(runs, records, strict=True):
             run.records.append(record)
@@ -192,7 +197,7 @@ def train_together(
 
 @contextlib.contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """So many threads for PyTorch's products; training small networks wants fewer."""
+    """So many threads for each of PyTorch's products."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
