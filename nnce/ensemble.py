@@ -20,7 +20,7 @@ from nnce.loops import Loops
 from nnce.losses import check_loss
 from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
-from nnce.products import Products, group_size
+from nnce.products import Products
 
 How = Literal["loops", "products"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -90,7 +90,6 @@ class Ensemble:
         self._engine, self._threads, self._graph = engine, threads, graph
         self._trainer: Loops | Products | None = None
         self._places: list[list[_Place]] = []
-        self._own_orders = False
 
     @property
     def networks(self) -> tuple[MLP, ...]:
@@ -128,9 +127,8 @@ class Ensemble:
             How many steps each network took.
 
         Raises:
-            ValueError: shapes or devices do not fit the networks, a network's parameters have been
-                moved, replaced or frozen, or have got hooks, or networks have orders of their own
-                and, by products, had none at the first epoch.
+            ValueError: shapes or devices do not fit the networks, or a network's parameters have
+                been moved, replaced or frozen, or have got hooks.
             TypeError: no tensors, or another dtype than the networks'.
             IndexError: the order names an example that is not there; no step has been taken then.
         """
@@ -138,20 +136,15 @@ class Ensemble:
         for number, network in enumerate(self.networks):
             self._check_network(number)
             _check_trains(network)
-        trainer = self._trainer_for(x, order)
+        trainer = self._trainer_for(x)
         if isinstance(trainer, Loops):
             orders = order if order.dim() == 2 else order.expand(len(self.networks), -1)
             trainer.train(x, y, list(orders), self._threads or os.cpu_count() or 1)
-        elif order.dim() == 2 and not self._own_orders:
-            raise ValueError(
-                "expected one order for all networks, as at the first epoch, got one for each"
-            )
         else:
-            n = len(self.networks) if self._own_orders else 1
-            trainer.train(x, y, list(order) if order.dim() == 2 else [order] * n)
+            trainer.train(x, y, order)
         return -(-order.shape[-1] // self.batch_size)
 
-    def _trainer_for(self, x: Tensor, order: Tensor) -> Loops | Products:
+    def _trainer_for(self, x: Tensor) -> Loops | Products:
         if self._trainer is not None:
             return self._trainer
         density = loops.density(x) if self.device.type == "cpu" else 1.0
@@ -163,13 +156,8 @@ class Ensemble:
                 self.networks, self.hyperparameters, self.batch_size, dense=density > loops.DENSE
             )
         else:
-            self._own_orders = order.dim() == 2
             self._trainer = Products(
-                self.networks,
-                self.hyperparameters,
-                self.batch_size,
-                graph=self._graph,
-                own_orders=self._own_orders,
+                self.networks, self.hyperparameters, self.batch_size, graph=self._graph
             )
             self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
         return self._trainer
@@ -277,18 +265,14 @@ def suits_loops(
     return by_loops < by_products
 
 
-def threads(sizes: Sequence[int], batch_size: int, networks: int = 1) -> int:
+def threads(sizes: Sequence[int], batch_size: int) -> int:
     """How many of PyTorch's CPU threads suit networks of these sizes: 1, or all it would take.
 
     A second thread costs some microseconds at each product, which a textbook's network does not
     have to give away. (Loops have threads of their own.)
     """
-    cpu = torch.device("cpu")
-    group = group_size(sizes, networks, torch.float32, cpu)
-    # The first layer is one product for the whole group; others are one for each network.
-    layers = [n_in * n_out for n_in, n_out in itertools.pairwise(sizes)]
-    work = [group * layers[0], *layers[1:]]
-    if batch_size * max(work) < _MULTIPLICATIONS_FOR_THREADS:
+    largest = max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
+    if batch_size * largest < _MULTIPLICATIONS_FOR_THREADS:
         return 1
     return torch.get_num_threads()
 

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, dataset = prepare(options)
         runs = comparison.make_runs(settings, dataset)
         sizes = runs[0].network.sizes
-        command_line.set_speed(options, ensemble.threads(sizes, options.batch_size, len(runs)))
+        command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
     layers = "-".join(map(str, sizes))
     name = f"compare-{options.data}-{layers}-{options.init}-seeds{options.seeds}"

@@ -184,7 +184,7 @@ def test_networks_remain_ordinary(digits, tmp_path):
 def test_threads_by_size():
     all_threads = torch.get_num_threads()
     assert ensemble.threads((784, 30, 10), 10) == 1
-    assert ensemble.threads((784, 100, 10), 10, networks=16) == 1
+    assert ensemble.threads((784, 100, 10), 10) == 1
     assert ensemble.threads((784, 800, 10), 128) == all_threads
 
 

@@ -7,7 +7,7 @@ import torch
 from side_by_side import MIXED, largest_difference, make, train_alone
 from torch.profiler import ProfilerActivity, profile
 
-from nnce import data, memory, products
+from nnce import data, products
 from nnce.training import Settings
 
 
@@ -19,21 +19,44 @@ def small():
     return data.Dataset(split, split, split)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_groups_change_nothing(digits, size, monkeypatch):
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """As on CUDA: each call is for all networks."""
+    monkeypatch.setattr(products, "goes_together", lambda device: True)
+
+
+@pytest.mark.parametrize("own_orders", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_networks_side_by_side_are_trained_as_each_alone(
+    digits, own_orders, momentum, side_by_side
+):
     dataset = data.Dataset(*(data.Split(x.double(), y.double()) for x, y in digits))
-    settings = [Settings((9,), loss, lr=lr, seed=s) for s, (loss, lr) in enumerate(MIXED)]
-    order = data.order(1_197, torch.Generator().manual_seed(5))
-    bytes_of_one = memory.bytes_of((64, 9, 10), torch.float64)
-    monkeypatch.setattr(products, "CACHE_BYTES", size * bytes_of_one)
+    settings = [
+        Settings((9,), loss, lr=lr, momentum=momentum, l2=float(s), seed=s)
+        for s, (loss, lr) in enumerate(MIXED)
+    ]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(settings))]
+    orders = torch.stack([data.order(1_197, generator) for generator in generators])
+    if not own_orders:
+        orders = orders[:1].expand(len(settings), -1)
     together = make(settings, dataset, engine="products")
-    together.train_epoch(*dataset.train, order)
-    (walk,) = together._trainer._walks
-    assert max(group.size for group in walk._groups) == size
-    for network, one in zip(together.networks, settings, strict=True):
-        alone = make([one], dataset, engine="products")
-        alone.train_epoch(*dataset.train, order)
-        assert largest_difference(network, alone.networks[0]) <= 1e-12
+    together.train_epoch(*dataset.train, orders if own_orders else orders[0])
+    assert [group.size for group in together._trainer._groups] == [len(settings)]
+    for network, one, order in zip(together.networks, settings, orders, strict=True):
+        assert largest_difference(network, train_alone(one, dataset, [order])) <= 1e-12
+
+
+def test_one_order_may_follow_own_orders(digits, side_by_side):
+    dataset = data.Dataset(*(data.Split(x.double(), y.double()) for x, y in digits))
+    settings = [Settings((3,)), Settings((3,), seed=1)]
+    together = make(settings, dataset, engine="products")
+    x, y = dataset.train
+    orders = torch.stack([torch.arange(20), torch.arange(20).flip(0)])
+    for order in (orders[0], orders, orders[1]):
+        together.train_epoch(x, y, order)
+    for r, network in enumerate(together.networks):
+        alone = train_alone(settings[r], dataset, [orders[0], orders[r], orders[1]])
+        assert largest_difference(network, alone) <= 1e-12
 
 
 @pytest.mark.parametrize("R", [1, 5])
@@ -55,9 +78,9 @@ def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
 
 
 @pytest.mark.parametrize("R", [1, 5])
-def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch):
+def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch, side_by_side):
     """Without CUDA: a graph that runs what it should have recorded, while it records and later."""
-    blocks = []
+    recorded = []
 
     class Stream(contextlib.nullcontext):
         def wait_stream(self, other):
@@ -65,7 +88,8 @@ def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch):
 
     class Graph(contextlib.nullcontext):
         def replay(self):
-            blocks.pop(0)._run()
+            for call in recorded.pop(0):
+                call()
 
     for name, stand_in in (
         ("Stream", lambda device: Stream()),
@@ -84,22 +108,22 @@ def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch):
         make(settings, digits, engine="products"),
     )
     for together in (by_graph, eager):
-        together._trainer_for(digits.train.x, torch.arange(10))
-    (walk,) = by_graph._trainer._walks
-    walk._graph = True
-    run = products._Block.run
+        together._trainer_for(digits.train.x)
+    trainer = by_graph._trainer
+    trainer._graph = True
+    run = products._Block._run
 
-    def remember(block):
+    def remember(block, calls):
         if block._wants_graph:
-            blocks.append(block)
-        run(block)
+            recorded.append(calls)
+        run(block, calls)
 
-    monkeypatch.setattr(products._Block, "run", remember)
+    monkeypatch.setattr(products._Block, "_run", remember)
     generator = torch.Generator().manual_seed(5)
     for _ in range(2):
         order = data.order(1_197, generator)
         by_graph.train_epoch(*digits.train, order)
-        assert all(block._graph is not None for block in walk._blocks.values())
+        assert all(block._graph is not None for block in trainer._blocks.values())
         eager.train_epoch(*digits.train, order)
     for a, b in zip(by_graph.networks, eager.networks, strict=True):
         assert largest_difference(a, b) == 0
@@ -140,15 +164,7 @@ def test_two_blocks_are_kept():
     x, y = small().train
     for n in (*range(60, 0, -1), 60, 1):
         together.train_epoch(x, y, torch.arange(n))
-    assert list(together._trainer._walks[0]._blocks) == [60, 1]
-    kept = together._trainer._walks[0]._blocks[60]
+    assert list(together._trainer._blocks) == [(1, 60), (1, 1)]
+    kept = together._trainer._blocks[1, 60]
     together.train_epoch(x, y, torch.arange(60))
-    assert together._trainer._walks[0]._blocks[60] is kept
-
-
-def test_own_orders_must_be_there_from_the_first_epoch(digits):
-    together = make([Settings((3,)), Settings((3,), seed=1)], digits, engine="products")
-    x, y = digits.train
-    together.train_epoch(x, y, torch.arange(20))
-    with pytest.raises(ValueError, match="expected one order for all networks, as at the first"):
-        together.train_epoch(x, y, torch.arange(20).expand(2, -1))
+    assert together._trainer._blocks[1, 60] is kept
