@@ -246,11 +246,13 @@ def suits_loops(
 ) -> bool:
     """Whether loops are faster than products for such networks and inputs, and can be had.
 
-    By an estimate of the time an example takes, in nanoseconds, from measurements of 22 kinds of
-    networks on one core of an AMD EPYC (2026-11-25). Loops take 0.25 for each weight of the first
-    layer whose input is not 0, or 0.12 for each of all, and 0.3 for each of the layers above.
-    Products take 0.025 for each weight; and once for each mini-batch 20,000 for a layer's calls and
-    0.5 for each weight that moves.
+    By an estimate of the time an example takes, in nanoseconds, from measurements of 20 kinds of
+    networks on one core of an AMD EPYC (2026-11-25). Loops take 350; for each weight of the first
+    layer 0.13 if its input is not 0, or 0.085 where all are walked over; and 0.15 for each of the
+    layers above; widths are filled up to multiples of 32. Products take 1.2 for each input, which
+    is gathered, and 0.042 for each weight; and once for each mini-batch 9,000 for a layer's calls
+    and 0.19 for each weight that moves; half of it all where PyTorch's threads pay. One network's
+    loops have one thread, however many there are.
 
     Args:
         sizes, batch_size, dtype, device: of the networks.
@@ -258,11 +260,14 @@ def suits_loops(
     """
     if device.type != "cpu" or dtype not in loops.DTYPES or not loops.is_available():
         return False
-    first, *above = (n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
-    by_loops = min(0.25 * density, 0.12) * first + 0.3 * sum(above)
-    weights, layers = first + sum(above), len(sizes) - 1
-    by_products = 0.025 * weights + (20_000 * layers + 0.5 * weights) / batch_size
-    return by_loops < by_products
+    layers = list(itertools.pairwise(sizes))
+    first, *above = (n_in * loops.filled(n_out) for n_in, n_out in layers)
+    of_first = 0.13 * density if density <= loops.DENSE else 0.085
+    by_loops = 350 + of_first * first + 0.15 * sum(above)
+    weights = sum(n_in * n_out for n_in, n_out in layers)
+    by_products = 1.2 * sizes[0] + 0.042 * weights
+    by_products += (9_000 * len(layers) + 0.19 * weights) / batch_size
+    return by_loops < (by_products / 2 if _threads_pay(sizes, batch_size) else by_products)
 
 
 def threads(sizes: Sequence[int], batch_size: int) -> int:
@@ -271,10 +276,12 @@ def threads(sizes: Sequence[int], batch_size: int) -> int:
     A second thread costs some microseconds at each product, which a textbook's network does not
     have to give away. (Loops have threads of their own.)
     """
+    return torch.get_num_threads() if _threads_pay(sizes, batch_size) else 1
+
+
+def _threads_pay(sizes: Sequence[int], batch_size: int) -> bool:
     largest = max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
-    if batch_size * largest < _MULTIPLICATIONS_FOR_THREADS:
-        return 1
-    return torch.get_num_threads()
+    return batch_size * largest >= _MULTIPLICATIONS_FOR_THREADS
 
 
 def _check_engine(engine: str | None, device: torch.device, dtype: torch.dtype) -> None:

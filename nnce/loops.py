@@ -63,10 +63,15 @@ _EXACT = {"contract", "nsz", "arcp"}
 
 DTYPES = (torch.float32, torch.float64)
 # Where more of the inputs than this are not 0, all of them are walked over.
-DENSE = 0.5
+DENSE = 0.7
 
 # NumPy, once the loops are compiled; the name is looked up in them then.
 np: Any = None
+
+
+def filled(n: int) -> int:
+    """A layer's width in the loops' memory."""
+    return -(-n // _LANES) * _LANES
 
 
 def is_available() -> bool:
@@ -97,33 +102,42 @@ def _lanes_add_row(_: Any, to: Any, t: Any, row: Any, r: Any, x: Any) -> tuple[A
 
 
 def _lanes_add_rows(
-    _: Any, to: Any, t: Any, W: Any, h: Any, H: Any, inputs: Any, k: Any, values: Any, v: Any
+    _: Any,
+    to: Any,
+    t: Any,
+    W: Any,
+    h: Any,
+    H: Any,
+    inputs: Any,
+    k: Any,
+    values: Any,
+    v: Any,
+    apart: Any,
 ) -> tuple[Any, Any]:
-    """add_rows(to, t, W, h, H, inputs, k, values, v): eight rows of W, H numbers each, at once.
+    """add_rows(to, t, W, h, H, inputs, k, values, v, apart): eight rows of W, H numbers each.
 
-    For j from 0 to 7: to[t : t + 32] += values[v + j] W[i H + h : i H + h + 32], i = inputs[k + j].
+    to[t : t + 32] += x_j W[i_j H + h : i_j H + h + 32] for j from 0 to 7, where i_j = inputs[k + j]
+    and x_j = values[v + apart j].
     """
     from numba.core import types
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        to, t, W, h, H, inputs, k, values, v = arguments
-        to_type, _, W_type, _, _, inputs_type, _, values_type, _ = signature.args
+        to, t, W, h, H, inputs, k, values, v, apart = arguments
+        to_type, _, W_type, _, _, inputs_type, _, values_type, *_ = signature.args
         place = _lanes(context, builder, to_type, to, t)
         total = builder.load(place, align=4)
         for j in range(_INPUTS_AT_ONCE):
-            i = builder.load(_item(context, builder, inputs_type, inputs, _plus(builder, k, j)))
-            x = builder.load(_item(context, builder, values_type, values, _plus(builder, v, j)))
-            at = builder.add(builder.mul(builder.zext(i, H.type), H), h)
+            at = builder.add(k, k.type(j))
+            i = builder.zext(builder.load(_item(context, builder, inputs_type, inputs, at)), H.type)
+            at = builder.add(v, builder.mul(apart, apart.type(j)))
+            x = builder.load(_item(context, builder, values_type, values, at))
+            at = builder.add(builder.mul(i, H), h)
             row = builder.load(_lanes(context, builder, W_type, W, at), align=4)
             total = _add_product(builder, total, x, row)
         builder.store(total, place, align=4)
         return context.get_dummy_value()
 
-    return types.void(to, t, W, h, H, inputs, k, values, v), code
-
-
-def _plus(builder: Any, index: Any, j: int) -> Any:
-    return builder.add(index, index.type(j))
+    return types.void(to, t, W, h, H, inputs, k, values, v, apart), code
 
 
 def _item(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
@@ -215,13 +229,24 @@ def _loop_first_layer(
             np.uint64(starts[rows[e]]), np.uint64(starts[rows[e] + np.uint64(1)]), np.uint64(8)
         ):
             for h in range(np.uint64(0), H, np.uint64(32)):
-                add_rows(z, e * H + h, W, h, H, inputs, k, values, k)
+                add_rows(z, e * H + h, W, h, H, inputs, k, values, k, np.uint64(1))
 
 
-def _loop_first_layer_dense(W: Any, b: Any, rows: Any, inputs: Any, x: Any, H: Any, z: Any) -> None:
-    """The same for inputs that are hardly ever 0: inputs outside, examples inside."""
-    n, n_in = np.uint64(len(rows)), np.uint64(x.shape[1])
-    values = x.ravel()
+def _loop_gather(x: Any, rows: Any, batch: Any) -> None:
+    """The rows of a mini-batch of dense inputs, one after the other."""
+    n_in = np.uint64(x.shape[1])
+    for e in range(np.uint64(len(rows))):
+        row = np.uint64(rows[e])
+        for i in range(n_in):
+            batch[e * n_in + i] = x[row, i]
+
+
+def _loop_first_layer_dense(W: Any, b: Any, n: Any, every: Any, batch: Any, H: Any, z: Any) -> None:
+    """The same for inputs that are hardly ever 0: inputs outside, examples inside.
+
+    every is 0, 1, 2, … up to the number of inputs, or of examples if these are more.
+    """
+    n_in = np.uint64(len(W)) // H - np.uint64(1)
     whole = n_in - n_in % np.uint64(8)
     for e in range(n):
         for h in range(H):
@@ -229,11 +254,11 @@ def _loop_first_layer_dense(W: Any, b: Any, rows: Any, inputs: Any, x: Any, H: A
     for i in range(np.uint64(0), whole, np.uint64(8)):
         for e in range(n):
             for h in range(np.uint64(0), H, np.uint64(32)):
-                add_rows(z, e * H + h, W, h, H, inputs, i, values, np.uint64(rows[e]) * n_in + i)
+                add_rows(z, e * H + h, W, h, H, every, i, batch, e * n_in + i, np.uint64(1))
     for i in range(whole, n_in):
         for e in range(n):
             for h in range(np.uint64(0), H, np.uint64(32)):
-                add_row(z, e * H + h, W, i * H + h, x[rows[e], i])
+                add_row(z, e * H + h, W, i * H + h, batch[e * n_in + i])
 
 
 def _loop_forward(z: Any, a: Any, not_a: Any, b: Any, V: Any, n_outs: Any, widths: Any) -> None:
@@ -323,12 +348,18 @@ def _loop_update_first_layer(
                 add_row(W, inputs[k] * H + h, steps, e * H + h, values[k])
 
 
-def _loop_update_first_layer_dense(W: Any, rows: Any, x: Any, H: Any, steps: Any) -> None:
+def _loop_update_first_layer_dense(
+    W: Any, n: Any, every: Any, batch: Any, H: Any, steps: Any
+) -> None:
     """The same for inputs that are hardly ever 0."""
-    for i in range(np.uint64(x.shape[1])):
-        for e in range(np.uint64(len(rows))):
-            for h in range(np.uint64(0), H, np.uint64(32)):
-                add_row(W, i * H + h, steps, e * H + h, x[rows[e], i])
+    n_in = np.uint64(len(W)) // H - np.uint64(1)
+    whole = n - n % np.uint64(8)
+    for i in range(n_in):
+        for h in range(np.uint64(0), H, np.uint64(32)):
+            for e in range(np.uint64(0), whole, np.uint64(8)):
+                add_rows(W, i * H + h, steps, h, H, every, e, batch, e * n_in + i, n_in)
+            for e in range(whole, n):
+                add_row(W, i * H + h, steps, e * H + h, batch[e * n_in + i])
 
 
 def _loop_move(value: Any, velocity: Any, momentum: Any, shrink: Any) -> None:
@@ -358,6 +389,7 @@ def _loop_outputs(
     z: Any,
     a: Any,
     not_a: Any,
+    batch: Any,
     first_z: Any,
     out: Any,
 ) -> None:
@@ -365,17 +397,19 @@ def _loop_outputs(
     H = np.uint64(widths[0])
     last = len(b) - widths[len(widths) - 1]
     for begin in range(0, len(rows), batch_size):
-        batch = rows[begin : begin + batch_size]
+        some = rows[begin : begin + batch_size]
+        n = np.uint64(len(some))
         if len(starts) == 0:
-            first_layer_dense(W, b, batch, inputs, x, H, first_z)
+            gather(x, some, batch)
+            first_layer_dense(W, b, n, inputs, batch, H, first_z)
         else:
-            first_layer(W, b, batch, starts, inputs, values, H, first_z)
-        for e in range(np.uint64(len(batch))):
+            first_layer(W, b, some, starts, inputs, values, H, first_z)
+        for e in range(n):
             for h in range(H):
                 z[h] = first_z[e * H + h]
             forward(z, a, not_a, b, V, n_outs, widths)
             for o in range(out.shape[1]):
-                out[batch[e], o] = z[last + o]
+                out[some[e], o] = z[last + o]
 
 
 def _loop_train(
@@ -404,6 +438,7 @@ def _loop_train(
     dz: Any,
     db: Any,
     dV: Any,
+    batch: Any,
     first_z: Any,
 ) -> None:
     """Steps of gradient descent through the examples of an order, a mini-batch at a time.
@@ -423,7 +458,8 @@ def _loop_train(
         for t in range(np.uint64(len(dV))):
             dV[t] = zero
         if dense:
-            first_layer_dense(W, b, rows, inputs, x, H, first_z)
+            gather(x, rows, batch)
+            first_layer_dense(W, b, n, inputs, batch, H, first_z)
         else:
             first_z[0] = read_ahead(rows, starts, inputs, values)  # which is overwritten at once
             first_layer(W, b, rows, starts, inputs, values, H, first_z)
@@ -445,7 +481,7 @@ def _loop_train(
             decay(V, one + shrink)
         target_W, target_V, target_b = (uW, uV, ub) if moves else (W, V, b)
         if dense:
-            update_first_layer_dense(target_W, rows, x, H, first_z)
+            update_first_layer_dense(target_W, n, inputs, batch, H, first_z)
         else:
             update_first_layer(target_W, rows, starts, inputs, values, H, first_z)
         for t in range(np.uint64(0), np.uint64(len(V)), np.uint64(32)):
@@ -464,6 +500,7 @@ add_rows: Any = None
 sigmoids: Any = None
 read_ahead: Any = None
 first_layer: Any = None
+gather: Any = None
 first_layer_dense: Any = None
 forward: Any = None
 example: Any = None
@@ -477,9 +514,9 @@ train: Any = None
 
 def _compile() -> None:
     """Give the loops to Numba, which compiles each at its first call."""
-    global np, add_row, add_rows, sigmoids, read_ahead, first_layer, first_layer_dense
-    global forward, example, update_first_layer, update_first_layer_dense, move, decay
-    global outputs, train
+    global np, add_row, add_rows, sigmoids, read_ahead, first_layer, gather
+    global first_layer_dense, forward, example, update_first_layer, update_first_layer_dense
+    global move, decay, outputs, train
     if train is not None:
         return
     import numba
@@ -499,6 +536,7 @@ def _compile() -> None:
     sigmoids = compiled(_loop_sigmoids, _EXACT)
     read_ahead = compiled(_loop_read_ahead)
     first_layer = compiled(_loop_first_layer)
+    gather = compiled(_loop_gather)
     first_layer_dense = compiled(_loop_first_layer_dense)
     forward, example = compiled(_loop_forward), compiled(_loop_example)
     update_first_layer = compiled(_loop_update_first_layer)
@@ -559,8 +597,8 @@ class Inputs(NamedTuple):
     starts: Any
     """Where each example's list of inputs begins, and where the last one ends; empty if dense."""
     inputs: Any
-    """The inputs that are not 0, each list filled up to a multiple of 8 with the dummy; all if
-    dense."""
+    """The inputs that are not 0, each list filled up to a multiple of 8 with the dummy; 0, 1, 2, …
+    if dense."""
     values: Any
     """What they are."""
     x: Any
@@ -582,7 +620,7 @@ def make_inputs(x: Tensor, *, dense: bool) -> Inputs:
         whole = x.contiguous().numpy()
         return Inputs(
             starts=numpy.zeros(0, dtype=numpy.int64),
-            inputs=numpy.arange(n_in, dtype=numpy.uint32),
+            inputs=numpy.arange(max(n, n_in), dtype=numpy.uint32),
             values=numpy.zeros(0, dtype=whole.dtype),
             x=whole,
         )
@@ -650,7 +688,7 @@ class _Network:
         self._pairs = network.weights_and_biases()
         like = self._pairs[0][0].detach()
         n_outs = network.sizes[1:]
-        self.widths = [-(-n // _LANES) * _LANES for n in n_outs]
+        self.widths = [filled(n) for n in n_outs]
         self._n_outs = n_outs
 
         def zeros(*shape: int) -> Any:
@@ -669,7 +707,7 @@ class _Network:
         )
         scratch = (zeros(total) for _ in range(5))
         self._scratch = (*scratch, zeros(above))
-        self._first_z = zeros(0)
+        self._rooms = [zeros(0), zeros(0)]
         self._batch_size = batch_size
 
     def train(self, inputs: Inputs, y: Any, order: Any) -> None:
@@ -677,7 +715,7 @@ class _Network:
         n = min(self._batch_size, len(order))
         train(
             *(*self._parameters, *self._widths, *inputs, y, order, max(1, n), *self._settings),
-            *(*self._scratch, self._room(n)),
+            *(*self._scratch, *self._room(inputs, n)),
         )
 
     def outputs(self, inputs: Inputs, n: int) -> Any:
@@ -686,16 +724,19 @@ class _Network:
         out = np.empty((n, self._n_outs[-1]), dtype=z.dtype)
         outputs(
             *(*self._parameters[:3], *self._widths, *inputs, np.arange(n), _OUTPUTS_AT_ONCE),
-            *(z, a, not_a, self._room(_OUTPUTS_AT_ONCE), out),
+            *(z, a, not_a, *self._room(inputs, _OUTPUTS_AT_ONCE), out),
         )
         return out
 
-    def _room(self, n: int) -> Any:
-        """For z of the first layer of so many examples."""
-        size = n * self.widths[0]
-        if len(self._first_z) < size:
-            self._first_z = torch.from_numpy(self._b).new_zeros(size).numpy()
-        return self._first_z
+    def _room(self, inputs: Inputs, n: int) -> tuple[Any, Any]:
+        """For the inputs of so many examples, if they are dense, and for their first z."""
+        sizes = (n * inputs.x.shape[1] if len(inputs.x) else 0, n * self.widths[0])
+        like = torch.from_numpy(self._b)
+        self._rooms = [
+            room if len(room) >= size else like.new_zeros(size).numpy()
+            for room, size in zip(self._rooms, sizes, strict=True)
+        ]
+        return self._rooms[0], self._rooms[1]
 
     def _places(self) -> Iterator[tuple[Any, Any]]:
         """W and b of each layer in the loops' memory, [n_out, n_in] and [n_out]."""
