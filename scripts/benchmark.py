@@ -5,6 +5,10 @@ is part of it, evaluation is not. Every peer starts from the same network, sees 
 mini-batches and is first checked to come to the same loss. Peers take turns, so that what else the
 machine does falls on all of them alike; the figures are medians, and `ratio` is a peer's time over
 nnce's, the median of the ratios of each turn.
+
+Two rows are no peers. The floor is what PyTorch takes for the dense matrix products alone. The
+limit is an estimate of what no implementation on one thread (a network) can go below: the
+multiplications and bytes that the inputs that are not 0 need, at the machine's measured peaks.
 """
 
 if __name__ == "__main__":
@@ -67,11 +71,23 @@ class Work(NamedTuple):
     """How many side by side, each a row of its own."""
     density: float = DENSITY
     """The share of inputs that are not 0."""
+    own_orders: bool = False
+    """Whether each of several networks has its own order of the examples."""
+    threads: int | None = None
+    """What was asked for."""
 
     def __str__(self) -> str:
         """As the table has it."""
         inputs = "" if self.density < 1 else ", no zeros"
-        return f"{'-'.join(map(str, self.sizes))}, batch {self.batch_size}{inputs}"
+        orders = ", own orders" if self.own_orders else ""
+        return f"{'-'.join(map(str, self.sizes))}, batch {self.batch_size}{inputs}{orders}"
+
+    def indices(self, order: Tensor, networks: int, generator: torch.Generator) -> Tensor:
+        """The order for so many networks side by side, [n], or [networks, n] of their own."""
+        if not self.own_orders or networks == 1:
+            return order
+        others = [data.order(len(order), generator, order.device) for _ in range(1, networks)]
+        return torch.stack([order, *others])
 
 
 WORKS = (
@@ -79,13 +95,14 @@ WORKS = (
     Work((784, 100, 10), 10, (1, 4, 16, 64)),
     Work((784, 800, 10), 128, (1, 4, 16, 64)),
     Work((784, 1000, 1000, 10), 512, (1, 4, 16, 64)),
+    Work((784, 30, 10), 10, (16,), own_orders=True),
     Work((784, 30, 10), 1, (1,)),
     Work((784, 30, 10), 10, (1,), density=1.0),
 )
-QUICK = (Work((784, 30, 10), 10, (1, 16)),)
+QUICK = (Work((784, 30, 10), 10, (1, 16)), Work((784, 30, 10), 10, (16,), own_orders=True))
 
 Epoch = Callable[[Tensor], object]
-"""Train on the examples in this order."""
+"""Train on the examples in this order, or in these."""
 Parameters = Callable[[], Sequence[Any]]
 """W, b, W, b, … of the first network, as they are now."""
 Peer = Callable[[Work, Tensor, Tensor, list[MLP]], tuple[Epoch, Parameters]]
@@ -105,7 +122,9 @@ def nnce_ensemble(
     if engine == "loops" and (x.is_cuda or not loops.is_available()):
         raise Missing("no loops: they want the CPU, and Numba")
     values = [Hyperparameters("cross-entropy", LR)] * len(networks)
-    together = Ensemble(networks, values, batch_size=work.batch_size, engine=engine)
+    together = Ensemble(
+        networks, values, batch_size=work.batch_size, engine=engine, threads=work.threads
+    )
     return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
 
 
@@ -140,7 +159,9 @@ class Products:
 
 
 def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """The matrix products alone, with the same shuffling and gathering."""
+    """The matrix products alone, dense, with the same shuffling and gathering."""
+    if work.own_orders:
+        raise Missing("networks with orders of their own share no product")
     # As many networks at a time as the ensemble takes, since more would leave the cache.
     size = max(1, CACHE_BYTES // memory.bytes_of(work.sizes, torch.float32))
     groups = [networks[i : i + size] for i in range(0, len(networks), size)]
@@ -385,10 +406,12 @@ def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Ep
         z: Tensor = torch.func.functional_call(twins[0], parameters, (x,))
         return criterion(z, y)
 
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
+    examples = 0 if work.own_orders else None
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(0, examples, examples))
 
     def epoch(order: Tensor) -> None:
-        for batch in order.split(work.batch_size):
+        for batch in order.view(-1, order.shape[-1]).split(work.batch_size, dim=-1):
+            batch = batch if work.own_orders else batch[0]
             for name, gradient in gradients(parameters, x[batch], y[batch]).items():
                 parameters[name].sub_(LR * gradient)
 
@@ -423,7 +446,8 @@ def jax_scan(
 
     gradient: Any = jax.grad(loss)
     if side_by_side:
-        gradient = jax.vmap(gradient, in_axes=(0, None, None))
+        examples = 0 if work.own_orders else None
+        gradient = jax.vmap(gradient, in_axes=(0, examples, examples))
 
     def step(parameters: Any, batch: Any) -> tuple[Any, None]:
         gradients = gradient(parameters, X[batch], Y[batch])
@@ -431,10 +455,12 @@ def jax_scan(
 
     @partial(jax.jit, donate_argnums=0)
     def scan(parameters: Any, order: Any) -> Any:
-        whole = len(order) // work.batch_size * work.batch_size
-        parameters, _ = jax.lax.scan(step, parameters, order[:whole].reshape(-1, work.batch_size))
-        if whole < len(order):
-            parameters, _ = step(parameters, order[whole:])
+        n = order.shape[-1]
+        whole = n // work.batch_size * work.batch_size
+        batches = order[..., :whole].reshape(*order.shape[:-1], -1, work.batch_size)
+        parameters, _ = jax.lax.scan(step, parameters, jnp.moveaxis(batches, -2, 0))
+        if whole < n:
+            parameters, _ = step(parameters, order[..., whole:])
         return parameters
 
     def epoch(order: Tensor) -> None:
@@ -452,7 +478,8 @@ def jax_scan(
 NNCE = "nnce"
 LOOPS = "nnce, loops"
 PRODUCTS = "nnce, products"
-FLOOR = "floor (matrix products alone)"
+FLOOR = "floor (dense products alone)"
+LIMIT = "limit (estimate)"
 EAGER = "torch.nn eager"
 COMPILED = "torch.compile"
 JAX = "JAX jit + scan"
@@ -494,10 +521,18 @@ class Runner(NamedTuple):
     peak_bytes: int | None
 
 
-def timed(epoch: Epoch, n: int, generator: torch.Generator, device: torch.device) -> float:
-    """Seconds that drawing an order and training on it take, until the device is done."""
+def timed(
+    epoch: Epoch,
+    n: int,
+    generator: torch.Generator,
+    device: torch.device,
+    work: Work | None = None,
+    networks: int = 1,
+) -> float:
+    """Seconds that drawing the order, or orders, and training take, until the device is done."""
     began = time.perf_counter()
-    epoch(data.order(n, generator, device))
+    order = data.order(n, generator, device)
+    epoch(order if work is None else work.indices(order, networks, generator))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -538,7 +573,9 @@ def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
     """The first network's C over 1,000 examples after an epoch of them, in a fixed order."""
     x, y = x[:1000], y[:1000]
     epoch, parameters = PEERS[name](work, x, y, fresh_networks(work, networks, x.device))
-    epoch(torch.arange(len(x), device=x.device))
+    # The first network's order is the same one, whatever the others'.
+    order = torch.arange(len(x), device=x.device)
+    epoch(work.indices(order, networks, torch.Generator().manual_seed(0)))
     network = fresh_networks(work, 1, x.device)[0]
     with torch.no_grad():
         for p, value in zip(network.parameters(), parameters(), strict=True):
@@ -559,11 +596,11 @@ def prepare(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> Runne
         # What is compiled for its shapes must have seen them all.
         compiles = name in (JAX, JAX_VMAP, COMPILED)
         warm = torch.arange(examples if compiles else min(examples, 2_000))
-        epoch(warm.to(x.device))
+        epoch(work.indices(warm.to(x.device), networks, torch.Generator().manual_seed(0)))
     return Runner(name, networks, epoch, examples, peaks[0] if peaks else None)
 
 
-Outcome = Literal["right", "wrong", "failed", "missing"]
+Outcome = Literal["right", "wrong", "failed", "missing", "estimate"]
 
 
 class Timing(NamedTuple):
@@ -590,6 +627,81 @@ class Timing(NamedTuple):
     threads: int = 0
 
 
+class Peaks(NamedTuple):
+    """What one thread of this machine can do."""
+
+    multiplications: float
+    """A second, each with its addition: of a matrix product."""
+    bytes: float
+    """A second, read and written, of a first layer's weights: they are in the cache."""
+
+
+def peaks_of_one_thread(work: Work) -> Peaks:
+    """Measured, the best of some runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b, c = (torch.rand(1_024, 1_024) for _ in range(3))
+        weights, steps = (torch.rand(work.sizes[0] * work.sizes[1]) for _ in range(2))
+        runs = 100_000_000 // len(weights)
+
+        def seconds(call: Callable[[], object], times: int) -> float:
+            began = time.perf_counter()
+            for _ in range(times):
+                call()
+            return (time.perf_counter() - began) / times
+
+        product = min(seconds(lambda: torch.mm(a, b, out=c), 1) for _ in range(20))
+        add = min(seconds(lambda: torch.add(weights, steps, out=weights), runs) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+    return Peaks(1_024**3 / product, 3 * 4 * len(weights) / add)
+
+
+def limit(work: Work, networks: int, ours: float) -> Timing:
+    """What the inputs that are not 0 need of one thread, or of one for each network.
+
+    Multiplications: two for a weight of the first layer and an input that is not 0 (forward and
+    step), three for a weight of the layers above. Bytes: those inputs and their numbers, once; and
+    each weight three times a mini-batch (read forward, read and written for the step) unless all
+    its inputs there are 0.
+    """
+    first, *above = (n_in * n_out for n_in, n_out in itertools.pairwise(work.sizes))
+    n, density = work.batch_size, work.density
+    multiplications = 2 * density * first + 3 * sum(above)
+    inputs = (8 if density < 1 else 4) * density * work.sizes[0]
+    weights = (1 - (1 - density) ** n) * first + sum(above)
+    needed = inputs + 12 * weights / n
+    peaks = peaks_of_one_thread(work)
+    at_least = max(multiplications / peaks.multiplications, needed / peaks.bytes)
+    threads = min(networks, work.threads or os.cpu_count() or 1)
+    seconds = EXAMPLES * at_least / threads
+    return Timing(
+        work=str(work),
+        peer=LIMIT,
+        networks=networks,
+        outcome="estimate",
+        note=f"{multiplications:,.0f} multiplications and {needed:,.0f} bytes an example, at "
+        f"{peaks.multiplications / 1e9:.0f} G and {peaks.bytes / 1e9:.0f} GB a second and thread",
+        seconds=seconds,
+        examples_per_second=EXAMPLES / seconds,
+        ratio=seconds / ours,
+        ratio_least=seconds / ours,
+        ratio_most=seconds / ours,
+        threads=threads,
+    )
+
+
+def threads_of(name: str, work: Work, networks: int) -> int:
+    """How many threads a peer has; JAX takes what it likes."""
+    suits = ensemble.suits_loops(
+        work.sizes, work.batch_size, torch.float32, torch.device("cpu"), work.density
+    )
+    if name == LOOPS or (name == NNCE and suits):
+        return min(networks, work.threads or os.cpu_count() or 1)
+    return (os.cpu_count() or 1) if name in (JAX, JAX_VMAP) else torch.get_num_threads()
+
+
 def measure(
     work: Work, names: Sequence[str], x: Tensor, y: Tensor, repetitions: int
 ) -> list[Timing]:
@@ -599,7 +711,7 @@ def measure(
     losses: dict[tuple[str, int], float] = {}
     for name in names:
         try:
-            counts = work.networks if name in SIDE_BY_SIDE else (1,)
+            counts: tuple[int, ...] = work.networks if name in SIDE_BY_SIDE else (1,)
             if name != FLOOR:
                 losses |= {(name, n): check(name, work, x, y, n) for n in counts}
             runners += [prepare(name, work, x, y, networks) for networks in counts]
@@ -609,10 +721,11 @@ def measure(
             if name.startswith(NNCE):
                 raise
             timings.append(Timing(str(work), name, 1, "failed", type(error).__name__))
+    expected = losses[NNCE, work.networks[0]]
     wrong = {
         key: loss
         for key, loss in losses.items()
-        if not abs(loss - losses[NNCE, 1]) <= SAME_LOSS * losses[NNCE, 1]
+        if not abs(loss - expected) <= SAME_LOSS * expected
     }
     seconds: dict[tuple[str, int], list[float]] = {(r.peer, r.networks): [] for r in runners}
     generator = torch.Generator().manual_seed(0)
@@ -620,7 +733,7 @@ def measure(
     shuffled = random.Random(0)
     turns = [r for _ in range(repetitions) for r in shuffled.sample(runners, len(runners))]
     for runner in tqdm(turns, desc=str(work), disable=None, leave=False):
-        took = timed(runner.epoch, runner.examples, generator, x.device)
+        took = timed(runner.epoch, runner.examples, generator, x.device, work, runner.networks)
         per_network = took / runner.networks * EXAMPLES / runner.examples
         seconds[runner.peer, runner.networks].append(per_network)
 
@@ -651,17 +764,19 @@ def measure(
                     peak_bytes=ready[key].peak_bytes,
                     examples=ready[key].examples,
                     repetitions=len(ratios),
-                    threads=torch.get_num_threads(),
+                    threads=threads_of(name, work, key[1]),
                 )
             )
+        if not x.is_cuda:
+            timings.append(limit(work, networks, statistics.median(ours)))
     return timings
 
 
 def readable(timing: Timing) -> report.Row:
     """A row for people."""
-    there = timing.repetitions > 0
+    there = not math.isnan(timing.seconds)
     spread = f"{timing.ratio_least:.2f}–{timing.ratio_most:.2f}"
-    note = timing.note if timing.outcome in ("right", "missing") else timing.outcome.upper()
+    wrong = timing.outcome in ("wrong", "failed")
     return {
         "work": timing.work,
         "networks": timing.networks,
@@ -671,7 +786,7 @@ def readable(timing: Timing) -> report.Row:
         "ratio": f"{timing.ratio:.2f} ({spread})" if there else "",
         "peak MB": "" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e6:,.0f}",
         "threads": timing.threads if there else "",
-        "note": note if note == timing.note else f"{note}: {timing.note}",
+        "note": f"{timing.outcome.upper()}: {timing.note}" if wrong else timing.note,
     }
 
 
@@ -749,6 +864,7 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> list[Timin
         x = (values * (ranks < work.density)).to(device)
         torch.set_num_threads(all_threads)
         command_line.set_speed(options, suited=ensemble.threads(work.sizes, work.batch_size))
+        work = work._replace(threads=options.threads)
         neighbours = Neighbours()
         with threadpool_limits(torch.get_num_threads()):
             timings += measure(

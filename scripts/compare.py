@@ -5,10 +5,12 @@ if __name__ == "__main__":
 
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -63,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layers = "-".join(map(str, sizes))
     name = f"compare-{options.data}-{layers}-{options.init}-seeds{options.seeds}"
     with options_parser.run_directory(options.run_dir, name) as run_dir:
-        began = time.perf_counter()
+        costs = Costs()
         stopped: BaseException | None = None
         introduce(options, dataset, runs)
         controls: list[Run] = []
         with Log(run_dir, vars(options)) as log:
             try:
-                train_all(options, dataset, runs, controls, log)
+                train_all(options, dataset, runs, controls, log, costs)
             except (KeyboardInterrupt, OSError) as error:
                 if log.finished < 1:
                     raise
@@ -84,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         run_dir,
                         config=vars(options),
                         device=dataset.train.x.device,
-                        seconds=time.perf_counter() - began,
+                        seconds=costs.total,
                         rows=[report.summary_row(summary) for summary in findings.summaries],
                         command=command,
                         interrupted=stopped is not None,
-                        logging_seconds=log.seconds,
+                        seconds_of=costs.by_part(runs, log),
                         **report.more_results(findings),
                     )
 
@@ -104,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 log.finish([*runs, *controls], findings.best_lrs, dataset, markdown, figure)
                 write()
         print(f"\n{page}\n")
-        print(f"{time.perf_counter() - began:.1f} s, {log.seconds:.1f} s of them logging")
+        parts = ", ".join(f"{name} {s:.1f}" for name, s in costs.by_part(runs, log).items())
+        print(f"{costs.total:.1f} s: {parts}")
         print(f"Tables, every epoch of every network, and a picture: {run_dir}")
         print(f"Curves: {report.tensorboard_command(run_dir)}")
         if isinstance(stopped, KeyboardInterrupt):
@@ -112,6 +115,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if stopped is not None:
             raise stopped
     return 0
+
+
+class Costs:
+    """Where the time goes, in seconds."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        self._began = time.perf_counter()
+        self._parts = {"side by side": 0.0, "control": 0.0}
+
+    @property
+    def total(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def of(self, part: Literal["side by side", "control"], log: Log) -> Iterator[None]:
+        """The block trains and measures all networks or the controls, and logs."""
+        began = self.total - log.seconds
+        try:
+            yield
+        finally:
+            self._parts[part] += self.total - log.seconds - began
+
+    def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
+        """The total in parts."""
+        training = sum(record.seconds for run in runs for record in run.records)
+        side_by_side, control = self._parts.values()
+        return {
+            "training": training,
+            "evaluation": side_by_side - training,
+            "logging": log.seconds,
+            "tables and pictures": self.total - side_by_side - log.seconds - control,
+            "control": control,
+        }
 
 
 def introduce(options: argparse.Namespace, dataset: data.Dataset, runs: Sequence[Run]) -> None:
@@ -171,18 +209,20 @@ def train_all(
     runs: Sequence[Run],
     controls: list[Run],
     log: Log,
+    costs: Costs,
 ) -> None:
     """Train all networks side by side, and then the controls, one by one."""
     epochs = options.epochs + 1
     with tqdm(total=epochs, unit="epoch", disable=None, leave=False) as bar:
         bar.set_description(f"{len(runs)} networks side by side")
-        for epoch in comparison.train_together(runs, dataset, options.threads):
-            with command_line.undisturbed():
-                log.epoch(runs, dataset)
-                log.finished = epoch
-                if epoch:
-                    command_line.keep(log.run_dir)
-            bar.update()
+        with costs.of("side by side", log):
+            for epoch in comparison.train_together(runs, dataset, options.threads):
+                with command_line.undisturbed():
+                    log.epoch(runs, dataset)
+                    log.finished = epoch
+                    if epoch:
+                        command_line.keep(log.run_dir)
+                bar.update()
         variants = comparison.by_variant(runs)
         chosen = [
             run
@@ -194,12 +234,13 @@ def train_all(
         # Epoch by epoch through all of them, so that their curves have one point an epoch.
         again = [comparison.control(run, dataset) for run in chosen]
         controls += [run for run, _ in again]
-        for _ in range(epochs):
-            for _, epochs_of_one in again:
-                next(epochs_of_one, None)
-                bar.update()
-            with command_line.undisturbed():
-                log.epoch([run for run in controls if not run.stopped], dataset)
+        with costs.of("control", log):
+            for _ in range(epochs):
+                for _, epochs_of_one in again:
+                    next(epochs_of_one, None)
+                    bar.update()
+                with command_line.undisturbed():
+                    log.epoch([run for run in controls if not run.stopped], dataset)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ def benchmark(script, monkeypatch):
     """The script, with little to do."""
     module = script("benchmark")
     monkeypatch.setattr(module, "EXAMPLES", 1_000)
-    monkeypatch.setattr(module, "QUICK", (module.Work((784, 5, 10), 10, (1, 3)),))
+    works = (
+        module.Work((784, 5, 10), 10, (1, 3)),
+        module.Work((784, 5, 10), 10, (3,), own_orders=True),
+    )
+    monkeypatch.setattr(module, "QUICK", works)
     return module
 
 
@@ -47,7 +51,7 @@ def test_every_peer_comes_to_the_same_loss(benchmark, drawn, peer):
     """And has come a way: a comparison of speed is worth nothing where one does not learn."""
     if peer == "torch.compile" and not shutil.which("g++"):
         missing("compiler", "there is no g++")
-    (work,) = benchmark.QUICK
+    work, _ = benchmark.QUICK
     ours = benchmark.check("nnce", work, *drawn, 1)
     try:
         theirs = benchmark.check(peer, work, *drawn, 1)
@@ -59,9 +63,26 @@ def test_every_peer_comes_to_the_same_loss(benchmark, drawn, peer):
     assert ours < 0.9 * before.loss
 
 
+@pytest.mark.parametrize(
+    "peer",
+    ["nnce", "nnce, products", "torch.func, vmap over networks", "JAX, vmap over networks"],
+)
+def test_an_order_for_each_network(benchmark, drawn, peer):
+    """The first network's is that of one network alone, so it comes to the same loss."""
+    one, own = benchmark.QUICK
+    alone = benchmark.check("nnce", one, *drawn, 1)
+    try:
+        beside = benchmark.check(peer, own, *drawn, 3)
+    except benchmark.Missing as reason:
+        pytest.skip(str(reason))
+    assert beside == pytest.approx(alone, rel=benchmark.SAME_LOSS)
+    with pytest.raises(benchmark.Missing, match="share no product"):
+        benchmark.floor(own, *drawn, [])
+
+
 @pytest.mark.parametrize("R", [1, 3])
 def test_the_floor_is_five_products_a_step(benchmark, drawn, R):
-    (work,) = benchmark.QUICK
+    work, _ = benchmark.QUICK
     networks = benchmark.fresh_networks(work, R, torch.device("cpu"))
     before = [p.clone() for p in networks[0].parameters()]
     epoch, _ = benchmark.floor(work, *drawn, networks)
@@ -78,10 +99,18 @@ def test_a_run(benchmark, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert benchmark.main(["--quick", "--repetitions", "2", "--run-dir", str(run_dir)]) == 0
     results = json.loads((run_dir / "results.json").read_text())
-    rows = {(row["peer"], row["networks"]): row for row in results["rows"]}
-    floor = "floor (matrix products alone)"
+    one_order, own_orders = (
+        [row for row in results["rows"] if row["work"] == f"784-5-10, batch 10{ending}"]
+        for ending in ("", ", own orders")
+    )
+    assert {row["peer"] for row in own_orders} >= {"nnce", "torch.nn eager", "limit (estimate)"}
+    rows = {(row["peer"], row["networks"]): row for row in one_order}
+    floor = "floor (dense products alone)"
     assert {(peer, n) for peer in ("nnce", floor, "torch.nn eager") for n in (1, 3)} <= set(rows)
     for (peer, _), row in rows.items():
+        if row["outcome"] == "estimate":
+            assert "multiplications and" in row["note"] and row["seconds"] > 0
+            continue
         if row["outcome"] != "right":
             assert peer.startswith("JAX") and row["outcome"] == "missing"
             assert "not installed" in row["note"]

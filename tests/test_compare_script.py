@@ -307,4 +307,8 @@ def test_the_default_comparison_stays_small(tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 20e6
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert 0 < results["logging_seconds"] < results["seconds"]
+    parts = results["seconds_of"]
+    assert list(parts) == ["training", "evaluation", "logging", "tables and pictures", "control"]
+    assert all(seconds > 0 for seconds in parts.values())
+    # Of a moment later than the total.
+    assert sum(parts.values()) == pytest.approx(results["seconds"], rel=0.01)
