@@ -7,6 +7,7 @@ As compiled loops (`nnce.loops`) where networks are small and on a CPU, as matri
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -50,7 +51,8 @@ class Ensemble:
         batch_size: examples in a mini-batch; the last one of an epoch may be shorter.
         engine: "loops" or "products"; None for whichever suits.
         threads: how many the networks are shared out over by loops; None for as many as the machine
-            has processors. Products are made by PyTorch's own (`torch.set_num_threads`).
+            has processors, and a warning if more. Products are made by PyTorch's own
+            (`torch.set_num_threads`).
         graph: replay the products' steps as a CUDA graph; has no meaning on a CPU.
 
     Raises:
@@ -82,6 +84,11 @@ class Ensemble:
         _check(self.networks, self.hyperparameters, batch_size)
         if threads is not None and not is_size(threads):
             raise ValueError(f"expected threads to be a whole number of at least 1, got {threads}")
+        processors = os.cpu_count() or 1
+        if threads is not None and threads > processors:
+            warnings.warn(
+                f"threads={threads}: this machine has {processors} processors", stacklevel=2
+            )
         self._parameters = [_parameters(network) for network in self.networks]
         like = self._parameters[0][0]
         self.sizes, self.device, self.dtype = self.networks[0].sizes, like.device, like.dtype

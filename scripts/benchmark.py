@@ -864,7 +864,7 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> list[Timin
         x = (values * (ranks < work.density)).to(device)
         torch.set_num_threads(all_threads)
         command_line.set_speed(options, suited=ensemble.threads(work.sizes, work.batch_size))
-        work = work._replace(threads=options.threads)
+        work = work._replace(threads=command_line.threads(options))
         neighbours = Neighbours()
         with threadpool_limits(torch.get_num_threads()):
             timings += measure(

@@ -6,13 +6,13 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from nnce import data, ensemble, training
@@ -156,6 +156,7 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, runs: Sequence
     """Say what is going to be trained."""
     n_train, n_validation, n_test = (len(split.x) for split in dataset)
     variants = comparison.by_variant(runs)
+    threads = command_line.threads(options) or os.cpu_count()
     grids = "; ".join(
         f"{loss} at {', '.join(f'{v.lr:g}' for v in variants if v.loss == loss)}" for loss in LOSSES
     )
@@ -163,7 +164,7 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, runs: Sequence
         f"{options.data}: {n_train:,} training, {n_validation:,} validation and {n_test:,} test "
         f"examples\n{len(runs)} networks {'-'.join(map(str, runs[0].network.sizes))} side by side, "
         f"starts of each: {options.seeds}; {grids}\n{options.dtype} on "
-        f"{report.device_name(dataset.train.x.device)}, threads {torch.get_num_threads()}",
+        f"{report.device_name(dataset.train.x.device)}, threads {threads}",
         flush=True,
     )
 
@@ -212,11 +213,11 @@ def train_all(
     costs: Costs,
 ) -> None:
     """Train all networks side by side, and then the controls, one by one."""
-    epochs = options.epochs + 1
+    epochs, threads = options.epochs + 1, command_line.threads(options)
     with tqdm(total=epochs, unit="epoch", disable=None, leave=False) as bar:
         bar.set_description(f"{len(runs)} networks side by side")
         with costs.of("side by side", log):
-            for epoch in comparison.train_together(runs, dataset, options.threads):
+            for epoch in comparison.train_together(runs, dataset, threads):
                 with command_line.undisturbed():
                     log.epoch(runs, dataset)
                     log.finished = epoch

@@ -1,8 +1,11 @@
 """What the tests of networks side by side share: a mixture of settings, and the same alone."""
 
 import dataclasses
+import math
 
-from nnce import reference, training
+import torch
+
+from nnce import training
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import Ensemble
 
@@ -25,15 +28,23 @@ def make(settings, dataset, batch_size=10, engine=None):
     )
 
 
-def train_alone(settings, dataset, orders):
-    """The network trained by autograd, on mini-batches in a given order."""
-    state = training.initial_state(dataclasses.replace(settings, engine="autograd"), dataset)
-    twin, criterion = reference.torch_twin(state.network), reference.BUILT_IN_LOSSES[settings.loss]
+def train_alone(settings, dataset, orders, engine="autograd", nudged=False):
+    """The network trained by one of PyTorch's engines, on mini-batches in a given order.
+
+    nudged: from a start whose every number is the next larger one.
+    """
+    settings = dataclasses.replace(settings, engine=engine)
+    state = training.initial_state(settings, dataset)
+    if nudged:
+        with torch.no_grad():
+            for parameter in state.network.parameters():
+                parameter.copy_(parameter.nextafter(torch.full_like(parameter, math.inf)))
+    forward, criterion = training._engine(state.network, settings)
     x, y = dataset.train
     for order in orders:
         for batch in order.split(settings.batch_size):
             state.optimizer.zero_grad()
-            criterion(twin(x[batch]), y[batch]).backward()
+            criterion(forward(x[batch]), y[batch]).backward()
             state.optimizer.step()
     return state.network
 

@@ -105,6 +105,7 @@ def same_bits(one, two):
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:threads=")  # of a machine that has fewer
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_bits_are_a_networks_own(share, monkeypatch):
     """Whatever it is trained beside, however many threads there are, and whatever the block."""
@@ -191,6 +192,7 @@ def test_a_weight_whose_input_is_0_is_not_touched():
     assert network[2].weight.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:threads=")
 @pytest.mark.skipif(os.name != "posix", reason="timers of POSIX")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
@@ -226,22 +228,38 @@ def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
     assert all(met)
 
 
-CACHED = """
+ONE_NETWORK = """
 import sys, torch, nnce
 from nnce import loops
 from nnce.ensemble import Ensemble, Hyperparameters
 network = nnce.MLP((4, 3, 2))
 values = [Hyperparameters("cross-entropy", 0.5)]
 together = Ensemble([network], values, batch_size=2, engine="loops")
+data = torch.rand(4, 4), torch.rand(4, 2), torch.arange(4)
+"""
+CACHED = """
 print(loops.is_cached())
-together.train_epoch(torch.rand(4, 4), torch.rand(4, 2), torch.arange(4))
+together.train_epoch(*data)
 print(sum(loops.train.stats.cache_hits.values()))
+"""
+INTERRUPTED = """
+import os, signal, threading
+before = [p.detach().clone() for p in network.parameters()]
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    together.train_epoch(*data)
+    print("lost")
+except KeyboardInterrupt:
+    print("answered", len(loops.train.signatures))
+    print(all(map(torch.equal, before, network.parameters())))
+together.train_epoch(*data)
+print(any(map(torch.equal, before, network.parameters())))
 """
 
 
-def in_a_process(**environment):
+def in_a_process(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", CACHED],
+        [sys.executable, "-c", ONE_NETWORK + code],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -250,9 +268,16 @@ def in_a_process(**environment):
     return done.stdout.split()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_during_compilation_is_answered_when_that_ends_and_never_lost(tmp_path):
+    """No step has been taken then, and training can go on."""
+    said = in_a_process(INTERRUPTED, NUMBA_CACHE_DIR=str(tmp_path))
+    assert said == ["answered", "1", "True", "False"]
+
+
 def test_what_is_compiled_is_found_again_by_a_second_process(tmp_path):
-    assert in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ["False", "0"]
-    assert in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ["True", "1"]
+    assert in_a_process(CACHED, NUMBA_CACHE_DIR=str(tmp_path)) == ["False", "0"]
+    assert in_a_process(CACHED, NUMBA_CACHE_DIR=str(tmp_path)) == ["True", "1"]
 
 
 def test_where_nothing_can_be_written_they_are_compiled_all_the_same(monkeypatch):

@@ -325,6 +325,11 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def threads(options: argparse.Namespace) -> int | None:
+    """--threads for an `Ensemble`; `set_speed` says if the machine has not so many."""
+    return None if options.threads is None else min(options.threads, os.cpu_count() or 1)
+
+
 def set_speed(options: argparse.Namespace, suited: int) -> None:
     """Do as --threads and --matmul-precision say; `suited` threads if none were asked for.
 
