@@ -406,12 +406,13 @@ def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
     """
     n, device = len(split.x), split.x.device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    right = torch.zeros((), dtype=torch.float64, device=device)
     for x, y in zip(
         split.x.split(_EVALUATION_CHUNK), split.y.split(_EVALUATION_CHUNK), strict=True
     ):
         z = output(x)
         # In float64, where PyTorch's log1p takes a third of the time it takes in float32.
         total += LOSSES[loss].value(z.double(), y.double()).sum()
-        right += (z.argmax(-1) == y.argmax(-1)).sum()
+        # 1 where the largest output is the right one.
+        right += y.gather(-1, z.argmax(-1, keepdim=True)).sum(dtype=torch.float64)
     return Evaluation(total.item() / n, right.item() / n)

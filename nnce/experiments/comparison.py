@@ -32,8 +32,8 @@ from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
 from nnce.training import Engine, Record, Settings
 
-# Of the training data the first so many are measured: as many as MNIST has for validation.
-_MEASURED = 10_000
+# Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
+_MEASURED = 5_000
 # "backprop" is one of the first two.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
 # The engines are compared over so many training examples: 200 mini-batches of 10.
@@ -149,7 +149,7 @@ def train_together(
     Args:
         runs: from `make_runs`. They differ in loss, rate and seed alone; each one's seed fixes its
             start and its order of the mini-batches.
-        dataset: on one device, in one dtype. The records' "train" is its first 10,000 training
+        dataset: on one device, in one dtype. The records' "train" is its first 5,000 training
             examples.
         threads: for loops, as `Ensemble` takes them, and to measure so many networks at once; None
             for as many as the machine has processors.
