@@ -16,8 +16,8 @@ How the numbers lie in memory, and why:
 - H, and the width of every layer, is n filled up to a multiple of 32, for the processor's wide
   registers. What is filled up is exactly 0 and stays so.
 - The layers above: one vector of biases, and one of weights, [n_out, filled-up n_in] each.
-- All of it flat, and beginning where a line of the cache does: a row that lies across lines takes a
-  third longer.
+- All of it flat, and beginning where a line of the cache does: with rows that lie across lines the
+  forward of the first layer took 1.6 times as long.
 - Indices are unsigned: a signed one costs a test at each access.
 
 Below, the functions named `_loop_…` are compiled at first use, and cached on disk where that can be
@@ -82,7 +82,8 @@ def is_available() -> bool:
 # ------------------------------------------------------------------------- 32 numbers at once
 
 # Written out for the compiler, which would make the same of a loop over 32 numbers but for a doubt:
-# two arrays might be the same memory. It asks at each row anew, which takes as long as the row.
+# two arrays might be the same memory. It asks at each row anew, and the forward of the first layer
+# took 1.4 times as long.
 
 
 def _lanes_add_row(_: Any, to: Any, t: Any, row: Any, r: Any, x: Any) -> tuple[Any, Any]:
