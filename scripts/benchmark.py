@@ -7,8 +7,8 @@ machine does falls on all of them alike; the figures are medians, and `ratio` is
 nnce's, the median of the ratios of each turn.
 
 Two rows are no peers. The floor is what PyTorch takes for the dense matrix products alone. The
-limit is an estimate of what no implementation on one thread (a network) can go below: the
-multiplications and bytes that the inputs that are not 0 need, at the machine's measured peaks.
+limit is an estimate of what no implementation on nnce's threads can go below: the multiplications
+and bytes that the inputs that are not 0 need, at the peaks measured on one thread of the machine.
 """
 
 if __name__ == "__main__":
@@ -659,7 +659,7 @@ def peaks_of_one_thread(work: Work) -> Peaks:
 
 
 def limit(work: Work, networks: int, ours: float) -> Timing:
-    """What the inputs that are not 0 need of one thread, or of one for each network.
+    """What the inputs that are not 0 need of as many threads as nnce has.
 
     Multiplications: two for a weight of the first layer and an input that is not 0 (forward and
     step), three for a weight of the layers above. Bytes: those inputs and their numbers, once; and
@@ -674,7 +674,7 @@ def limit(work: Work, networks: int, ours: float) -> Timing:
     needed = inputs + 12 * weights / n
     peaks = peaks_of_one_thread(work)
     at_least = max(multiplications / peaks.multiplications, needed / peaks.bytes)
-    threads = min(networks, work.threads or os.cpu_count() or 1)
+    threads = threads_of(NNCE, work, networks)
     seconds = EXAMPLES * at_least / threads
     return Timing(
         work=str(work),

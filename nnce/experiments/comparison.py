@@ -34,6 +34,7 @@ from nnce.training import Engine, Record, Settings
 
 # Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
 _MEASURED = 5_000
+_MULTIPLICATIONS_FOR_THREADS = 50_000_000
 # "backprop" is one of the first two.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
 # The engines are compared over so many training examples: 200 mini-batches of 10.
@@ -163,8 +164,12 @@ def train_together(
         threads=threads,
     )
     measured = _measured(dataset)
-    # A thread a network is faster than several for one, whose products are small.
-    at_once = 1 if x.is_cuda else threads or os.cpu_count() or 1
+    # A thread a network is faster than several for one, whose products are small; but where there
+    # is little to measure they wait for each other's Python.
+    multiplications = sum(len(split.x) for split in measured) * runs[0].network[0].weight.numel()
+    at_once = 1
+    if not x.is_cuda and multiplications >= _MULTIPLICATIONS_FOR_THREADS:
+        at_once = threads or os.cpu_count() or 1
     draw = {run.settings.seed: training.generators(run.settings.seed)[1] for run in runs}
     step, seconds = 0, 0.0
     for epoch in range(common.epochs + 1):
