@@ -9,6 +9,7 @@ from nnce.algorithm import Hyperparameters as Hyperparameters
 from nnce.algorithm import backprop as backprop
 from nnce.checkpoint import load as load
 from nnce.checkpoint import save as save
+from nnce.composability import check_composability as check_composability
 from nnce.ensemble import Ensemble as Ensemble
 from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid

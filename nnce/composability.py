@@ -1,36 +1,249 @@
-"""Where the Functions work: with what else of PyTorch they can be put together.
+"""Where a function works: with what else of PyTorch it can be put together.
 
-A matrix: the four functions are its rows, PyTorch's transformations and settings its columns, and a
-cell is a check that computes something both ways and raises if the two differ. The tests run every
-cell, and `scripts/check_gradients.py` prints what came of it.
+`check_composability` is for a `torch.autograd.Function` of your own, or any function of tensors.
+Each check computes something both ways and holds the two together; the plain way is the function
+itself, called eagerly and differentiated once by `backward`, which `check_gradients` is for. nnce's
+own table is the same, applied to its four functions: the tests run every cell, and
+`scripts/check_gradients.py` prints it.
 """
 
+import contextlib
+import shutil
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from nnce import functional
 
 _F = torch.nn.functional
 
+Verdict = Literal["works", "wrong", "fails", "not tried"]
 
-class Row(NamedTuple):
-    """A function of nnce, what PyTorch has for it, and inputs for both."""
 
-    function: Callable[..., Tensor]
-    """Its output summed to one number, over a first dimension of examples or one example."""
-    reference: Callable[..., Tensor]
-    """The same number by PyTorch's own functions."""
-    inputs: tuple[Tensor, ...]
-    """In float64; examples are rows."""
-    per_example: tuple[bool, ...]
-    """Which of the inputs have a row for each example."""
+class Cell(NamedTuple):
+    """What came of one check."""
+
+    verdict: Verdict
+    """"wrong" is a result that differs, of which PyTorch says nothing; "fails" an exception."""
+    detail: str = ""
+    """Where and by how much it differs, PyTorch's reason, or why it was not tried."""
+
+
+class Composability(dict[str, Cell]):
+    """What `check_composability` found: a `Cell` for each of PyTorch's ways, by its name."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """The names of what is silently wrong."""
+        return [name for name, cell in self.items() if cell.verdict == "wrong"]
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing is silently wrong; what fails with an exception says so itself."""
+        return not self.wrong
+
+    def __bool__(self) -> bool:
+        """`right`, so that `assert check_composability(…)` means what it says."""
+        return self.right
+
+    def __str__(self) -> str:
+        """A line for each."""
+        return "\n".join(
+            f"{name:<30}{cell.verdict:<11}{cell.detail}".rstrip() for name, cell in self.items()
+        )
+
+
+def check_composability(
+    function: Callable[..., Tensor],
+    *inputs: Any,
+    reference: Callable[..., Tensor] | None = None,
+    examples: Sequence[bool] | None = None,
+) -> Composability:
+    """Try a function with all that PyTorch puts together with one, and hold each to the plain way.
+
+    Tried are double backward, `torch.func`'s transforms and forward mode in forward mode,
+    per-sample gradients, `torch.compile` (with aot_eager, inductor, dynamic shapes, and over
+    transforms), autocast, export, other strides and leading dimensions, several threads,
+    checkpoints, inference mode, frozen inputs and the meta device. All in float64, but autocast.
+
+    Without a reference second derivatives are held to central differences of the first ones. It
+    goes by the first derivatives of the plain way: whether these are right, `check_gradients` says.
+
+    Args:
+        function: takes the inputs and returns a tensor; a Function's `apply`, for instance.
+        inputs: floating-point tensors are differentiated by; all else is handed on as it is. Small
+            ones will do, away from kinks.
+        reference: computes the same by means that are trusted, PyTorch's own functions, say.
+        examples: for each input, whether its first dimension numbers examples, whose number does
+            not matter to the function; what wants to know is not tried if it is not said.
+
+    Returns:
+        What came of each: it works; it is wrong, with where and by how much; it fails, with
+        PyTorch's reason; or it was not tried, with ours.
+
+    Raises:
+        TypeError: the function is none, no input is a floating-point tensor, or the output is not
+            a floating-point tensor.
+        ValueError: the function cannot be called with these inputs in float64, is random, or does
+            not depend on them differentiably; an input is empty; or there are not as many
+            `examples` as inputs.
+    """
+    if not callable(function):
+        raise TypeError(f"expected a function of tensors, got {type(function).__name__}")
+    case = _Case(function, inputs, reference, examples)
+    return Composability({name: _try(check, case) for name, check in COLUMNS.items()})
+
+
+class _Differs(Exception):
+    """A result that is another than the plain one."""
+
+
+class _NotTried(Exception):
+    """A check that cannot be made here."""
+
+
+def _try(check: "Check", case: "_Case") -> Cell:
+    try:
+        check(case)
+    except _NotTried as reason:
+        return Cell("not tried", str(reason))
+    except _Differs as difference:
+        return Cell("wrong", str(difference))
+    except Exception as error:  # whatever PyTorch raises
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return Cell("fails", f"{type(error).__name__}: {lines[0] if lines else 'without a word'}")
+    return Cell("works")
+
+
+# --------------------------------------------------------------------------------- the function
+
+
+class _Case:
+    """A function of the inputs that are differentiated by, made one number, and the plain way."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Any],
+        reference: Callable[..., Tensor] | None,
+        examples: Sequence[bool] | None,
+    ) -> None:
+        self._whole = [_wide(value) for value in inputs]
+        self._places = [i for i, value in enumerate(self._whole) if _is_real(value)]
+        if not self._places:
+            kinds = ", ".join(type(value).__name__ for value in inputs) or "no inputs"
+            raise TypeError(f"expected a floating-point tensor to differentiate by, got {kinds}")
+        if examples is not None and len(examples) != len(inputs):
+            raise ValueError(
+                f"expected examples for each of the {len(inputs)} inputs, got {len(examples)}"
+            )
+        self.inputs = tuple(self._whole[i] for i in self._places)
+        if not all(t.numel() for t in self.inputs):
+            raise ValueError("expected something to differentiate by, got an empty tensor")
+        # What is handed on as it is has no part in batches.
+        fixed = len(self._places) < len(inputs)
+        self.examples = None if examples is None or fixed else tuple(map(bool, examples))
+        self._function, self._reference = function, reference
+        self.has_reference = reference is not None
+        self._look(function)
+
+    def _look(self, function: Callable[..., Tensor]) -> None:
+        """Whether it is a function that anything can be said of."""
+        outputs = []
+        for _ in range(2):
+            leaves = self.leaves()
+            try:
+                output = function(*self._arguments(leaves))
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ValueError(f"expected a function of these inputs, got {reason}") from error
+            if not _is_real(output):
+                kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+                raise TypeError(f"expected a floating-point tensor for output, got {kind}")
+            if not output.requires_grad:
+                raise ValueError("expected a function that depends differentiably on its inputs")
+            outputs.append(output.detach())
+        if not torch.equal(*(output.nan_to_num() for output in outputs)):
+            raise ValueError("expected a function that gives the same each time, got two outputs")
+
+    def _arguments(self, inputs: Sequence[Tensor]) -> list[Any]:
+        whole = list(self._whole)
+        for i, value in zip(self._places, inputs, strict=True):
+            whole[i] = value
+        return whole
+
+    def number(self, *inputs: Tensor) -> Tensor:
+        """The function's output as one number; one that is not pulls at no two elements alike."""
+        return _one_number(self._function(*self._arguments(inputs)))
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """The same by the reference, or by the function itself."""
+        function = self._function if self._reference is None else self._reference
+        return _one_number(function(*self._arguments(inputs)))
+
+    def leaves(self) -> list[Tensor]:
+        """Copies of the inputs to differentiate by."""
+        return [t.clone().requires_grad_() for t in self.inputs]
+
+    @property
+    def argnums(self) -> tuple[int, ...]:
+        """All inputs, for `torch.func`."""
+        return tuple(range(len(self.inputs)))
+
+    def gradients(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The plain first derivatives, here or at other inputs."""
+        return _gradients(self.plain, inputs or self.inputs)
+
+    def second(self, along: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The plain second derivatives times a direction."""
+        if self.has_reference:
+            leaves = self.leaves()
+            first = torch.autograd.grad(self.plain(*leaves), leaves, create_graph=True)
+            pulled = _dot(first, along)
+            return _zeros_for_none(
+                torch.autograd.grad(pulled, leaves, allow_unused=True)
+                if pulled.requires_grad
+                else [None for _ in leaves],
+                self.inputs,
+            )
+
+        def at(step: float) -> tuple[Tensor, ...]:
+            moved = (t + step * d for t, d in zip(self.inputs, along, strict=True))
+            return self.gradients(*moved)
+
+        # Of the fourth order: some 1e-10 of what it is, of a smooth function of numbers about 1.
+        h = 2e-3
+        values = zip(at(-2 * h), at(-h), at(h), at(2 * h), strict=True)
+        return tuple((a - 8 * b + 8 * c - d) / (12 * h) for a, b, c, d in values)
+
+    def directions(self, count: int = 3) -> Iterator[tuple[Tensor, ...]]:
+        """Random directions through all inputs."""
+        for seed in range(count):
+            yield tuple(
+                _random(*t.shape, seed=7 + 13 * seed + i) for i, t in enumerate(self.inputs)
+            )
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """Of second derivatives."""
+        return {} if self.has_reference else {"rtol": 1e-6, "atol": 1e-7}
+
+
+def _one_number(output: Tensor) -> Tensor:
+    return output if output.dim() == 0 else (output + 0.5 * output * output).sum()
+
+
+def _wide(value: Any) -> Any:
+    return value.detach().double() if _is_real(value) else value
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -38,122 +251,133 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def rows() -> dict[str, Row]:
-    """The four functions."""
-    z, y = _random(5, 3, seed=0), _random(5, 3, seed=1).sigmoid()
-    a_prev, W, b = _random(5, 4, seed=2), _random(3, 4, seed=3), _random(3, seed=4)
-    return {
-        "linear": Row(
-            lambda a, W, b: functional.linear(a, W, b).pow(3).sum(),
-            lambda a, W, b: _F.linear(a, W, b).pow(3).sum(),
-            (a_prev, W, b),
-            (True, False, False),
-        ),
-        "sigmoid": Row(
-            lambda z: functional.sigmoid(z).pow(3).sum(),
-            lambda z: torch.sigmoid(z).pow(3).sum(),
-            (z,),
-            (True,),
-        ),
-        "sigmoid_quadratic": Row(
-            lambda z, y: functional.sigmoid_quadratic(z, y, reduction="sum"),
-            lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="sum"),
-            (z, y),
-            (True, True),
-        ),
-        "sigmoid_cross_entropy": Row(
-            lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="sum"),
-            lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
-            (z, y),
-            (True, True),
-        ),
-    }
+def _gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    return _zeros_for_none(
+        torch.autograd.grad(function(*leaves), leaves, allow_unused=True), inputs
+    )
 
 
-# ----------------------------------------------------------------------------------- the cells
+def _zeros_for_none(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    pairs = zip(gradients, inputs, strict=True)
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in pairs)
 
 
-def _leaves(row: Row) -> list[Tensor]:
-    return [tensor.clone().requires_grad_() for tensor in row.inputs]
+def _dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(some, others, strict=True)]).sum()
 
 
-def _gradients(function: Callable[..., Tensor], row: Row, **options: Any) -> tuple[Tensor, ...]:
-    leaves = _leaves(row)
-    return torch.autograd.grad(function(*leaves), leaves, **options)
+def _same(what: str, got: Any, expected: Any, *, rtol: float = 1e-10, atol: float = 1e-12) -> None:
+    """Raise _Differs unless two results, or sequences of results, agree."""
+    if isinstance(expected, Tensor):
+        got, expected = (got,), (expected,)
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        of = f", input {number}" if len(expected) > 1 else ""
+        if not isinstance(a, Tensor) or a.shape != b.shape:
+            shape = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
+            raise _Differs(f"{what}{of}: expected shape {tuple(b.shape)}, got {shape}")
+        a, b = a.detach().double(), b.detach().double()
+        off = (a - b).abs()
+        wrong = ~((off <= atol + rtol * b.abs()) | (a == b) | (a.isnan() & b.isnan()))
+        if wrong.any():
+            at = tuple(int(i) for i in torch.nonzero(wrong)[off[wrong].nan_to_num().argmax()])
+            raise _Differs(f"{what}{of}: {b[at]:.6g} expected at {at}, got {a[at]:.6g}")
 
 
-def _same(got: Any, expected: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+# ----------------------------------------------------------------------------------- the checks
 
 
-def _everywhere(row: Row) -> tuple[int, ...]:
-    return tuple(range(len(row.inputs)))
+def _double_backward(case: _Case) -> None:
+    for along in case.directions():
+        leaves = case.leaves()
+        first = torch.autograd.grad(case.number(*leaves), leaves, create_graph=True)
+        got = torch.autograd.grad(_dot(first, along), leaves, allow_unused=True)
+        expected = case.second(along)
+        _same("second derivative", _zeros_for_none(got, case.inputs), expected, **case.tolerance)
 
 
-def _second_derivatives(function: Callable[..., Tensor], row: Row) -> tuple[Tensor, ...]:
-    leaves = _leaves(row)
-    first = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
-    return torch.autograd.grad(sum((g.pow(2).sum() for g in first), torch.tensor(0.0)), leaves)
+def _func_grad(case: _Case) -> None:
+    _same("gradient", grad(case.number, case.argnums)(*case.inputs), case.gradients())
 
 
-def _double_backward(row: Row) -> None:
-    _same(_second_derivatives(row.function, row), _second_derivatives(row.reference, row))
-
-
-def _func_grad(row: Row) -> None:
-    argnums = _everywhere(row)
-    _same(grad(row.function, argnums)(*row.inputs), _gradients(row.reference, row))
-
-
-def _func_vjp(row: Row) -> None:
-    pull_back = vjp(row.function, *row.inputs)[1]
+def _func_vjp(case: _Case) -> None:
+    value_and_vjp: Any = vjp(case.number, *case.inputs)
+    value, pull_back = value_and_vjp
+    _same("value", value, case.plain(*case.inputs))
     upstream = torch.tensor(1.7, dtype=torch.float64)
-    _same(pull_back(upstream), tuple(1.7 * g for g in _gradients(row.reference, row)))
+    _same("gradient", pull_back(upstream), tuple(1.7 * g for g in case.gradients()))
 
 
-def _func_jvp(row: Row) -> None:
-    tangents = tuple(_random(*t.shape, seed=9 + i) for i, t in enumerate(row.inputs))
-    got: Any = jvp(row.function, row.inputs, tangents)
-    expected = sum(
-        ((g * t).sum() for g, t in zip(_gradients(row.reference, row), tangents, strict=True)),
-        torch.tensor(0.0, dtype=torch.float64),
-    )
-    _same(got, (row.reference(*row.inputs), expected))
+def _func_jvp(case: _Case) -> None:
+    gradients = case.gradients()
+    for along in case.directions():
+        value_and_tangent: Any = jvp(case.number, case.inputs, along)
+        value, tangent = value_and_tangent
+        _same("value", value, case.plain(*case.inputs))
+        _same("tangent", tangent, _dot(gradients, along))
 
 
-def _in_dims(row: Row) -> tuple[int | None, ...]:
-    return tuple(0 if each else None for each in row.per_example)
+def _batches(case: _Case) -> Iterator[tuple[tuple[int | None, ...], tuple[Tensor, ...]]]:
+    """in_dims and inputs: all of them three times, and each of them alone."""
+    three = tuple(torch.stack([t, 0.5 * t, t.sigmoid()]) for t in case.inputs)
+    yield tuple(0 for _ in three), three
+    if len(three) > 1:
+        for wanted in case.argnums:
+            yield (
+                tuple(0 if i == wanted else None for i in case.argnums),
+                tuple(three[i] if i == wanted else t for i, t in enumerate(case.inputs)),
+            )
 
 
-def _one_by_one(function: Callable[..., Any], row: Row) -> list[Any]:
-    return [
-        function(
-            *(t[i] if each else t for t, each in zip(row.inputs, row.per_example, strict=True))
-        )
-        for i in range(len(row.inputs[0]))
-    ]
+def _one_by_one(
+    in_dims: tuple[int | None, ...], inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, ...]]:
+    for i in range(3):
+        pairs = zip(in_dims, inputs, strict=True)
+        yield tuple(t if dim is None else t[i] for dim, t in pairs)
 
 
-def _func_vmap(row: Row) -> None:
-    got = vmap(row.function, in_dims=_in_dims(row))(*row.inputs)
-    _same(got, torch.stack(_one_by_one(row.reference, row)))
+def _func_vmap(case: _Case) -> None:
+    for in_dims, inputs in _batches(case):
+        got = vmap(case.number, in_dims=in_dims)(*inputs)
+        _same("value", got, torch.stack([case.plain(*one) for one in _one_by_one(in_dims, inputs)]))
 
 
-def _func_jacrev(row: Row) -> None:
-    _same(jacrev(row.function, _everywhere(row))(*row.inputs), _gradients(row.reference, row))
+def _per_sample(case: _Case) -> None:
+    for in_dims, inputs in _batches(case):
+        got = vmap(grad(case.number, case.argnums), in_dims=in_dims)(*inputs)
+        each = [case.gradients(*one) for one in _one_by_one(in_dims, inputs)]
+        _same("gradient", got, [torch.stack(of_input) for of_input in zip(*each, strict=True)])
 
 
-def _func_hessian(row: Row) -> None:
-    argnums = _everywhere(row)
-    _same(
-        hessian(row.function, argnums)(*row.inputs),
-        torch.autograd.functional.hessian(row.reference, row.inputs),
-    )
+def _func_jacrev(case: _Case) -> None:
+    _same("gradient", jacrev(case.number, case.argnums)(*case.inputs), case.gradients())
 
 
-def _nested_forward_mode(row: Row) -> None:
-    """Second and third derivatives, mixed ones too, with one forward mode inside another."""
-    argnums = _everywhere(row)
+def _hold_hessian(what: str, case: _Case, got: Any) -> None:
+    """A block for each pair of inputs, to second derivatives along directions."""
+    for along in case.directions():
+        rows = [
+            torch.stack(
+                [
+                    torch.tensordot(block, d, dims=d.dim())
+                    for block, d in zip(of_input, along, strict=True)
+                ]
+            ).sum(0)
+            for of_input in got
+        ]
+        _same(what, rows, case.second(along), **case.tolerance)
+
+
+def _func_hessian(case: _Case) -> None:
+    _hold_hessian("hessian", case, hessian(case.number, case.argnums)(*case.inputs))
+
+
+def _nested_forward_mode(case: _Case) -> None:
+    """Second derivatives, and with a reference third ones, of one forward mode inside another."""
+    argnums = case.argnums
 
     def forward(derivative: Callable[..., Any]) -> Callable[..., Any]:
         transformed: Callable[..., Any] = jacfwd(derivative, argnums)
@@ -163,90 +387,130 @@ def _nested_forward_mode(row: Row) -> None:
         transformed: Callable[..., Any] = jacrev(derivative, argnums)
         return transformed
 
-    second = backward(backward(row.reference))
-    third = backward(second)(*row.inputs)
-    _same(forward(forward(row.function))(*row.inputs), second(*row.inputs))
-    for transformed in (
-        forward(forward(backward(row.function))),
-        forward(backward(forward(row.function))),
-    ):
-        _same(transformed(*row.inputs), third)
+    _hold_hessian("hessian", case, forward(forward(case.number))(*case.inputs))
+    if case.has_reference:
+        third = backward(backward(backward(case.plain)))(*case.inputs)
+        for transformed in (
+            forward(forward(backward(case.number))),
+            forward(backward(forward(case.number))),
+        ):
+            got = transformed(*case.inputs)
+            _same("third derivative", list(_flat(got)), list(_flat(third)))
 
 
-def _per_sample(row: Row) -> None:
-    argnums = _everywhere(row)
-    got = vmap(grad(row.function, argnums), in_dims=_in_dims(row))(*row.inputs)
-    each = _one_by_one(grad(row.reference, argnums), row)
-    _same(got, tuple(torch.stack(gradients) for gradients in zip(*each, strict=True)))
+def _flat(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    else:
+        for part in nested:
+            yield from _flat(part)
 
 
-def _compiled(backend: str, **options: Any) -> Callable[[Row], None]:
-    def cell(row: Row) -> None:
+@contextlib.contextmanager
+def _fresh_compiler() -> Iterator[None]:
+    """What others have compiled counts against a limit, and so would this."""
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
         torch.compiler.reset()
-        compiled = torch.compile(row.function, fullgraph=True, backend=backend, **options)
-        leaves = _leaves(row)
-        output = compiled(*leaves)
-        _same(output, row.reference(*leaves))
-        _same(torch.autograd.grad(output, leaves), _gradients(row.reference, row))
-
-    return cell
 
 
-def _dynamic_shapes(row: Row) -> None:
-    """One compilation serves batches of every size, and there is no graph break."""
-    torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(row.function, fullgraph=True, backend=counter, dynamic=True)
-    for n in (5, 3, 4):
-        inputs = tuple(
-            t[:n] if each else t for t, each in zip(row.inputs, row.per_example, strict=True)
-        )
-        small = row._replace(inputs=inputs)
-        _same(_gradients(compiled, small), _gradients(row.reference, small))
+def _compiled(backend: str) -> "Check":
+    def check(case: _Case) -> None:
+        if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            raise _NotTried("inductor wants a C++ compiler, and there is none")
+        with _fresh_compiler():
+            compiled = torch.compile(case.number, fullgraph=True, backend=backend)
+            _same("value", compiled(*case.inputs), case.plain(*case.inputs))
+            _same("gradient", _gradients(compiled, case.inputs), case.gradients())
+
+    return check
+
+
+def _wants_examples(case: _Case) -> tuple[bool, ...]:
+    if case.examples is None or not any(case.examples):
+        raise _NotTried("it was not said which inputs have a row for each example")
+    return case.examples
+
+
+def _dynamic_shapes(case: _Case) -> None:
+    """One compilation serves batches of every size."""
+    examples = _wants_examples(case)
+    counter = _compile_counter()
+    with _fresh_compiler():
+        compiled = torch.compile(case.number, fullgraph=True, backend=counter, dynamic=True)
+        for repeats in (2, 3, 1):
+            inputs = tuple(
+                torch.cat(repeats * [t]) if each else t
+                for t, each in zip(case.inputs, examples, strict=True)
+            )
+            _same("gradient", _gradients(compiled, inputs), case.gradients(*inputs))
     if counter.frame_count != 1:
-        raise AssertionError(f"compiled {counter.frame_count} times for batches of three sizes")
+        raise _Differs(f"compiled {counter.frame_count} times for batches of three sizes")
 
 
-def _compiled_double_backward(row: Row) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(row.function, fullgraph=True, backend="aot_eager")
-    _same(_second_derivatives(compiled, row), _second_derivatives(row.reference, row))
+def _compiled_double_backward(case: _Case) -> None:
+    with _fresh_compiler():
+        compiled = torch.compile(case.number, fullgraph=True, backend="aot_eager")
+        for along in case.directions(1):
+            leaves = case.leaves()
+            first = torch.autograd.grad(compiled(*leaves), leaves, create_graph=True)
+            got = torch.autograd.grad(_dot(first, along), leaves)
+            _same("second derivative", got, case.second(along), **case.tolerance)
 
 
-def _compiled_per_sample(row: Row) -> None:
-    torch.compiler.reset()
-    transformed = vmap(grad(row.function, _everywhere(row)), in_dims=_in_dims(row))
-    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
-    _same(compiled(*row.inputs), transformed(*row.inputs))
+def _compiled_per_sample(case: _Case) -> None:
+    in_dims, inputs = next(_batches(case))
+    transformed = vmap(grad(case.number, case.argnums), in_dims=in_dims)
+    with _fresh_compiler():
+        got = torch.compile(transformed, fullgraph=True, backend="aot_eager")(*inputs)
+    each = [case.gradients(*one) for one in _one_by_one(in_dims, inputs)]
+    _same("gradient", got, [torch.stack(of_input) for of_input in zip(*each, strict=True)])
 
 
-def _compiled_hessian(row: Row) -> None:
-    torch.compiler.reset()
-    transformed = hessian(row.function)  # by the first input; by several, 2.11 cannot
-    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
-    _same(compiled(*row.inputs), transformed(*row.inputs))
+def _compiled_hessian(case: _Case) -> None:
+    transformed = hessian(case.number)  # by the first input; by several, PyTorch 2.11 cannot
+    with _fresh_compiler():
+        got = torch.compile(transformed, fullgraph=True, backend="aot_eager")(*case.inputs)
+    _same("hessian", got, transformed(*case.inputs))
 
 
-def _autocast(device: str, dtype: torch.dtype) -> Callable[[Row], None]:
-    """Under autocast the dtypes are those of PyTorch's own functions, and so are the numbers."""
+def _autocast(device: str, dtype: torch.dtype) -> "Check":
+    """The numbers are those in full precision, nearly, and gradients have their leaves' dtype.
 
-    def cell(row: Row) -> None:
-        results = []
-        for function in (row.function, row.reference):
-            leaves = [t.to(device, torch.float32).requires_grad_() for t in row.inputs]
+    With a reference the output has its dtype, and the first input may come in half precision.
+    """
+
+    def check(case: _Case) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise _NotTried("there is no CUDA device")
+
+        def under_autocast(function: Callable[..., Tensor], half: bool) -> list[Tensor]:
+            leaves = [t.to(device, torch.float32).requires_grad_() for t in case.inputs]
             with torch.autocast(device, dtype):
-                output = function(*leaves)
-            gradients = torch.autograd.grad(output, leaves)
-            results.append((output, *gradients))
-        ours, theirs = results
-        _same(ours, theirs, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+                first, *others = leaves
+                output = function(first.to(dtype) if half else first, *others)
+            gradients = torch.autograd.grad(output, leaves, allow_unused=True)
+            return [output, *_zeros_for_none(gradients, leaves)]
 
-        leaves = [t.to(device, torch.float32) for t in row.inputs]
-        with torch.autocast(device, dtype):
-            half = row.function(*(t.to(dtype) for t in leaves[:1]), *leaves[1:])
-        _same(half.float(), row.reference(*leaves), rtol=0.05, atol=0.05)
+        def scaled(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+            for name, a, b in zip(("value", *len(got) * ["gradient"]), got, expected, strict=False):
+                _same(name, a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
 
-    return cell
+        expected = [case.plain(*case.inputs), *case.gradients()]
+        expected = [t.to(device) for t in expected]
+        got = under_autocast(case.number, False)
+        scaled(got, expected)
+        if any(g.dtype != torch.float32 for g in got[1:]):
+            raise _Differs("gradients of float32 leaves are in another dtype")
+        if case.has_reference:
+            theirs = under_autocast(case.plain, False)
+            if got[0].dtype != theirs[0].dtype:
+                raise _Differs(f"output: expected {theirs[0].dtype}, got {got[0].dtype}")
+            scaled(under_autocast(case.number, True), expected)
+
+    return check
 
 
 class _Module(torch.nn.Module):
@@ -258,101 +522,95 @@ class _Module(torch.nn.Module):
         return self.function(*inputs)
 
 
-def _export(row: Row) -> None:
+def _export(case: _Case) -> None:
     for strict in (False, True):
-        exported = torch.export.export(_Module(row.function), row.inputs, strict=strict)
-        _same(exported.module()(*row.inputs), row.reference(*row.inputs))
+        exported = torch.export.export(_Module(case.number), case.inputs, strict=strict)
+        _same("value", exported.module()(*case.inputs), case.plain(*case.inputs))
 
 
-def _strides(row: Row) -> None:
-    for change in (
-        lambda t: torch.stack([t, -t], dim=-1)[..., 0],  # non-contiguous
-        lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,  # columns first
-        lambda t: t[:1].expand(t.shape),  # stride 0
-    ):
-        changed = row._replace(inputs=tuple(change(t) for t in row.inputs))
-        leaves = [t.detach().requires_grad_() for t in changed.inputs]
-        _same(
-            torch.autograd.grad(row.function(*leaves), leaves),
-            torch.autograd.grad(row.reference(*leaves), leaves),
-        )
+def _strides(case: _Case) -> None:
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "not contiguous": lambda t: torch.stack([t, -t], dim=-1)[..., 0],
+        "columns first": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        "stride 0": lambda t: t[:1].expand(t.shape) if t.dim() else t,
+    }
+    for name, change in layouts.items():
+        leaves = [change(t).detach().requires_grad_() for t in case.inputs]
+        got = torch.autograd.grad(case.number(*leaves), leaves, allow_unused=True)
+        expected = case.gradients(*(t.detach().clone() for t in leaves))
+        _same(f"gradient, inputs {name}", _zeros_for_none(got, leaves), expected)
 
 
-def _leading_dimensions(row: Row) -> None:
+def _leading_dimensions(case: _Case) -> None:
+    examples = _wants_examples(case)
     for leading in ((), (2,), (2, 1), (2, 1, 5, 3)):
         inputs = tuple(
             _random(*leading, *t.shape[1:], seed=i).sigmoid() if each else t
-            for i, (t, each) in enumerate(zip(row.inputs, row.per_example, strict=True))
+            for i, (t, each) in enumerate(zip(case.inputs, examples, strict=True))
         )
-        shaped = row._replace(inputs=inputs)
-        _same(_gradients(row.function, shaped), _gradients(row.reference, shaped))
+        _same(
+            f"gradient, leading dimensions {leading}",
+            _gradients(case.number, inputs),
+            case.gradients(*inputs),
+        )
 
 
-def _threads(row: Row) -> None:
-    leaves = _leaves(row)
-    outputs = [row.function(*leaves) for _ in range(8)]
+def _threads(case: _Case) -> None:
+    leaves = case.leaves()
+    outputs = [case.number(*leaves) for _ in range(8)]
     workers = [threading.Thread(target=output.backward) for output in outputs]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    expected = tuple(8 * g for g in _gradients(row.reference, row))
-    _same(tuple(leaf.grad for leaf in leaves), expected)
+    got = _zeros_for_none([leaf.grad for leaf in leaves], leaves)
+    _same("gradient of eight threads", got, tuple(8 * g for g in case.gradients()))
 
 
-def _checkpoint(row: Row) -> None:
+def _checkpoint(case: _Case) -> None:
     def recomputed(*inputs: Tensor) -> Tensor:
-        output: Tensor = checkpoint(row.function, *inputs, use_reentrant=False)
+        output: Tensor = checkpoint(case.number, *inputs, use_reentrant=False)
         return output
 
-    _same(_gradients(recomputed, row), _gradients(row.reference, row))
+    _same("gradient", _gradients(recomputed, case.inputs), case.gradients())
 
 
-def _inference_mode(row: Row) -> None:
+def _inference_mode(case: _Case) -> None:
     with torch.inference_mode():
-        output = row.function(*(t.clone() for t in row.inputs))
-    if not output.is_inference():
-        raise AssertionError("the output is no inference tensor")
-    _same(output.clone(), row.reference(*row.inputs))
+        output = case.number(*(t.clone() for t in case.inputs))
+        if not output.is_inference():
+            raise _Differs("the output is no inference tensor")
+        value = output.clone()
+    _same("value", value, case.plain(*case.inputs))
 
 
-class _CountOperations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _frozen(row: Row) -> None:
-    """No work for a gradient nobody asked for: fewer operations run than for all of them."""
-
-    def operations(wanted: tuple[int, ...]) -> int:
-        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(row.inputs)]
-        output = row.function(*leaves)
-        counter = _CountOperations()  # type: ignore[no-untyped-call]
-        with counter:
-            output.backward()
-        return counter.count
-
-    everything = operations(_everywhere(row))
-    for wanted in _everywhere(row):
-        alone = operations((wanted,))
-        if len(row.inputs) > 1 and not alone < everything:
-            raise AssertionError(f"{alone} operations for input {wanted}, {everything} for all")
+def _frozen(case: _Case) -> None:
+    """Whoever does not ask for a gradient gets none, and the others' are the same."""
+    expected = case.gradients()
+    for wanted in case.argnums:
+        leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(case.inputs)]
+        output = case.number(*leaves)
+        if not output.requires_grad:
+            if expected[wanted].any():
+                raise _Differs(f"input {wanted} alone has no gradient")
+            continue
+        output.backward()
+        got = _zeros_for_none([leaves[wanted].grad], [leaves[wanted]])
+        _same(f"gradient of input {wanted} alone", got, (expected[wanted],))
 
 
-def _meta(row: Row) -> None:
-    inputs = tuple(t.to("meta").requires_grad_() for t in row.inputs)
-    gradients = torch.autograd.grad(row.function(*inputs), inputs)
-    if [g.shape for g in gradients] != [t.shape for t in row.inputs]:
-        raise AssertionError("the shapes of the gradients are not those of the inputs")
+def _meta(case: _Case) -> None:
+    inputs = [t.to("meta").requires_grad_() for t in case.inputs]
+    gradients = torch.autograd.grad(case.number(*inputs), inputs, allow_unused=True)
+    for number, (g, t) in enumerate(zip(gradients, inputs, strict=True)):
+        if g is not None and g.shape != t.shape:
+            raise _Differs(
+                f"gradient, input {number}: expected shape {tuple(t.shape)}, got {tuple(g.shape)}"
+            )
 
 
-Cell = Callable[[Row], None]
-COLUMNS: dict[str, Cell] = {
+Check = Callable[[_Case], None]
+COLUMNS: dict[str, Check] = {
     "double backward": _double_backward,
     "func.grad": _func_grad,
     "func.vjp": _func_vjp,
@@ -379,12 +637,68 @@ COLUMNS: dict[str, Cell] = {
     "frozen inputs": _frozen,
     "meta device": _meta,
 }
-"""A check for each column, which raises on a row it does not hold for."""
+"""A check for each column."""
+
+
+# --------------------------------------------------------------------- PyTorch's private parts
+
+
+def _compile_counter() -> Any:
+    """A backend that counts compilations, which PyTorch has for its own tests."""
+    try:
+        from torch._dynamo.testing import CompileCounterWithBackend
+    except ImportError as error:
+        raise _NotTried("this PyTorch has no torch._dynamo.testing") from error
+    counter: Any = CompileCounterWithBackend
+    return counter("aot_eager")
+
+
+# ------------------------------------------------------------------------------ nnce's own rows
+
+
+class Row(NamedTuple):
+    """A function of nnce, what PyTorch has for it, and inputs for both."""
+
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    """In float64; examples are rows."""
+    examples: tuple[bool, ...]
+    """Which of the inputs have a row for each example."""
+
+    def check(self) -> Composability:
+        """All cells of the row."""
+        return check_composability(
+            self.function, *self.inputs, reference=self.reference, examples=self.examples
+        )
+
+
+def rows() -> dict[str, Row]:
+    """The four functions."""
+    z, y = _random(5, 3, seed=0), _random(5, 3, seed=1).sigmoid()
+    a_prev, W, b = _random(5, 4, seed=2), _random(3, 4, seed=3), _random(3, seed=4)
+    return {
+        "linear": Row(functional.linear, _F.linear, (a_prev, W, b), (True, False, False)),
+        "sigmoid": Row(functional.sigmoid, torch.sigmoid, (z,), (True,)),
+        "sigmoid_quadratic": Row(
+            lambda z, y: functional.sigmoid_quadratic(z, y, reduction="sum"),
+            lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="sum"),
+            (z, y),
+            (True, True),
+        ),
+        "sigmoid_cross_entropy": Row(
+            lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="sum"),
+            lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
+            (z, y),
+            (True, True),
+        ),
+    }
+
 
 INSIDE_PYTORCH = {
     "compile, double backward": "aot_autograd has no double backward",
 }
-"""Columns where PyTorch itself stands in the way, and how."""
+"""Columns of nnce's own table where PyTorch itself stands in the way, and how."""
 if torch.torch_version.TorchVersion(torch.__version__) >= "2.15":  # 2.11 and 2.14 could do these
     INSIDE_PYTORCH["compile(vmap(grad))"] = "dynamo's stand-in for a Function has no vmap rule"
     INSIDE_PYTORCH["compile(hessian)"] = "dynamo cannot trace forward mode over its stand-in"

@@ -305,27 +305,40 @@ def sigmoid(z: Tensor) -> Tensor:
     return _apply(SigmoidFunction, z)
 
 
-def sigmoid_quadratic(z: Tensor, y: Tensor, *, reduction: Reduction = "batchmean") -> Tensor:
+def sigmoid_quadratic(
+    z: Tensor,
+    y: Tensor,
+    *,
+    ignore_index: int | None = None,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
     """The quadratic loss of σ(z): C = ½ ‖σ(z) − y‖² (equation 2), differentiated by equation 4.
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
-        y: targets in [0, 1], of z's shape, dtype and device.
-        reduction: "none" for one value per component; "sum" over all of them; "mean" over all of
-            them, as PyTorch means it; "batchmean", the notes' C: the sum over the components
-            averaged over the examples, whose number is the product of all dimensions but the last
-            (1 for a one-dimensional z). The sum of an empty batch is 0, and its means are NaN.
+        y: targets in [0, 1], of z's shape and device, in z's dtype; or whole numbers or booleans, 0
+            and 1, by which there is no gradient. (Values are not looked at here; `nnce.data.check`
+            does.)
+        ignore_index: a target other than 0 and 1, −100 say, that says: no loss here and no
+            gradient, whatever z is, NaN and infinities included; and it does not count for a mean.
+        reduction: "none" for one value per component; "sum" over all of them; "mean" over all that
+            count, as PyTorch means it; "batchmean", the notes' C: the sum over the components
+            averaged over the examples that have one that counts, of all in the product of all
+            dimensions but the last (1 for a one-dimensional z). The sum of nothing is 0, and its
+            means are NaN.
 
     Returns:
         C: z's shape for "none", else one number, at least 0.
 
     Raises:
-        TypeError: z or y is no tensor or not floating-point, or their dtypes differ.
-        ValueError: shapes or devices differ, or the reduction is unknown.
+        TypeError: z or y is no tensor, z is not floating-point, y is in another floating-point
+            dtype, or ignore_index is no whole number.
+        ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
     """
     z, y = _float32_under_autocast(z, y)
-    _check_loss(z, y, reduction)
-    return _reduce(_apply(SigmoidQuadraticFunction, z, y), reduction)
+    _check_loss(z, y, ignore_index, reduction)
+    counts = _counts(y, ignore_index)
+    return _reduce(_apply(SigmoidQuadraticFunction, *_masked(counts, z, y)), counts, reduction)
 
 
 def sigmoid_cross_entropy(
@@ -334,6 +347,8 @@ def sigmoid_cross_entropy(
     *,
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
+    label_smoothing: float = 0,  # not 0.0, at which dynamic torch.compile begins anew
+    ignore_index: int | None = None,
     reduction: Reduction = "batchmean",
 ) -> Tensor:
     """The cross-entropy of σ(z): C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (equation 3).
@@ -345,12 +360,17 @@ def sigmoid_cross_entropy(
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
-        y: targets in [0, 1], of z's shape, dtype and device.
+        y: targets, as for `sigmoid_quadratic`.
         weight: multiplies C component by component; of a shape that broadcasts to z's. What has
             weight 0 costs nothing and pulls at nothing, at an infinite z as well.
         pos_weight: multiplies the term of y, so that positive targets count so much more than
             negative ones; of a shape that broadcasts to z's, [components] for one each.
-        reduction: as for `sigmoid_quadratic`. With "mean", all of this means what it means for
+        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2, as for two classes in
+            `torch.nn.CrossEntropyLoss`. C is linear in y, so it is (1−s) C + s C(½), and dC/dz does
+            not lose the digits that 1 − y would.
+        ignore_index: as for `sigmoid_quadratic`.
+        reduction: as for `sigmoid_quadratic`; weights multiply, and do not count for a mean. With
+            "mean", all of this means what it means for
             `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Returns:
@@ -358,16 +378,24 @@ def sigmoid_cross_entropy(
             least 0, which is not looked at.
 
     Raises:
-        TypeError: an argument is no tensor or not floating-point, or the dtypes differ.
-        ValueError: shapes or devices do not fit, or the reduction is unknown.
+        TypeError: z or y is no tensor, z is not floating-point, a floating-point dtype is another,
+            label_smoothing is no number, or ignore_index is no whole number.
+        ValueError: shapes or devices do not fit, the reduction is unknown, label_smoothing is not
+            in [0, 1), or ignore_index is 0 or 1.
     """
     z, y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
-    _check_loss(z, y, reduction)
+    check_label_smoothing(label_smoothing)
+    _check_loss(z, y, ignore_index, reduction)
     check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
+    counts = _counts(y, ignore_index)
+    z, y = _masked(counts, z, y)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
-    return _reduce(C if weight is None else rules.weighted(weight, C), reduction)
+    if label_smoothing:
+        at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
+        C = (1 - label_smoothing) * C + label_smoothing * at_half
+    return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
 
 
 LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
@@ -393,14 +421,35 @@ def _forward_mode_levels() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in active)
 
 
-def _reduce(C: Tensor, reduction: Reduction) -> Tensor:
+def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Which components count; None for all."""
+    return None if ignore_index is None else y != ignore_index
+
+
+def _masked(counts: Tensor | None, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """z and y in z's dtype, with zeros for what does not count: nothing comes of it, not even NaN.
+
+    `where` gives such components the derivative 0, of any order and in both modes.
+    """
+    y = y if y.dtype == z.dtype else y.to(z.dtype)  # dynamo's vmap stumbles over one for nothing
+    return (z, y) if counts is None else (z.where(counts, 0.0), y.where(counts, 0.0))
+
+
+def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
+    if counts is not None:
+        C = C.where(counts, 0.0)
+    if reduction == "none":
+        return C
     if reduction == "sum":
         return C.sum()
-    if reduction == "mean":
-        return C.mean()
-    if reduction == "batchmean":
-        return C.sum() / C.shape[:-1].numel()
-    return C
+    if counts is None:
+        if reduction == "mean":
+            return C.mean()
+        n: Tensor | int = C.shape[:-1].numel()
+    else:
+        n = counts.sum() if reduction == "mean" else counts.any(-1).sum()
+    # float16 ends at 65,504, and a sum, or the number of components, is soon above it.
+    return (C.sum(dtype=torch.promote_types(C.dtype, torch.float32)) / n).to(C.dtype)
 
 
 def check_reduction(reduction: str) -> None:
@@ -411,9 +460,34 @@ def check_reduction(reduction: str) -> None:
         )
 
 
-def _check_loss(z: Tensor, y: Tensor, reduction: str) -> None:
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raise TypeError unless it is a number, ValueError unless that is in [0, 1)."""
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
+        kind = type(label_smoothing).__name__
+        raise TypeError(f"expected label_smoothing to be a number, got {kind}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"expected label_smoothing in [0, 1), got {label_smoothing}")
+
+
+def check_ignore_index(ignore_index: int | None) -> None:
+    """Raise TypeError unless it is None or a whole number, ValueError if that is a target."""
+    if ignore_index is None:
+        return
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        kind = type(ignore_index).__name__
+        raise TypeError(f"expected ignore_index to be a whole number or None, got {kind}")
+    if ignore_index in (0, 1):
+        raise ValueError(f"expected ignore_index other than 0 and 1, got {ignore_index}")
+
+
+def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> None:
     check_reduction(reduction)
-    check_alike({"z": z, "y": y})
+    check_ignore_index(ignore_index)
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex():
+        check_alike({"z": z, "y": y})
+    else:
+        check_alike({"z": z})
+        _check_device("y", y, "z", z)
     if y.shape != z.shape:
         raise ValueError(f"expected y of shape {_shape(z)} like z, got {_shape(y)}")
 
@@ -441,13 +515,19 @@ def check_alike(
         raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
     for name, tensor in others:
         if tensor.dtype != first.dtype:
+            whole = not (tensor.is_floating_point() or tensor.is_complex())
+            how = f"; {name}.to({first.dtype}) makes it so" if whole else ""
             raise TypeError(
-                f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}"
+                f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}{how}"
             )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"expected {name} on device {first.device} like {first_name}, got {tensor.device}"
-            )
+        _check_device(name, tensor, first_name, first)
+
+
+def _check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(
+            f"expected {name} on device {first.device} like {first_name}, got {tensor.device}"
+        )
 
 
 def _expand(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:

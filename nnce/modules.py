@@ -28,12 +28,12 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """z = W a_prev + b (equation 1), differentiated by hand (equations 6 and 7).
 
-    Takes the place of `torch.nn.Linear`, whose parameter names and shapes it has; only the start is
-    another. Both starts are the textbook's, drawn on the generator's device in float64, so that a
-    seed means the same network in every dtype and on every device.
+    A `torch.nn.Linear` for whatever goes by the type; only the start is another. Both starts are
+    the textbook's, drawn on the generator's device in float64, so that a seed means the same
+    network in every dtype and on every device.
 
     Args:
         in_features: n_in, at least 1.
@@ -54,6 +54,8 @@ class Linear(nn.Module):
     Source: M. Nielsen, Neural Networks and Deep Learning, chapters 1 and 3, `network2.py`.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -66,7 +68,7 @@ class Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Make the parameters and draw them."""
-        super().__init__()
+        nn.Module.__init__(self)  # torch.nn.Linear's would draw from the global generator
         if not (is_size(in_features) and is_size(out_features)):
             raise ValueError(
                 f"expected positive whole sizes, got in_features={in_features}, "
@@ -83,8 +85,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype)
         )
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,
         )
         self.reset_parameters(generator)
 
@@ -96,9 +99,9 @@ class Linear(nn.Module):
             if self.bias is not None:
                 self.bias.copy_(_standard_normal(self.bias, generator))
 
-    def forward(self, a_prev: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """z [..., out_features] of a_prev [..., in_features]."""
-        return functional.linear(a_prev, self.weight, self.bias)
+        return functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The sizes and the start."""
@@ -113,12 +116,15 @@ def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float64)
 
 
-class Sigmoid(nn.Module):
-    """a = σ(z) (equation 1), differentiated by hand from z (equation 8). Any shape."""
+class Sigmoid(nn.Sigmoid):
+    """a = σ(z) (equation 1), differentiated by hand from z (equation 8). Any shape.
 
-    def forward(self, z: Tensor) -> Tensor:
+    A `torch.nn.Sigmoid` for whatever goes by the type.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
         """a in [0, 1] of z, of z's shape."""
-        return functional.sigmoid(z)
+        return functional.sigmoid(input)
 
 
 class MLP(nn.Sequential):
@@ -218,26 +224,34 @@ class SigmoidQuadraticLoss(nn.Module):
 
     Args:
         reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+        ignore_index: a target, −100 say, that says that a component does not count.
 
-    Shape: z and y [..., components], y in [0, 1] -> one number, or z's shape for "none".
+    Shape: z and y [..., components], y in [0, 1] or ignore_index -> one number, or z's shape for
+        "none".
 
     Raises:
-        ValueError: the reduction is unknown.
+        TypeError: ignore_index is no whole number.
+        ValueError: the reduction is unknown, or ignore_index is 0 or 1.
     """
 
-    def __init__(self, reduction: Reduction = "batchmean") -> None:
-        """Check and keep the reduction."""
+    def __init__(
+        self, reduction: Reduction = "batchmean", *, ignore_index: int | None = None
+    ) -> None:
+        """Check and keep the options."""
         super().__init__()
         functional.check_reduction(reduction)
-        self.reduction = reduction
+        functional.check_ignore_index(ignore_index)
+        self.reduction, self.ignore_index = reduction, ignore_index
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C of the weighted inputs z of the last layer and the targets y."""
-        return functional.sigmoid_quadratic(z, y, reduction=self.reduction)
+        return functional.sigmoid_quadratic(
+            z, y, ignore_index=self.ignore_index, reduction=self.reduction
+        )
 
     def extra_repr(self) -> str:
-        """The reduction."""
-        return f"reduction={self.reduction!r}"
+        """The options that are not the usual ones, and the reduction."""
+        return _options(self.reduction, ignore_index=(self.ignore_index, None))
 
 
 class SigmoidCrossEntropyLoss(nn.Module):
@@ -250,12 +264,16 @@ class SigmoidCrossEntropyLoss(nn.Module):
         weight: multiplies C; at least 0, of a shape that broadcasts to z's.
         pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
             to z's, [components] for one each. Both weights are buffers, as PyTorch's are.
+        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
+        ignore_index: a target, −100 say, that says that a component does not count.
 
-    Shape: z and y [..., components], y in [0, 1] -> one number, or z's shape for "none".
+    Shape: z and y [..., components], y in [0, 1] or ignore_index -> one number, or z's shape for
+        "none".
 
     Raises:
-        TypeError: a weight is no tensor.
-        ValueError: the reduction is unknown, or a weight is negative or NaN.
+        TypeError: a weight is no tensor, label_smoothing no number or ignore_index no whole number.
+        ValueError: the reduction is unknown, a weight is negative or NaN, label_smoothing is not in
+            [0, 1), or ignore_index is 0 or 1.
     """
 
     weight: Tensor | None
@@ -267,11 +285,16 @@ class SigmoidCrossEntropyLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
+        label_smoothing: float = 0,
+        ignore_index: int | None = None,
     ) -> None:
         """Check and keep the options."""
         super().__init__()
         functional.check_reduction(reduction)
-        self.reduction = reduction
+        functional.check_label_smoothing(label_smoothing)
+        functional.check_ignore_index(ignore_index)
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing = label_smoothing
         for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
             if not isinstance(tensor, Tensor | None):
                 raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
@@ -283,9 +306,25 @@ class SigmoidCrossEntropyLoss(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C of the weighted inputs z of the last layer and the targets y."""
         return functional.sigmoid_cross_entropy(
-            z, y, weight=self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+            z,
+            y,
+            weight=self.weight,
+            pos_weight=self.pos_weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )
 
     def extra_repr(self) -> str:
-        """The reduction."""
-        return f"reduction={self.reduction!r}"
+        """The options that are not the usual ones, and the reduction."""
+        return _options(
+            self.reduction,
+            label_smoothing=(self.label_smoothing, 0.0),
+            ignore_index=(self.ignore_index, None),
+        )
+
+
+def _options(reduction: Reduction, **others: tuple[object, object]) -> str:
+    """The reduction, and of the others, a value and the usual one each, what is unusual."""
+    unusual = [f"{name}={value!r}" for name, (value, usual) in others.items() if value != usual]
+    return ", ".join([f"reduction={reduction!r}", *unusual])

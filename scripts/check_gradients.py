@@ -6,7 +6,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import shutil
 import sys
 import time
 import warnings
@@ -190,26 +189,23 @@ def readable_difference(difference: GradientDifference) -> report.Row:
 
 def matrix() -> list[report.Row]:
     """What works together: a row for each way, a column for each function."""
-    functions = composability.rows()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, of its own code
+        found = {
+            name: row.check()
+            for name, row in tqdm(composability.rows().items(), disable=None, leave=False)
+        }
     return [
-        {"": name, **{row: cell(name, check, functions[row]) for row in functions}}
-        for name, check in tqdm(composability.COLUMNS.items(), disable=None, leave=False)
+        {"": way, **{name: cell(way, of_function[way]) for name, of_function in found.items()}}
+        for way in composability.COLUMNS
     ]
 
 
-def cell(name: str, check: composability.Cell, row: composability.Row) -> str:
-    """What is in a cell, tried out."""
-    if "CUDA" in name and not torch.cuda.is_available():
-        return "no CUDA here"
-    if "inductor" in name and not shutil.which("g++"):
-        return "no C++ compiler here"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            check(row)
-        except Exception as error:
-            return composability.INSIDE_PYTORCH.get(name, f"fails: {type(error).__name__}")
-    return "works"
+def cell(way: str, found: composability.Cell) -> str:
+    """What is in a cell."""
+    if found.verdict == "fails" and way in composability.INSIDE_PYTORCH:
+        return composability.INSIDE_PYTORCH[way]
+    return f"{found.verdict}: {found.detail}" if found.detail else found.verdict
 
 
 def broken_promises(
