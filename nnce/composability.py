@@ -69,7 +69,8 @@ def check_composability(
     Tried are double backward, `torch.func`'s transforms and forward mode in forward mode,
     per-sample gradients, `torch.compile` (with aot_eager, inductor, dynamic shapes, and over
     transforms), autocast, export, other strides and leading dimensions, several threads,
-    checkpoints, inference mode, frozen inputs and the meta device. All in float64, but autocast.
+    checkpoints, inference mode, frozen inputs, the meta device, and whether anything is changed in
+    place. All in float64, but autocast.
 
     Without a reference second derivatives are held to central differences of the first ones. It
     goes by the first derivatives of the plain way: whether these are right, `check_gradients` says.
@@ -177,9 +178,13 @@ class _Case:
             whole[i] = value
         return whole
 
+    def call(self, *inputs: Tensor) -> Tensor:
+        """The function's output."""
+        return self._function(*self._arguments(inputs))
+
     def number(self, *inputs: Tensor) -> Tensor:
         """The function's output as one number; one that is not pulls at no two elements alike."""
-        return _one_number(self._function(*self._arguments(inputs)))
+        return _one_number(self.call(*inputs))
 
     def plain(self, *inputs: Tensor) -> Tensor:
         """The same by the reference, or by the function itself."""
@@ -292,10 +297,14 @@ def _same(what: str, got: Any, expected: Any, *, rtol: float = 1e-10, atol: floa
 def _double_backward(case: _Case) -> None:
     for along in case.directions():
         leaves = case.leaves()
-        first = torch.autograd.grad(case.number(*leaves), leaves, create_graph=True)
-        got = torch.autograd.grad(_dot(first, along), leaves, allow_unused=True)
-        expected = case.second(along)
-        _same("second derivative", _zeros_for_none(got, case.inputs), expected, **case.tolerance)
+        first = torch.autograd.grad(
+            case.number(*leaves), leaves, create_graph=True, allow_unused=True
+        )
+        pulled = _dot(_zeros_for_none(first, leaves), along)
+        if pulled.requires_grad:
+            pulled.backward()  # unlike grad(), it comes by what says that it has no derivative
+        got = _zeros_for_none([leaf.grad for leaf in leaves], leaves)
+        _same("second derivative", got, case.second(along), **case.tolerance)
 
 
 def _func_grad(case: _Case) -> None:
@@ -320,9 +329,11 @@ def _func_jvp(case: _Case) -> None:
 
 
 def _batches(case: _Case) -> Iterator[tuple[tuple[int | None, ...], tuple[Tensor, ...]]]:
-    """in_dims and inputs: all of them three times, and each of them alone."""
-    three = tuple(torch.stack([t, 0.5 * t, t.sigmoid()]) for t in case.inputs)
+    """in_dims and inputs: all of them three times, first or last, and each of them alone."""
+    each = [[t, 0.5 * t, t.sigmoid()] for t in case.inputs]
+    three = tuple(map(torch.stack, each))
     yield tuple(0 for _ in three), three
+    yield tuple(-1 for _ in three), tuple(torch.stack(versions, dim=-1) for versions in each)
     if len(three) > 1:
         for wanted in case.argnums:
             yield (
@@ -336,7 +347,7 @@ def _one_by_one(
 ) -> Iterator[tuple[Tensor, ...]]:
     for i in range(3):
         pairs = zip(in_dims, inputs, strict=True)
-        yield tuple(t if dim is None else t[i] for dim, t in pairs)
+        yield tuple(t if dim is None else t.select(dim, i) for dim, t in pairs)
 
 
 def _func_vmap(case: _Case) -> None:
@@ -556,15 +567,30 @@ def _leading_dimensions(case: _Case) -> None:
 
 
 def _threads(case: _Case) -> None:
-    leaves = case.leaves()
-    outputs = [case.number(*leaves) for _ in range(8)]
+    """Eight calls with inputs of their own, whose backwards run at once."""
+    each = [[t / i for t in case.inputs] for i in range(1, 9)]
+    leaves = [[t.clone().requires_grad_() for t in inputs] for inputs in each]
+    outputs = [case.number(*inputs) for inputs in leaves]
     workers = [threading.Thread(target=output.backward) for output in outputs]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    got = _zeros_for_none([leaf.grad for leaf in leaves], leaves)
-    _same("gradient of eight threads", got, tuple(8 * g for g in case.gradients()))
+    for inputs, of_call in zip(each, leaves, strict=True):
+        got = _zeros_for_none([leaf.grad for leaf in of_call], inputs)
+        _same("gradient of one of eight threads", got, case.gradients(*inputs))
+
+
+def _untouched(case: _Case) -> None:
+    """Neither the inputs nor the upstream gradient are changed in place."""
+    leaves = case.leaves()
+    output = case.call(*leaves)
+    _same("input after the call", leaves, case.inputs)
+    upstream = _random(*output.shape, seed=3).to(output.dtype)
+    before = upstream.clone()
+    torch.autograd.grad(output, leaves, upstream, allow_unused=True)
+    _same("upstream gradient after the backward", upstream, before)
+    _same("input after the backward", leaves, case.inputs)
 
 
 def _checkpoint(case: _Case) -> None:
@@ -635,6 +661,7 @@ COLUMNS: dict[str, Check] = {
     "checkpoint": _checkpoint,
     "inference_mode": _inference_mode,
     "frozen inputs": _frozen,
+    "inputs untouched": _untouched,
     "meta device": _meta,
 }
 """A check for each column."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import missing
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnce import composability, functional, rules
@@ -217,6 +218,29 @@ class WrongTangent(Square):
         return z * dz
 
 
+class NoTangent(Square):
+    @staticmethod
+    def jvp(ctx, dz):
+        return torch.zeros_like(dz)
+
+
+class WrongSecond(Square):
+    """Right first derivatives; of 2z only half can be differentiated again."""
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return (z + z.detach()) * upstream
+
+
+class OnceOnly(Square):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return 2 * z * upstream
+
+
 class MixesExamples(Square):
     """By the mean over the first dimension of what it sees, which under vmap is another one."""
 
@@ -227,6 +251,20 @@ class MixesExamples(Square):
         return MixesExamples.apply(z - z.mean(0)), 0
 
 
+class TakesTheFirstDimension(Square):
+    """For the batch's, whatever vmap says."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def vmap(info, in_dims, z):
+        return TakesTheFirstDimension.apply(z), 0
+
+
+class NoVmap(Square):
+    generate_vmap_rule = False
+
+
 class ForgetsStrides(Square):
     """Right for inputs that are contiguous: the rows of memory are not those of another layout."""
 
@@ -234,6 +272,98 @@ class ForgetsStrides(Square):
     def backward(ctx, upstream):
         (z,) = ctx.saved_tensors
         return 2 * z.as_strided(z.shape, torch.empty(z.shape).stride()) * upstream
+
+
+class OfOneShape(Square):
+    @staticmethod
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return (2 * z * upstream).reshape(3, 2)
+
+
+class Mutates(Square):
+    """What it is given, and says nothing to autograd."""
+
+    @staticmethod
+    def forward(z):
+        with torch.no_grad():
+            output = z * z
+            z.detach().add_(1)
+        return output
+
+
+class MutatesUpstream(Square):
+    @staticmethod
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return upstream.detach().mul_(2 * z)
+
+
+class KeepsInAClass(Square):
+    """The last call's z, whichever is differentiated."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        Square.setup_context(ctx, inputs, output)
+        KeepsInAClass.z = inputs[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return 2 * KeepsInAClass.z * upstream
+
+
+class LooksAtValues(Square):
+    @staticmethod
+    def forward(z):
+        return z * z if z.sum().item() > -1e9 else z
+
+
+class ByNumPy(Square):
+    @staticmethod
+    def forward(z):
+        return torch.from_numpy(z.detach().numpy() ** 2)
+
+
+class Product(Function):
+    """Of two inputs, right."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        return a * b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        a, b = ctx.saved_tensors
+        return upstream * b, upstream * a
+
+    @staticmethod
+    def jvp(ctx, da, db):
+        a, b = ctx.saved_tensors
+        return da * b + a * db
+
+
+class OnlyBoth(Product):
+    """Gradients for both inputs, or for none."""
+
+    @staticmethod
+    def backward(ctx, upstream):
+        a, b = ctx.saved_tensors
+        return (upstream * b, upstream * a) if all(ctx.needs_input_grad) else (0 * a, 0 * b)
+
+
+def otherwise_without_gradients(z):
+    return z * z if torch.is_grad_enabled() else z * z + 1
+
+
+def otherwise_compiled(z):
+    return z * z * z if torch.compiler.is_compiling() else z * z
 
 
 class OldStyle(Function):
@@ -278,32 +408,85 @@ def test_plain_code_works_everywhere():
     assert "there is no CUDA device" in str(report) or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize(
-    ("function", "column", "detail"),
-    [
-        (SavesWhatItMade.apply, "double backward", "second derivative: "),
-        (SavesWhatItMade.apply, "func.hessian", "hessian: "),
-        (WrongTangent.apply, "func.jvp", "tangent: "),
-        # PyTorch calls an inner jvp with the outer forward mode switched off (pytorch #192985).
-        (Square.apply, "forward mode in forward mode", "hessian: "),
-        (MixesExamples.apply, "func.vmap", "value: "),
-        (ForgetsStrides.apply, "strides", "gradient, inputs "),
-    ],
-)
-def test_what_is_silently_wrong_is_said_with_where_and_by_how_much(function, column, detail):
+def twice(function):
+    """A function of two inputs, of one."""
+    return lambda z: function(z, z.flip(0))
+
+
+NESTED = "forward mode in forward mode"  # silently wrong for whatever has a jvp: pytorch #192985
+WRONG = [
+    (SavesWhatItMade.apply, "double backward", "second derivative: "),
+    (SavesWhatItMade.apply, "func.hessian", "hessian: "),
+    (WrongSecond.apply, "double backward", "second derivative: "),
+    (WrongTangent.apply, "func.jvp", "tangent: "),
+    (NoTangent.apply, "func.jvp", "tangent: "),
+    (Square.apply, NESTED, "hessian: "),
+    (MixesExamples.apply, "func.vmap", "value: "),
+    (TakesTheFirstDimension.apply, "func.vmap", "value: "),
+    (ForgetsStrides.apply, "strides", "gradient, inputs "),
+    (Mutates.apply, "inputs untouched", "input after the call: "),
+    (MutatesUpstream.apply, "inputs untouched", "upstream gradient after the backward: "),
+    (KeepsInAClass.apply, "several threads", "gradient of one of eight threads: "),
+    (otherwise_without_gradients, "inference_mode", "value: "),
+    (otherwise_compiled, "compile (aot_eager)", "value: "),
+]
+FAILING = [
+    (OnceOnly.apply, "double backward", "once_differentiable"),
+    (NoVmap.apply, "func.vmap", "vmap"),
+    (OfOneShape.apply, "leading dimensions", "shape"),
+    (LooksAtValues.apply, "meta device", "meta"),
+    (ByNumPy.apply, "meta device", "meta"),
+    (OldStyle.apply, "func.grad", "setup_context"),
+]
+RIGHT = [
+    Square.apply,
+    twice(Product.apply),
+    torch.tanh,
+    lambda z: torch.tanh(z) * z,
+    lambda z: z.softmax(-1),
+    lambda z: z.logsumexp(-1),
+    lambda z: z @ torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=z.dtype, device=z.device),
+    functional.sigmoid,
+]
+
+
+def only(monkeypatch, *columns):
+    monkeypatch.setattr(composability, "COLUMNS", {name: COLUMNS[name] for name in columns})
+
+
+@pytest.mark.parametrize(("function", "column", "detail"), WRONG)
+def test_what_is_silently_wrong_is_said_with_where_and_by_how_much(
+    function, column, detail, monkeypatch
+):
+    only(monkeypatch, column)
     report = found(function)
-    assert report[column].verdict == "wrong" and not report
+    assert report[column].verdict == "wrong" and not report and report.wrong == [column]
     assert report[column].detail.startswith(detail)
-    assert re.search(r"expected at \(.*\), got ", report[column].detail)
+    assert re.search(r"expected at \(.*\), got |expected shape", report[column].detail)
     assert f"{column:<30}wrong      {detail}" in str(report)
 
 
-def test_what_fails_is_said_with_pytorchs_reason():
-    report = found(OldStyle.apply)
-    assert report["func.grad"].verdict == "fails"
-    assert "setup_context" in report["func.grad"].detail
-    assert report["double backward"].verdict == "works"
+@pytest.mark.parametrize(("function", "column", "reason"), FAILING)
+def test_what_fails_is_said_with_pytorchs_reason(function, column, reason, monkeypatch):
+    only(monkeypatch, column)
+    report = found(function)
+    assert report[column].verdict == "fails" and reason in report[column].detail
     assert report.right  # nothing is silently wrong
+
+
+@pytest.mark.parametrize("function", RIGHT)
+def test_what_is_right_is_not_called_wrong(function, monkeypatch):
+    only(monkeypatch, *(name for name in COLUMNS if "compile" not in name))
+    assert set(found(function).wrong) <= {NESTED}
+
+
+def test_inputs_frozen_one_by_one(monkeypatch):
+    only(monkeypatch, "frozen inputs")
+    right = composability.check_composability(Product.apply, Z, Z + 1)
+    wrong = composability.check_composability(OnlyBoth.apply, Z, Z + 1)
+    assert right["frozen inputs"].verdict == "works"
+    assert wrong["frozen inputs"].verdict == "wrong"
+    assert wrong["frozen inputs"].detail.startswith("gradient of input 0 alone: ")
 
 
 def test_a_reference_decides():
