@@ -288,7 +288,8 @@ def _same(what: str, got: Any, expected: Any, *, rtol: float = 1e-10, atol: floa
         wrong = ~((off <= atol + rtol * b.abs()) | (a == b) | (a.isnan() & b.isnan()))
         if wrong.any():
             at = tuple(int(i) for i in torch.nonzero(wrong)[off[wrong].nan_to_num().argmax()])
-            raise _Differs(f"{what}{of}: {b[at]:.6g} expected at {at}, got {a[at]:.6g}")
+            difference = f"expected at {at}, got {a[at]:.6g}, off by {off[at]:.1e}"
+            raise _Differs(f"{what}{of}: {b[at]:.6g} {difference}")
 
 
 # ----------------------------------------------------------------------------------- the checks

@@ -43,6 +43,40 @@ def test_cell(row, column):
     assert found.verdict == "works", found.detail
 
 
+TARGETS = torch.tensor([[0, 1, -100], [1, 1, 0], [-100, -100, -100], [0, 0, 1], [1, -100, 0]])
+
+
+def with_options(z):
+    return functional.sigmoid_cross_entropy(
+        z, TARGETS, label_smoothing=0.1, ignore_index=-100, reduction="mean"
+    )
+
+
+def with_options_by_pytorch(z):
+    counts = TARGETS != -100
+    y = TARGETS.where(counts, 0).to(z.dtype) * 0.9 + 0.05
+    C = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none")
+    return (C * counts).sum() / counts.sum()
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_losss_options_go_with_all_that_the_loss_goes_with(column):
+    """But with vmap under torch.compile, where PyTorch wants nothing before a Function."""
+    z = ROWS["sigmoid_cross_entropy"].inputs[0]
+    if column in ("meta device", "autocast (CUDA)"):
+        pytest.skip("the targets are on the CPU")
+    case = composability._Case(with_options, (z,), with_options_by_pytorch, None)
+    found = composability._try(COLUMNS[column], case)
+    if column in INSIDE_PYTORCH or column in ("compile(vmap(grad))", "compile(hessian)"):
+        assert found.verdict == "fails"
+    elif column in ("leading dimensions", "compile, dynamic shapes"):
+        assert found.verdict == "not tried"  # the targets are of one shape
+    elif found.verdict == "not tried" and "inductor" in column:
+        missing("compiler", found.detail)
+    else:
+        assert found.verdict == "works", found.detail
+
+
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("column", INSIDE_PYTORCH)
 def test_where_pytorch_stands_in_the_way(row, column):
