@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import nnce
+from nnce.gradients import ulp_distance
 
 SHAPE = (6, 4)
 IGNORED = -100
@@ -307,3 +308,27 @@ def test_the_whole_algorithm_names_the_conversion():
     together = nnce.Ensemble([network], [nnce.Hyperparameters("quadratic", 1.0)], batch_size=5)
     with pytest.raises(TypeError, match=sentence):
         together.train_epoch(x, y, torch.arange(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("s", [1e-6, 1e-3, 0.05, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("y0", [0, 1])
+def test_the_smoothed_delta_is_exact_to_3_units(dtype, s, y0):
+    """Where (1 − y') σ(z) and y' σ(−z) do not cancel: the sum is 0.8 of them; and in norm."""
+    mpmath = pytest.importorskip("mpmath")
+    z = torch.cat([torch.linspace(-30, 30, 121), torch.linspace(-5, 5, 101)]).to(dtype)
+    z.requires_grad_()
+    y = torch.full(z.shape, y0)
+    C = nnce.sigmoid_cross_entropy(z, y, label_smoothing=s, reduction="sum")
+    (dz,) = torch.autograd.grad(C, z)
+    exact, cancels = [], []
+    with mpmath.workdps(60):
+        smoothed = y0 * (1 - mpmath.mpf(s)) + mpmath.mpf(s) / 2
+        for z0 in z.tolist():
+            a, not_a = (1 / (1 + mpmath.exp(mpmath.mpf(sign * z0))) for sign in (-1, 1))
+            first, second = (1 - smoothed) * a, smoothed * not_a
+            exact.append(float(first - second))
+            cancels.append(abs(first - second) < 0.8 * (first + second))
+    exact, cancels = torch.tensor(exact, dtype=torch.float64), torch.tensor(cancels)
+    assert ulp_distance(dz.detach(), exact)[~cancels].max() <= 3
+    assert (dz.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
