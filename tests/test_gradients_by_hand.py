@@ -21,7 +21,7 @@ def _drop_upstream(function):
     return staticmethod(wrong)
 
 
-def _mean_reduction(C, reduction):
+def _mean_reduction(C, counts, reduction):
     return C if reduction == "none" else C.mean()
 
 
