@@ -183,9 +183,13 @@ class Ensemble:
             [n, n_out].
 
         Raises:
+            IndexError: there is no network of this number.
             ValueError: x has another shape or device, or as for `train_epoch`.
             TypeError: x is no tensor, or of another dtype.
         """
+        last = len(self.networks) - 1
+        if type(number) is not int or not 0 <= number <= last:
+            raise IndexError(f"expected the number of a network, 0 to {last}, got {number!r}")
         self._check_network(number)
         check_alike({"the parameters": self._parameters[0][0], "x": x})
         if x.dim() != 2 or x.shape[1] != self.sizes[0]:

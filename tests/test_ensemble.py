@@ -513,6 +513,9 @@ def test_what_is_no_list_of_networks_and_no_input():
         together.outputs(0, torch.rand(3, 5))
     with pytest.raises(TypeError, match="x to be a tensor, got list"):
         together.outputs(0, [[1.0] * 4])
+    for number in (2, -1, True, 0.0):
+        with pytest.raises(IndexError, match=r"number of a network, 0 to 1, got "):
+            together.outputs(number, torch.rand(3, 4))
 
 
 @pytest.mark.parametrize("engine", HOWS)
