@@ -116,9 +116,14 @@ def _try(check: "Check", case: "_Case") -> Cell:
     except _Differs as difference:
         return Cell("wrong", str(difference))
     except Exception as error:  # whatever PyTorch raises
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return Cell("fails", f"{type(error).__name__}: {lines[0] if lines else 'without a word'}")
+        return Cell("fails", f"{type(error).__name__}: {_first_sentence(str(error))}")
     return Cell("works")
+
+
+def _first_sentence(words: str) -> str:
+    """The first line, and the one after what only announces it ("backend='inductor' raised:")."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()] or ["without a word"]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 # --------------------------------------------------------------------------------- the function
@@ -173,10 +178,8 @@ class _Case:
             raise ValueError("expected a function that gives the same each time, got two outputs")
 
     def _arguments(self, inputs: Sequence[Tensor]) -> list[Any]:
-        whole = list(self._whole)
-        for i, value in zip(self._places, inputs, strict=True):
-            whole[i] = value
-        return whole
+        given = iter(inputs)
+        return [next(given) if _is_real(value) else value for value in self._whole]
 
     def call(self, *inputs: Tensor) -> Tensor:
         """The function's output."""
@@ -185,6 +188,17 @@ class _Case:
     def number(self, *inputs: Tensor) -> Tensor:
         """The function's output as one number; one that is not pulls at no two elements alike."""
         return _one_number(self.call(*inputs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The inputs and, among them, the tensors that are handed on as they are."""
+        return tuple(value for value in self._whole if isinstance(value, Tensor))
+
+    def number_of_tensors(self, *tensors: Tensor) -> Tensor:
+        """The function's output as one number, of all tensors."""
+        given = iter(tensors)
+        whole = [next(given) if isinstance(value, Tensor) else value for value in self._whole]
+        return _one_number(self._function(*whole))
 
     def plain(self, *inputs: Tensor) -> Tensor:
         """The same by the reference, or by the function itself."""
@@ -536,8 +550,9 @@ class _Module(torch.nn.Module):
 
 def _export(case: _Case) -> None:
     for strict in (False, True):
-        exported = torch.export.export(_Module(case.number), case.inputs, strict=strict)
-        _same("value", exported.module()(*case.inputs), case.plain(*case.inputs))
+        # All tensors are arguments: PyTorch before 2.9 exports none that a function closes over.
+        exported = torch.export.export(_Module(case.number_of_tensors), case.tensors, strict=strict)
+        _same("value", exported.module()(*case.tensors), case.plain(*case.inputs))
 
 
 def _strides(case: _Case) -> None:
@@ -727,6 +742,6 @@ INSIDE_PYTORCH = {
     "compile, double backward": "aot_autograd has no double backward",
 }
 """Columns of nnce's own table where PyTorch itself stands in the way, and how."""
-if torch.torch_version.TorchVersion(torch.__version__) >= "2.15":  # 2.11 and 2.14 could do these
+if torch.torch_version.TorchVersion(torch.__version__) >= "2.15":  # 2.6 to 2.14 could do these
     INSIDE_PYTORCH["compile(vmap(grad))"] = "dynamo's stand-in for a Function has no vmap rule"
     INSIDE_PYTORCH["compile(hessian)"] = "dynamo cannot trace forward mode over its stand-in"

@@ -462,7 +462,8 @@ def check_reduction(reduction: str) -> None:
 
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raise TypeError unless it is a number, ValueError unless that is in [0, 1)."""
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
+    # Not int | float, nor tensor.is_floating_point() below: PyTorch 2.6's dynamo follows neither.
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         kind = type(label_smoothing).__name__
         raise TypeError(f"expected label_smoothing to be a number, got {kind}")
     if not 0 <= label_smoothing < 1:
@@ -483,7 +484,7 @@ def check_ignore_index(ignore_index: int | None) -> None:
 def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> None:
     check_reduction(reduction)
     check_ignore_index(ignore_index)
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex():
+    if not isinstance(y, Tensor) or y.dtype.is_floating_point or y.dtype.is_complex:
         check_alike({"z": z, "y": y})
     else:
         check_alike({"z": z})
@@ -511,11 +512,11 @@ def check_alike(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     (first_name, first), *others = tensors.items()
-    if not first.is_floating_point():
+    if not first.dtype.is_floating_point:
         raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
     for name, tensor in others:
         if tensor.dtype != first.dtype:
-            whole = not (tensor.is_floating_point() or tensor.is_complex())
+            whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
             how = f"; {name}.to({first.dtype}) makes it so" if whole else ""
             raise TypeError(
                 f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}{how}"

@@ -29,8 +29,6 @@ def drawn():
     return x, torch.eye(10)[torch.randint(10, (1_000,), generator=generator)]
 
 
-# PyTorch 2.11's inductor warns of PyTorch's own code.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "peer",
     [

@@ -18,12 +18,6 @@ import nnce
 
 LOSSES = list(HAND_WRITTEN.values())
 
-# PyTorch's own warnings: it scripts its own forward-mode decompositions.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-]
-
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bad_targets_are_refused_in_one_sentence(loss):

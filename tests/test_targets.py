@@ -17,11 +17,6 @@ from nnce.gradients import ulp_distance
 SHAPE = (6, 4)
 IGNORED = -100
 ORACLES = {"quadratic": half_mse, "cross-entropy": bce_with_logits}
-# PyTorch's own warnings: it scripts its own forward-mode decompositions.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-]
 
 
 def which_count(share):
