@@ -90,9 +90,9 @@ def check_composability(
     Raises:
         TypeError: the function is none, no input is a floating-point tensor, or the output is not
             a floating-point tensor.
-        ValueError: the function cannot be called with these inputs in float64, is random, or does
-            not depend on them differentiably; an input is empty; or there are not as many
-            `examples` as inputs.
+        ValueError: the function or the reference cannot be called with these inputs in float64, or
+            they give outputs of two shapes; the function is random, or does not depend on them
+            differentiably; an input is empty; or there are not as many `examples` as inputs.
     """
     if not callable(function):
         raise TypeError(f"expected a function of tensors, got {type(function).__name__}")
@@ -142,11 +142,13 @@ class _Case:
         self._whole = [_wide(value) for value in inputs]
         self._places = [i for i, value in enumerate(self._whole) if _is_real(value)]
         if not self._places:
-            kinds = ", ".join(type(value).__name__ for value in inputs) or "no inputs"
+            kinds = ", ".join(_kind(value) for value in inputs) or "no inputs"
             raise TypeError(f"expected a floating-point tensor to differentiate by, got {kinds}")
-        if examples is not None and len(examples) != len(inputs):
+        if examples is not None and (
+            not isinstance(examples, Sequence) or len(examples) != len(inputs)
+        ):
             raise ValueError(
-                f"expected examples for each of the {len(inputs)} inputs, got {len(examples)}"
+                f"expected examples for each of the {len(inputs)} inputs, got {examples!r}"
             )
         self.inputs = tuple(self._whole[i] for i in self._places)
         if not all(t.numel() for t in self.inputs):
@@ -169,13 +171,25 @@ class _Case:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise ValueError(f"expected a function of these inputs, got {reason}") from error
             if not _is_real(output):
-                kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
-                raise TypeError(f"expected a floating-point tensor for output, got {kind}")
+                raise TypeError(f"expected a floating-point tensor for output, got {_kind(output)}")
             if not output.requires_grad:
                 raise ValueError("expected a function that depends differentiably on its inputs")
             outputs.append(output.detach())
         if not torch.equal(*(output.nan_to_num() for output in outputs)):
             raise ValueError("expected a function that gives the same each time, got two outputs")
+        if self._reference is None:
+            return
+        try:
+            expected = self._reference(*self._arguments(self.leaves()))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"expected a reference of these inputs, got {reason}") from error
+        if not _is_real(expected) or expected.shape != outputs[0].shape:
+            kind = tuple(expected.shape) if _is_real(expected) else _kind(expected)
+            raise ValueError(
+                f"expected a reference whose output is a tensor of the function's shape, "
+                f"{tuple(outputs[0].shape)}, got {kind}"
+            )
 
     def _arguments(self, inputs: Sequence[Tensor]) -> list[Any]:
         given = iter(inputs)
@@ -251,6 +265,10 @@ class _Case:
     def tolerance(self) -> dict[str, float]:
         """Of second derivatives."""
         return {} if self.has_reference else {"rtol": 1e-6, "atol": 1e-7}
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _one_number(output: Tensor) -> Tensor:

@@ -540,7 +540,7 @@ def test_private_parts_that_are_missing_are_not_tried(monkeypatch):
     [
         (3, (Z,), TypeError, "expected a function of tensors, got int"),
         (torch.exp, (), TypeError, "to differentiate by, got no inputs"),
-        (torch.exp, (Z.long(),), TypeError, "to differentiate by, got Tensor"),
+        (torch.exp, (Z.long(),), TypeError, "to differentiate by, got torch.int64"),
         (torch.exp, (Z[:0],), ValueError, "to differentiate by, got an empty tensor"),
         (torch.argmax, (Z,), TypeError, "floating-point tensor for output, got torch.int64"),
         (lambda z: 1.0, (Z,), TypeError, "floating-point tensor for output, got float"),
@@ -552,5 +552,18 @@ def test_private_parts_that_are_missing_are_not_tried(monkeypatch):
 def test_bad_input_is_one_sentence(function, inputs, error, sentence):
     with pytest.raises(error, match=sentence):
         composability.check_composability(function, *inputs)
-    with pytest.raises(ValueError, match="examples for each of the 1 inputs, got 2"):
-        composability.check_composability(torch.exp, Z, examples=[True, True])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"examples": [True, True]}, r"examples for each of the 1 inputs, got \[True, True\]"),
+        ({"examples": 3}, "examples for each of the 1 inputs, got 3"),
+        ({"reference": 3}, "a reference of these inputs, got TypeError: 'int' object is not"),
+        ({"reference": torch.sum}, "of the function's shape, .*, got ()"),
+        ({"reference": torch.argmax}, "of the function's shape, .*, got torch.int64"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        composability.check_composability(torch.exp, Z, **options)
