@@ -12,8 +12,9 @@ from torch.testing import assert_close
 import nnce
 from nnce import reference
 
-# PyTorch's own warnings, of its old quantisation.
+# PyTorch's own warnings, of its old quantisation, and in 2.11 of what dynamo itself looks at.
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated"),
     pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
