@@ -16,11 +16,16 @@ from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy
 from nnce.functional import sigmoid_quadratic as sigmoid_quadratic
 from nnce.gradients import check_gradients as check_gradients
+from nnce.labels import LinearSigmoidCrossEntropyLoss as LinearSigmoidCrossEntropyLoss
+from nnce.labels import linear_sigmoid_cross_entropy as linear_sigmoid_cross_entropy
+from nnce.labels import sampled_sigmoid_cross_entropy as sampled_sigmoid_cross_entropy
 from nnce.modules import MLP as MLP
 from nnce.modules import Linear as Linear
 from nnce.modules import Sigmoid as Sigmoid
 from nnce.modules import SigmoidCrossEntropyLoss as SigmoidCrossEntropyLoss
 from nnce.modules import SigmoidQuadraticLoss as SigmoidQuadraticLoss
+from nnce.pairs import pair_sigmoid_cross_entropy as pair_sigmoid_cross_entropy
+from nnce.positives import Positives as Positives
 from nnce.watching import watch as watch
 
 __version__ = "0.1.0"

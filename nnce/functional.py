@@ -548,28 +548,27 @@ def _expand(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """In autocast's dtype where autocast is on, as for `torch.nn.functional.linear`."""
-    device = _autocast_device(tensors[0])
-    if device is None:
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     low = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
 
 
 def _float32_under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """In float32 where autocast is on, as for PyTorch's own losses."""
-    if _autocast_device(tensors[0]) is None:
+    if autocast_dtype(tensors[0]) is None:
         return tensors
     low = (torch.bfloat16, torch.float16)
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
 
 
-def _autocast_device(tensor: Any) -> str | None:
-    """The type of the tensor's device if autocast is on for it."""
+def autocast_dtype(tensor: Any) -> torch.dtype | None:
+    """What autocast computes in on the tensor's device; None where it is off, or for no tensor."""
     if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
         return None
     device = tensor.device.type
-    return device if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _shape(tensor: Tensor) -> str:

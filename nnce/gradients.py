@@ -7,6 +7,7 @@ with its absolute tolerance, lets a backward of all zeros pass there.
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,7 +33,7 @@ _COARSEST_JUMP = 2.0**-7
 # may agree by accident.
 _CERTAIN = 1e-3
 # What PyTorch says where an operation has no second derivative, and where a forward mode is none.
-_NO_DERIVATIVE = "derivative for aten::"
+_NO_DERIVATIVE = re.compile("derivative for aten::|no second derivatives")
 _NO_FORWARD_MODE = ("You must implement the jvp function", "Trying to use forward AD with")
 
 
@@ -41,7 +42,8 @@ class Finding(NamedTuple):
 
     verdict: Verdict
     """"not there" is said of a forward mode that the Function does not have, and of second
-    derivatives that it refuses (`once_differentiable`)."""
+    derivatives that it refuses (by `once_differentiable`, or an error that says that there are "no
+    second derivatives")."""
     error: float
     """The largest relative error seen, where there was one to see; else NaN."""
     detail: str
@@ -326,7 +328,7 @@ class _Function:
         try:
             *by_x, by_upstream = self._differentiate(slope, [*leaves, upstream], None)
         except _Broken as error:
-            if _NO_DERIVATIVE in str(error):  # an operation of PyTorch's has none
+            if _NO_DERIVATIVE.search(str(error)):  # an operation of PyTorch's has none, or ours
                 raise _NotThere(str(error)) from error
             raise
         return torch.cat([gradient.flatten() for gradient in by_x]), by_upstream

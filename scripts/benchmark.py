@@ -9,6 +9,11 @@ nnce's, the median of the ratios of each turn.
 Two rows are no peers. The floor is what PyTorch takes for the dense matrix products alone. The
 limit is an estimate of what no implementation on nnce's threads can go below: the multiplications
 and bytes that the inputs that are not 0 need, at the peaks measured on one thread of the machine.
+
+`benchmark.py labels` times something else: value and gradients of a linear layer and its
+cross-entropy over many labels, on the same tensors. Its floor is the three matrix products of the
+same blocks. The peak is the memory beyond inputs, parameters and their gradients, each in a process
+of its own.
 """
 
 if __name__ == "__main__":
@@ -24,6 +29,7 @@ import math
 import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,13 +42,15 @@ import psutil
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from nnce import data, ensemble, functional, loops, memory, training
+from nnce import blocks, data, ensemble, functional, loops, memory, training
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import Ensemble, How
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
+from nnce.labels import linear_sigmoid_cross_entropy
 from nnce.modules import MLP
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 
@@ -811,13 +819,300 @@ class Neighbours:
         return float(times.user + times.system)
 
 
+# ---------------------------------------------------------------------------------- many labels
+
+
+class LabelWork(NamedTuple):
+    """A linear layer and its loss; five positive labels for each example."""
+
+    n: int
+    features: int
+    labels: int
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.labels:,} labels, {self.features} features, n {self.n:,}"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of x, W and b, in float32."""
+        return 4 * (self.n * self.features + self.labels * (self.features + 1))
+
+
+LABEL_WORKS = [
+    LabelWork(1_024, 512, 1_000),
+    LabelWork(1_024, 512, 16_384),
+    LabelWork(1_024, 512, 131_072),
+    LabelWork(512, 256, 1_000_000),
+]
+QUICK_LABEL_WORKS = LABEL_WORKS[:2]
+# Gradients in float32 may differ by rounding, in norm.
+SAME_GRADIENTS = 1e-5
+
+
+class LabelProblem:
+    """The same tensors for all; dense targets are made where a peer wants them, before its time."""
+
+    def __init__(self, work: LabelWork, device: torch.device) -> None:
+        """Draw them."""
+        self.work = work
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(work.n, work.features, generator=generator)
+        W = torch.empty(work.labels, work.features)
+        W.normal_(0, work.features**-0.5, generator=generator)
+        index = torch.randint(work.labels, (work.n, 5), generator=generator)
+        self.x, self.W = x.to(device).requires_grad_(), W.to(device).requires_grad_()
+        self.b = torch.zeros(work.labels, device=device, requires_grad=True)
+        self.index = index.to(device)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The targets of all labels."""
+        y = torch.zeros(self.work.n, self.work.labels, dtype=dtype, device=self.x.device)
+        return y.scatter_(1, self.index, 1)
+
+    def clear(self) -> None:
+        """No gradients, as before a first backward."""
+        self.x.grad = self.W.grad = self.b.grad = None
+
+
+def _bce(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = nn.functional.linear(x, W, b)
+    C = nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum")
+    return C / len(x)
+
+
+def _walked(problem: LabelProblem, target: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        C = linear_sigmoid_cross_entropy(problem.x, problem.W, target, linear_bias=problem.b)
+        C.backward()
+        return C
+
+    return step
+
+
+def labels_nnce(problem: LabelProblem) -> Callable[[], Tensor]:
+    """The labels of each example, a list of five."""
+    return _walked(problem, problem.index)
+
+
+def labels_nnce_dense(problem: LabelProblem) -> Callable[[], Tensor]:
+    """A boolean target for every label."""
+    return _walked(problem, problem.dense(torch.bool))
+
+
+def labels_products(problem: LabelProblem) -> Callable[[], Tensor]:
+    """The three matrix products of nnce's blocks, and nothing else."""
+    x, W, b = (t.detach() for t in (problem.x, problem.W, problem.b))
+    work = problem.work
+    block = blocks.default_block(work.n, work.labels, work.features, x.dtype)
+
+    def step() -> Tensor:
+        dx, dW = torch.zeros_like(x), torch.empty_like(W)
+        memory = x.new_empty(work.n * min(block, work.labels))
+        for first in range(0, work.labels, block):
+            W_block = W[first : first + block]
+            z = memory[: work.n * len(W_block)].view(work.n, len(W_block))
+            torch.addmm(b[first : first + block], x, W_block.mT, out=z)
+            dx.addmm_(z, W_block)
+            torch.mm(z.mT, x, out=dW[first : first + block])
+        return dx
+
+    return step
+
+
+def labels_eager(problem: LabelProblem) -> Callable[[], Tensor]:
+    """`binary_cross_entropy_with_logits` of `linear`."""
+    return _by_pytorch(problem, _bce)
+
+
+def labels_compiled(problem: LabelProblem) -> Callable[[], Tensor]:
+    """The same under torch.compile."""
+    return _by_pytorch(problem, torch.compile(_bce))
+
+
+def labels_checkpointed(problem: LabelProblem) -> Callable[[], Tensor]:
+    """The same for 8,192 labels at a time, whose activations are computed anew in the backward."""
+
+    def loss(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        parts = zip(W.split(8_192), b.split(8_192), y.split(8_192, dim=1), strict=True)
+        return torch.stack(
+            [checkpoint(_bce, x, *part, use_reentrant=False) for part in parts]
+        ).sum()
+
+    return _by_pytorch(problem, loss)
+
+
+def _by_pytorch(problem: LabelProblem, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    y = problem.dense(torch.float32)
+
+    def step() -> Tensor:
+        C = loss(problem.x, problem.W, problem.b, y)
+        C.backward()
+        return C
+
+    return step
+
+
+LABEL_PEERS: dict[str, Callable[[LabelProblem], Callable[[], Tensor]]] = {
+    "nnce": labels_nnce,
+    "nnce, dense targets": labels_nnce_dense,
+    "floor: three products": labels_products,
+    "PyTorch eager": labels_eager,
+    "PyTorch compiled": labels_compiled,
+    "PyTorch checkpointed": labels_checkpointed,
+}
+
+
+class LabelTiming(NamedTuple):
+    """A peer's time and memory for one work; a row of results.json."""
+
+    work: str
+    peer: str
+    seconds: float
+    """Of forward and backward, the median."""
+    ratio: float
+    """Its seconds over nnce's in the same turn, the median, the least and the most."""
+    ratio_least: float
+    ratio_most: float
+    peak_bytes: float
+    difference: float
+    """‖its gradients − nnce's‖ / ‖nnce's‖, of x, W and b together; NaN for the floor."""
+    repetitions: int
+    threads: int
+
+
+def label_gradients(problem: LabelProblem) -> list[Tensor]:
+    """Of x, W and b, taken away."""
+    gradients = [t.grad for t in (problem.x, problem.W, problem.b) if t.grad is not None]
+    problem.clear()
+    return gradients
+
+
+def measure_labels(
+    work: LabelWork, device: torch.device, repetitions: int
+) -> Iterator[LabelTiming]:
+    """All peers on the same tensors, in turns."""
+    problem = LabelProblem(work, device)
+    seconds: dict[str, list[float]] = {name: [] for name in LABEL_PEERS}
+    differences: dict[str, float] = {}
+    for turn in range(repetitions + 1):  # the first is not timed
+        usual: list[Tensor] = []
+        for name, peer in LABEL_PEERS.items():
+            step = peer(problem)
+            if turn == 0:
+                step()
+                gradients = label_gradients(problem)
+                usual = usual or gradients
+                differences[name] = _difference(gradients, usual)
+                del gradients
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+            problem.clear()
+            del step
+    for name in LABEL_PEERS:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["nnce"], strict=True)]
+        yield LabelTiming(
+            str(work),
+            name,
+            statistics.median(seconds[name]),
+            statistics.median(ratios),
+            min(ratios),
+            max(ratios),
+            peak_of_labels(work, name, device),
+            differences[name],
+            repetitions,
+            torch.get_num_threads(),
+        )
+
+
+def _difference(gradients: list[Tensor], usual: list[Tensor]) -> float:
+    if not gradients:
+        return math.nan
+    squares = [
+        torch.stack([(a - b).norm() ** 2, b.norm() ** 2])
+        for a, b in zip(gradients, usual, strict=True)
+    ]
+    off, whole = torch.stack(squares).sum(0).sqrt().tolist()
+    return float(off / whole)
+
+
+def peak_of_labels(work: LabelWork, name: str, device: torch.device) -> float:
+    """Bytes beyond what is there before, and the gradients, of a first step; NaN if unknown."""
+    if device.type == "cpu" and sys.platform != "linux":
+        return math.nan  # the peak cannot be begun anew
+    command = [sys.executable, __file__, "labels", "--device", device.type]
+    command += ["--peak", name, *map(str, work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else math.nan
+
+
+def print_peak(name: str, sizes: Sequence[int], device: torch.device) -> None:
+    """In this process, which is to have done nothing else."""
+    peer = LABEL_PEERS[name]
+    warm_up = LabelProblem(LabelWork(*(min(size, 2_048) for size in sizes)), device)
+    peer(warm_up)()  # libraries, threads and what they keep
+    problem = LabelProblem(LabelWork(*sizes), device)
+    step = peer(problem)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        after = torch.cuda.max_memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = psutil.Process().memory_info().rss
+        step()
+        status = Path("/proc/self/status").read_text()
+        after = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    print(after - before - problem.work.gradient_bytes)
+
+
+def readable_labels(timing: LabelTiming) -> report.Row:
+    """A row for people."""
+    spread = f"{timing.ratio_least:.2f}–{timing.ratio_most:.2f}"
+    known = not math.isnan(timing.difference)
+    return {
+        "work": timing.work,
+        "peer": timing.peer,
+        "seconds": f"{timing.seconds:.3f}",
+        "ratio": f"{timing.ratio:.2f} ({spread})",
+        "peak MB": "" if math.isnan(timing.peak_bytes) else f"{timing.peak_bytes / 1e6:,.0f}",
+        "difference": f"{timing.difference:.1e}" if known else "",
+    }
+
+
+def all_labels(options: argparse.Namespace, device: torch.device) -> list[LabelTiming]:
+    """All timings of many labels."""
+    works = QUICK_LABEL_WORKS if options.quick else LABEL_WORKS
+    bar = tqdm(works, unit="size", disable=None, leave=False)
+    return [timing for work in bar for timing in measure_labels(work, device, options.repetitions)]
+
+
+# ------------------------------------------------------------------------------------- the script
+
+
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("networks", "labels"),
+        default="networks",
+        help="an epoch of training, or the loss of many labels",
+    )
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
     parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
     parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)  # for peak_of_labels
     parser.add_speed_options()
     return parser
 
@@ -832,22 +1127,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 1 <= options.repetitions <= 1_000:
             raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
         command_line.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
-    with options_parser.run_directory(options.run_dir, "benchmark") as run_dir:
-        timings = measure_all(options, device)
+    if options.peak:
+        print_peak(options.peak[0], [int(size) for size in options.peak[1:]], device)
+        return 0
+    with options_parser.run_directory(options.run_dir, f"benchmark-{options.what}") as run_dir:
+        timings: Sequence[Timing | LabelTiming]
+        timings = (measure_all if options.what == "networks" else all_labels)(options, device)
         report.write_results(
             run_dir,
-            config=vars(options),
+            config={name: value for name, value in vars(options).items() if name != "peak"},
             device=device,
             seconds=time.perf_counter() - began,
             rows=[timing._asdict() for timing in timings],
         )
-        print(f"{report.table([readable(timing) for timing in timings])}\n")
+        rows = [
+            readable(timing) if isinstance(timing, Timing) else readable_labels(timing)
+            for timing in timings
+        ]
+        print(f"{report.table(rows)}\n")
         print(f"Results: {run_dir}")
-    wrong = [timing for timing in timings if timing.outcome in ("wrong", "failed")]
-    for timing in wrong:
-        sentence = f"{timing.work}, {timing.peer}: {timing.outcome.upper()}: {timing.note}"
+    wrong = [sentence for sentence in map(complaint, timings) if sentence]
+    for sentence in wrong:
         print(sentence, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def complaint(timing: Timing | LabelTiming) -> str | None:
+    """What is wrong with a peer's result, if anything."""
+    if isinstance(timing, LabelTiming):
+        if not timing.difference > SAME_GRADIENTS:
+            return None
+        return f"{timing.work}, {timing.peer}: WRONG: gradients differ by {timing.difference:.1e}"
+    if timing.outcome not in ("wrong", "failed"):
+        return None
+    return f"{timing.work}, {timing.peer}: {timing.outcome.upper()}: {timing.note}"
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[Timing]:

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for loss in LOSSES
             for difference in compare_network(network, dataset.train, loss)
         ]
-        cells = matrix() if options.matrix else []
+        cells = matrix(composability.rows()) if options.matrix else []
+        walked = matrix(composability.walked_rows()) if options.matrix else []
         broken = broken_promises(measured, differences)
 
         rows = [row._asdict() for row in measured]
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows=rows,
             network=[difference._asdict() for difference in differences],
             matrix=cells,
+            matrix_of_walked=walked,
             broken=broken,
         )
         report.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
         )
         if cells:
-            print(f"{report.table(cells)}\n")
+            print(f"{report.table(cells)}\n\n{report.table(walked)}\n")
         print(f"Results and the saturation atlas: {run_dir}")
         print(f"In TensorBoard: {report.tensorboard_command(run_dir)}")
     for sentence in broken:
@@ -187,22 +189,23 @@ def readable_difference(difference: GradientDifference) -> report.Row:
     }
 
 
-def matrix() -> list[report.Row]:
+def matrix(functions: Mapping[str, composability.Row]) -> list[report.Row]:
     """What works together: a row for each way, a column for each function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own, of its own code
         found = {
-            name: row.check()
-            for name, row in tqdm(composability.rows().items(), disable=None, leave=False)
+            name: row.check() for name, row in tqdm(functions.items(), disable=None, leave=False)
         }
     return [
-        {"": way, **{name: cell(way, of_function[way]) for name, of_function in found.items()}}
+        {"": way, **{name: cell(name, way, of[way]) for name, of in found.items()}}
         for way in composability.COLUMNS
     ]
 
 
-def cell(way: str, found: composability.Cell) -> str:
+def cell(name: str, way: str, found: composability.Cell) -> str:
     """What is in a cell."""
+    if found.verdict == "fails" and name in composability.walked_rows():
+        return f"refused: {composability.REFUSED.get(way, found.detail)}"
     if found.verdict == "fails" and way in composability.INSIDE_PYTORCH:
         return composability.INSIDE_PYTORCH[way]
     return f"{found.verdict}: {found.detail}" if found.detail else found.verdict

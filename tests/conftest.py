@@ -86,3 +86,13 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def processes_found(tmp_path_factory):
+    """What each of several processes computed together (tests/processes.py)."""
+    import processes
+
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(processes.in_one_process, (str(folder),), nprocs=processes.WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes.WORLD)]

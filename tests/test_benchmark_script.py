@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -140,3 +141,31 @@ def test_a_peer_that_goes_wrong_is_said(benchmark, tmp_path, capsys, monkeypatch
 )
 def test_bad_input_is_one_line(benchmark, options, message, refused):
     assert message in refused(benchmark.main, *options)
+
+
+@pytest.mark.parametrize(
+    "peer", ["nnce, dense targets", "PyTorch compiled", "PyTorch checkpointed"]
+)
+def test_peers_of_many_labels_come_to_the_same_gradients(benchmark, peer):
+    problem = benchmark.LabelProblem(benchmark.LabelWork(64, 16, 9_000), torch.device("cpu"))
+    found = []
+    for name in ("nnce", "PyTorch eager", peer):
+        benchmark.LABEL_PEERS[name](problem)()
+        found.append(benchmark.label_gradients(problem))
+    for gradients in found[1:]:
+        assert benchmark._difference(gradients, found[0]) < 1e-6
+    wrong = [found[0][0] * 1.1, *found[0][1:]]
+    assert benchmark._difference(wrong, found[0]) > benchmark.SAME_GRADIENTS
+
+
+def test_many_labels(benchmark, monkeypatch, tmp_path, capsys):
+    peers = {name: benchmark.LABEL_PEERS[name] for name in ("nnce", "PyTorch eager")}
+    monkeypatch.setattr(benchmark, "LABEL_PEERS", peers)
+    monkeypatch.setattr(benchmark, "QUICK_LABEL_WORKS", [benchmark.LabelWork(256, 8, 40_000)])
+    run = tmp_path / "run"
+    options = ["labels", "--quick", "--repetitions", "1", "--run-dir", str(run)]
+    assert benchmark.main(options) == 0
+    ours, theirs = json.loads((run / "results.json").read_text())["rows"]
+    assert ours["ratio"] == 1 and theirs["difference"] < benchmark.SAME_GRADIENTS
+    if sys.platform == "linux":
+        assert theirs["peak_bytes"] > 80e6 > 40e6 > ours["peak_bytes"]

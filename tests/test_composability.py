@@ -11,16 +11,20 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnce import composability, functional, rules
-from nnce.composability import COLUMNS, INSIDE_PYTORCH, rows
+from nnce.composability import COLUMNS, INSIDE_PYTORCH, REFUSED, rows, walked_rows
 
 ROWS = rows()
+WALKED = walked_rows()
+
+
+def case_of(row):
+    """A row as `_Case` takes it."""
+    return row.function, row.inputs, row.reference, row.examples
 
 
 def cell(row, column):
     """What comes of one cell of nnce's own table."""
-    function, reference, inputs, examples = ROWS[row]
-    case = composability._Case(function, inputs, reference, examples)
-    return composability._try(COLUMNS[column], case)
+    return composability._try(COLUMNS[column], composability._Case(*case_of(ROWS[row])))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -66,6 +70,18 @@ def test_the_losss_options_go_with_all_that_the_loss_goes_with(column):
         missing("compiler", found.detail)
     else:
         assert found.verdict == "works", found.detail
+
+
+@pytest.mark.parametrize("row", WALKED)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_walked_cell(row, column):
+    """Of the functions that go block by block: they work, or refuse by intention."""
+    found = composability._try(COLUMNS[column], composability._Case(*case_of(WALKED[row])))
+    if found.verdict == "not tried" and "inductor" in column:
+        missing("compiler", found.detail)
+    if found.verdict == "not tried" and "CUDA" in column and not torch.cuda.is_available():
+        pytest.skip(found.detail)
+    assert found.verdict == ("fails" if column in REFUSED else "works"), found.detail
 
 
 @pytest.mark.parametrize("row", ROWS)

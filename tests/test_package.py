@@ -12,7 +12,20 @@ from conftest import ROOT
 PACKAGE = ROOT / "nnce"
 # Whoever stands here may import what stands above it.
 ORDER = (
-    *("rules", "losses", "functional", "modules", "memory", "algorithm", "loops", "products"),
+    *(
+        "rules",
+        "losses",
+        "functional",
+        "positives",
+        "blocks",
+        "labels",
+        "pairs",
+        "modules",
+        "memory",
+        "algorithm",
+        "loops",
+        "products",
+    ),
     *("ensemble", "checkpoint"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
     "training",

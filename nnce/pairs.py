@@ -1,0 +1,233 @@
+"""All pairs of two embeddings: the SigLIP loss, in memory linear in their number.
+
+The rows of y are to those of x what labels are to examples, so the same walk goes over them; over
+many processes they go around as a ring.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from nnce.blocks import Options, Wants, default_block, walk
+from nnce.functional import Reduction, check_reduction
+from nnce.labels import (
+    check_block,
+    check_layer,
+    gathered_sizes,
+    handed_over,
+    linear_sigmoid_cross_entropy,
+)
+from nnce.positives import Targets, check_device, shape_of
+
+if TYPE_CHECKING:  # not every build of PyTorch has it
+    from torch.distributed import ProcessGroup
+
+
+def pair_sigmoid_cross_entropy(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float | None = None,
+    *,
+    reduction: Reduction = "batchmean",
+    block: int | None = None,
+    group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """The cross-entropy over all n × n pairs of two embeddings, of which the diagonal is positive.
+
+    z = scale · x yᵀ + bias, target 1 on the diagonal and 0 elsewhere: the SigLIP loss, what
+    open_clip's `SigLipLoss.forward` computes of (image_features, text_features, logit_scale,
+    logit_bias) with labels ±1. The y are walked as labels are, so that forward and backward take
+    memory linear in n. (Zhai et al., Sigmoid loss for language image pre-training, 2023.)
+
+    Args:
+        x, y: embeddings, [n, features] each; row i of x belongs to row i of y.
+        scale: multiplies the products, one number (SigLIP learns its logarithm).
+        bias: is added to them, one number, or None for 0.
+        reduction: "batchmean" divides the sum by n, "mean" by n²; "sum"; "none" is summed over y,
+            one number for each x.
+        block: how many y at a time, as for `linear_sigmoid_cross_entropy`.
+        group: processes that each have their own n pairs, not necessarily as many; all with the
+            same scale, bias and upstream gradient. The y go around as a ring, with their gradients.
+            Each process gets the value of all pairs ("none": of its own x), the gradients of its
+            own x and y, and those of scale and bias whole. `DistributedDataParallel` takes a mean
+            over processes, and so their gradients, x's and y's through the model as well, have to
+            be multiplied by the world's size, but for those of scale and bias.
+
+    Returns:
+        C: one number, or [n] for "none".
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices do not fit, or an option makes no sense.
+        RuntimeError: in a second derivative.
+    """
+    check_reduction(reduction)
+    check_block(block)
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape != y.shape:
+        raise ValueError(f"expected x and y of one shape, got {shape_of(x)} and {shape_of(y)}")
+    product_dtype = check_layer(x, y, None, names=("x", "y", "bias"))
+    by = _one_number("scale", scale, x)
+    b = None if bias is None else _one_number("bias", bias, x)
+    if group is None:
+        return linear_sigmoid_cross_entropy(
+            x * by.to(x.dtype),
+            y,
+            torch.arange(len(x), device=x.device),
+            linear_bias=None if b is None else b.to(y.dtype).expand(len(y)),
+            reduction=reduction,
+            block=block,
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError("expected no process group under torch.compile")
+    ring = _Ring(group, gathered_sizes(len(x), x, group), reduction, block, product_dtype)
+    wants = tuple(
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, y, by, b)
+    )
+    C, *_ = _AroundTheRing.apply(x, y, by, b, ring, wants)
+    return cast(Tensor, C)
+
+
+def _one_number(name: str, value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return like.new_tensor(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a number or a tensor, got {type(value).__name__}")
+    if value.numel() != 1 or not value.dtype.is_floating_point:
+        raise ValueError(
+            f"expected {name} to be one floating-point number, got {value.dtype} of shape "
+            f"{shape_of(value)}"
+        )
+    check_device(name, value, like.device)
+    return value.reshape(())
+
+
+class _Ring(NamedTuple):
+    """The processes around which y goes, and what is to be computed."""
+
+    group: "ProcessGroup"
+    sizes: list[int]
+    """The number of pairs of each."""
+    reduction: Reduction
+    block: int | None
+    product_dtype: torch.dtype
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        upstream: Tensor | None,
+        wants: Sequence[bool],
+        wants_value: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """C and the gradients by x, y, scale and bias, for an upstream gradient of C or of 1."""
+        wants_x, wants_y, wants_scale, wants_bias = wants
+        rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
+        n = sum(self.sizes)
+        denominator = {"mean": n * n, "batchmean": n}.get(self.reduction, 1)
+        dtype = torch.promote_types(self.product_dtype, torch.float32)
+        factor = x.new_ones(len(x), dtype=torch.float64) / denominator
+        if upstream is not None:
+            factor = factor * upstream
+        scaled = x * scale.to(x.dtype)
+        C = x.new_zeros(len(x), dtype=torch.float64) if wants_value else None
+        dx = x.new_zeros(x.shape, dtype=dtype) if wants_x or wants_scale else None
+        db = x.new_zeros((), dtype=torch.float64) if wants_bias else None
+        y_here, dy_here = y.contiguous(), y.new_zeros(y.shape, dtype=dtype) if wants_y else None
+        for step in range(world):
+            owner = (rank - step) % world
+            own = torch.arange(len(x), device=x.device) if owner == rank else None
+            none = torch.full((len(x),), -1, device=x.device)
+            rows = torch.arange(len(x), device=x.device)
+            block = walk(
+                scaled,
+                y_here,
+                Targets(None, rows, none if own is None else own, None, once=True),
+                Options(None if bias is None else bias.expand(len(y_here)), None, None, 0),
+                factor,
+                self.block or default_block(len(x), len(y_here), x.shape[1], self.product_dtype),
+                self.product_dtype,
+                Wants(wants_value, dx is not None, wants_y, wants_bias),
+            )
+            if C is not None:
+                C += cast(Tensor, block.C)
+            if dx is not None:
+                dx += cast(Tensor, block.dx)
+            if db is not None:
+                db += cast(Tensor, block.db).sum(dtype=torch.float64)
+            if dy_here is not None:
+                dy_here += cast(Tensor, block.dW)
+                dy_here = self._pass_on(dy_here, owner)
+            if world > 1 and (step < world - 1 or dy_here is not None):
+                y_here = self._pass_on(y_here, owner)
+        d_scale = None
+        if wants_scale and dx is not None:
+            d_scale = (dx.double() * x.double()).sum()
+        for total in (d_scale, db):
+            if total is not None:
+                torch.distributed.all_reduce(total, group=self.group)
+        if C is not None and self.reduction != "none":
+            C = C.sum() / denominator
+            torch.distributed.all_reduce(C, group=self.group)
+        return (
+            None if C is None else C.to(dtype),
+            (dx * scale.to(dtype)).to(x.dtype) if wants_x and dx is not None else None,
+            None if dy_here is None else dy_here.to(y.dtype),
+            None if d_scale is None else d_scale.to(scale.dtype),
+            None if db is None or bias is None else db.to(bias.dtype),
+        )
+
+    def _pass_on(self, tensor: Tensor, owner: int) -> Tensor:
+        """Give a tensor to the next process and take the one before's, whose owner is before."""
+        rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
+        if world == 1:
+            return tensor
+        coming = tensor.new_empty(self.sizes[(owner - 1) % world], tensor.shape[1])
+        ranks = ((rank + 1) % world, (rank - 1) % world)
+        to, source = (torch.distributed.get_global_rank(self.group, r) for r in ranks)
+        exchange = [
+            torch.distributed.P2POp(torch.distributed.isend, tensor, to, self.group),
+            torch.distributed.P2POp(torch.distributed.irecv, coming, source, self.group),
+        ]
+        for work in torch.distributed.batch_isend_irecv(exchange):
+            work.wait()
+        return coming
+
+
+class _AroundTheRing(Function):
+    """`_BlockByBlock` for pairs of many processes."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        ring: _Ring,
+        wants: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        if ring.reduction == "none":
+            wants = (False, False, False, False)
+        return ring.run(x, y, scale, bias, None, wants, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *tensors, ctx.ring, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.made = [] if ctx.ring.reduction == "none" else [output[1:]]
+        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        def anew(dC: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+            ring: _Ring = ctx.ring
+            x, y, scale, bias = ctx.saved_tensors
+            return ring.run(x, y, scale, bias, dC, needed, False)[1:]
+
+        return (*handed_over(ctx, upstream[0], anew), None, None)

@@ -1,0 +1,402 @@
+"""Train a classifier with very many labels in bounded memory, and rank them all."""
+
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
+import argparse
+import gzip
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import psutil
+import scipy.sparse
+import torch
+from sklearn.datasets import load_svmlight_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from nnce import LinearSigmoidCrossEntropyLoss, Positives, blocks
+from nnce.experiments import command_line, report
+from nnce.experiments.command_line import ArgumentParser
+
+BEST = (1, 3, 5)
+"""How many of the best labels precision and nDCG look at."""
+# What Python, PyTorch's threads and the allocator may take besides what is counted.
+SLACK_MB = 100
+
+
+class Examples(NamedTuple):
+    """Features, dense or a SciPy sparse matrix, and the labels that each example has."""
+
+    features: Tensor | scipy.sparse.csr_array
+    positives: Positives
+
+    def batches(self, size: int, order: Tensor) -> Iterator[tuple[Any, Positives]]:
+        """Mini-batches in this order."""
+        for chosen in order.split(size):
+            if isinstance(self.features, Tensor):
+                yield self.features[chosen], self.positives[chosen]
+            else:
+                yield _bags(self.features[chosen.numpy()]), self.positives[chosen]
+
+
+def _bags(rows: scipy.sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sparse rows, what `torch.nn.EmbeddingBag` takes: numbers, where each begins, weights."""
+    return (
+        torch.from_numpy(rows.indices).long(),
+        torch.from_numpy(rows.indptr[:-1]).long(),
+        torch.from_numpy(rows.data).float(),
+    )
+
+
+class Classifier(nn.Module):
+    """Dense features as they are, or a sum of embeddings of sparse ones; then all labels."""
+
+    def __init__(self, inputs: int | None, features: int, labels: int, share: float) -> None:
+        """Draw it; share is that of the targets which are 1, from which the biases start."""
+        super().__init__()
+        self.embedding = (
+            None if inputs is None else nn.EmbeddingBag(inputs, features, mode="sum", sparse=False)
+        )
+        self.labels = LinearSigmoidCrossEntropyLoss(features, labels, prior=share)
+
+    def encode(self, x: Any) -> Tensor:
+        """The features of a mini-batch, [n, features]."""
+        if self.embedding is None:
+            return cast(Tensor, x)
+        numbers, offsets, weights = x
+        embedded: Tensor = self.embedding(numbers, offsets, per_sample_weights=weights)
+        return embedded
+
+    def forward(self, x: Any, positives: Positives) -> Tensor:
+        """C, a mean over the examples."""
+        loss: Tensor = self.labels(self.encode(x), positives)
+        return loss
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def planted(
+    n: int, features: int, labels: int, each: int, generator: torch.Generator
+) -> tuple[Examples, Examples]:
+    """Examples that are noisy sums of the directions of their labels; n to learn, n / 10 to test.
+
+    Label l is drawn as often as 1 / (l + 20) says, as the frequencies of words are.
+    """
+    directions = torch.randn(labels, features, generator=generator)
+    often = 1 / (torch.arange(labels) + 20.0)
+    both = []
+    for size in (n, max(n // 10, 1)):
+        drawn = torch.multinomial(often, size * each, replacement=True, generator=generator)
+        rows = torch.arange(size).repeat_interleave(each)
+        keys = (rows * labels + drawn).unique()
+        positives = Positives.from_coo(keys // labels, keys % labels, size)
+        x = torch.randn(size, features, generator=generator)
+        x.index_add_(0, positives.rows(), directions[positives.col])
+        both.append(Examples(x / math.sqrt(each + 1), positives))
+    return both[0], both[1]
+
+
+def read(path: Path) -> tuple[Examples, int, int]:
+    """A file in the XMC repository's sparse text format; also its features' and labels' number.
+
+    The first line says how many examples, features and labels there are; each other line is one
+    example: its labels, separated by commas, a blank, and feature:value pairs.
+
+    Raises:
+        ValueError: the file cannot be read, or is no such file.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+            header = lines.readline().split()
+            try:
+                n, features, labels = map(int, header)
+            except ValueError:
+                raise ValueError(
+                    f"{path}: expected a first line of three whole numbers, examples, features and "
+                    f"labels, got {b' '.join(header)[:60].decode(errors='replace')!r}"
+                ) from None
+            try:
+                matrix, lists = load_svmlight_file(
+                    lines, n_features=features, multilabel=True, zero_based=True
+                )
+            except ValueError as error:
+                raise ValueError(f"{path}: expected labels feature:value …, but {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(lists) != n or n == 0:
+        raise ValueError(f"{path}: expected {n:,} examples, got {len(lists):,}")
+    if any(label != int(label) or not 0 <= label < labels for each in lists for label in each):
+        raise ValueError(f"{path}: expected whole label numbers from 0 to {labels - 1:,}")
+    try:
+        positives = Positives.from_lists([[int(label) for label in each] for each in lists])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Examples(scipy.sparse.csr_array(matrix), positives), features, labels
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def relevance(labels: Tensor, positives: Positives, num_labels: int) -> Tensor:
+    """Of the best labels of each example, [n, k], which it has: 0 or 1."""
+    has = positives.rows() * num_labels + positives.col
+    asked = torch.arange(len(labels))[:, None] * num_labels + labels
+    return torch.isin(asked, has).double()
+
+
+def figures(relevant: Tensor, counts: Tensor) -> dict[str, float]:
+    """Precision and nDCG at 1, 3 and 5, means over the examples that have a label.
+
+    Precision at k is the share of the k best that are relevant; DCG at k is Σ relevant_i /
+    log₂(i + 1), and nDCG divides by the DCG of the best order there is.
+
+    Args:
+        relevant: whether each of the best labels is, in their order, [n, k].
+        counts: how many labels each example has, [n].
+    """
+    relevant, counts = relevant[counts > 0], counts[counts > 0]
+    discounts = 1 / torch.log2(torch.arange(relevant.shape[1]) + 2.0).double()
+    found = {}
+    for k in (k for k in BEST if k <= relevant.shape[1]):
+        found[f"precision@{k}"] = relevant[:, :k].mean().item()
+        ideal = discounts[:k].cumsum(0)[counts.clamp(max=k) - 1]
+        found[f"nDCG@{k}"] = ((relevant[:, :k] @ discounts[:k]) / ideal).mean().item()
+    return found
+
+
+def evaluate(
+    model: Classifier, examples: Examples, num_labels: int, batch_size: int
+) -> dict[str, float]:
+    """Rank all labels for each example; the loss, and `figures`."""
+    relevant, C = [], 0.0
+    k = min(max(BEST), num_labels)
+    with torch.no_grad():
+        for x, positives in examples.batches(batch_size, torch.arange(len(examples.positives))):
+            features = model.encode(x)
+            _, best = model.labels.topk(features, k)
+            relevant.append(relevance(best, positives, num_labels))
+            C += model.labels(features, positives).item() * len(positives)
+    counts = examples.positives.crow.diff()
+    return {"loss": C / len(counts), **figures(torch.cat(relevant), counts)}
+
+
+def most_frequent(train: Examples, test: Examples, num_labels: int) -> dict[str, float]:
+    """What naming the most frequent labels for every example would come to."""
+    often = torch.bincount(train.positives.col, minlength=num_labels)
+    best = often.argsort(descending=True, stable=True)[: max(BEST)]
+    relevant = relevance(best.expand(len(test.positives), -1), test.positives, num_labels)
+    return figures(relevant, test.positives.crow.diff())
+
+
+# ------------------------------------------------------------------------------------- the script
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "--data-file",
+        type=Path,
+        help="examples to learn from, in the XMC repository's sparse text format, or that and .gz "
+        "(if not given: planted ones)",
+    )
+    parser.add_argument(
+        "--test-file", type=Path, help="examples to test on (if not given: a tenth of --data-file)"
+    )
+    parser.add_argument("--labels", type=int, default=200_000, help="labels of planted examples")
+    parser.add_argument("--examples", type=int, default=10_000, help="planted ones to learn from")
+    parser.add_argument("--features", type=int, default=128, help="of an example, or its embedding")
+    parser.add_argument("--positives", type=int, default=5, help="labels of a planted example")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the training data")
+    parser.add_argument("--batch-size", type=int, default=512, help="examples in a mini-batch")
+    parser.add_argument("--lr", type=float, default=0.01, help="Adam's learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
+    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_speed_options()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and rank; the exit status."""
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
+    with options_parser.user_errors():
+        for name in ("labels", "examples", "features", "positives", "epochs", "batch_size"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"expected a positive --{name.replace('_', '-')}")
+        if not (math.isfinite(options.lr) and options.lr > 0):
+            raise ValueError(f"expected a positive --lr, got {options.lr}")
+        if options.test_file and not options.data_file:
+            raise ValueError("expected --data-file with --test-file")
+        command_line.set_speed(options, torch.get_num_threads())
+        generator = torch.Generator().manual_seed(options.seed)
+        train, test, inputs, num_labels = load(options, generator)
+        torch.manual_seed(options.seed)
+        share = max(len(train.positives.col), 1) / (len(train.positives) * num_labels)
+        model = Classifier(inputs, options.features, num_labels, min(share, 0.5))
+    with options_parser.run_directory(options.run_dir, "labels") as run_dir:
+        learn(model, train, test, num_labels, generator, options, run_dir)
+    return 0
+
+
+def load(
+    options: argparse.Namespace, generator: torch.Generator
+) -> tuple[Examples, Examples, int | None, int]:
+    """Examples to learn from and to test on, how many sparse features, and how many labels."""
+    if options.data_file is None:
+        both = planted(
+            *(options.examples, options.features, options.labels, options.positives), generator
+        )
+        return *both, None, options.labels
+    examples, inputs, num_labels = read(options.data_file)
+    if options.test_file is not None:
+        test, *sizes = read(options.test_file)
+        if sizes != [inputs, num_labels]:
+            raise ValueError(
+                f"{options.test_file}: expected {inputs:,} features and {num_labels:,} labels like "
+                f"--data-file, got {sizes[0]:,} and {sizes[1]:,}"
+            )
+        return examples, test, inputs, num_labels
+    n = len(examples.positives)
+    if n < 2:
+        raise ValueError(f"{options.data_file}: expected two examples at least, one for the test")
+    order = torch.randperm(n, generator=generator)
+    matrix = cast(scipy.sparse.csr_array, examples.features)
+    test, train = (
+        Examples(matrix[chosen.numpy()], examples.positives[chosen])
+        for chosen in order.tensor_split([max(n // 10, 1)])
+    )
+    return train, test, inputs, num_labels
+
+
+def learn(
+    model: Classifier,
+    train: Examples,
+    test: Examples,
+    num_labels: int,
+    generator: torch.Generator,
+    options: argparse.Namespace,
+    run_dir: Path,
+) -> None:
+    """Train, log each epoch, and write what came out."""
+    began = time.perf_counter()
+    n, parameters = len(train.positives), sum(p.numel() for p in model.parameters())
+    size = 4 * parameters / 1e6
+    # Ranking has a block of its own.
+    block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    optimizer.zero_grad()  # imports what PyTorch has put off until now
+    before = resident()
+    bound = before + 3 * size + block + SLACK_MB
+    print(
+        f"{n:,} training and {len(test.positives):,} test examples, {num_labels:,} labels, "
+        f"threads {torch.get_num_threads()}\n"
+        f"memory: {before:,.0f} MB at hand, parameters of {size:,.0f} among them; their gradient "
+        f"and Adam's two averages {3 * size:,.0f}, blocks of labels {block:,.0f}: at most "
+        f"{bound:,.0f} MB with {SLACK_MB} to spare (all logits of a mini-batch would be "
+        f"{4 * options.batch_size * num_labels / 1e6:,.0f}, and more with their gradient)",
+        flush=True,
+    )
+    rows: list[report.Row] = [
+        {"epoch": "the most frequent", **most_frequent(train, test, num_labels)}
+    ]
+    stopped: KeyboardInterrupt | None = None
+    steps = math.ceil(n / options.batch_size)
+    with (
+        SummaryWriter(str(run_dir)) as writer,
+        tqdm(total=options.epochs * steps, unit="step", disable=None, leave=False) as bar,
+    ):
+        try:
+            for epoch in range(1, options.epochs + 1):
+                total = 0.0
+                order = torch.randperm(n, generator=generator)
+                for step, (x, positives) in enumerate(train.batches(options.batch_size, order)):
+                    optimizer.zero_grad()
+                    C = model(x, positives)
+                    C.backward()
+                    optimizer.step()
+                    total += C.item() * len(positives)
+                    writer.add_scalar("loss/step", C.item(), (epoch - 1) * steps + step)
+                    bar.update()
+                if not math.isfinite(total):
+                    raise command_line.Failed(f"the loss is no number in epoch {epoch}")
+                found = evaluate(model, test, num_labels, options.batch_size)
+                with command_line.undisturbed():
+                    rows.append(
+                        {
+                            "epoch": epoch,
+                            "loss_train": total / n,
+                            "loss_test": found.pop("loss"),
+                            **found,
+                        }
+                    )
+                    for name, value in rows[-1].items():
+                        if isinstance(value, float):
+                            writer.add_scalar(f"test/{name}", value, epoch)
+                    command_line.keep(run_dir)
+                    bar.write(
+                        f"epoch {epoch}: loss {total / n:.3f}, precision@1 "
+                        f"{100 * found['precision@1']:.2f} %"
+                    )
+        except KeyboardInterrupt as error:
+            if len(rows) == 1:
+                raise
+            stopped = error
+    peak = resident(peak=True)
+    with command_line.undisturbed():
+        report.write_results(
+            run_dir,
+            config=vars(options),
+            device=torch.device("cpu"),
+            seconds=time.perf_counter() - began,
+            rows=rows,
+            interrupted=stopped is not None,
+            memory={"before_MB": before, "bound_MB": bound, "peak_MB": peak},
+        )
+    print(f"\n{report.table([readable(row) for row in rows])}\n")
+    print(
+        f"{time.perf_counter() - began:.1f} s; memory at its peak {peak:,.0f} MB, "
+        f"{'within' if peak <= bound else 'MORE THAN'} the {bound:,.0f} MB stated"
+    )
+    print(f"Results: {run_dir}")
+    print(f"Curves: {report.tensorboard_command(run_dir)}")
+    if stopped is not None:
+        print(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.", file=sys.stderr)
+        raise stopped
+
+
+def resident(*, peak: bool = False) -> float:
+    """Memory of this process in MB, now or the most so far."""
+    memory = psutil.Process().memory_info()
+    if not peak:
+        return float(memory.rss) / 1e6
+    if sys.platform == "win32":
+        return float(memory.peak_wset) / 1e6
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+
+
+def readable(row: report.Row) -> report.Row:
+    """A row in percent."""
+    losses = {name: row.get(name, "") for name in ("loss_train", "loss_test")}
+    percents = {
+        f"{name}, %": f"{100 * cast(float, row[name]):.2f}"
+        for name in itertools.chain(*((f"precision@{k}", f"nDCG@{k}") for k in BEST))
+        if name in row
+    }
+    return {"epoch": row["epoch"], **losses, **percents}
+
+
+if __name__ == "__main__":
+    command_line.run_script(main)

@@ -1,0 +1,749 @@
+"""A linear layer and its loss, label block by label block, against the whole tensor of logits."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nnce
+from nnce import (
+    LinearSigmoidCrossEntropyLoss,
+    Positives,
+    linear_sigmoid_cross_entropy,
+    sampled_sigmoid_cross_entropy,
+)
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+def eager(
+    x, W, y, b=None, weight=None, example_weight=None, pos_weight=None, s=0.0, reduction="batchmean"
+):
+    """With PyTorch's own functions, all logits at once."""
+    z = torch.nn.functional.linear(x, W, b)
+    C = torch.nn.functional.binary_cross_entropy_with_logits(
+        z, y * (1 - s) + s / 2, weight=weight, pos_weight=pos_weight, reduction="none"
+    ).sum(1)
+    if example_weight is not None:
+        C = C * example_weight
+    if reduction == "none":
+        return C
+    return C.sum() / {"batchmean": len(x), "mean": len(x) * len(W), "sum": 1}[reduction]
+
+
+class Problem:
+    """Inputs, and targets in every form, that say the same: all but the soft ones."""
+
+    def __init__(self, n=7, features=5, labels=33, k=3, dtype=torch.float64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=dtype)
+
+        self.x, self.W, self.b = (
+            t.requires_grad_() for t in (draw(n, features), draw(labels, features), draw(labels))
+        )
+        index = torch.randint(-1, labels, (n, k), generator=generator)
+        index[0, 1:] = index[0, :1]  # one that stands more than once
+        y = torch.zeros(n, labels + 1, dtype=dtype).scatter(1, index % (labels + 1), 1)[:, :-1]
+        soft = y * torch.rand(n, labels, generator=generator, dtype=dtype)
+        rows, columns = soft.nonzero().T
+        self.targets = {
+            "index": (index, y),
+            "int32": (index.int(), y),
+            "Positives": (Positives.from_coo(*y.nonzero().T, n), y),
+            "soft": (Positives.from_coo(rows, columns, n, soft[rows, columns]), soft),
+            "CSR": (y.to_sparse_csr(), y),
+            "COO": (soft.to_sparse_coo(), soft),
+            "dense": (y, y),
+            "dense soft": (soft, soft),
+            "boolean": (y.bool(), y),
+        }
+        self.weight, self.pos_weight = draw(labels).abs(), draw(labels).abs() * 3
+        self.example_weight = draw(n).abs()
+        self.inputs = (self.x, self.W, self.b)
+
+
+def hold(ours, theirs, inputs, tolerance=1e-12):
+    """Value and gradients under an uneven upstream gradient, twice over one graph."""
+    upstream = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+    expected = torch.autograd.grad(theirs, inputs, upstream)
+    for _ in range(2):
+        got = torch.autograd.grad(ours, inputs, upstream, retain_graph=True)
+        for a, b in zip((ours, *got), (theirs, *expected), strict=True):
+            assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("kind", Problem().targets)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_value_and_gradients(kind, reduction):
+    """Every combination of targets, weights, smoothing, bias, reduction and block."""
+    problem = Problem()
+    target, y = problem.targets[kind]
+    x, W, b = problem.inputs
+    for given_, s, block in itertools.product(
+        itertools.product((False, True), repeat=4), (0, 0.2), (None, 1, 7)
+    ):
+        bias, *weights = (
+            t if wanted else None
+            for t, wanted in zip(
+                (b, problem.weight, problem.example_weight, problem.pos_weight), given_, strict=True
+            )
+        )
+        options = dict(zip(("weight", "example_weight", "pos_weight"), weights, strict=True))
+        ours = linear_sigmoid_cross_entropy(
+            x, W, target, linear_bias=bias, label_smoothing=s, reduction=reduction, block=block,
+            **options,
+        )  # fmt: skip
+        theirs = eager(x, W, y, bias, s=s, reduction=reduction, **options)
+        hold(ours, theirs, [t for t in (x, W, bias) if t is not None])
+
+
+@pytest.mark.parametrize("kind", ["index", "soft", "dense soft"])
+def test_examples_in_blocks_too(kind):
+    problem = Problem(n=2_500)
+    target, y = problem.targets[kind]
+    for block, reduction in itertools.product((None, 7), ("batchmean", "none")):
+        ours = linear_sigmoid_cross_entropy(
+            *problem.inputs[:2], target, linear_bias=problem.b, label_smoothing=0.1,
+            example_weight=problem.example_weight, block=block, reduction=reduction,
+        )  # fmt: skip
+        theirs = eager(
+            *problem.inputs[:2], y, problem.b, s=0.1, reduction=reduction,
+            example_weight=problem.example_weight,
+        )  # fmt: skip
+        hold(ours, theirs, problem.inputs)
+
+
+@given(
+    n=st.integers(1, 6), features=st.integers(1, 4), labels=st.integers(4, 40), k=st.integers(1, 3),
+    block=st.integers(1, 50), s=st.sampled_from([0, 0.05, 0.5]), seed=st.integers(0, 2**31),
+    kind=st.sampled_from(list(Problem().targets)), reduction=st.sampled_from(REDUCTIONS),
+)  # fmt: skip
+def test_any_shape(n, features, labels, k, block, s, seed, kind, reduction):
+    problem = Problem(n, features, labels, k, seed=seed)
+    target, y = problem.targets[kind]
+    options = {"label_smoothing": s, "reduction": reduction, "block": block}
+    ours = linear_sigmoid_cross_entropy(problem.x, problem.W, target, **options)
+    hold(ours, eager(problem.x, problem.W, y, s=s, reduction=reduction), [problem.x, problem.W])
+
+
+def test_float32_is_as_near_to_float64_as_eager():
+    for seed in range(5):
+        exact, problem = (
+            Problem(512, 64, 3_000, dtype=dtype, seed=seed)
+            for dtype in (torch.float64, torch.float32)
+        )
+        with torch.no_grad():
+            for rounded, whole in zip(problem.inputs, exact.inputs, strict=True):
+                rounded.copy_(whole.div_(8))
+                whole.copy_(rounded)
+        index, y = exact.targets["index"]
+        true = torch.autograd.grad(eager(*exact.inputs[:2], y, exact.b), exact.inputs)
+        eager_C = eager(*problem.inputs[:2], y.float(), problem.b)
+        ours_C = linear_sigmoid_cross_entropy(*problem.inputs[:2], index, linear_bias=problem.b)
+        ours, theirs = (torch.autograd.grad(C, problem.inputs) for C in (ours_C, eager_C))
+        for a, b, t in zip(ours, theirs, true, strict=True):
+            assert (a - t).norm() <= 1.1 * (b - t).norm()
+        assert abs(ours_C - eager(*exact.inputs[:2], y, exact.b)) <= 1e-6 * ours_C
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("z", [20.0, 40.0, 80.0])
+def test_dz_is_exact_where_the_neuron_is_nearly_right(z, sign):
+    """dC/dz of a positive is −σ(−z), of a negative σ(z), where a − y rounds to 0."""
+    W, x = torch.zeros(2, 1), torch.zeros(1, 1)
+    b = torch.tensor([sign * z, -sign * z], requires_grad=True)
+    target = torch.tensor([0 if sign > 0 else 1])
+    C = linear_sigmoid_cross_entropy(x, W, target, linear_bias=b)
+    C.backward()
+    small = torch.tensor(-z, dtype=torch.float64).sigmoid()
+    torch.testing.assert_close(
+        b.grad.double(), small * torch.tensor([-sign, sign]), rtol=3e-7, atol=0
+    )
+    torch.testing.assert_close(
+        C.double(), 2 * torch.tensor(-z).double().exp().log1p(), rtol=3e-7, atol=0
+    )
+
+
+def test_infinite_logits_that_are_right_cost_nothing():
+    b = torch.tensor([torch.inf, -torch.inf, 1.0], requires_grad=True)
+    for target in (torch.tensor([0]), torch.tensor([[True, False, False]])):
+        C = linear_sigmoid_cross_entropy(
+            torch.zeros(1, 1), torch.zeros(3, 1), target, linear_bias=b
+        )
+        (gradient,) = torch.autograd.grad(C, b)
+        torch.testing.assert_close(C, torch.tensor(1.0).exp().log1p())
+        torch.testing.assert_close(
+            gradient, torch.tensor([0, 0, 1.0]).where(b != 1, torch.tensor(1.0).sigmoid())
+        )
+
+
+def test_no_examples_and_no_positives():
+    W = torch.randn(4, 3, requires_grad=True)
+    for target in (torch.zeros(0, 2, dtype=torch.int64), Positives.from_lists([])):
+        C = linear_sigmoid_cross_entropy(torch.zeros(0, 3), W, target, reduction="sum")
+        assert C == 0
+        assert torch.equal(torch.autograd.grad(C, W)[0], torch.zeros(4, 3))
+        assert linear_sigmoid_cross_entropy(torch.zeros(0, 3), W, target).isnan()
+    x, none = torch.randn(5, 3), torch.full((5, 2), -1)
+    C = linear_sigmoid_cross_entropy(x, W, none)
+    torch.testing.assert_close(C, eager(x, W, torch.zeros(5, 4)))
+
+
+# ------------------------------------------------------------------------------------- the work
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv"):
+            a, b = [t for t in args if isinstance(t, torch.Tensor) and t.dim() == 2][-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def products(compute):
+    """In n × features × labels."""
+    with Products() as counter:
+        compute()
+    return counter.count / (7 * 5 * 33)
+
+
+@pytest.mark.parametrize("block", [None, 7])
+def test_three_products_and_four_where_the_walk_is_made_anew(block):
+    problem = Problem()
+    index, _ = problem.targets["index"]
+
+    def loss(**options):
+        return linear_sigmoid_cross_entropy(problem.x, problem.W, index, block=block, **options)
+
+    assert products(lambda: loss().backward()) == 3
+    assert products(lambda: loss(reduction="none").sum().backward()) == 4
+    C = loss()
+    assert products(lambda: C.backward(retain_graph=True)) == 0
+    assert products(lambda: C.backward()) == 3
+    assert products(lambda: loss(reduction="none")) == 1
+    with torch.no_grad():
+        assert products(loss) == 1
+
+
+def test_no_work_for_what_nobody_asked_for():
+    problem = Problem()
+    index, y = problem.targets["index"]
+    for frozen in itertools.product((False, True), repeat=3):
+        inputs = [
+            t.detach().requires_grad_(not f) for t, f in zip(problem.inputs, frozen, strict=True)
+        ]
+        x, W, b = inputs
+
+        def loss(x=x, W=W, b=b):
+            return linear_sigmoid_cross_entropy(x, W, index, linear_bias=b)
+
+        wanted = [t for t in inputs if t.requires_grad]
+        if not wanted:
+            assert not loss().requires_grad
+            continue
+        assert products(lambda: loss().backward()) == 1 + x.requires_grad + W.requires_grad
+        for t in inputs:
+            t.grad = None
+        hold(loss(), eager(x, W, y, b), wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize(
+    ("sizes", "MB"),
+    [
+        # 2 % of what eager PyTorch takes, 1,600 MB at least.
+        (("1024", "512", "131072"), 32),
+        # Eager PyTorch takes over 4 GB.
+        (("512", "256", "1000000"), 100),
+    ],
+)
+def test_memory_is_flat(sizes, MB):
+    """The peak beyond inputs, parameters and gradients, of a forward and a backward."""
+    command = [sys.executable, "tests/peak.py", "labels", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < MB
+
+
+# -------------------------------------------------------------------- together with all of PyTorch
+
+
+def test_second_derivatives_are_refused():
+    problem = Problem()
+    C = linear_sigmoid_cross_entropy(problem.x, problem.W, problem.targets["index"][0])
+    (gradient,) = torch.autograd.grad(C, problem.x, create_graph=True)
+    for other in (problem.x, problem.W):
+        with pytest.raises(RuntimeError, match="block by block has no second derivatives"):
+            torch.autograd.grad(gradient.sum(), other, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.func.grad(
+            lambda x: torch.func.grad(
+                lambda x: linear_sigmoid_cross_entropy(x, problem.W, problem.targets["index"][0])
+            )(x).sum()
+        )(problem.x)
+
+
+def test_gradients_accumulate_and_are_no_one_elses():
+    problem = Problem()
+    target, y = problem.targets["CSR"]
+    for _ in range(3):
+        linear_sigmoid_cross_entropy(problem.x, problem.W, target).backward()
+    (expected,) = torch.autograd.grad(eager(problem.x, problem.W, y), problem.W)
+    torch.testing.assert_close(problem.W.grad, 3 * expected)
+
+
+def test_a_loss_among_others():
+    """Its value goes on into more, the upstream gradient is not 1, and x comes out of a layer."""
+    problem = Problem()
+    target, y = problem.targets["index"]
+    (x, W, b), layer = problem.inputs, torch.nn.Linear(5, 5, dtype=torch.float64)
+    both = []
+    for loss in (
+        lambda z: linear_sigmoid_cross_entropy(z, W, target, linear_bias=b),
+        lambda z: eager(z, W, y, b),
+    ):
+        C = loss(layer(x).tanh())
+        total = C.square() + 3 * C.sin() + W.square().sum()
+        both.append(torch.autograd.grad(total, (x, W, b, *layer.parameters())))
+    torch.testing.assert_close(*both)
+
+
+def test_checkpoints():
+    problem = Problem()
+    target, y = problem.targets["index"]
+    for reentrant in (False, True):
+        C = checkpoint.checkpoint(
+            lambda x, W: linear_sigmoid_cross_entropy(x, W, target),
+            problem.x, problem.W, use_reentrant=reentrant,
+        )  # fmt: skip
+        got = torch.zeros_like(problem.x), torch.zeros_like(problem.W)
+        problem.x.grad = problem.W.grad = None
+        C.backward()
+        got = (problem.x.grad, problem.W.grad)
+        inputs = (problem.x, problem.W)
+        torch.testing.assert_close(got, torch.autograd.grad(eager(*inputs, y), inputs))
+
+
+def test_autocast_multiplies_in_its_dtype_and_keeps_float32():
+    problem = Problem(dtype=torch.float32)
+    target, y = problem.targets["index"]
+    x, W, b = problem.inputs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        C = linear_sigmoid_cross_entropy(x, W, target, linear_bias=b)
+        half = linear_sigmoid_cross_entropy(x.bfloat16(), W, target, linear_bias=b)
+    assert C.dtype == torch.float32 and torch.equal(C, half)
+    gradients = torch.autograd.grad(C, (x, W, b))
+    assert all(g.dtype == torch.float32 for g in gradients)
+    # The products' inputs are bfloat16's: 8 bits each.
+    expected = torch.autograd.grad(eager(x, W, y, b), (x, W, b))
+    torch.testing.assert_close(gradients, expected, rtol=0.05, atol=0.02)
+    z = (x.bfloat16() @ W.bfloat16().T).float() + b
+    torch.testing.assert_close(
+        C, nnce.sigmoid_cross_entropy(z, y, reduction="sum") / len(x), rtol=1e-6, atol=0
+    )
+
+
+def test_float16_keeps_small_gradients():
+    """dz / n is 2e-9 here, below all of float16's numbers; its products are right all the same."""
+    x, W = torch.rand(1500, 4) + 1, torch.zeros(3, 4, requires_grad=True)
+    b = torch.full((3,), -12.8, requires_grad=True)
+    none = torch.full((1500,), -1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        C = linear_sigmoid_cross_entropy(x, W, none, linear_bias=b)
+    got = torch.autograd.grad(C, (W, b))
+    expected = torch.autograd.grad(eager(x, W, torch.zeros(1500, 3), b), (W, b))
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("n", [7, 1500])
+def test_half_precision_gradients_are_summed_in_float32(n):
+    exact = Problem(n, dtype=torch.float32)
+    target, y = exact.targets["index"]
+    low = [t.detach().bfloat16().requires_grad_() for t in exact.inputs]
+    for t, rounded in zip(exact.inputs, low, strict=True):
+        t.data.copy_(rounded)
+    C = linear_sigmoid_cross_entropy(low[0], low[1], target, linear_bias=low[2], block=8)
+    assert C.dtype == torch.float32
+    got = torch.autograd.grad(C, low)
+    expected = torch.autograd.grad(eager(*exact.inputs[:2], y, exact.b), exact.inputs)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == torch.bfloat16
+        assert (g.float() - e).norm() < 0.01 * e.norm()
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("kind", ["index", "soft", "dense"])
+def test_compiled_models_have_the_same_numbers(kind, reduction):
+    problem = Problem(dtype=torch.float32)
+    target, _ = problem.targets[kind]
+    layer = LinearSigmoidCrossEntropyLoss(5, 33, block=8, reduction=reduction)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh())
+
+    def loss(x):
+        return layer(model(x), target)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = (problem.x, *model.parameters(), *layer.parameters())
+    both = []
+    for compute in (loss, compiled):
+        C = compute(problem.x)
+        both.append(
+            (C, *torch.autograd.grad(C, inputs, torch.linspace(1, 2, C.numel()).view_as(C)))
+        )
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7)
+
+
+def test_export():
+    problem = Problem(dtype=torch.float32)
+    layer = LinearSigmoidCrossEntropyLoss(5, 33)
+    arguments = (problem.x.detach(), problem.targets["index"][0])
+    exported = torch.export.export(layer, arguments)
+    assert torch.equal(exported.module()(*arguments), layer(*arguments))
+
+
+def test_any_optimiser_trains_it():
+    problem = Problem(n=40, labels=8, k=1)
+    target, _ = problem.targets["index"]
+    for optimiser in (torch.optim.SGD, torch.optim.Adam, torch.optim.LBFGS):
+        layer = LinearSigmoidCrossEntropyLoss(
+            5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        steps = optimiser(layer.parameters(), lr=0.1)
+
+        def closure(layer=layer, steps=steps):
+            steps.zero_grad()
+            C = layer(problem.x.detach(), target)
+            C.backward()
+            return C
+
+        first = steps.step(closure)
+        for _ in range(20):
+            last = steps.step(closure)
+        assert last < 0.8 * first
+
+
+def of_problem(x, W, b):
+    index = torch.tensor([[0, 2], [3, -1], [1, 1]])
+    return linear_sigmoid_cross_entropy(x, W, index, linear_bias=b, block=2)
+
+
+def of_problem_by_pytorch(x, W, b):
+    y = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [0, 1, 0, 0.0]]).to(x.dtype)
+    return eager(x, W, y, b)
+
+
+def test_check_gradients_finds_them_right():
+    inputs = [t.detach() for t in Problem(3, 2, 4).inputs]
+    assert nnce.check_gradients(of_problem, *inputs)
+    report = nnce.check_gradients(of_problem, *inputs, reference=of_problem_by_pytorch)
+    assert report and report.second.verdict == "not there"
+
+
+# What a loss without second derivatives, forward mode and vmap cannot do.
+REFUSED = {
+    *("double backward", "func.jvp", "func.vmap", "func.hessian", "forward mode in forward mode"),
+    *("per-sample vmap(grad)", "compile, double backward", "compile(vmap(grad))"),
+    *("compile(hessian)", "meta device"),
+}
+
+
+def test_check_composability_finds_nothing_wrong():
+    inputs = [t.detach() for t in Problem(3, 2, 4).inputs]
+    report = nnce.check_composability(of_problem, *inputs, reference=of_problem_by_pytorch)
+    assert not report.wrong
+    assert {name for name, found in report.items() if found.verdict == "fails"} <= REFUSED
+
+
+def test_the_meta_device():
+    layer = LinearSigmoidCrossEntropyLoss(5, 33, device="meta")
+    x = torch.empty(7, 5, device="meta", requires_grad=True)
+    C = layer(x, torch.empty(7, 2, dtype=torch.int64, device="meta"))
+    C.backward()
+    assert C.shape == () and layer.weight.grad.shape == (33, 5) and x.grad.is_meta
+
+
+# ----------------------------------------------------------------------------------- the module
+
+
+def test_the_module_is_the_function():
+    problem = Problem()
+    target, _ = problem.targets["index"]
+    layer = LinearSigmoidCrossEntropyLoss(
+        5, 33, weight=problem.weight, pos_weight=problem.pos_weight, label_smoothing=0.1,
+        reduction="sum", dtype=torch.float64,
+    )  # fmt: skip
+    expected = linear_sigmoid_cross_entropy(
+        problem.x, layer.weight, target, linear_bias=layer.bias, weight=problem.weight,
+        pos_weight=problem.pos_weight, label_smoothing=0.1, reduction="sum",
+        example_weight=problem.example_weight,
+    )  # fmt: skip
+    assert torch.equal(layer(problem.x, target, problem.example_weight), expected)
+    assert {"weight", "bias"} == {name for name, _ in layer.named_parameters()}
+    linear = torch.nn.Linear(5, 33, dtype=torch.float64)
+    layer.load_state_dict(linear.state_dict(), strict=False)
+    torch.testing.assert_close(layer.logits(problem.x), linear(problem.x))
+
+
+def test_its_start():
+    drawn = [
+        LinearSigmoidCrossEntropyLoss(
+            400, 300, prior=0.01, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0].weight, drawn[1].weight)
+    assert not torch.equal(drawn[0].weight, drawn[2].weight)
+    assert abs(drawn[0].weight.std() * 20 - 1) < 0.02
+    torch.testing.assert_close(drawn[0].bias.sigmoid(), torch.full((300,), 0.01))
+    assert LinearSigmoidCrossEntropyLoss(4, 3, bias=False).bias is None
+    assert repr(drawn[0]).endswith("bias=True, reduction='batchmean', prior=0.01)")
+
+
+@pytest.mark.parametrize("block", [None, 1, 64, 1000])
+@pytest.mark.parametrize("nan", [False, True])
+def test_topk_is_in_order_among_ties_too(block, nan):
+    generator = torch.Generator().manual_seed(0)
+    layer = LinearSigmoidCrossEntropyLoss(4, 300, block=block)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-1, 2, (300, 4), generator=generator))
+    x = torch.randint(-1, 2, (1100, 4), generator=generator).float()
+    if nan:
+        layer.bias.data[[3, 100, 299]] = torch.nan
+    expected, order = layer.logits(x).sort(dim=1, descending=True, stable=True)
+    for k in (1, 5, 117, 300):
+        z, labels = layer.topk(x, k)
+        torch.testing.assert_close(z, expected[:, :k], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(labels, order[:, :k])
+    assert not z.requires_grad
+    assert [t.shape for t in layer.topk(x[:0], 3)] == [(0, 3), (0, 3)]
+    for k in (0, 301, 1.0, True):
+        with pytest.raises(ValueError, match="k from 1 to the 300 labels"):
+            layer.topk(x, k)
+
+
+# ---------------------------------------------------------------------------------- some labels
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("log_q", [False, True])
+def test_sampled(reduction, shared, sparse, log_q):
+    problem = Problem()
+    x, W, b = problem.inputs
+    positives, _ = problem.targets["index"]
+    negatives = torch.randint(33, (6,) if shared else (7, 6), generator=torch.Generator())
+    log_q = -problem.weight if log_q else None
+    ours = sampled_sigmoid_cross_entropy(
+        x, W, positives, negatives, linear_bias=b, log_q=log_q, sparse=sparse, reduction=reduction
+    )
+    z = torch.nn.functional.linear(x, W, b) - (0 if log_q is None else log_q)
+    C = [
+        sum(torch.nn.functional.softplus(-z[i, label]) for label in positives[i] if label >= 0)
+        + torch.nn.functional.softplus(z[i, negatives if shared else negatives[i]]).sum()
+        for i in range(7)
+    ]
+    named = (positives >= 0).sum() + 42
+    divided = {"mean": named, "batchmean": 7}.get(reduction, 1)
+    theirs = torch.stack(C) if reduction == "none" else torch.stack(C).sum() / divided
+    upstream = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+    got = torch.autograd.grad(ours, (x, W, b), upstream)
+    expected = torch.autograd.grad(theirs, (x, W, b), upstream)
+    torch.testing.assert_close(ours, theirs)
+    for a, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.to_dense() if a.is_sparse else a, e)
+    assert [g.is_sparse for g in got] == [False, sparse, sparse]
+    if sparse:
+        touched = torch.cat([positives.clamp(min=0).flatten(), negatives.flatten()]).unique()
+        assert torch.equal(got[1].coalesce().indices()[0], touched)
+
+
+def test_sparse_gradients_are_for_sparse_optimisers():
+    problem = Problem()
+    W, b = (torch.nn.Parameter(t.detach().clone()) for t in (problem.W, problem.b))
+    optimiser = torch.optim.SparseAdam([W, b], lr=0.1)
+    before = W.detach().clone()
+    sampled_sigmoid_cross_entropy(
+        problem.x, W, torch.tensor([1] * 7), torch.tensor([2]), linear_bias=b, sparse=True
+    ).backward()
+    optimiser.step()
+    assert torch.equal((before != W).any(1).nonzero()[:, 0], torch.tensor([1, 2]))
+
+
+# --------------------------------------------------------------------------------- many processes
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_sharded_labels_are_as_in_one_process(processes_found, reduction, dense):
+    from processes import SHARDS, labels_problem
+
+    x, W, b, target, weight, upstream = labels_problem()
+    inputs = [t.requires_grad_() for t in (x, W, b)]
+    labels = sum(SHARDS)
+    y = torch.zeros(len(x), labels + 1, dtype=x.dtype).scatter(1, target % (labels + 1), 1)[:, :-1]
+    C = eager(x, W, y, b, weight=weight, reduction=reduction)
+    by_x, by_W, by_b = torch.autograd.grad(C, inputs, upstream if reduction == "none" else None)
+    for rank, found in enumerate(processes_found):
+        begin = sum(SHARDS[:rank])
+        own = slice(begin, begin + SHARDS[rank])
+        for time in ("first", "second"):
+            got = found["labels", reduction, dense, time]
+            torch.testing.assert_close(got, (C.detach(), by_x, by_W[own], by_b[own]))
+
+
+def test_data_parallel(processes_found):
+    from processes import WORLD, labels_problem, target_of, x_of
+
+    _, W, b, *_ = labels_problem()
+    W.requires_grad_(), b.requires_grad_()
+    losses = [
+        linear_sigmoid_cross_entropy(x_of(rank), W, target_of(rank), linear_bias=b)
+        for rank in range(WORLD)
+    ]
+    expected = torch.autograd.grad(2 * sum(losses) / WORLD, (W, b))
+    for found in processes_found:
+        torch.testing.assert_close(found["parallel"], expected)
+
+
+def test_topk_merges_the_shards(processes_found):
+    from processes import SHARDS, labels_problem
+
+    x, W, b, *_ = labels_problem()
+    z, order = (x.round() @ W.round().T + b.round()).sort(dim=1, descending=True, stable=True)
+    for found in processes_found:
+        for k in (1, 6, sum(SHARDS)):
+            got, labels = found["topk", k]
+            assert torch.equal(got, z[:, :k]) and torch.equal(labels, order[:, :k])
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+X, W = torch.ones(3, 2), torch.ones(5, 2)
+T = torch.tensor
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"target": T([0, 5, 1])}, ValueError, r"labels from 0 to 4, or -1 for none, got \[5\]"),
+        ({"target": T([0, -2, 1])}, ValueError, r"labels from 0 to 4, or -1 for none, got \[-2\]"),
+        ({"target": Positives.from_lists([[7], [], []])}, ValueError, r"from 0 to 4, .* got \[7\]"),
+        ({"target": torch.ones(3, 4)}, ValueError, r"dense target of shape \(3, 5\), got \(3, 4\)"),
+        ({"target": torch.ones(3, 5).long()}, ValueError, "holds label numbers, never zeros and"),
+        ({"target": Positives.from_lists([[0], [1]])}, ValueError, "input's 3 examples, got crow"),
+        ({"target": T([0, 1])}, ValueError, r"of shape \(3,\) or \(3, k\), got \(2,\)"),
+        (
+            {"target": T([0, 1, 2]).to("meta")},
+            ValueError,
+            "target on device cpu like input, got meta",
+        ),
+        (
+            {"target": [[0], [1], [2]]},
+            TypeError,
+            "target to be a tensor or nnce.Positives, got list",
+        ),
+        ({"target": torch.ones(2, 5).to_sparse_csr()}, ValueError, r"sparse target of shape"),
+        ({"target": torch.ones(3, 5, requires_grad=True)}, ValueError, "target that needs no grad"),
+        ({"target": torch.ones(3, 5) * 1j}, TypeError, "real dense target"),
+        ({"block": 0}, ValueError, "block to be a whole number of at least 1, got 0"),
+        ({"block": 2.0}, ValueError, "block to be a whole number"),
+        (
+            {"example_weight": T([1.0, -1, 1])},
+            ValueError,
+            r"example_weight of at least 0, got \[-1",
+        ),
+        (
+            {"example_weight": torch.ones(2)},
+            ValueError,
+            r"example_weight of shape \(3,\), got \(2,\)",
+        ),
+        ({"weight": torch.ones(3)}, ValueError, r"weight of shape \(5,\), got \(3,\)"),
+        (
+            {"weight": -torch.ones(5)},
+            ValueError,
+            r"weight of at least 0, got \[-1.0, -1.0, -1.0, -1.0, …",
+        ),
+        ({"weight": torch.full((5,), torch.nan)}, ValueError, "weight of at least 0, got .nan"),
+        ({"pos_weight": torch.ones(5).long()}, TypeError, "pos_weight of a floating-point dtype"),
+        ({"pos_weight": 2.0}, TypeError, "pos_weight to be a tensor, got float"),
+        ({"pos_weight": torch.ones(5, requires_grad=True)}, ValueError, "needs no gradient"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing in \[0, 1\)"),
+        ({"reduction": "max"}, ValueError, "expected reduction"),
+        ({"input": torch.ones(2)}, ValueError, r"input of shape \(n, features\), got \(2,\)"),
+        ({"linear_weight": torch.ones(5, 3)}, ValueError, r"linear_weight of shape \(labels, 2\)"),
+        ({"linear_weight": W.double()}, TypeError, "linear_weight of dtype torch.float32"),
+        ({"linear_bias": torch.ones(4)}, ValueError, r"linear_bias of shape \(5,\)"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, error, sentence):
+    arguments = {"input": X, "linear_weight": W, "target": T([0, 1, 4])} | change
+    with pytest.raises(error, match=sentence) as raised:
+        linear_sigmoid_cross_entropy(**arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"in_features": 0}, "in_features to be a whole number of at least 1, got 0"),
+        ({"num_labels": 2.0}, "num_labels to be a whole number"),
+        ({"prior": 1.0}, "prior between 0 and 1, got 1.0"),
+        ({"weight": torch.ones(3)}, r"label_weight of shape \(5,\)"),
+        ({"pos_weight": -torch.ones(5)}, "pos_weight of at least 0"),
+        ({"block": -1}, "block to be"),
+        ({"label_smoothing": 2}, "label_smoothing in"),
+        ({"reduction": "max"}, "expected reduction"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LinearSigmoidCrossEntropyLoss(**({"in_features": 2, "num_labels": 5} | options))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        (
+            {"positives": T([0, 1, 5])},
+            ValueError,
+            r"positives from 0 to 4, or -1 for none, got \[5\]",
+        ),
+        ({"negatives": T([-2])}, ValueError, r"negatives from 0 to 4, or -1 for none, got \[-2\]"),
+        ({"positives": T([0.0, 1, 2])}, TypeError, "positives to be a tensor of whole numbers"),
+        ({"positives": T([0, 1])}, ValueError, "positives of the 3 examples"),
+        ({"negatives": T([[0, 1]])}, ValueError, "negatives of the 3 examples"),
+        ({"log_q": torch.ones(4)}, ValueError, r"log_q of shape \(5,\)"),
+        ({"log_q": torch.ones(5, requires_grad=True)}, ValueError, "log_q that needs no gradient"),
+        ({"reduction": "max"}, ValueError, "expected reduction"),
+    ],
+)
+def test_bad_samples_are_one_sentence(change, error, sentence):
+    arguments = {"input": X, "linear_weight": W, "positives": T([0, 1, 2]), "negatives": T([3, 4])}
+    with pytest.raises(error, match=sentence):
+        sampled_sigmoid_cross_entropy(**arguments | change)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", Problem().targets)
+def test_cuda(kind):
+    problem = Problem(n=1500)
+    target, y = problem.targets[kind]
+    inputs = [t.detach().cuda().requires_grad_() for t in problem.inputs]
+    ours = linear_sigmoid_cross_entropy(
+        inputs[0], inputs[1], target.to("cuda"), linear_bias=inputs[2], block=8, check_values=True
+    )
+    hold(ours, eager(inputs[0], inputs[1], y.cuda(), inputs[2]), inputs)

@@ -1,0 +1,147 @@
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchmetrics.functional.retrieval import retrieval_normalized_dcg, retrieval_precision
+
+from nnce import Positives
+
+SMALL = ("--labels", "300", "--examples", "400", "--features", "16", "--epochs", "3")
+FILE = b"""6 5 4
+0,2 0:1 3:0.5
+1 1:2
+ 4:1.5
+3,0,1 0:1 1:1 2:1
+2 3:1
+0 0:0.25
+"""
+
+
+@pytest.fixture
+def labels(script):
+    return script("labels")
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_it_learns_what_was_planted(labels, tmp_path, capsys):
+    assert labels.main([*SMALL, "--run-dir", str(tmp_path / "run")]) == 0
+    frequent, *epochs = results(tmp_path / "run")["rows"]
+    assert epochs[-1]["precision@1"] > 3 * frequent["precision@1"] > 0
+    assert epochs[-1]["loss_train"] < epochs[0]["loss_train"]
+    out = capsys.readouterr().out
+    assert "at most" in out and "tensorboard --logdir" in out
+    curves = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {"loss/step", "test/precision@5", "test/nDCG@3"} <= set(curves.Tags()["scalars"])
+    steps = [event.step for event in curves.Scalars("loss/step")]
+    assert steps == list(range(3))
+
+
+def test_memory_stays_within_what_was_stated(tmp_path):
+    """In a process of its own, since a peak is a whole process's."""
+    options = ("--labels", "50000", "--examples", "1024", "--features", "128", "--epochs", "1")
+    command = [sys.executable, "scripts/labels.py", *options, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "within the" in done.stdout
+    memory = results(tmp_path / "run")["memory"]
+    assert memory["before_MB"] < memory["peak_MB"] <= memory["bound_MB"]
+
+
+def test_the_same_seed_is_the_same_run(labels, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        labels.main([*SMALL, "--seed", str(seed), "--run-dir", str(tmp_path / name)])
+    a, b, c = (results(tmp_path / name)["rows"] for name in "abc")
+    assert a == b != c
+
+
+def test_figures_are_torchmetrics(labels):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(50, 30, generator=generator) < 0.1
+    z = torch.rand(50, 30, generator=generator)
+    positives = Positives.from_coo(*y.nonzero().T, 50)
+    best = z.topk(5).indices
+    found = labels.figures(labels.relevance(best, positives, 30), positives.crow.diff())
+    there = [i for i in range(50) if y[i].any()]
+    assert len(there) < 50
+    for k in (1, 3, 5):
+        for name, theirs in (
+            ("precision", retrieval_precision),
+            ("nDCG", retrieval_normalized_dcg),
+        ):
+            expected = torch.stack([theirs(z[i], y[i].long(), top_k=k) for i in there]).mean()
+            assert found[f"{name}@{k}"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_most_frequent_labels(labels):
+    positives = Positives.from_lists([[3], [3, 1], [1, 3], [0]])
+    examples = labels.Examples(torch.zeros(4, 1), positives)
+    found = labels.most_frequent(examples, examples, 4)
+    assert found["precision@1"] == 3 / 4 and found["precision@3"] == 6 / 12
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_file(labels, tmp_path, zipped):
+    path = tmp_path / ("data.txt.gz" if zipped else "data.txt")
+    path.write_bytes(gzip.compress(FILE) if zipped else FILE)
+    examples, features, num_labels = labels.read(path)
+    assert (features, num_labels) == (5, 4)
+    dense = np.array([[1, 0, 0, 0.5, 0], [0, 2, 0, 0, 0], [0, 0, 0, 0, 1.5]])
+    assert (examples.features.toarray()[:3] == dense).all()
+    expected = [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0]]
+    assert examples.positives.to_dense(4).tolist() == expected
+    for more in ((), ("--test-file", str(path))):
+        run = tmp_path / f"run{len(more)}"
+        options = ("--features", "3", "--batch-size", "2", "--epochs", "2", "--run-dir", str(run))
+        assert labels.main(["--data-file", str(path), *more, *options]) == 0
+        assert len(results(run)["rows"]) == 3
+
+
+def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_bytes(FILE)
+    examples, features, num_labels = labels.read(path)
+    model = labels.Classifier(features, 3, num_labels, 0.1)
+    ((x, _),) = examples.batches(6, torch.arange(6))
+    dense = torch.from_numpy(examples.features.toarray()).float()
+    torch.testing.assert_close(model.encode(x), dense @ model.embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "first line of three whole numbers, examples, features and labels, got ''"),
+        (b"6 5\n", "first line of three whole numbers"),
+        (b"2 5 4\n0 1:1\n", "expected 2 examples, got 1"),
+        (b"1 5 4\n9 1:1\n", "whole label numbers from 0 to 3"),
+        (b"1 5 4\n0.5 1:1\n", "whole label numbers from 0 to 3"),
+        (b"1 5 4\n0,0 1:1\n", "label 0 twice in example 0"),
+        (b"1 5 4\n0 7:1\n", "n_features was set to 5"),
+        (b"1 5 4\nx 1:1\n", "could not convert string to float"),
+        (b"1 5 4\n0 1:1\n", "expected two examples at least"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(labels, refused, tmp_path, content, sentence):
+    path = tmp_path / "data.txt"
+    path.write_bytes(content)
+    assert sentence in refused(labels.main, "--data-file", str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--labels", "0"), "expected a positive --labels"),
+        (("--lr", "nan"), "expected a positive --lr, got nan"),
+        (("--test-file", "t.txt"), "expected --data-file with --test-file"),
+        (("--data-file", "none.txt"), "none.txt cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_options_are_one_sentence(labels, refused, options, sentence):
+    assert sentence in refused(labels.main, *options)

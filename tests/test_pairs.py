@@ -1,0 +1,108 @@
+"""All pairs of two embeddings, against the whole n × n tensor."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from nnce import pair_sigmoid_cross_entropy
+
+
+def siglip(x, y, scale, bias, reduction="batchmean"):
+    """As in open_clip's SigLipLoss, with labels ±1."""
+    z = scale * x @ y.T
+    if bias is not None:
+        z = z + bias
+    labels = 2 * torch.eye(len(x), dtype=x.dtype) - 1
+    C = -torch.nn.functional.logsigmoid(labels * z)
+    if reduction == "none":
+        return C.sum(1)
+    return C.sum() / {"batchmean": len(x), "mean": len(x) ** 2, "sum": 1}[reduction]
+
+
+def problem(n, features=6):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, features, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale, bias = torch.tensor(2.5, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    return [t.requires_grad_() for t in (x, y, scale, bias)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 1500])
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum", "none"])
+def test_value_and_gradients(n, reduction):
+    inputs = problem(n)
+    for block in (None, 4):
+        ours = pair_sigmoid_cross_entropy(*inputs, reduction=reduction, block=block)
+        theirs = siglip(*inputs, reduction=reduction)
+        upstream = torch.linspace(-1, 2, ours.numel(), dtype=ours.dtype).view_as(ours)
+        for _ in range(2):
+            got = torch.autograd.grad(ours, inputs, upstream, retain_graph=True)
+            expected = torch.autograd.grad(theirs, inputs, upstream, retain_graph=True)
+            for a, b in zip((ours, *got), (theirs, *expected), strict=True):
+                assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def test_plain_numbers_and_no_bias():
+    x, y, _, _ = problem(5)
+    torch.testing.assert_close(pair_sigmoid_cross_entropy(x, y, 3.0), siglip(x, y, 3.0, None))
+    torch.testing.assert_close(pair_sigmoid_cross_entropy(x, y, 3, -1), siglip(x, y, 3.0, -1.0))
+
+
+def test_its_parameters_may_be_vectors_of_one():
+    x, y, scale, bias = problem(5)
+    one = scale.detach().reshape(1).requires_grad_()
+    pair_sigmoid_cross_entropy(x, y, one, bias).backward()
+    siglip(x, y, scale, bias).backward()
+    torch.testing.assert_close(one.grad[0], scale.grad)
+
+
+def test_many_processes_do_what_one_does(processes_found):
+    from processes import PAIRS, pairs_problem
+
+    x, y, scale, bias, upstream = pairs_problem()
+    inputs = [t.requires_grad_() for t in (x, y, scale.clone(), bias.clone())]
+    for reduction in ("batchmean", "mean", "sum", "none"):
+        C = siglip(*inputs, reduction=reduction)
+        pulled = upstream if reduction == "none" else None
+        by_x, by_y, *both = torch.autograd.grad(C, inputs, pulled)
+        for rank, found in enumerate(processes_found):
+            begin = sum(PAIRS[:rank])
+            mine = slice(begin, begin + PAIRS[rank])
+            expected = (C[mine] if reduction == "none" else C, by_x[mine], by_y[mine], *both)
+            for time in ("first", "second"):
+                torch.testing.assert_close(found["pairs", reduction, time], expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_memory_is_linear_in_n():
+    """32,768 pairs of 256 features; one n × n tensor would be 4 GB."""
+    command = [sys.executable, "tests/peak.py", "pairs", "32768", "256"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 200
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"x": torch.ones(4, 6)}, ValueError, r"one shape, got \(4, 6\) and \(5, 6\)"),
+        ({"x": torch.ones(5, 6, dtype=torch.int64)}, TypeError, "x of a floating-point dtype"),
+        (
+            {"y": torch.ones(5, 6, dtype=torch.float64)},
+            TypeError,
+            "y of dtype torch.float32 like x",
+        ),
+        ({"scale": None}, TypeError, "scale to be a number or a tensor, got NoneType"),
+        ({"scale": torch.ones(2)}, ValueError, "scale to be one floating-point number"),
+        ({"bias": torch.ones(1).long()}, ValueError, "bias to be one floating-point number"),
+        ({"bias": "0"}, TypeError, "bias to be a number or a tensor, got str"),
+        ({"block": 0}, ValueError, "block to be a whole number of at least 1, got 0"),
+        ({"reduction": "max"}, ValueError, "expected reduction"),
+        ({"x": torch.ones(5), "y": torch.ones(5)}, ValueError, r"x of shape \(n, features\)"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, error, sentence):
+    arguments = {"x": torch.ones(5, 6), "y": torch.ones(5, 6), "scale": 1.0, "bias": 0.0} | change
+    with pytest.raises(error, match=sentence):
+        pair_sigmoid_cross_entropy(**arguments)
