@@ -383,7 +383,9 @@ def linear_sigmoid_cross_entropy(
     check_block(block)
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = _shard(own_labels, input, group)
-    targets = _own(targets_of(target, n, num_labels, input.device), offset, own_labels)
+    targets = targets_of(target, n, num_labels, input.device)
+    if group is not None:
+        targets = _own(targets, offset, own_labels)
     weight = _check_weight("weight", weight, own_labels, input.device)
     pos_weight = _check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = _check_weight("example_weight", example_weight, n, input.device)

@@ -294,7 +294,7 @@ def learn(
     # Ranking has a block of its own.
     block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    optimizer.zero_grad()  # imports what PyTorch has put off until now
+    warm_up()
     before = resident()
     bound = before + 3 * size + block + SLACK_MB
     print(
@@ -372,6 +372,14 @@ def learn(
     if stopped is not None:
         print(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.", file=sys.stderr)
         raise stopped
+
+
+def warm_up() -> None:
+    """One step of a tiny model, for what PyTorch imports and starts when it first needs it."""
+    tiny = Classifier(None, 1, 2, 0.5)
+    tiny(torch.ones(1, 1), Positives.from_lists([[0]])).backward()
+    torch.optim.Adam(tiny.parameters(), fused=True).step()
+    tiny.labels.topk(torch.ones(1, 1), 1)
 
 
 def resident(*, peak: bool = False) -> float:
