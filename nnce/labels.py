@@ -485,7 +485,13 @@ def _shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[in
 
 
 def gathered_sizes(own: int, x: Tensor, group: "ProcessGroup") -> list[int]:
-    """A number of each process, in the order of the ranks; x says on which device."""
+    """A number of each process, in the order of the ranks; x says on which device.
+
+    Raises:
+        TypeError: group is no process group.
+    """
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"expected group to be a process group, got {type(group).__name__}")
     sizes = x.new_zeros(torch.distributed.get_world_size(group), dtype=torch.int64)
     sizes[torch.distributed.get_rank(group)] = own
     torch.distributed.all_reduce(sizes, group=group)

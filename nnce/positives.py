@@ -5,7 +5,7 @@ of these says as much: label numbers, compressed sparse rows, or pairs of exampl
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Positives:
                 raise ValueError(
                     f"expected values of shape {shape_of(col)} like col, got {shape_of(values)}"
                 )
+            if values.requires_grad:
+                raise ValueError("expected values that need no gradient: none is computed by them")
             if not bool(((values >= 0) & (values <= 1)).all()):
                 raise ValueError(f"expected values in [0, 1], got {some_of(values)}")
         rows = self.rows()
@@ -104,13 +106,22 @@ class Positives:
         """The number of examples."""
         return len(self.crow) - 1
 
-    def __getitem__(self, examples: "slice | Tensor | Sequence[int]") -> "Positives":
-        """The positives of some examples: a slice, or their numbers."""
-        if isinstance(examples, slice):
-            chosen = torch.arange(len(self), device=self.crow.device)[examples]
+    def __getitem__(self, examples: "int | slice | Tensor | Sequence[int]") -> "Positives":
+        """The positives of some examples: a number, a slice, numbers, or a mask.
+
+        Raises:
+            IndexError: there is no such example.
+        """
+        numbers = torch.arange(len(self), device=self.crow.device)
+        if isinstance(examples, int):
+            if not -len(self) <= examples < len(self):
+                raise IndexError(f"expected one of {len(self)} examples, got {examples}")
+            chosen = numbers[examples, None]
+        elif isinstance(examples, slice):
+            chosen = numbers[examples]
         else:
-            chosen = torch.as_tensor(examples, device=self.crow.device)
-            chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long()
+            asked = torch.as_tensor(examples, device=numbers.device)
+            chosen = numbers[asked if asked.dtype == torch.bool else asked.long()]
         begin, counts = self.crow[chosen], self.crow.diff()[chosen]
         crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         within = torch.arange(int(crow[-1]), device=crow.device)
@@ -124,10 +135,13 @@ class Positives:
         rows = torch.arange(len(self), device=counts.device)
         return rows.repeat_interleave(counts, output_size=len(self.col))
 
-    def to(self, *args: Any, **kwargs: Any) -> "Positives":
-        """On another device, as `torch.Tensor.to`."""
-        values = None if self.values is None else self.values.to(*args, **kwargs)
-        return self._trusted(self.crow.to(*args, **kwargs), self.col.to(*args, **kwargs), values)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Positives":
+        """On another device."""
+        crow, col, values = (
+            None if t is None else t.to(device, non_blocking=non_blocking)
+            for t in (self.crow, self.col, self.values)
+        )
+        return self._trusted(cast(Tensor, crow), cast(Tensor, col), values)
 
     def to_dense(self, num_labels: int, dtype: torch.dtype | None = None) -> Tensor:
         """The targets as a tensor [n, num_labels]."""
@@ -165,6 +179,8 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
         TypeError: it is none.
         ValueError: its shape or device does not fit, or it asks for a gradient.
     """
+    if isinstance(target, Tensor) and target.requires_grad:
+        raise ValueError("expected a target that needs no gradient: none is computed by it")
     if isinstance(target, Tensor) and target.layout in (torch.sparse_csr, torch.sparse_coo):
         if tuple(target.shape) != (n, num_labels):
             raise ValueError(
@@ -183,10 +199,10 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
             f"expected target to be a tensor or nnce.Positives, got {type(target).__name__}"
         )
     check_device("target", target, device)
-    if target.dtype.is_complex or target.layout != torch.strided:
-        raise TypeError(f"expected a real dense target or sparse rows, got {target.dtype}")
-    if target.requires_grad:
-        raise ValueError("expected a target that needs no gradient: none is computed by it")
+    if target.layout != torch.strided:
+        raise TypeError(f"expected a dense, CSR or COO target, got {target.layout}")
+    if target.dtype.is_complex:
+        raise TypeError(f"expected a real target, got {target.dtype}")
     if target.dtype.is_floating_point or target.dtype == torch.bool:
         if tuple(target.shape) != (n, num_labels):
             raise ValueError(

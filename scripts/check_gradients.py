@@ -21,6 +21,7 @@ from nnce import composability, data, memory, precision, reference
 from nnce.algorithm import backprop
 from nnce.experiments import command_line, figures, report
 from nnce.experiments.command_line import ArgumentParser
+from nnce.gradients import check_gradients
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
 from nnce.precision import Measured
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         cells = matrix(composability.rows()) if options.matrix else []
         walked = matrix(composability.walked_rows()) if options.matrix else []
-        broken = broken_promises(measured, differences)
+        checked = derivatives({**composability.rows(), **composability.walked_rows()})
+        broken = broken_promises(measured, differences, checked)
 
         rows = [row._asdict() for row in measured]
         report.write_results(
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             network=[difference._asdict() for difference in differences],
             matrix=cells,
             matrix_of_walked=walked,
+            derivatives=checked,
             broken=broken,
         )
         report.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
@@ -117,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
         )
+        print(f"{report.table(checked)}\n")
         if cells:
             print(f"{report.table(cells)}\n\n{report.table(walked)}\n")
         print(f"Results and the saturation atlas: {run_dir}")
@@ -189,6 +193,26 @@ def readable_difference(difference: GradientDifference) -> report.Row:
     }
 
 
+def derivatives(functions: Mapping[str, composability.Row]) -> list[report.Row]:
+    """What `nnce.check_gradients` says of each function beside PyTorch's way to the same."""
+    rows: list[report.Row] = []
+    for name, row in functions.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's own, of its own code
+            found = check_gradients(row.function, *row.inputs, reference=row.reference)
+        rows.append(
+            {
+                "derivatives of": name,
+                "value": found.value.verdict,
+                "first": found.first.verdict,
+                "forward mode": found.forward_mode.verdict,
+                "second": found.second.verdict,
+                "largest relative error": f"{found.first.error:.1e}",
+            }
+        )
+    return rows
+
+
 def matrix(functions: Mapping[str, composability.Row]) -> list[report.Row]:
     """What works together: a row for each way, a column for each function."""
     with warnings.catch_warnings():
@@ -212,7 +236,9 @@ def cell(name: str, way: str, found: composability.Cell) -> str:
 
 
 def broken_promises(
-    measured: Sequence[Measured], differences: Sequence[GradientDifference]
+    measured: Sequence[Measured],
+    differences: Sequence[GradientDifference],
+    checked: Sequence[report.Row],
 ) -> list[str]:
     """What nnce promises and does not keep, a sentence each."""
     promised = {quantity.name: quantity.promised_ulps for quantity in precision.quantities()}
@@ -233,7 +259,12 @@ def broken_promises(
         for difference in differences
         if not difference.relative <= SAME_IN_NORM
     ]
-    return sentences
+    return sentences + [
+        f"derivatives of {row['derivatives of']}: {name} wrong"
+        for row in checked
+        for name, verdict in row.items()
+        if verdict == "wrong"
+    ]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,12 @@ def test_a_run(check, tmp_path, capsys):
         f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")
     ]
     assert results["broken"] == []
+    derivatives = {row["derivatives of"]: row for row in results["derivatives"]}
+    assert set(derivatives) == {*composability.rows(), *composability.walked_rows()}
+    for name, row in derivatives.items():
+        refused = "not there" if name in composability.walked_rows() else "right"
+        assert row["value"] == row["first"] == "right"
+        assert row["forward mode"] == row["second"] == refused
     assert (tmp_path / "saturation-atlas.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["saturation atlas"]
@@ -49,7 +55,15 @@ def test_a_wrong_rule_breaks_the_promise(check, tmp_path, monkeypatch, capsys):
         lambda z, y, sigmoid=torch.sigmoid, pos_weight=None: sigmoid(z) - y,
     )
     assert check.main(["--no-matrix", "--run-dir", str(tmp_path)]) == 1
-    assert "cross-entropy, dC/dz in float64 on cpu" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cross-entropy, dC/dz in float64 on cpu" in err
+
+
+def test_a_wrong_gradient_breaks_the_promise(check, tmp_path, monkeypatch, capsys):
+    row = composability.rows()["sigmoid"]._replace(reference=torch.tanh)
+    monkeypatch.setattr(composability, "rows", lambda: {"sigmoid": row})
+    assert check.main(["--no-matrix", "--run-dir", str(tmp_path)]) == 1
+    assert "derivatives of sigmoid: first wrong" in capsys.readouterr().err
 
 
 def test_the_matrix(check, tmp_path, capsys, monkeypatch):

@@ -659,7 +659,9 @@ T = torch.tensor
         ),
         ({"target": torch.ones(2, 5).to_sparse_csr()}, ValueError, r"sparse target of shape"),
         ({"target": torch.ones(3, 5, requires_grad=True)}, ValueError, "target that needs no grad"),
-        ({"target": torch.ones(3, 5) * 1j}, TypeError, "real dense target"),
+        ({"target": torch.ones(3, 5) * 1j}, TypeError, "a real target, got torch.complex64"),
+        ({"target": torch.ones(3, 5).to_sparse_csc()}, TypeError, "dense, CSR or COO target, got"),
+        ({"group": "world"}, TypeError, "group to be a process group, got str"),
         ({"block": 0}, ValueError, "block to be a whole number of at least 1, got 0"),
         ({"block": 2.0}, ValueError, "block to be a whole number"),
         (

@@ -32,12 +32,22 @@ def test_soft_values_stay_with_their_labels():
 
 
 @pytest.mark.parametrize(
-    "examples", [slice(1, 3), slice(None, None, 2), [3, 0, 3], torch.tensor([2]), [], slice(9, 9)]
+    "examples",
+    [slice(1, 3), slice(None, None, 2), [3, 0, 3], [-1, -2], torch.tensor([2]), [], slice(9, 9)],
 )
 def test_some_examples(examples):
     positives = Positives.from_coo(*SOFT.nonzero().T, 4, SOFT[SOFT != 0])
     chosen = torch.arange(4)[examples].long()
     assert torch.equal(positives[examples].to_dense(5), SOFT[chosen])
+
+
+def test_one_example():
+    positives = Positives.from_lists(LISTS)
+    assert [each.col.tolist() for each in positives] == LISTS
+    assert positives[-1].col.tolist() == LISTS[-1]
+    for wrong in (4, -5, [4]):
+        with pytest.raises(IndexError):
+            positives[wrong]
 
 
 def test_a_mask_of_examples():
@@ -73,6 +83,11 @@ T = torch.tensor
         (lambda: Positives(T([0, 1]), T([0]), T([0.1, 0.2])), ValueError, r"shape \(1,\) like col"),
         (lambda: Positives(T([0, 1]), T([0]), T([1.5])), ValueError, r"in \[0, 1\], got \[1.5\]"),
         (lambda: Positives(T([0, 1]), T([0]), T([float("nan")])), ValueError, "got .nan"),
+        (
+            lambda: Positives(T([0, 1]), T([0]), T([0.5], requires_grad=True)),
+            ValueError,
+            "values that need no gradient",
+        ),
         (lambda: Positives.from_coo(T([4]), T([0]), 4), ValueError, "rows from 0 to 3, got .4"),
         (lambda: Positives.from_coo(T([0]), T([0, 1]), 4), ValueError, "like rows"),
     ],
