@@ -389,10 +389,12 @@ def resident(*, peak: bool = False) -> float:
         return float(memory.rss) / 1e6
     if sys.platform == "win32":
         return float(memory.peak_wset) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss begins with what the parent process had
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     import resource  # not on Windows
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
 
 
 def readable(row: report.Row) -> report.Row:

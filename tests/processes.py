@@ -11,7 +11,7 @@ from nnce import (
 
 WORLD = 3
 SHARDS = (5, 0, 12)  # labels of each process
-PAIRS = (4, 1, 6)  # pairs of each process
+PAIRS = (4, 0, 6)  # pairs of each process
 N, FEATURES = 7, 4
 
 
