@@ -134,8 +134,8 @@ def _block_of_list(
 ) -> Tensor | None:
     """Σ C over a block's labels, a number for each example in float64; z becomes dC/dz.
 
-    All targets are 0 but those of a list: rows and labels within the block, values. counts is 0
-    where a target has been counted already.
+    All targets are 0 but those of a list: rows, in order, and labels within the block, values.
+    counts is 0 where a target has been counted already.
     """
     _, weight, pos_weight, s = options
     at = (rows, labels)
@@ -143,27 +143,25 @@ def _block_of_list(
     p = None if pos_weight is None else pos_weight[labels]
     y = torch.ones_like(z_listed) if values is None else values.to(z.dtype)
     half = torch.full_like(y, 0.5)
-    # What is listed stands aside: z = −∞ costs nothing as a negative, exactly. With smoothing all
-    # are positives in part, which −∞ would cost dear; 0 costs what can be taken off again.
-    z[at] = 0.0 if s else -math.inf
     positive = None
     if s:
         share = s / 2 if pos_weight is None else s / 2 * pos_weight
         positive = torch.as_tensor(share, dtype=z.dtype, device=z.device)
     total = z.new_zeros(len(z), dtype=torch.float64) if how.wants_value else None
-    for begin in range(0, len(z), how.chunk):
-        part = slice(begin, begin + how.chunk)
+    begins = [*range(0, len(z), how.chunk), len(z)]
+    ends = [0, len(rows)]
+    if len(begins) > 2:
+        ends = torch.searchsorted(rows, torch.tensor(begins, device=rows.device)).tolist()
+    for (begin, end), listed in zip(pairwise(begins), pairwise(ends), strict=True):
+        part, here = slice(begin, end), slice(*listed)
         C = _use_up(z[part], options, 1 - s / 2 if s else None, positive, how.factor[part], how)
         if C is not None and total is not None:
+            C[rows[here] - begin, labels[here]] = 0  # no negatives; what they cost comes below
             total[part] = C.sum(1)
     if total is not None:
         C = rules.cross_entropy(z_listed, y, p)
         if s:
             C = (1 - s) * C + s * rules.cross_entropy(z_listed, half, p)
-            zero = torch.zeros_like(y)
-            aside = (1 - s) * rules.cross_entropy(zero, zero, p)
-            aside += s * rules.cross_entropy(zero, half, p)
-            C = C.double() - aside.double()
         if weight is not None:
             C = rules.weighted(weight[labels], C)
         if counts is not None:
@@ -333,10 +331,10 @@ def _listed(
     rows, labels, values = targets.rows, targets.labels, targets.values
     parts = max(1, math.ceil(n / examples))
     blocks = math.ceil(num_labels / block)
-    # One number to sort by: block of labels, block of examples, label, example.
+    # One number to sort by: block of labels, block of examples, example, label.
     size = block * examples
     number = (labels // block) * parts + rows // examples
-    key = number * size + (labels % block) * examples + rows % examples
+    key = number * size + (rows % examples) * block + labels % block
     key = key.where((labels >= 0) & (labels < num_labels), blocks * parts * size)
     key, order = key.sort()
     rows, labels = rows[order] % examples, labels[order] % block

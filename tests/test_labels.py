@@ -186,6 +186,17 @@ def test_infinite_logits_that_are_right_cost_nothing():
         )
 
 
+def test_a_tiny_loss_keeps_its_digits():
+    """With smoothing and pos_weight 0 all that is left is what z costs as a negative."""
+    b = torch.full((3,), -90.0, dtype=torch.float64)
+    for s in (0, 0.1):
+        C = linear_sigmoid_cross_entropy(
+            torch.zeros(1, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64),
+            torch.tensor([1]), linear_bias=b, pos_weight=torch.zeros(3), label_smoothing=s,
+        )  # fmt: skip
+        torch.testing.assert_close(C, b.exp()[0] * (2 + s / 2 - s), rtol=1e-12, atol=0)
+
+
 def test_no_examples_and_no_positives():
     W = torch.randn(4, 3, requires_grad=True)
     for target in (torch.zeros(0, 2, dtype=torch.int64), Positives.from_lists([])):
