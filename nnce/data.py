@@ -50,8 +50,11 @@ class Dataset(NamedTuple):
     test: Split
 
     def splits(self) -> dict[str, Split]:
-        """The three parts by name, in the order train, validation, test."""
+        """The three parts by name, in the order of `SPLITS`."""
         return self._asdict()
+
+
+SPLITS = Dataset._fields
 
 
 def load(

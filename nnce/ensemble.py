@@ -8,8 +8,8 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ from nnce.loops import Loops
 from nnce.losses import check_loss
 from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
-from nnce.products import Products
+from nnce.products import Products, block_examples
 
 How = Literal["loops", "products"]
 HOWS: tuple[How, ...] = get_args(How)
 
 # Below this many multiplications in the largest product of a step a second thread does not pay.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
+# Weights times examples that take some tenths of a second.
+_STRETCH = 10_000_000_000
 
 
 class Ensemble:
@@ -96,6 +98,7 @@ class Ensemble:
         check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
         self._engine, self._threads, self._graph = engine, threads, graph
         self._trainer: Loops | Products | None = None
+        self._velocities: list[Tensor] = []  # from a checkpoint, for the trainer
         self._places: list[list[_Place]] = []
 
     @property
@@ -167,7 +170,59 @@ class Ensemble:
                 self.networks, self.hyperparameters, self.batch_size, graph=self._graph
             )
             self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
+        if self._velocities:
+            self._trainer.set_velocities(self._velocities)
+            self._velocities = []
         return self._trainer
+
+    def stretch(self, networks: int | None = None) -> int:
+        """Into how long parts an order may be cut, in examples.
+
+        An epoch by parts of this length, one `train_epoch` after the other, comes to the same bits
+        as the epoch in one go. It is some tenths of a second of work.
+
+        Args:
+            networks: as if there were so many; None for as many as there are.
+        """
+        networks = len(self.networks) if networks is None else networks
+        step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
+        weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(self.sizes))
+        return step * max(1, _STRETCH // (weights * networks) // step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must have beside the networks' own: the engine, and the velocities.
+
+        "velocities" are those of each parameter, [networks, *its shape], as the engine keeps them
+        (by products it is −lr v): none before the first epoch, or without momentum.
+        """
+        velocities = self._velocities or (
+            [] if self._trainer is None else self._trainer.velocities()
+        )
+        return {"engine": self.engine, "velocities": velocities}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, in an ensemble that has not trained yet.
+
+        Raises:
+            ValueError: it does not fit, or its engine cannot be had here.
+            TypeError: its engine does not know the dtype.
+        """
+        engine, velocities = state["engine"], list(state["velocities"])
+        if self._trainer is not None:
+            raise ValueError("expected an ensemble that has not trained yet")
+        if engine is not None:
+            if self._engine not in (None, engine):
+                raise ValueError(f"expected a state of engine {self._engine!r}, got {engine!r}")
+            _check_engine(engine, self.device, self.dtype)
+        shapes = [(len(self.networks), *parameter.shape) for parameter in self._parameters[0]]
+        found = [tuple(velocity.shape) for velocity in velocities]
+        if found not in ([], shapes) or any(v.dtype != self.dtype for v in velocities):
+            raise ValueError(f"expected velocities of shapes {shapes}, got {found}")
+        moving = any(h.momentum for h in self.hyperparameters)
+        if engine is not None and moving != bool(velocities):
+            raise ValueError("expected velocities where there is momentum, and nowhere else")
+        self._engine = engine if self._engine is None else self._engine
+        self._velocities = [velocity.to(self.device) for velocity in velocities]
 
     @torch.no_grad()
     def outputs(self, number: int, x: Tensor) -> Tensor:

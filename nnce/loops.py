@@ -698,8 +698,9 @@ class _Network:
         total = sum(self.widths)
         above = sum(n * width for n, width in zip(n_outs[1:], self.widths[:-1], strict=True))
         W, b, V = zeros((network.sizes[0] + 1) * self.widths[0]), zeros(total), zeros(above)
-        self._W, self._b, self._V = W, b, V
+        self._b = b
         velocities = [zeros(len(t) if momentum else 0) for t in (W, b, V)]
+        self.moves = bool(momentum)
         self._parameters = (W, b, V, *velocities)
         self._widths = tuple(numpy.array(n, dtype=numpy.int64) for n in (n_outs, self.widths))
         self._settings = (
@@ -739,20 +740,26 @@ class _Network:
         ]
         return self._rooms[0], self._rooms[1]
 
-    def _places(self) -> Iterator[tuple[Any, Any]]:
-        """W and b of each layer in the loops' memory, [n_out, n_in] and [n_out]."""
+    def _places(self, *, velocities: bool = False) -> Iterator[tuple[Any, Any]]:
+        """W and b of each layer in the loops' memory, [n_out, n_in] and [n_out]; or their v."""
+        W, bs, V = self._parameters[3:] if velocities else self._parameters[:3]
         b, v = 0, 0
         width_below = 0
         for layer, (n_out, width) in enumerate(zip(self._n_outs, self.widths, strict=True)):
-            bias = self._b[b : b + n_out]
+            bias = bs[b : b + n_out]
             if layer == 0:
-                yield self._W.reshape(-1, width)[:-1, :n_out].T, bias
+                yield W.reshape(-1, width)[:-1, :n_out].T, bias
             else:
-                whole = self._V[v : v + n_out * width_below].reshape(n_out, width_below)
+                whole = V[v : v + n_out * width_below].reshape(n_out, width_below)
                 yield whole[:, : self._n_outs[layer - 1]], bias
                 v += n_out * width_below
             b += width
             width_below = width
+
+    def velocities(self) -> list[Any]:
+        """Of each parameter, in place; [] without momentum."""
+        pairs = self._places(velocities=True) if self.moves else ()
+        return [place for pair in pairs for place in pair]
 
     def take(self) -> None:
         """Read the network's parameters."""
@@ -820,6 +827,23 @@ class Loops:
             with _interrupts_wait():
                 for network in self._networks:
                     network.give()
+
+    def velocities(self) -> list[Tensor]:
+        """Those of each parameter, [networks, *its shape], 0 where there is none; [] if nowhere."""
+        by_network = [network.velocities() for network in self._networks]
+        like = next((velocities for velocities in by_network if velocities), [])
+        return [
+            torch.stack(
+                [torch.from_numpy(v[number] if v else np.zeros_like(some)) for v in by_network]
+            )
+            for number, some in enumerate(like)
+        ]
+
+    def set_velocities(self, velocities: Sequence[Tensor]) -> None:
+        """Go on with such ones."""
+        for r, network in enumerate(self._networks):
+            for place, values in zip(network.velocities(), velocities, strict=False):
+                place[...] = values[r].numpy()
 
     def outputs(self, number: int, x: Tensor) -> Tensor:
         """z of the last layer of one network, [n, n_out]; for several at once in several threads.

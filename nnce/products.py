@@ -15,6 +15,7 @@ Shapes, for a group of G networks and a mini-batch of n: [G, n, neurons]; the in
 """
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -87,12 +88,39 @@ class Products:
             # The steps are behind autograd's back, which must know that its values are no more.
             torch.autograd.graph.increment_version(self._parameters)
 
+    def velocities(self) -> list[Tensor]:
+        """Those of each parameter, [networks, *its shape], 0 where there is none; [] if nowhere."""
+        return [
+            torch.stack([by_network[r] for r in range(len(by_network))])
+            for by_network in self._by_network()
+        ]
+
+    def set_velocities(self, velocities: Sequence[Tensor]) -> None:
+        """Go on with such ones."""
+        for by_network, values in zip(self._by_network(), velocities, strict=True):
+            for r, velocity in by_network.items():
+                velocity.copy_(values[r])
+
+    def _by_network(self) -> list[dict[int, Tensor]]:
+        """For each parameter the velocity of each network, in place."""
+        found: list[dict[int, Tensor]] = []
+        moves = any(p.velocity is not None for g in self._groups for pair in g.layers for p in pair)
+        for layer in range(len(self._sizes) - 1 if moves else 0):
+            W: dict[int, Tensor] = {}
+            b: dict[int, Tensor] = {}
+            for group in self._groups:
+                for by_network, parameter in zip((W, b), group.layers[layer], strict=True):
+                    velocity = parameter.velocity
+                    velocity = torch.zeros_like(parameter.value) if velocity is None else velocity
+                    velocity = velocity if by_network is W else velocity.squeeze(1)
+                    by_network.update(zip(group.members, velocity, strict=True))
+            found += [W, b]
+        return found
+
     def _block_steps(self, orders: int) -> int:
         """How many mini-batches make a block, with so many orders side by side."""
-        step = orders * self._batch_size * self._sizes[0] * self._like.itemsize
-        if self._like.is_cuda:
-            return min(_BLOCK_STEPS_CUDA, max(1, _BLOCK_BYTES_CUDA // step))
-        return max(1, _BLOCK_BYTES // step)
+        step = self._batch_size * self._sizes[0] * self._like.itemsize
+        return _block_steps(orders * step, self._like.device)
 
     def _block(self, orders: int, n: int) -> "_Block":
         """The block of n examples; an epoch has one for its whole blocks and one for its last."""
@@ -105,6 +133,29 @@ class Products:
             x, y = (self._like.new_empty(*key, size) for size in (self._sizes[0], self._sizes[-1]))
             self._blocks[key] = _Block(self._groups, x, y, self._batch_size, graph=self._graph)
         return self._blocks[key]
+
+
+def _block_steps(step: int, device: torch.device) -> int:
+    """How many mini-batches of so many bytes make a block."""
+    if device.type == "cuda":
+        return min(_BLOCK_STEPS_CUDA, max(1, _BLOCK_BYTES_CUDA // step))
+    return max(1, _BLOCK_BYTES // step)
+
+
+def block_examples(
+    sizes: Sequence[int],
+    batch_size: int,
+    networks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """A number of examples that is whole blocks, with one order for all networks or one for each.
+
+    Where an epoch is trained part by part, blocks begin where they would if it were not.
+    """
+    step = batch_size * sizes[0] * dtype.itemsize
+    orders = {1, networks if goes_together(device) else 1}
+    return batch_size * math.lcm(*(_block_steps(n * step, device) for n in orders))
 
 
 def goes_together(device: torch.device) -> bool:

@@ -2,17 +2,22 @@
 
 `initial_state` makes the state, `train` moves it and yields a record per epoch. The engines differ
 only in who differentiates. What is measured is measured by the rules, alike for every engine.
+
+All that decides the rest of a run is in its state, between any two steps: saved by
+`State.state_dict` and loaded again, it comes to the same bits.
 """
 
 import concurrent.futures
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnce import data
 from nnce.algorithm import Hyperparameters
@@ -21,6 +26,7 @@ from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.memory import check_memory
 from nnce.modules import MLP, Init, check_init, is_size
+from nnce.parallel import ALONE, FlatGradients, World
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 from nnce.saturation import LayerFigures, layer_figures
 
@@ -136,8 +142,99 @@ class State:
     """Moves the network, and holds the momentum; without a graph it is an `Ensemble` of one."""
     generator: torch.Generator
     """Draws the order of the mini-batches."""
+    world: World = ALONE
+    """The processes that train the network together; each has this state."""
     epoch: int = 0
+    """The last one that is finished."""
     step: int = 0
+    recorded: int = -1
+    """The last epoch that there is a record of."""
+    position: int = 0
+    """How many examples of the epoch under way are behind."""
+    seconds: float = 0.0
+    """Of training, in the epoch under way or, until there is a record of it, the last one."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the steps of that epoch, where an engine makes some on its way."""
+    drawn_from: Tensor | None = None
+    """The generator's state before it drew the order of the epoch under way."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        optimizer = self.optimizer.state_dict()
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            # Not its parameter groups, which the settings decide.
+            optimizer = {str(number): of_one for number, of_one in optimizer["state"].items()}
+        return {
+            "network": dict(self.network.state_dict()),
+            "optimizer": optimizer,
+            "generator": self.generator.get_state() if self.position == 0 else self.drawn_from,
+            "losses": torch.stack(self.losses) if self.losses else None,
+            **{name: getattr(self, name) for name in _NUMBERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, in a state as `initial_state` makes it, with the same settings.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        with what_does_not_fit():
+            _load_parameters(self.network, state["network"])
+            if isinstance(self.optimizer, torch.optim.Optimizer):
+                _load_optimizer(self.optimizer, state["optimizer"])
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
+            set_back(self.generator, state["generator"])
+            self.drawn_from = state["generator"]
+            losses = state["losses"]
+            self.losses = [] if losses is None else list(losses.to(self.network[0].weight.device))
+            for name, kind in _NUMBERS.items():
+                if type(state[name]) is not kind:
+                    raise ValueError(f"expected {name} to be {kind.__name__}, got {state[name]!r}")
+                setattr(self, name, state[name])
+            least = min(self.epoch, self.step, self.position, self.seconds)
+            if least < 0 or not self.epoch - 1 <= self.recorded <= self.epoch:
+                raise ValueError(f"expected a record of epoch {self.epoch}, got {self.recorded}")
+
+
+@contextlib.contextmanager
+def what_does_not_fit() -> Iterator[None]:
+    """Around the loading of a state: what does not fit, in whatever way, is a ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+_NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("epoch", "step", "recorded", "position"), int),
+    "seconds": float,
+}
+
+
+def _load_parameters(network: MLP, parameters: Mapping[str, Tensor]) -> None:
+    """As `network.load_state_dict`, which would cast what is of another dtype."""
+    for name, parameter in network.state_dict().items():
+        check_fits(name, parameters[name], parameter)
+    network.load_state_dict(parameters)
+
+
+def check_fits(name: str, value: Any, like: Tensor) -> None:
+    """Raise ValueError unless a value is a tensor of this shape and dtype."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+        got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+        raise ValueError(f"expected {name} of {tuple(like.shape)}, {like.dtype}, got {got}")
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, by_number: Mapping[str, Any]) -> None:
+    whole = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, of_one in by_number.items():
+        for name, value in of_one.items():
+            if name != "step" and value is not None:
+                check_fits(name, value, parameters[int(number)])
+    state = {int(number): dict(of_one) for number, of_one in by_number.items()}
+    optimizer.load_state_dict({**whole, "state": state})
 
 
 class Record(NamedTuple):
@@ -155,22 +252,68 @@ class Record(NamedTuple):
     """From the first layer with weights to the last."""
 
 
+def pack(records: Sequence[Record]) -> Tensor:
+    """Records of one network as numbers, a row each, for a checkpoint; float64."""
+    rows = [
+        [
+            *record[:3],
+            *(of[split] for of in (record.loss, record.accuracy) for split in data.SPLITS),
+            *(figure for layer in record.layers for figure in layer),
+        ]
+        for record in records
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def unpack(rows: Tensor) -> list[Record]:
+    """`pack` undone."""
+    found = []
+    for epoch, step, seconds, *figures in rows.tolist():
+        n, width = len(data.SPLITS), len(LayerFigures._fields)
+        loss, accuracy, layers = figures[:n], figures[n : 2 * n], figures[2 * n :]
+        found.append(
+            Record(
+                int(epoch),
+                int(step),
+                seconds,
+                dict(zip(data.SPLITS, loss, strict=True)),
+                dict(zip(data.SPLITS, accuracy, strict=True)),
+                [
+                    LayerFigures(*layers[begin : begin + width])
+                    for begin in range(0, len(layers), width)
+                ],
+            )
+        )
+    return found
+
+
 class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
 
-def initial_state(settings: Settings, dataset: data.Dataset) -> State:
+def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALONE) -> State:
     """The network before the first step, on the data's device and in their dtype.
 
+    Args:
+        settings: what is trained.
+        dataset: on what; all of it in every process.
+        world: the processes that train it together, each with its share of every mini-batch.
+
     Raises:
+        ValueError: engine "loops", which one process has for itself, and several processes.
         MemoryError: it would not fit into memory; the sentence says how much it needs.
         DataError: the data are not what `nnce.data.check` wants.
     """
     for split in dataset:
         data.check(*split)
+    if world.joined and settings.engine == "loops":
+        raise ValueError(
+            "expected another engine than 'loops' for several processes, which would each need "
+            "its gradients; 'backprop' is matrix products there"
+        )
     network = make_network(settings, dataset)
-    optimizer = _optimizer(network, settings, n_train=len(dataset.train.x))
-    return State(network, optimizer, generators(settings.seed)[1])
+    optimizer = _optimizer(network, settings, len(dataset.train.x), world)
+    return State(network, optimizer, generators(settings.seed)[1], world)
 
 
 def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
@@ -178,6 +321,11 @@ def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
     parent = torch.Generator().manual_seed(seed)
     start_seed, order_seed = torch.randint(2**32, (2,), generator=parent).tolist()
     return torch.Generator().manual_seed(start_seed), torch.Generator().manual_seed(order_seed)
+
+
+def set_back(generator: torch.Generator, state: Tensor) -> None:
+    """`generator.set_state`, which crashes on a row of a larger tensor (PyTorch 2.14)."""
+    generator.set_state(state.clone())
 
 
 def sizes(settings: Settings, dataset: data.Dataset) -> tuple[int, ...]:
@@ -215,8 +363,10 @@ def ensemble_engine(engine: Engine | None) -> How | None:
     return engine if engine == "loops" or engine == "products" else None
 
 
-def _optimizer(network: MLP, settings: Settings, n_train: int) -> torch.optim.Optimizer | Ensemble:
-    if settings.engine in WHOLE:
+def _optimizer(
+    network: MLP, settings: Settings, n_train: int, world: World
+) -> torch.optim.Optimizer | Ensemble:
+    if settings.engine in WHOLE and not world.joined:
         values = hyperparameters(settings, n_train)
         how = ensemble_engine(settings.engine)
         return Ensemble([network], [values], batch_size=settings.batch_size, engine=how)
@@ -232,12 +382,17 @@ def _optimizer(network: MLP, settings: Settings, n_train: int) -> torch.optim.Op
     return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
 
 
+def nothing() -> None:
+    """What happens between two steps if nothing else is asked for."""
+
+
 def train(
     state: State,
     settings: Settings,
     dataset: data.Dataset,
     *,
     measured: data.Dataset | None = None,
+    between: Callable[[], None] = nothing,
 ) -> Iterator[Record]:
     """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
 
@@ -246,75 +401,143 @@ def train(
         settings: those the state was made with.
         dataset: on one device, in one floating-point dtype.
         measured: what the records are measured on; all of the dataset if None.
+        between: called between steps, where the state is whole: after each step in PyTorch's graph,
+            and after some tenths of a second without. It may save the state, or raise.
 
     Raises:
         Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
-            Engines without a graph make no losses on their way, so there it is seen at the end.
-            A parameter that is infinite or NaN counts as well, though no loss may show it.
+            Engines without a graph, and several processes, make no losses on their way, so there it
+            is seen at the end. A parameter that is infinite or NaN counts as well, though no loss
+            may show it.
     """
     measured = dataset if measured is None else measured
-
-    def record(seconds: float) -> Record:
-        """What there is to know now."""
-        (now,) = records(
-            [state.network],
-            [state.network],
-            [settings.loss],
-            measured,
-            epoch=state.epoch,
-            step=state.step,
-            seconds=seconds,
-        )
-        return now
-
-    if state.epoch == 0:
-        yield record(seconds=0.0)
-    while state.epoch < settings.epochs:
-        began = time.perf_counter()
-        losses = _train_epoch(state, settings, dataset.train)
-        if losses.is_cuda:
-            torch.cuda.synchronize(losses.device)
-        seconds = time.perf_counter() - began
-        _check_steps(losses, state, settings)
-        at_the_end = record(seconds)
-        if not (math.isfinite(at_the_end.loss["train"]) and is_finite(state.network)):
-            raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
-        yield at_the_end
+    engine = _engine(state, settings)
+    while True:
+        if state.recorded < state.epoch:
+            (record,) = records(
+                [state.network],
+                [state.network],
+                [settings.loss],
+                measured,
+                epoch=state.epoch,
+                step=state.step,
+                seconds=state.seconds,
+            )
+            finite = math.isfinite(record.loss["train"]) and is_finite(state.network)
+            if state.epoch and not finite:
+                raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
+            state.recorded, state.seconds = state.epoch, 0.0
+            yield record
+        if state.epoch >= settings.epochs:
+            return
+        _train_epoch(state, settings, dataset.train, engine, between)
 
 
 # ------------------------------------------------------------------------------------ the engines
 
 
-_Forward = Callable[[Tensor], Tensor]
-_Criterion = Callable[[Tensor, Tensor], Tensor]
+class _Engine(NamedTuple):
+    """How steps are taken."""
+
+    step: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+    """Through some examples of x and y; the loss before it, where the engine makes one."""
+    examples: int
+    """So many at once: a mini-batch, or several where an `Ensemble` takes the steps."""
 
 
-def _engine(network: MLP, settings: Settings) -> tuple[_Forward, _Criterion]:
+def _engine(state: State, settings: Settings) -> _Engine:
+    """The engine that the settings name, for this network, optimizer and world."""
+    network, optimizer, world, loss = state.network, state.optimizer, state.world, settings.loss
+    if isinstance(optimizer, Ensemble):
+
+        def walk(x: Tensor, y: Tensor, batches: Tensor) -> None:
+            optimizer.train_epoch(x, y, batches)
+
+        return _Engine(walk, optimizer.stretch())
+
+    if settings.engine in WHOLE:
+        gradients = FlatGradients(network)
+
+        def explicit(x: Tensor, y: Tensor, batch: Tensor) -> None:
+            share = world.share(batch)
+            gradients.fill(x[share], y[share], loss, n=len(batch))
+            optimizer.step()
+
+        return _Engine(explicit, settings.batch_size)
+
+    forward, criterion = with_graph(network, settings)
+    if not world.joined:
+
+        def alone(x: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            C = criterion(forward(x[batch]), y[batch])
+            C.backward()
+            optimizer.step()
+            return C.detach()
+
+        return _Engine(alone, settings.batch_size)
+
+    shared = DistributedDataParallel(forward)
+
+    def together(x: Tensor, y: Tensor, batch: Tensor) -> None:
+        share = world.share(batch)
+        optimizer.zero_grad()
+        z = shared(x[share])
+        # The share's part of the mean over all; an empty one's is 0, and not 0 / 0. Times the
+        # number of processes, by which DistributedDataParallel divides the sum.
+        C = criterion(z, y[share]) if len(share) else 0.0 * z.sum()
+        (C * (len(share) * world.size / len(batch))).backward()
+        optimizer.step()
+
+    return _Engine(together, settings.batch_size)
+
+
+def with_graph(
+    network: MLP, settings: Settings
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """Network and loss whose `backward()` fills in the gradients."""
     if settings.engine == "autograd":
         return torch_twin(network), BUILT_IN_LOSSES[settings.loss]
     return network, LOSS_FUNCTIONS[settings.loss]
 
 
-def _train_epoch(state: State, settings: Settings, split: data.Split) -> Tensor:
-    """One pass over the training data; the loss of each step, of none without a graph."""
+def _train_epoch(
+    state: State,
+    settings: Settings,
+    split: data.Split,
+    engine: _Engine,
+    between: Callable[[], None],
+) -> None:
+    """One pass over the training data, or what is left of the one under way."""
     x, y = split
+    if state.position == 0:
+        state.drawn_from = state.generator.get_state()
+    else:  # the same order again
+        assert state.drawn_from is not None
+        set_back(state.generator, state.drawn_from)
     order = data.order(len(x), state.generator, x.device)
-    if isinstance(state.optimizer, Ensemble):
-        state.step += state.optimizer.train_epoch(x, y, order)
-        state.epoch += 1
-        return x.new_empty(0)
-    forward, criterion = _engine(state.network, settings)
-    losses = []
-    for batch in order.split(min(settings.batch_size, len(x))):
-        state.optimizer.zero_grad()
-        loss = criterion(forward(x[batch]), y[batch])
-        loss.backward()
-        state.optimizer.step()
-        losses.append(loss.detach())
-    state.step += len(losses)
+    began = time.perf_counter() - state.seconds
+    while state.position < len(x):
+        # (No mini-batch is longer than the data; PyTorch counts in 64 bits.)
+        batches = order[state.position :][: engine.examples]
+        loss = engine.step(x, y, batches)
+        if loss is not None:
+            state.losses.append(loss)
+        state.position += len(batches)
+        state.step += -(-len(batches) // settings.batch_size)
+        if state.position == len(x):
+            break
+        paused = time.perf_counter()
+        state.seconds = paused - began
+        between()
+        began += time.perf_counter() - paused
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    state.seconds = time.perf_counter() - began
     state.epoch += 1
-    return torch.stack(losses)
+    state.position = 0
+    _check_steps(state, settings)
+    between()
 
 
 def is_finite(network: MLP) -> bool:
@@ -322,11 +545,14 @@ def is_finite(network: MLP) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
-def _check_steps(losses: Tensor, state: State, settings: Settings) -> None:
-    wrong = (~losses.isfinite()).nonzero()
-    if len(wrong):
-        step = state.step - len(losses) + int(wrong[0]) + 1
-        raise Diverged(_diverged(f"in epoch {state.epoch}, step {step}", settings))
+def _check_steps(state: State, settings: Settings) -> None:
+    """Raise Diverged if a loss of the epoch's steps is no finite number."""
+    losses, state.losses = state.losses, []
+    if losses:
+        wrong = (~torch.stack(losses).isfinite()).nonzero()
+        if len(wrong):
+            step = state.step - len(losses) + int(wrong[0]) + 1
+            raise Diverged(_diverged(f"in epoch {state.epoch}, step {step}", settings))
 
 
 def _diverged(when: str, settings: Settings) -> str:

@@ -6,21 +6,24 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import os
+import functools
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nnce import data, ensemble, training
-from nnce.experiments import command_line, comparison, figures, report
+from nnce import data, ensemble, parallel
+from nnce.experiments import command_line, comparison, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
-from nnce.experiments.comparison import Run, Variant
+from nnce.experiments.comparison import Controls, Run, SideBySide, Variant
 from nnce.experiments.report import Log
 from nnce.losses import LOSSES, Loss
+from nnce.parallel import World
+from nnce.training import Settings, nothing
 
 LRS = ("0.03", "0.1", "0.3", "1", "3", "10", "30")
 
@@ -46,13 +49,15 @@ def parser() -> ArgumentParser:
         help="how many of the networks of each loss, at its best rate, to train again by autograd",
     )
     parser.add_speed_options()
+    resuming.add_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare as asked; the exit status."""
     options_parser = parser()
-    options = options_parser.parse_args(arguments)
+    world = parallel.join()
+    options, found, run_dir = resuming.start(options_parser, arguments, "compare.py", world)
     command = shlex.join(
         ["scripts/compare.py", *(sys.argv[1:] if arguments is None else arguments)]
     )
@@ -62,59 +67,187 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = runs[0].network.sizes
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
-    layers = "-".join(map(str, sizes))
-    name = f"compare-{options.data}-{layers}-{options.init}-seeds{options.seeds}"
-    with options_parser.run_directory(options.run_dir, name) as run_dir:
-        costs = Costs()
-        stopped: BaseException | None = None
-        introduce(options, dataset, runs)
-        controls: list[Run] = []
-        with Log(run_dir, vars(options)) as log:
-            try:
-                train_all(options, dataset, runs, controls, log, costs)
-            except (KeyboardInterrupt, OSError) as error:
-                if log.finished < 1:
-                    raise
-                stopped = error
-                for run in runs:  # an epoch that is not logged of all of them does not count
-                    del run.records[log.finished + 1 :]
-            with command_line.undisturbed():
-                findings = comparison.conclude(runs, controls, dataset)
+        training = Training(options, dataset, runs, world, found)
+    name = f"compare-{options.data}-{dashed(sizes)}-{options.init}-seeds{options.seeds}"
+    with command_line.undisturbed(), contextlib.ExitStack() as stack:
+        stack.callback(parallel.leave)
+        if world.rank:
+            training.run(None, command)
+            return 0
+        path = stack.enter_context(
+            options_parser.run_directory(
+                run_dir or options.run_dir, name, resumed=found is not None
+            )
+        )
+        introduce(options, dataset, training)
+        run(training, path, command if found is None else found["command"])
+    return 0
 
-                def write() -> None:
-                    report.write_results(
-                        run_dir,
-                        config=vars(options),
-                        device=dataset.train.x.device,
-                        seconds=costs.total,
-                        rows=[report.summary_row(summary) for summary in findings.summaries],
-                        command=command,
-                        interrupted=stopped is not None,
-                        seconds_of=costs.by_part(runs, log),
-                        **report.more_results(findings),
-                    )
 
-                write()  # before the pictures: what is computed is safe from now on
-                page = report.page(findings, options.dtype)
-                title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
-                figure = figures.learning_curves(
-                    runs, findings.best_lrs, f"{title}: mean and 95 % interval"
+def run(training: "Training", run_dir: Path, command: str) -> None:
+    """Train, log, and write what came out."""
+    options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
+    costs = training.costs
+    stopped: BaseException | None = None
+    log = Log(run_dir, vars(options), runs, training.controls.runs, training.controls.finished)
+    with log:
+        try:
+            training.run(log, command)
+        except (KeyboardInterrupt, OSError) as error:
+            stopped = error
+            if isinstance(error, KeyboardInterrupt | BrokenPipeError):
+                training.saver.save()
+                command_line.keep(run_dir)
+            elif log.finished < 1:
+                raise
+            for one in runs:  # an epoch that is not logged of all of them does not count
+                del one.records[log.finished + 1 :]
+        if log.finished >= 1:
+            findings = comparison.conclude(runs, training.controls.runs, dataset)
+
+            def write() -> None:
+                report.write_results(
+                    run_dir,
+                    config=vars(options),
+                    device=dataset.train.x.device,
+                    seconds=costs.total,
+                    rows=[report.summary_row(summary) for summary in findings.summaries],
+                    command=command,
+                    interrupted=stopped is not None,
+                    seconds_of=costs.by_part(runs, log),
+                    **report.more_results(findings),
                 )
-                report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
-                markdown = f"{page}\n\nMade by `{command}`.\n"
-                report.write_text(run_dir / "results.md", markdown)
-                log.finish([*runs, *controls], findings.best_lrs, dataset, markdown, figure)
-                write()
+
+            write()  # before the pictures: what is computed is safe from now on
+            page = report.page(findings, options.dtype)
+            layers = dashed(runs[0].network.sizes)
+            title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
+            figure = figures.learning_curves(
+                runs, findings.best_lrs, f"{title}: mean and 95 % interval"
+            )
+            report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
+            markdown = f"{page}\n\nMade by `{command}`.\n"
+            report.write_text(run_dir / "results.md", markdown)
+            log.finish(
+                [*runs, *training.controls.runs], findings.best_lrs, dataset, markdown, figure
+            )
+            write()
+    if log.finished >= 1:
         print(f"\n{page}\n")
         parts = ", ".join(f"{name} {s:.1f}" for name, s in costs.by_part(runs, log).items())
         print(f"{costs.total:.1f} s: {parts}")
         print(f"Tables, every epoch of every network, and a picture: {run_dir}")
         print(f"Curves: {report.tensorboard_command(run_dir)}")
-        if isinstance(stopped, KeyboardInterrupt):
-            print("Interrupted; what was finished is in the table.", file=sys.stderr)
-        if stopped is not None:
-            raise stopped
-    return 0
+    if isinstance(stopped, KeyboardInterrupt):
+        kept = "what was finished is in the table; " if log.finished >= 1 else ""
+        print(f"Interrupted; {kept}to go on:", file=sys.stderr)
+        print(resuming.command_to_resume(run_dir, training.world), file=sys.stderr)
+    if stopped is not None:
+        raise stopped
+
+
+class Training:
+    """All networks side by side, then the controls, and the checkpoints between.
+
+    Args:
+        options: of the script.
+        dataset: all of it.
+        runs: the networks, of which each process trains its share.
+        world: the processes.
+        found: the content of a checkpoint, to go on from there.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        dataset: data.Dataset,
+        runs: Sequence[Run],
+        world: World,
+        found: Mapping[str, Any] | None,
+    ) -> None:
+        """Make everything, or take it to where the checkpoint is; ValueError if it cannot be."""
+        self.options, self.dataset, self.world, self._found = options, dataset, world, found
+        threads = command_line.threads(options)
+        self.side_by_side = SideBySide(runs, dataset, threads, world)
+        self.controls = Controls([], dataset, world)
+        self.costs = Costs()
+        if found is not None:
+            resuming.warn(found, world)
+            try:
+                self.side_by_side.load_state_dict(found["side by side"])
+                self.costs.load_state_dict(found["costs"])
+                # Where there are to be more epochs, there will be other controls.
+                if self.side_by_side.complete and found["controls"] is not None:
+                    self.controls = Controls(self._chosen(), dataset, world)
+                    self.controls.load_state_dict(found["controls"])
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the checkpoint does not fit its configuration: {error}"
+                ) from error
+
+    def _chosen(self) -> list[Run]:
+        """The networks that are trained again: of the best rate of each loss the first ones."""
+        variants = comparison.by_variant(self.side_by_side.runs)
+        return [
+            run
+            for loss, lr in comparison.best_lrs(self.side_by_side.runs).items()
+            for run in variants[Variant(loss, lr)][: self.options.control_seeds]
+        ]
+
+    def run(self, log: Log | None, command: str) -> None:
+        """Train to the end. The first process has the log."""
+        header = resuming.header("compare.py", vars(self.options), self.world, command)
+
+        def content() -> dict[str, Any]:
+            return {
+                **header,
+                "side by side": self.side_by_side.state_dict(),
+                "controls": self.controls.state_dict() if self.controls.runs else None,
+                "costs": self.costs.state_dict(log.seconds if log else 0.0),
+            }
+
+        self.saver = resuming.Saver(
+            log.run_dir if log else None,
+            self.options.checkpoint_every,
+            content,
+            log.flush if log else lambda: None,
+            self.world,
+        )
+        if self._found is None:
+            self.saver.save()
+        epochs = self.options.epochs
+        with tqdm(
+            total=epochs + 1, unit="epoch", disable=None if log else True, leave=False
+        ) as bar:
+            bar.set_description(f"{len(self.side_by_side.runs)} networks side by side")
+            with self.costs.of("side by side", log):
+                for epoch in self.side_by_side.epochs(functools.partial(self.saver.between, ask=1)):
+                    if log:
+                        log.epoch(self.side_by_side.runs, self.dataset)
+                        log.finished = epoch
+                        if epoch:
+                            command_line.keep(log.run_dir)
+                    self.saver.after(epoch, epochs)
+                    bar.update(epoch + 1 - bar.n)
+            if not self.controls.runs:
+                self.controls = Controls(self._chosen(), self.dataset, self.world)
+            bar.reset((epochs + 1) * len(self.controls.runs))
+            bar.set_description("the control, by autograd")
+            with self.costs.of("control", log):
+                # Several processes are not at the same step here: they stop after an epoch.
+                between = self.saver.between if self.world.size == 1 else nothing
+                for epoch in self.controls.epochs(between):
+                    if log:
+                        going = [run for run in self.controls.runs if not run.stopped]
+                        log.epoch(going, self.dataset)
+                        log.controls_finished = epoch
+                    self.saver.after(epoch, epochs)
+                    bar.update((epoch + 1) * len(self.controls.runs) - bar.n)
+
+
+def dashed(sizes: Sequence[int]) -> str:
+    """784-30-10."""
+    return "-".join(map(str, sizes))
 
 
 class Costs:
@@ -123,7 +256,18 @@ class Costs:
     def __init__(self) -> None:
         """Begin."""
         self._began = time.perf_counter()
+        self._logging = 0.0  # before a run went on
         self._parts = {"side by side": 0.0, "control": 0.0}
+
+    def state_dict(self, logging: float) -> dict[str, float]:
+        """For a checkpoint; logging has cost so much since the run began or went on."""
+        return {**self._parts, "total": self.total, "logging": self._logging + logging}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self._parts = {part: float(state[part]) for part in self._parts}
+        self._began = time.perf_counter() - float(state["total"])
+        self._logging = float(state["logging"])
 
     @property
     def total(self) -> float:
@@ -131,32 +275,40 @@ class Costs:
         return time.perf_counter() - self._began
 
     @contextlib.contextmanager
-    def of(self, part: Literal["side by side", "control"], log: Log) -> Iterator[None]:
+    def of(self, part: Literal["side by side", "control"], log: Log | None) -> Iterator[None]:
         """The block trains and measures all networks or the controls, and logs."""
-        began = self.total - log.seconds
+
+        def beside_logging() -> float:
+            return self.total - (log.seconds if log else 0.0)
+
+        began = beside_logging()
         try:
             yield
         finally:
-            self._parts[part] += self.total - log.seconds - began
+            self._parts[part] += beside_logging() - began
 
     def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
         """The total in parts."""
         training = sum(record.seconds for run in runs for record in run.records)
         side_by_side, control = self._parts.values()
+        logging = self._logging + log.seconds
         return {
             "training": training,
             "evaluation": side_by_side - training,
-            "logging": log.seconds,
-            "tables and pictures": self.total - side_by_side - log.seconds - control,
+            "logging": logging,
+            "tables and pictures": self.total - side_by_side - logging - control,
             "control": control,
         }
 
 
-def introduce(options: argparse.Namespace, dataset: data.Dataset, runs: Sequence[Run]) -> None:
+def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Training) -> None:
     """Say what is going to be trained."""
+    runs = training.side_by_side.runs
     n_train, n_validation, n_test = (len(split.x) for split in dataset)
     variants = comparison.by_variant(runs)
-    threads = command_line.threads(options) or os.cpu_count()
+    threads = command_line.threads(options) or parallel.processors()
+    processes = f" in each of {training.world.size} processes" if training.world.joined else ""
+    after = f"\ngoing on after epoch {runs[0].last.epoch}" if runs[0].records else ""
     grids = "; ".join(
         f"{loss} at {', '.join(f'{v.lr:g}' for v in variants if v.loss == loss)}" for loss in LOSSES
     )
@@ -164,13 +316,14 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, runs: Sequence
         f"{options.data}: {n_train:,} training, {n_validation:,} validation and {n_test:,} test "
         f"examples\n{len(runs)} networks {'-'.join(map(str, runs[0].network.sizes))} side by side, "
         f"starts of each: {options.seeds}; {grids}\n{options.dtype} on "
-        f"{report.device_name(dataset.train.x.device)}, threads {threads}",
+        f"{report.device_name(dataset.train.x.device)}, threads {threads}{processes}{after}",
         flush=True,
     )
 
 
-def prepare(options: argparse.Namespace) -> tuple[list[training.Settings], data.Dataset]:
+def prepare(options: argparse.Namespace) -> tuple[list[Settings], data.Dataset]:
     """The settings of every network and the data; ValueError where the options make no sense."""
+    options.device = command_line.device(options.device).type
     base = command_line.settings(options)
     lrs = learning_rates(options.lrs)
     if options.seeds >= 1 and not 0 <= options.control_seeds <= options.seeds:
@@ -202,46 +355,6 @@ def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
                     f"expected --lrs for {' or '.join(map(repr, LOSSES))}, got {text!r}"
                 )
     return lrs
-
-
-def train_all(
-    options: argparse.Namespace,
-    dataset: data.Dataset,
-    runs: Sequence[Run],
-    controls: list[Run],
-    log: Log,
-    costs: Costs,
-) -> None:
-    """Train all networks side by side, and then the controls, one by one."""
-    epochs, threads = options.epochs + 1, command_line.threads(options)
-    with tqdm(total=epochs, unit="epoch", disable=None, leave=False) as bar:
-        bar.set_description(f"{len(runs)} networks side by side")
-        with costs.of("side by side", log):
-            for epoch in comparison.train_together(runs, dataset, threads):
-                with command_line.undisturbed():
-                    log.epoch(runs, dataset)
-                    log.finished = epoch
-                    if epoch:
-                        command_line.keep(log.run_dir)
-                bar.update()
-        variants = comparison.by_variant(runs)
-        chosen = [
-            run
-            for loss, lr in comparison.best_lrs(runs).items()
-            for run in variants[Variant(loss, lr)][: options.control_seeds]
-        ]
-        bar.reset(epochs * len(chosen))
-        bar.set_description("the control, by autograd")
-        # Epoch by epoch through all of them, so that their curves have one point an epoch.
-        again = [comparison.control(run, dataset) for run in chosen]
-        controls += [run for run, _ in again]
-        with costs.of("control", log):
-            for _ in range(epochs):
-                for _, epochs_of_one in again:
-                    next(epochs_of_one, None)
-                    bar.update()
-                with command_line.undisturbed():
-                    log.epoch([run for run in controls if not run.stopped], dataset)
 
 
 if __name__ == "__main__":

@@ -14,4 +14,4 @@ for number in range(3):
 # Until `command_line.run_script` takes over there is nothing to keep and nothing to say.
 for number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
-        signal.signal(number, lambda *_: os._exit(130))
+        signal.signal(number, lambda number, _: os._exit(128 + number))

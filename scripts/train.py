@@ -5,18 +5,20 @@ if __name__ == "__main__":
 
 
 import argparse
+import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import data, ensemble, training
-from nnce.experiments import command_line, report
+from nnce import data, ensemble, parallel, training
+from nnce.experiments import command_line, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.tensorboard import Monitor
 from nnce.losses import LOSSES
@@ -48,6 +50,7 @@ def parser() -> ArgumentParser:
         "--lr", type=float, help=f"learning rate; if not given, {textbook} (sgd), or 0.001 (adam)"
     )
     parser.add_speed_options()
+    resuming.add_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -59,22 +62,36 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as asked; the exit status."""
     options_parser = parser()
-    options = options_parser.parse_args(arguments)
+    world = parallel.join()
+    options, found, run_dir = resuming.start(options_parser, arguments, "train.py", world)
     try:
         with options_parser.user_errors():
             settings, dataset = prepare(options)
-            state = training.initial_state(settings, dataset)
+            state = training.initial_state(settings, dataset, world)
             suited = ensemble.threads(state.network.sizes, settings.batch_size)
             command_line.set_speed(options, suited)
             command_line.announce_compilation(options, state.network.sizes, settings.engine)
-        with options_parser.run_directory(
-            options.run_dir, run_name(options, settings), dry_run=options.dry_run
-        ) as run_dir:
-            config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
-            run(state, settings, dataset, run_dir, config)
+            records = go_on(state, found) if found else []
+        config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
+        with command_line.undisturbed():
+            if world.rank:
+                follow(state, settings, dataset, options.checkpoint_every)
+                return 0
+            with options_parser.run_directory(
+                run_dir or options.run_dir,
+                run_name(options, settings),
+                dry_run=options.dry_run,
+                resumed=found is not None,
+            ) as path:
+                if found and records:
+                    save_finished(state, found, path / "network.pt")
+                run(state, settings, dataset, records, path, config, found)
     except training.Diverged as error:
-        print(f"{options_parser.prog}: {error}", file=sys.stderr)
+        if world.rank == 0:
+            print(f"{options_parser.prog}: {error}", file=sys.stderr)
         return 1
+    finally:
+        parallel.leave()
     if options.dry_run:
         print("Dry run: one mini-batch went through, and nothing was kept.")
     return 0
@@ -88,6 +105,7 @@ def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
 
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
     """Settings and data out of the options; ValueError where they make no sense."""
+    options.device = command_line.device(options.device).type
     settings = command_line.settings(
         options,
         loss=options.loss,
@@ -103,50 +121,103 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
     return settings, dataset
 
 
+def go_on(state: training.State, found: Mapping[str, Any]) -> list[training.Record]:
+    """Take the state to where the checkpoint is; the records so far."""
+    resuming.warn(found, state.world)
+    try:
+        state.load_state_dict(found["state"])
+        records = training.unpack(found["records"])
+        if [record.epoch for record in records] != list(range(state.recorded + 1)):
+            raise ValueError(f"expected records up to epoch {state.recorded}")
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint does not fit its configuration: {error}") from error
+    return records
+
+
+def save_finished(state: training.State, found: Mapping[str, Any], path: Path) -> None:
+    """Put the network of the last record back, which a run that was killed may have gone beyond."""
+    network = copy.deepcopy(state.network)
+    if found["finished"] is not None:
+        network.load_state_dict(found["finished"])
+    nnce.save(network, path)
+
+
+def follow(
+    state: training.State, settings: training.Settings, dataset: data.Dataset, every: str
+) -> None:
+    """Train along with the first process, which alone logs and writes."""
+    saver = resuming.Saver(None, every, dict, lambda: None, state.world)
+    for record in training.train(state, settings, dataset, between=saver.between):
+        saver.after(record.epoch, settings.epochs)
+
+
 def run(
     state: training.State,
     settings: training.Settings,
     dataset: data.Dataset,
+    records: list[training.Record],
     run_dir: Path,
-    config: dict[str, object],
+    config: dict[str, Any],
+    found: Mapping[str, Any] | None,
 ) -> None:
     """Train, log each epoch, and write what came out."""
-    began = time.perf_counter()
+    began = time.perf_counter() - (found["seconds"] if found else 0.0)
     device = dataset.train.x.device
-    print(
-        f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "
-        f"validation and {len(dataset.test.x):,} test examples\n"
-        f"network {'-'.join(map(str, state.network.sizes))}, {settings.loss} loss, "
-        f"engine {settings.engine}, {config['dtype']} on {report.device_name(device)}, "
-        f"threads {torch.get_num_threads()}",
-        flush=True,
-    )
-    records: list[training.Record] = []
+    introduce(state, settings, dataset, config)
+    header = resuming.header("train.py", config, state.world)
+    network_path = run_dir / "network.pt"
+
+    def content() -> dict[str, Any]:
+        """All that decides the rest; and the network of the last record, if it is another one."""
+        at_hand = state.position == 0 and state.recorded == state.epoch
+        finished = None if at_hand or not records else dict(nnce.load(network_path).state_dict())
+        return {
+            **header,
+            "seconds": time.perf_counter() - began,
+            "state": state.state_dict(),
+            "records": training.pack(records),
+            "finished": finished,
+        }
+
     stopped: BaseException | None = None
-    with Monitor(run_dir, config) as monitor:
-        epochs = training.train(state, settings, dataset)
-        bar = tqdm(epochs, total=settings.epochs + 1, unit="epoch", disable=None, leave=False)
+    with Monitor(run_dir, config, first=len(records)) as monitor:
+        saver = resuming.Saver(
+            run_dir, config["checkpoint_every"], content, monitor.flush, state.world
+        )
+        if found is None:
+            saver.save()
+        epochs = training.train(state, settings, dataset, between=saver.between)
+        bar = tqdm(
+            epochs,
+            total=settings.epochs + 1,
+            initial=len(records),
+            unit="epoch",
+            disable=None,
+            leave=False,
+        )
         try:
             for record in bar:
-                with command_line.undisturbed():
-                    monitor.log(record)
-                    monitor.log_histograms(
-                        state.network, dataset.validation, settings.loss, record.epoch
-                    )
-                    nnce.save(state.network, run_dir / "network.pt")
-                    records.append(record)
-                    if record.epoch:
-                        command_line.keep(run_dir)
-                    bar.write(report.epoch_line(record))
+                monitor.log(record)
+                monitor.log_histograms(
+                    state.network, dataset.validation, settings.loss, record.epoch
+                )
+                nnce.save(state.network, network_path)
+                records.append(record)
+                if record.epoch:
+                    command_line.keep(run_dir)
+                saver.after(record.epoch, settings.epochs)
+                bar.write(report.epoch_line(record))
         except (KeyboardInterrupt, OSError, training.Diverged) as error:
-            if not records or (isinstance(error, training.Diverged) and len(records) == 1):
-                raise
             stopped = error
+            if isinstance(error, KeyboardInterrupt | BrokenPipeError):
+                saver.save()
+                command_line.keep(run_dir)
+            elif len(records) < 2:
+                raise
         bar.close()
-
-        rows = report.closing_rows(records)
-        seconds = time.perf_counter() - began
-        with command_line.undisturbed():
+        if records:
+            seconds = time.perf_counter() - began
+            rows = report.closing_rows(records)
             report.write_results(  # before the pictures, which are worth less
                 run_dir,
                 config=config,
@@ -158,19 +229,43 @@ def run(
                 epochs=[report.record_as_dict(record) for record in records],
             )
             # The network at hand may be in the midst of an epoch that does not count.
-            finished = nnce.load(run_dir / "network.pt", device)
+            finished = nnce.load(network_path, device)
             monitor.log_images(finished, dataset.test, records[-1].epoch)
             monitor.log_hparams(records[-1])
 
-    print(f"\n{report.table(rows)}\n")
-    print(f"{seconds:.1f} s, {sum(record.seconds for record in records):.1f} s of them training")
+    if records:
+        print(f"\n{report.table(rows)}\n")
+        trained = sum(record.seconds for record in records)
+        print(f"{seconds:.1f} s, {trained:.1f} s of them training")
     if not config["dry_run"]:
         print(f"Results and network: {run_dir}")
         print(f"Curves: {report.tensorboard_command(run_dir)}")
     if isinstance(stopped, KeyboardInterrupt):
-        print(f"Interrupted; epochs 0 to {records[-1].epoch} are kept.", file=sys.stderr)
+        last = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
+        print(f"Interrupted after step {state.step:,}; {last}to go on:", file=sys.stderr)
+        print(resuming.command_to_resume(run_dir, state.world), file=sys.stderr)
     if stopped is not None:
         raise stopped
+
+
+def introduce(
+    state: training.State,
+    settings: training.Settings,
+    dataset: data.Dataset,
+    config: Mapping[str, object],
+) -> None:
+    """Say what is going to be trained."""
+    processes = f", {state.world.size} processes" if state.world.joined else ""
+    after = f"\ngoing on after step {state.step:,}" if state.step else ""
+    print(
+        f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "
+        f"validation and {len(dataset.test.x):,} test examples\n"
+        f"network {'-'.join(map(str, state.network.sizes))}, {settings.loss} loss, "
+        f"engine {settings.engine}, {config['dtype']} on "
+        f"{report.device_name(dataset.train.x.device)}, threads {torch.get_num_threads()}"
+        f"{processes}{after}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def train_alone(settings, dataset, orders, engine="autograd", nudged=False):
         with torch.no_grad():
             for parameter in state.network.parameters():
                 parameter.copy_(parameter.nextafter(torch.full_like(parameter, math.inf)))
-    forward, criterion = training._engine(state.network, settings)
+    forward, criterion = training.with_graph(state.network, settings)
     x, y = dataset.train
     for order in orders:
         for batch in order.split(settings.batch_size):

@@ -26,7 +26,7 @@ ORDER = (
         "loops",
         "products",
     ),
-    *("ensemble", "checkpoint"),
+    *("ensemble", "checkpoint", "parallel"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
     "training",
     *(

@@ -52,7 +52,7 @@ def test_float32_gradients_agree_in_norm(mnist_like, loss):
     for engine in ("functions", "autograd"):
         settings = Settings(loss=loss, engine=engine)
         network = training.initial_state(settings, dataset).network
-        forward, criterion = training._engine(network, settings)
+        forward, criterion = training.with_graph(network, settings)
         criterion(forward(dataset.train.x), dataset.train.y).backward()
         gradients.append([p.grad for p in network.parameters()])
     for ours, theirs in zip(*gradients, strict=True):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nnce import data, ensemble, loops, memory, modules
+from nnce import checkpoint, data, ensemble, loops, memory, modules, parallel
 from nnce.training import Engine, Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -43,8 +44,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("type", int, _whole_number)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one clear line."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Exit with status 2 and one clear line, of several processes once."""
+        self.exit(2, f"{self.prog}: error: {message}\n" if parallel.is_first() else None)
 
     def add_common_options(self) -> None:
         """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
@@ -113,12 +114,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def run_directory(
-        self, chosen: Path | None, name: str, *, dry_run: bool = False
+        self, chosen: Path | None, name: str, *, dry_run: bool = False, resumed: bool = False
     ) -> Iterator[Path]:
         """`run_directory`, where a directory that cannot be had is a user's error."""
         with contextlib.ExitStack() as stack:
             with self.user_errors():
-                path = stack.enter_context(run_directory(chosen, name, dry_run=dry_run))
+                path = stack.enter_context(
+                    run_directory(chosen, name, dry_run=dry_run, resumed=resumed)
+                )
             yield path
 
 
@@ -139,12 +142,15 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main() and leave with its status, quietly whatever stops it.
 
     Ctrl-C and a polite kill (SIGTERM) raise KeyboardInterrupt, so that main() can keep what it has:
-    status 130. Where nobody reads the output any more, as behind `| head`, the status is 141. Where
-    the output cannot be written, as on a full disk, the script goes on without; a success is status
-    1 then. What main() cannot help, no memory or no space, is one sentence and status 1.
+    status 130 and 143. A second Ctrl-C leaves at once. Where nobody reads the output any more, as
+    behind `| head`, the status is 141. Where the output cannot be written, as on a full disk, the
+    script goes on without; a success is status 1 then. What main() cannot help, no memory or no
+    space, is one sentence and status 1.
     """
     program = Path(sys.argv[0]).name
     out, err = _Stream(1, stops=True), _Stream(2, stops=False)
+    if not parallel.is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout, sys.stderr = (
         _text(old, new) for old, new in ((sys.stdout, out), (sys.stderr, err))
     )
@@ -160,7 +166,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except SystemExit as stop:
         status = stop.code
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + (_signals.came or signal.SIGINT)
     except BrokenPipeError:
         status = 141
     except Exception as error:
@@ -217,12 +223,16 @@ def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
 class _Signals:
     """Ctrl-C (SIGINT) and a polite kill (SIGTERM), as a script takes them.
 
-    The first one raises KeyboardInterrupt, or waits for the end of an `undisturbed` block. Those
-    after it find a script that is closing, and change nothing.
+    The first one raises KeyboardInterrupt, or waits for the end of an `undisturbed` block, or until
+    `let_through`. A second Ctrl-C leaves at once; other ones find a script that is closing, and
+    change nothing.
     """
 
     def __init__(self) -> None:
-        self._held = self._came = self._waiting = False
+        self._held = self._waiting = False
+        self._began = 0.0
+        self.came: int | None = None
+        """The number of the first signal."""
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -235,30 +245,66 @@ class _Signals:
             signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._came:
+        if self.came is not None:
+            # torchrun passes on a Ctrl-C that its processes have had already.
+            again = time.monotonic() - self._began > (_SAME_PRESS if parallel.launched() else 0)
+            if number == signal.SIGINT and again:
+                os._exit(128 + number)
             return
-        self._came, self._waiting = True, self._held
+        self._began = time.monotonic()
+        self.stop(number)
+
+    def stop(self, number: int) -> None:
+        self.came, self._waiting = number, self._held
         if not self._held:
             raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
+    def waiting(self) -> int:
+        return self.came or 0 if self._waiting else 0
+
+    def let_through(self) -> None:
         if self._waiting:
             self._waiting = False
             raise KeyboardInterrupt
 
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        outer, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = outer
+        if not outer:
+            self.let_through()
+
 
 _signals = _Signals()
+# Seconds within which a second Ctrl-C is taken for the first one, passed on.
+_SAME_PRESS = 1.0
 
 
 def undisturbed() -> contextlib.AbstractContextManager[None]:
-    """For a block that writes what belongs together: Ctrl-C and SIGTERM wait until its end."""
+    """For a block that writes what belongs together: Ctrl-C and SIGTERM wait until its end.
+
+    In a block within another they wait for the outer one's end.
+    """
     return _signals.undisturbed()
+
+
+def waiting() -> int:
+    """The number of a signal that waits for the end of a block; 0 if none does."""
+    return _signals.waiting()
+
+
+def let_through() -> None:
+    """The signal that waits, if one does, comes here and not at the end of the block."""
+    _signals.let_through()
+
+
+def stop(number: int) -> None:
+    """As if this signal had come, which another process has had."""
+    if not _signals.waiting():
+        _signals.stop(number)
 
 
 class Failed(Exception):
@@ -316,12 +362,19 @@ def device(name: str) -> torch.device:
     """The device of --device; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        ValueError: CUDA is asked for and there is none, or not one for each process.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and not there:
         raise ValueError("--device cuda: PyTorch sees no CUDA device on this machine")
+    processes = parallel.processes_here()
+    if name == "cuda" and there < processes:
+        raise ValueError(
+            f"--device cuda: each of the {processes} processes on this machine needs a GPU, and "
+            f"PyTorch sees {there}"
+        )
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if there >= processes else "cpu"
     return torch.device(name)
 
 
@@ -360,51 +413,98 @@ def announce_compilation(
 
 
 @contextlib.contextmanager
-def run_directory(chosen: Path | None, name: str, *, dry_run: bool = False) -> Iterator[Path]:
+def run_directory(
+    chosen: Path | None, name: str, *, dry_run: bool = False, resumed: bool = False
+) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
     If the block is left, by whatever error, before `keep` has said that something in there is
     finished (`report.write_results` says so, too), the directory is removed again, so that no
     half-written run stays behind; only a process that is killed outright leaves what it had written
-    by then. Of a dry run nothing stays.
+    by then. Of a dry run nothing stays. A chosen one that is resumed is there, and stays.
 
     Raises:
-        ValueError: the chosen directory holds something, or cannot be made or written.
+        ValueError: the chosen directory holds something, cannot be made or written, or another
+            process is at work in it.
         Failed: memory or space ran out in the block, after there was something to keep.
     """
-    path = chosen or _new_directory(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    path = chosen or _new_directory(Path("runs"), f"{name}-{date_and_time()}")
     if path.exists() and not path.is_dir():
         raise ValueError(f"the run directory {path} is a file; choose a folder")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     mark = path / _NOTHING_YET
+    with contextlib.ExitStack() as stack:
+        try:
+            if not resumed and path.is_dir() and any(path.iterdir()):
+                raise ValueError(f"the run directory {path} is already used; choose a new one")
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_for_this_process(path))
+            if resumed:
+                checkpoint.clear_unfinished(path)
+                keep(path)
+            else:
+                mark.touch(exist_ok=False)
+        except OSError as error:
+            raise ValueError(
+                f"the run directory {path} cannot be written: {error.strerror}"
+            ) from error
+        try:
+            yield path
+        except Exception as error:
+            sentence = _beyond_us(error)
+            if sentence is None or dry_run or mark.exists():
+                raise
+            raise Failed(f"{sentence}; what was finished is kept in {path}") from error
+        finally:
+            if dry_run or mark.exists():
+                clear(path)
+                for folder in made:
+                    folder.rmdir()
+
+
+@contextlib.contextmanager
+def _for_this_process(path: Path) -> Iterator[None]:
+    """The folder is this process's as long as it lives, where the system knows such locks."""
     try:
-        if path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"the run directory {path} is already used; choose a new one")
-        path.mkdir(parents=True, exist_ok=True)
-        mark.touch(exist_ok=False)
-    except OSError as error:
-        raise ValueError(f"the run directory {path} cannot be written: {error.strerror}") from error
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
     try:
-        yield path
-    except Exception as error:
-        sentence = _beyond_us(error)
-        if sentence is None or dry_run or mark.exists():
-            raise
-        raise Failed(f"{sentence}; what was finished is kept in {path}") from error
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"the run directory {path} is in use by another process") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
     finally:
-        if dry_run or mark.exists():
-            for leftover in path.iterdir():
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
-            for folder in made:
-                folder.rmdir()
+        os.close(folder)
+
+
+def clear(run_dir: Path) -> None:
+    """Take away what a run has left."""
+    for leftover in run_dir.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def keep(run_dir: Path) -> None:
     """From now on there is something in the run's directory that must stay, come what may."""
     (run_dir / _NOTHING_YET).unlink(missing_ok=True)
+
+
+def date_and_time() -> str:
+    """When this run began; of several processes when their job did, the same after a restart."""
+    now = datetime.now()
+    if parallel.launched():
+        import psutil
+
+        now = datetime.fromtimestamp(psutil.Process(os.getppid()).create_time())
+    return f"{now:%Y%m%d-%H%M%S}"
 
 
 def _new_directory(parent: Path, name: str) -> Path:

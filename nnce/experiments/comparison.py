@@ -8,17 +8,17 @@ autograd. So the intervals here say how much start and order matter together.
 import contextlib
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from nnce import data, loops, training
+from nnce import data, loops, parallel, training
 from nnce.ensemble import Ensemble
 from nnce.experiments.estimates import (
     Difference,
@@ -30,11 +30,13 @@ from nnce.experiments.estimates import (
 from nnce.losses import LOSSES, Loss
 from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
+from nnce.parallel import ALONE, World
 from nnce.training import Engine, Record, Settings
 
 # Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
 _MEASURED = 5_000
 _MULTIPLICATIONS_FOR_THREADS = 50_000_000
+CONTROL: Engine = "autograd"
 # "backprop" is one of the first two.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
 # The engines are compared over so many training examples: 200 mini-batches of 10.
@@ -48,9 +50,14 @@ class Variant(NamedTuple):
     lr: float
     engine: Engine = "backprop"
 
+    @property
+    def is_control(self) -> bool:
+        """Whether PyTorch trains it alone."""
+        return self.engine == CONTROL
+
     def __str__(self) -> str:
         """Its name, fit for a folder."""
-        control = "" if self.engine == "backprop" else f"-{self.engine}"
+        control = f"-{CONTROL}" if self.is_control else ""
         return f"{self.loss}-lr{self.lr:g}{control}"
 
 
@@ -142,10 +149,11 @@ def make_runs(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
     return [Run(of_run, training.make_network(of_run, dataset)) for of_run in settings]
 
 
-def train_together(
-    runs: Sequence[Run], dataset: data.Dataset, threads: int | None = None
-) -> Iterator[int]:
-    """Train all networks side by side, yielding each epoch once every run has its record of it.
+class SideBySide:
+    """All networks of a comparison, trained together by the rules, and where their training is.
+
+    Several processes share them out; the first one has all records, and all networks as they are
+    after an epoch.
 
     Args:
         runs: from `make_runs`. They differ in loss, rate and seed alone; each one's seed fixes its
@@ -153,51 +161,214 @@ def train_together(
         dataset: on one device, in one dtype. The records' "train" is its first 5,000 training
             examples.
         threads: for loops, as `Ensemble` takes them, and to measure so many networks at once; None
-            for as many as the machine has processors.
+            for as many as this process has processors.
+        world: the processes.
     """
-    (x, y), common = dataset.train, runs[0].settings
-    together = Ensemble(
-        [run.network for run in runs],
-        [training.hyperparameters(run.settings, len(x)) for run in runs],
-        batch_size=common.batch_size,
-        engine=training.ensemble_engine(common.engine),
-        threads=threads,
-    )
-    measured = _measured(dataset)
-    # A thread a network is faster than several for one, whose products are small; but where there
-    # is little to measure they wait for each other's Python.
-    multiplications = sum(len(split.x) for split in measured) * runs[0].network[0].weight.numel()
-    at_once = 1
-    if not x.is_cuda and multiplications >= _MULTIPLICATIONS_FOR_THREADS:
-        at_once = threads or os.cpu_count() or 1
-    draw = {run.settings.seed: training.generators(run.settings.seed)[1] for run in runs}
-    step, seconds = 0, 0.0
-    for epoch in range(common.epochs + 1):
-        if epoch:
-            began = time.perf_counter()
-            orders = {seed: data.order(len(x), draw[seed], x.device) for seed in draw}
-            by_run = torch.stack([orders[run.settings.seed] for run in runs])
-            step += together.train_epoch(x, y, by_run)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            seconds = (time.perf_counter() - began) / len(runs)
-        # Appended together, so that whoever interrupts finds them all equally long.
-        with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
-            records = training.records(
-                [partial(together.outputs, number) for number in range(len(runs))],
-                together.networks,
-                [run.settings.loss for run in runs],
-                measured,
-                epoch=epoch,
-                step=step,
-                seconds=seconds,
-                threads=at_once,
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        dataset: data.Dataset,
+        threads: int | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """Make the ensemble of this process's share."""
+        self.runs, self._world, self._train = runs, world, dataset.train
+        self._share = list(runs[world.rank :: world.size])
+        self._common = runs[0].settings
+        self._threads = threads or parallel.processors()
+        self._measured = _measured(dataset)
+        self._together: Ensemble | None = None
+        if self._share:
+            n_train = len(dataset.train.x)
+            self._together = Ensemble(
+                [run.network for run in self._share],
+                [training.hyperparameters(run.settings, n_train) for run in self._share],
+                batch_size=self._common.batch_size,
+                engine=training.ensemble_engine(self._common.engine),
+                threads=self._threads,
             )
-        for run, record in zip(runs, records, strict=True):
+        # So many epochs are finished and recorded; of the next one so many examples are behind.
+        self._epoch = self._step = self._position = 0
+        self._recorded = -1
+        self._seconds = 0.0
+        seeds = {run.settings.seed for run in runs}
+        self._generators = {seed: training.generators(seed)[1] for seed in sorted(seeds)}
+        self._drawn_from = self._drawing()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last epoch is recorded."""
+        return self._recorded >= self._common.epochs
+
+    def _drawing(self) -> Tensor:
+        """The states of the generators, [seeds, …]."""
+        return torch.stack([generator.get_state() for generator in self._generators.values()])
+
+    def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
+        """Train, yielding each epoch once every run has its record of it.
+
+        Args:
+            between: called between steps, where all networks are at the same one.
+        """
+        while True:
+            if self._recorded < self._epoch:
+                self._record()
+                yield self._epoch
+            if self.complete:
+                return
+            self._train_epoch(between)
+
+    def _train_epoch(self, between: Callable[[], None]) -> None:
+        x, y = self._train
+        if self._position == 0:
+            self._drawn_from = self._drawing()
+        else:  # the same orders again
+            for generator, state in zip(self._generators.values(), self._drawn_from, strict=True):
+                training.set_back(generator, state)
+        orders = {
+            seed: data.order(len(x), generator, x.device)
+            for seed, generator in self._generators.items()
+        }
+        by_run = [orders[run.settings.seed] for run in self._share]
+        order = torch.stack(by_run) if by_run else None
+        stretch = self._stretch()
+        began = time.perf_counter() - self._seconds
+        while self._position < len(x):
+            end = min(self._position + stretch, len(x))
+            if self._together is not None and order is not None:
+                self._together.train_epoch(x, y, order[:, self._position : end])
+            self._step += -(-(end - self._position) // self._common.batch_size)
+            self._position = end
+            paused = time.perf_counter()
+            self._seconds = paused - began
+            if end < len(x):
+                between()
+            began += time.perf_counter() - paused
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        self._seconds = time.perf_counter() - began
+        self._epoch += 1
+        self._position = 0
+        between()
+
+    def _stretch(self) -> int:
+        """The same for all processes, so that they are between steps together."""
+        networks = -(-len(self.runs) // self._world.size)
+        own = self._together.stretch(networks) if self._together is not None else 0
+        return self._world.largest(own)
+
+    def _record(self) -> None:
+        """What there is to know of each network, after an epoch."""
+        records: list[Record] = []
+        if self._together is not None:
+            # A thread a network is faster than several for one, whose products are small; but where
+            # there is little to measure they wait for each other's Python.
+            first_layer = self._share[0].network[0].weight.numel()
+            multiplications = sum(len(split.x) for split in self._measured) * first_layer
+            many = multiplications >= _MULTIPLICATIONS_FOR_THREADS
+            at_once = self._threads if many and not self._train.x.is_cuda else 1
+            with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
+                records = training.records(
+                    [partial(self._together.outputs, number) for number in range(len(self._share))],
+                    self._together.networks,
+                    [run.settings.loss for run in self._share],
+                    self._measured,
+                    epoch=self._epoch,
+                    step=self._step,
+                    seconds=self._seconds / len(self._share),
+                    threads=at_once,
+                )
+        # Appended together, so that whoever interrupts finds them all equally long.
+        for run, record in zip(self._share, records, strict=True):
             run.records.append(record)
             # A weight whose input is always 0 may be NaN, and no loss would show it.
             run.stopped = run.stopped or not training.is_finite(run.network)
-        yield epoch
+        _spread(self.runs, self._epoch, self._world)
+        self._recorded, self._seconds = self._epoch, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint; waits for all processes. The first one has it."""
+        own = {} if self._together is None else self._together.state_dict()
+        by_rank = self._world.gather((own, _parameters(self._share)))
+        return {
+            "epoch": self._epoch,
+            "step": self._step,
+            "position": self._position,
+            "seconds": self._seconds,
+            "generators": self._drawn_from if self._position else self._drawing(),
+            "ensembles": [ensemble for ensemble, _ in by_rank],
+            "parameters": [parameters for _, parameters in by_rank],
+            "records": [training.pack(run.records) for run in self.runs],
+            "stopped": [run.stopped for run in self.runs],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, with the same runs and data and as many processes.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        with training.what_does_not_fit():
+            _check_processes(len(state["parameters"]), self._world)
+            for rank, parameters in enumerate(state["parameters"]):
+                _set_parameters(self.runs[rank :: self._world.size], parameters)
+            if self._together is not None:
+                self._together.load_state_dict(state["ensembles"][self._world.rank])
+            self._epoch, self._step, self._position = (
+                int(state[name]) for name in ("epoch", "step", "position")
+            )
+            self._seconds = float(state["seconds"])
+            self._drawn_from = state["generators"]
+            for generator, drawn in zip(self._generators.values(), self._drawn_from, strict=True):
+                training.set_back(generator, drawn)
+            _set_records(self.runs, state)
+            (self._recorded,) = {len(run.records) - 1 for run in self.runs}
+            if not self._epoch - 1 <= self._recorded <= self._epoch or self._position < 0:
+                raise ValueError(f"records of epoch {self._recorded} after epoch {self._epoch}")
+
+
+def _parameters(runs: Sequence[Run]) -> list[Tensor]:
+    """Those of the runs' networks, stacked: [runs, *shape] each."""
+    by_run = [list(run.network.state_dict().values()) for run in runs]
+    return [torch.stack(of_all).cpu() for of_all in zip(*by_run, strict=True)]
+
+
+def _set_parameters(runs: Sequence[Run], stacked: Sequence[Tensor]) -> None:
+    """In place, so that an ensemble of them goes on with these."""
+    for number, run in enumerate(runs):
+        values = run.network.state_dict()
+        for (name, place), of_all in zip(values.items(), stacked, strict=True):
+            training.check_fits(name, of_all[number], place)
+            place.copy_(of_all[number])
+
+
+def _spread(runs: Sequence[Run], epoch: int, world: World) -> None:
+    """Tell all processes the others' records of an epoch, and the first one their networks."""
+    if world.size == 1:
+        return
+    share = runs[world.rank :: world.size]
+    own = [(run.records[epoch:], run.stopped) for run in share]
+    for rank, theirs in enumerate(world.exchange(own)):
+        if rank != world.rank:
+            for run, (records, stopped) in zip(runs[rank :: world.size], theirs, strict=True):
+                run.records += records
+                run.stopped = stopped
+    for rank, parameters in enumerate(world.gather(_parameters(share))):
+        if rank:
+            _set_parameters(runs[rank :: world.size], parameters)
+
+
+def _set_records(runs: Sequence[Run], state: Mapping[str, Any]) -> None:
+    for run, rows, stopped in zip(runs, state["records"], state["stopped"], strict=True):
+        run.records, run.stopped = training.unpack(rows), bool(stopped)
+
+
+def _check_processes(made_by: int, world: World) -> None:
+    if made_by != world.size:
+        raise ValueError(
+            f"expected as many processes as it was made by, {made_by}, got {world.size}"
+        )
 
 
 @contextlib.contextmanager
@@ -211,29 +382,87 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def control(run: Run, dataset: data.Dataset) -> tuple[Run, Iterator[int]]:
-    """The same network once more, from its start, by PyTorch's autograd alone.
+class Controls:
+    """Some networks once more, from their start, by PyTorch's autograd alone.
+
+    Several processes share them out.
 
     Args:
-        run: the one to repeat.
+        runs: those to repeat.
         dataset: the same.
-
-    Returns:
-        The new run, and an iterator that trains it and yields its epochs.
+        world: the processes.
     """
-    settings = dataclasses.replace(run.settings, engine="autograd")
-    state = training.initial_state(settings, dataset)
-    again = Run(settings, state.network)
 
-    def epochs() -> Iterator[int]:
-        try:
-            for record in training.train(state, settings, dataset, measured=_measured(dataset)):
-                again.records.append(record)
-                yield record.epoch
-        except training.Diverged:
-            again.stopped = True
+    def __init__(self, runs: Sequence[Run], dataset: data.Dataset, world: World = ALONE) -> None:
+        """Make the networks."""
+        self._dataset, self._world = dataset, world
+        self._settings = [dataclasses.replace(run.settings, engine=CONTROL) for run in runs]
+        self._states = [training.initial_state(settings, dataset) for settings in self._settings]
+        self.runs = [
+            Run(settings, state.network)
+            for settings, state in zip(self._settings, self._states, strict=True)
+        ]
+        """The new runs."""
+        self.finished = -1
+        """The last epoch that all of them have a record of, but those that have stopped."""
 
-    return again, epochs()
+    def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
+        """Train, yielding each epoch: through all of them, so their curves have one point an epoch.
+
+        Args:
+            between: called between the steps of any of them.
+        """
+        measured = _measured(self._dataset)
+        share = range(self._world.rank, len(self.runs), self._world.size)
+        trainings = {
+            number: training.train(
+                self._states[number],
+                self._settings[number],
+                self._dataset,
+                measured=measured,
+                between=between,
+            )
+            for number in share
+        }
+        last = self._settings[0].epochs if self._settings else -1
+        for epoch in range(self.finished + 1, last + 1):
+            for number in share:
+                run = self.runs[number]
+                if not run.stopped and len(run.records) <= epoch:
+                    try:
+                        run.records.append(next(trainings[number]))
+                    except training.Diverged:
+                        run.stopped = True
+            _spread(self.runs, epoch, self._world)
+            self.finished = epoch
+            yield epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint; waits for all processes. The first one has it."""
+        own = [state.state_dict() for state in self._states[self._world.rank :: self._world.size]]
+        return {
+            "finished": self.finished,
+            "states": self._world.gather(own),
+            "records": [training.pack(run.records) for run in self.runs],
+            "stopped": [run.stopped for run in self.runs],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, with the same runs and data and as many processes.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        with training.what_does_not_fit():
+            _check_processes(len(state["states"]), self._world)
+            for rank, of_rank in enumerate(state["states"]):
+                own = self._states[rank :: self._world.size]
+                for one, of_one in zip(own, of_rank, strict=True):
+                    one.load_state_dict(of_one)
+            _set_records(self.runs, state)
+            self.finished = int(state["finished"])
+            if any(len(run.records) <= self.finished and not run.stopped for run in self.runs):
+                raise ValueError(f"expected records of epoch {self.finished} of all controls")
 
 
 def _measured(dataset: data.Dataset) -> data.Dataset:

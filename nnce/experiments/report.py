@@ -6,8 +6,10 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -21,6 +23,7 @@ from matplotlib.figure import Figure
 from nnce import checkpoint, data
 from nnce.experiments.command_line import keep
 from nnce.experiments.comparison import (
+    CONTROL,
     MEASURES,
     Comparison,
     Findings,
@@ -153,11 +156,12 @@ def tensorboard_command(run_dir: Path) -> str:
     # A run in the working directory has other things for neighbours.
     here = run_dir.absolute().parent == Path.cwd()
     return shlex.join(
-        [_from_here(tensorboard), "--logdir", _from_here(run_dir if here else run_dir.parent)]
+        [from_here(tensorboard), "--logdir", from_here(run_dir if here else run_dir.parent)]
     )
 
 
-def _from_here(path: Path) -> str:
+def from_here(path: Path) -> str:
+    """A path as it is typed in the working directory."""
     with contextlib.suppress(ValueError):
         path = path.absolute().relative_to(Path.cwd())
     return str(path)
@@ -385,18 +389,76 @@ def page(findings: Findings, dtype: str) -> str:
     return "\n\n".join(parts)
 
 
-class Log:
-    """Every epoch of every network: in epochs.csv, and in TensorBoard a folder a variant."""
+_EPOCHS = "epochs.csv"
 
-    def __init__(self, run_dir: Path, config: Mapping[str, object]) -> None:
+
+def _rows(run: Run, epoch: int) -> list[Row]:
+    """The row of an epoch; none where a run has not come so far."""
+    if epoch >= len(run.records):
+        return []
+    record = run.records[epoch]
+    return [
+        {
+            **run.variant._asdict(),
+            "seed": run.settings.seed,
+            "epoch": record.epoch,
+            "step": record.step,
+            "seconds": record.seconds,
+            **scalars(record),
+        }
+    ]
+
+
+def _as_csv(rows: Sequence[Row], *, header: bool) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]) if rows else [])
+    if header and rows:
+        table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+class Log:
+    """Every epoch of every network: in epochs.csv, and in TensorBoard a folder a variant.
+
+    Args:
+        run_dir: the run's directory.
+        config: name and value of each option.
+        runs, controls: networks that have records, if a run goes on; what has been logged after
+            those goes.
+        controls_finished: the last epoch that all controls have a record of.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, object],
+        runs: Sequence[Run] = (),
+        controls: Sequence[Run] = (),
+        controls_finished: int = -1,
+    ) -> None:
         """Begin the file."""
         self.seconds = 0.0
         """What logging has cost."""
-        self.finished = -1
+        self.finished = min((len(run.records) for run in runs), default=0) - 1
         """The last epoch that is logged of all networks side by side."""
+        self.controls_finished = controls_finished
+        """And of the controls."""
         self.run_dir, self._config = run_dir, config
+        variants = {str(run.variant) for run in controls}
+        for folder in run_dir.glob(f"*-{CONTROL}"):  # at a rate that was the best one once
+            if folder.name not in variants:
+                shutil.rmtree(folder)
+        rows = [
+            row
+            for several, last in ((runs, self.finished), (controls, controls_finished))
+            for epoch in range(last + 1)
+            for run in several
+            for row in _rows(run, epoch)
+        ]
+        write_text(run_dir / _EPOCHS, _as_csv(rows, header=True))
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context((run_dir / "epochs.csv").open("wb", buffering=0))
+        self._file = self._stack.enter_context((run_dir / _EPOCHS).open("ab", buffering=0))
         self._monitors: dict[Variant, Monitor] = {}
 
     def __enter__(self) -> "Log":
@@ -407,6 +469,12 @@ class Log:
         """Close the files."""
         self._stack.close()
 
+    def flush(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fsync(self._file.fileno())
+        for monitor in self._monitors.values():
+            monitor.flush()
+
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -416,18 +484,7 @@ class Log:
     def epoch(self, runs: Sequence[Run], dataset: data.Dataset) -> None:
         """The last epoch of these runs."""
         with self._timed():
-            rows = [
-                {
-                    **run.variant._asdict(),
-                    "seed": run.settings.seed,
-                    "epoch": run.last.epoch,
-                    "step": run.last.step,
-                    "seconds": run.last.seconds,
-                    **scalars(run.last),
-                }
-                for run in runs
-            ]
-            self._append(rows)
+            self._append([row for run in runs for row in _rows(run, run.last.epoch)])
             for variant, of_variant in by_variant(runs).items():
                 monitor = self.monitor(variant)
                 monitor.log(*(run.last for run in of_variant))
@@ -438,13 +495,8 @@ class Log:
 
     def _append(self, rows: Sequence[Row]) -> None:
         """All of these rows, or where the disk is full none: half a number would be another one."""
-        end = self._file.tell()
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(rows[0]) if rows else [])
-        if not end:
-            table.writeheader()
-        table.writerows(rows)
-        content = memoryview(text.getvalue().encode())
+        end = self._file.seek(0, os.SEEK_END)
+        content = memoryview(_as_csv(rows, header=not end).encode())
         try:
             while content:
                 content = content[self._file.write(content) :]
@@ -456,7 +508,11 @@ class Log:
         """The variant's own TensorBoard run."""
         if variant not in self._monitors:
             self._monitors[variant] = self._stack.enter_context(
-                Monitor(self.run_dir / str(variant), {**self._config, **variant._asdict()})
+                Monitor(
+                    self.run_dir / str(variant),
+                    {**self._config, **variant._asdict()},
+                    first=1 + (self.controls_finished if variant.is_control else self.finished),
+                )
             )
         return self._monitors[variant]
 

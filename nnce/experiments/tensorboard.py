@@ -24,6 +24,7 @@ weights.
 loop, under the same tags.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from nnce import data
+from nnce import checkpoint, data
 from nnce.algorithm import backprop
 from nnce.experiments import estimates, figures
 from nnce.losses import Loss
@@ -49,6 +50,7 @@ _HISTOGRAM_EXAMPLES = 1_000
 _BINS = 60
 # Of a wide first layer the first so many neurons are drawn.
 _IMAGES = 100
+_CLOSING = ".closing"
 _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
 _HYPERPARAMETERS = (
@@ -71,18 +73,38 @@ def scalars(record: Record) -> dict[str, float]:
 class Monitor:
     """Writes what there is to see of one variant into its directory.
 
+    The curves are in one file, and what belongs to the end in another, which goes when a run goes
+    on from there.
+
     Args:
         run_dir: where TensorBoard finds it.
         config: name and value of each option.
+        first: the first epoch to be logged. If there are points of it or later ones already, which
+            a run has left that was killed, TensorBoard forgets them.
     """
 
-    def __init__(self, run_dir: Path, config: Mapping[str, object]) -> None:
-        """Open the log and write the configuration into it."""
-        self._writer = SummaryWriter(str(run_dir))
+    def __init__(self, run_dir: Path, config: Mapping[str, object], first: int = 0) -> None:
+        """Open the log, and write the configuration where it begins."""
+        self._run_dir = run_dir
+        for closing in run_dir.glob(f"events.out.tfevents.*{_CLOSING}"):
+            closing.unlink()
+        again = any(run_dir.glob("events.out.tfevents.*"))
+        self._writer = SummaryWriter(str(run_dir), purge_step=first if again else None)
         self._config = dict(config)
-        lines = ["| option | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in config.items()]
-        self.log_text("config", "\n".join(lines))
+        if first == 0:
+            lines = ["| option | value |", "|---|---|"]
+            lines += [f"| {name} | {value} |" for name, value in config.items()]
+            self._writer.add_text("config", "\n".join(lines))
+
+    @functools.cached_property
+    def _closing(self) -> SummaryWriter:
+        return SummaryWriter(str(self._run_dir), filename_suffix=_CLOSING)
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk, so that a checkpoint is never ahead of it."""
+        self._writer.flush()
+        for path in self._run_dir.glob("events.out.tfevents.*"):
+            checkpoint.to_disk(path)
 
     def log(self, *records: Record) -> None:
         """Add an epoch to the curves: of one network, or the mean of several and its band."""
@@ -106,7 +128,7 @@ class Monitor:
             tag: ["Margin", [f"{band}/{tag}" for band in _BANDS]]
             for tag in reversed(scalars(record))  # TensorBoard shows the last one first
         }
-        self._writer.add_custom_scalars({"mean and 95 % confidence interval over seeds": charts})
+        self._closing.add_custom_scalars({"mean and 95 % confidence interval over seeds": charts})
 
     def log_histograms(self, network: MLP, split: data.Split, loss: Loss, epoch: int) -> None:
         """Add histograms of z, a and dz of the output layer, at a bounded number of epochs."""
@@ -135,11 +157,11 @@ class Monitor:
             scale = max(1, 56 // side)
             enlarged = grey.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
             framed = nn.functional.pad(enlarged, (1, 1, 1, 1), value=1.0)
-            self._writer.add_images("weights/layer1", framed.float().cpu(), epoch)
+            self._closing.add_images("weights/layer1", framed.float().cpu(), epoch)
         with torch.no_grad():
             z = network(split.x)
-        self._writer.add_figure("wrong", figures.wrong_examples(split, z), epoch)
-        self._writer.add_figure("confusion", figures.confusion_matrix(split, z), epoch)
+        self._closing.add_figure("wrong", figures.wrong_examples(split, z), epoch)
+        self._closing.add_figure("confusion", figures.confusion_matrix(split, z), epoch)
 
     def log_hparams(self, record: Record) -> None:
         """Enter the options and what came of them among the hyper-parameters.
@@ -156,17 +178,17 @@ class Monitor:
             for tag, value in scalars(record).items()
             if tag.startswith(("loss/", "accuracy/"))
         }
-        writer: Any = self._writer.file_writer
+        writer: Any = self._closing.file_writer
         for summary in hparams(options, metrics):
             writer.add_summary(summary)
 
     def log_figure(self, tag: str, figure: Figure) -> None:
         """Add a picture."""
-        self._writer.add_figure(tag, figure)
+        self._closing.add_figure(tag, figure)
 
     def log_text(self, tag: str, markdown: str) -> None:
-        """Add a page of text."""
-        self._writer.add_text(tag, markdown)
+        """Add a page of text, at the end."""
+        self._closing.add_text(tag, markdown)
 
     def __enter__(self) -> "Monitor":
         """Close the log at the block's end."""
@@ -175,3 +197,5 @@ class Monitor:
     def __exit__(self, *error: object) -> None:
         """Close the log."""
         self._writer.close()
+        if "_closing" in vars(self):
+            self._closing.close()

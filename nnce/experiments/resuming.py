@@ -1,0 +1,286 @@
+"""Runs that nothing can lose: when a checkpoint is written, and how a run goes on from one."""
+
+import argparse
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nnce import checkpoint
+from nnce.checkpoint import CheckpointError
+from nnce.experiments import command_line, report
+from nnce.experiments.command_line import ArgumentParser
+from nnce.parallel import World
+
+# What does not change the numbers, or only by rounding, may be another on resuming.
+_MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
+# Steps between which the processes of a job do not ask each other whether to stop.
+_STEPS_UNASKED = 10
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """--checkpoint-every and --resume."""
+    parser.add_argument(
+        "--checkpoint-every",
+        type=_every,
+        default="1",
+        metavar="EPOCHS",
+        help="how often all that a run needs to go on is saved: after so many epochs, or seconds "
+        "with an s, 30s say; and when it is stopped",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="go on with a run that was stopped or killed, with its own options, bit for bit as if "
+        "it had not been; more --epochs than it was begun with may be asked for",
+    )
+
+
+def _every(text: str) -> str:
+    """`--checkpoint-every`, checked: a whole number, or a number and an s."""
+    seconds = re.fullmatch(r"(\d{1,9}(\.\d{1,9})?)s", text)
+    epochs = re.fullmatch(r"\d{1,9}", text)
+    if not (epochs and int(text)) and not (seconds and float(seconds[1])):
+        raise argparse.ArgumentTypeError(
+            f"expected a number of epochs, 5 say, or of seconds, 30s say, got {text!r}"
+        )
+    return text
+
+
+# ------------------------------------------------------------------------------- what is asked for
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    options: argparse.Namespace
+    """Those on the command line, or where a run goes on its own ones."""
+    found: dict[str, Any] | None
+    """The content of its checkpoint."""
+    run_dir: Path | None
+    """Where it goes on."""
+
+
+def start(
+    parser: ArgumentParser, arguments: Sequence[str] | None, script: str, world: World
+) -> Start:
+    """Parse the options and, for --resume, read the checkpoint.
+
+    A job that `torchrun` has restarted goes on by itself, if it had come to a checkpoint.
+
+    Args:
+        parser: the script's.
+        arguments: sys.argv's if None.
+        script: its name, which its checkpoints have too.
+        world: its processes. The first one reads the file, and tells the others.
+
+    Exits with status 2 and a sentence where there is no good checkpoint, or the options contradict
+    it.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(arguments)
+    run_dir: Path | None = options.resume
+    restarted = run_dir is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if restarted and world.rank == 0:
+        run_dir = options.run_dir or next(
+            Path("runs").glob(f"*-{command_line.date_and_time()}"), None
+        )
+        if run_dir is not None and not any(run_dir.glob("checkpoint-*")):
+            command_line.clear(run_dir)
+            run_dir = None
+    # Together with what went wrong, which is the same for all.
+    run_dir, found, wrong = world.broadcast(_read(run_dir, script) if world.rank == 0 else None)
+    if wrong:
+        parser.error(wrong)
+    if run_dir is None:
+        return Start(options, None, None)
+    recorded = as_arguments(parser, found["config"], run_dir)
+    before = parser.parse_args(recorded)
+    options = before if restarted else parser.parse_args([*recorded, *arguments])
+    for name, value in vars(options).items():
+        was = getattr(before, name)
+        option = f"--{name.replace('_', '-')}"
+        if name == "epochs" and value < was:
+            parser.error(f"{option} {value}: may be raised on resuming, and the run has {was}")
+        if value != was and name not in _MAY_CHANGE:
+            parser.error(
+                f"{option} {_in_words(value)}: the run in {run_dir} was begun with "
+                f"{_in_words(was)}; leave it away, or begin a new run"
+            )
+    options.resume = None
+    return Start(options, found, run_dir)
+
+
+def _in_words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any], str | None]:
+    """A run's checkpoint, or the sentence that says why there is none."""
+    if run_dir is None:
+        return None, {}, None
+    if not run_dir.is_dir():
+        return run_dir, {}, f"--resume {run_dir}: there is no such folder"
+    try:
+        found = checkpoint.latest_checkpoint(run_dir)
+    except (CheckpointError, OSError) as error:
+        return run_dir, {}, f"--resume {run_dir}: {error}"
+    if found is None:
+        return (
+            run_dir,
+            {},
+            (f"--resume {run_dir}: no run of train.py or compare.py has left a checkpoint there"),
+        )
+    of = found.content.get("script")
+    if of != script:
+        return run_dir, {}, f"--resume {run_dir}: that is a run of {of}, not of {script}"
+    if not isinstance(found.content.get("config"), dict):
+        return run_dir, {}, f"--resume {run_dir}: {found.path} has no configuration"
+    for sentence in found.damaged:
+        print(f"{sentence}; going on from {found.path}, the one before", file=sys.stderr)
+    return run_dir, found.content, None
+
+
+def as_arguments(parser: ArgumentParser, config: Mapping[str, object], run_dir: Path) -> list[str]:
+    """A recorded configuration as it would be typed, so that it is checked like any other."""
+    arguments: list[str] = []
+    options = {a.dest: a.option_strings[-1] for a in parser._actions if a.option_strings}
+    for name, value in config.items():
+        if name not in options:
+            parser.error(
+                f"--resume {run_dir}: it was begun with an option {name!r}, which this version "
+                f"does not have"
+            )
+        if isinstance(value, list):
+            arguments += [options[name], *map(str, value)]
+        elif value is True:
+            arguments.append(options[name])
+        elif value is not None and value is not False:
+            arguments.append(f"{options[name]}={value}")
+    return arguments
+
+
+# -------------------------------------------------------------------------------- what is recorded
+
+
+def circumstances(world: World) -> dict[str, Any]:
+    """What the bits depend on beside the options."""
+    return {
+        **report.versions(),
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "processes": world.size,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def header(
+    script: str, config: Mapping[str, object], world: World, command: str = ""
+) -> dict[str, Any]:
+    """What every checkpoint has."""
+    plain = {
+        name: str(value) if isinstance(value, Path) else value for name, value in config.items()
+    }
+    return {
+        "script": script,
+        "config": plain,
+        "circumstances": circumstances(world),
+        "command": command,
+    }
+
+
+def warn(found: Mapping[str, Any], world: World) -> None:
+    """Say on standard error where something is not as it was, so that the bits may differ."""
+    now, then = circumstances(world), found.get("circumstances")
+    then = then if isinstance(then, dict) else {}
+    changed = [
+        f"{what} {value} (was {then[what]})"
+        for what, value in now.items()
+        if then.get(what, value) != value
+    ]
+    if changed and world.rank == 0:
+        print(f"Resumed with {', '.join(changed)}: the bits may differ.", file=sys.stderr)
+
+
+def command_to_resume(run_dir: Path, world: World) -> str:
+    """The command that goes on with a run."""
+    python = [report.from_here(Path(sys.executable))]
+    if world.joined:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        python = [report.from_here(torchrun), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    script = report.from_here(Path(sys.argv[0]))
+    return shlex.join([*python, script, "--resume", report.from_here(run_dir)])
+
+
+# ----------------------------------------------------------------------------------- when to save
+
+
+class Saver:
+    """Writes a run's checkpoints where they are due, and stops it between two steps.
+
+    Args:
+        run_dir: where they go.
+        every: `--checkpoint-every`.
+        content: all that the rest of the run needs; asked of every process.
+        flush: what must be on the disk before.
+        world: the processes; the first one writes.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        every: str,
+        content: Callable[[], Mapping[str, Any]],
+        flush: Callable[[], None],
+        world: World,
+    ) -> None:
+        """Nothing is written yet."""
+        self._run_dir, self._content, self._flush, self._world = run_dir, content, flush, world
+        seconds = every.endswith("s")
+        self._seconds = float(every[:-1]) if seconds else math.inf
+        self._epochs = 0 if seconds else int(every)
+        self._saved, self._calls = time.monotonic(), 0
+
+    def between(self, ask: int = _STEPS_UNASKED) -> None:
+        """Between two steps: save if it is time, and let a signal through that waits.
+
+        Args:
+            ask: of several processes, how many steps they take before they ask each other.
+        """
+        code = command_line.waiting() or int(self._is_time())
+        if self._world.size > 1:
+            self._calls += 1
+            if self._calls % ask:
+                return
+            code = self._world.largest(code)
+        if code == 1:
+            self.save()
+        elif code:  # the number of a signal
+            command_line.stop(code)
+            command_line.let_through()
+
+    def after(self, epoch: int, last: int) -> None:
+        """After an epoch that is logged."""
+        due = self._world.largest(int(self._is_time()))
+        if due or epoch == last or (self._epochs and epoch % self._epochs == 0):
+            self.save()
+        self.between(ask=1)
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._saved >= self._seconds
+
+    def save(self) -> None:
+        """Write a checkpoint, which waits for all processes where they have parts of it."""
+        content = self._content()
+        if self._run_dir is not None:
+            self._flush()
+            checkpoint.write_checkpoint(self._run_dir, content)
+        self._saved = time.monotonic()

@@ -1,0 +1,150 @@
+"""Several processes, on one machine or many, that train one network or share many out.
+
+`torchrun` starts them. Where one network is trained, each process takes its share of every
+mini-batch. Gradients are sums over the examples of all shares, divided by how many there are in
+all: shares need not be equal, and may be empty.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from nnce import rules
+from nnce.algorithm import deltas
+from nnce.losses import Loss
+from nnce.modules import MLP
+
+
+class World(NamedTuple):
+    """The processes of a job, and which of them this one is.
+
+    Each of the methods that wait must be called by all of them, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    joined: bool = False
+    """Whether there is a process group, be it of one."""
+
+    def share(self, of: Tensor) -> Tensor:
+        """This process's part of a mini-batch, as equal as can be, and empty where it is small."""
+        return of.tensor_split(self.size)[self.rank]
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers; waits for them."""
+        if self.size == 1:
+            return number
+        together = torch.tensor(number)
+        distributed.all_reduce(together, distributed.ReduceOp.MAX)
+        return int(together)
+
+    def gather(self, one: Any) -> list[Any]:
+        """What each process has, for the first one; waits for them. The others get nothing."""
+        if self.size == 1:
+            return [one]
+        everyone: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        distributed.gather_object(one, everyone)
+        return everyone or []
+
+    def exchange(self, one: Any) -> list[Any]:
+        """What each process has, for all of them; waits for them."""
+        everyone: list[Any] = [one] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(everyone, one)
+        return everyone
+
+    def broadcast(self, one: Any) -> Any:
+        """What the first process has; waits for it."""
+        if self.size == 1:
+            return one
+        place = [one if self.rank == 0 else None]
+        distributed.broadcast_object_list(place)
+        return place[0]
+
+
+ALONE = World()
+
+
+def launched() -> bool:
+    """Whether `torchrun` has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is the first one, which speaks and writes, or the only one."""
+    return not launched() or os.environ.get("RANK", "0") == "0"
+
+
+def join() -> World:
+    """The world that `torchrun` has started this process in; ALONE if it has not.
+
+    Over gloo, and over NCCL what is on CUDA; there each process takes the GPU of its local rank.
+    """
+    if not launched():
+        return ALONE
+    if not distributed.is_initialized():
+        gpus = torch.cuda.device_count()
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    return World(distributed.get_rank(), distributed.get_world_size(), joined=True)
+
+
+def leave() -> None:
+    """Leave the world, if there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def processes_here() -> int:
+    """How many of the job's processes are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+
+
+def processors() -> int:
+    """How many of the machine's there are for each of them."""
+    return max(1, (os.cpu_count() or 1) // processes_here())
+
+
+class FlatGradients:
+    """The gradients of a network by the rules, in one piece of memory, summed over all processes.
+
+    Args:
+        network: whose parameters' `grad` become views of it, for an optimizer.
+    """
+
+    def __init__(self, network: MLP) -> None:
+        """Make the memory."""
+        self._layers = [(W.detach(), b.detach()) for W, b in network.weights_and_biases()]
+        parameters = [p for pair in network.weights_and_biases() for p in pair]
+        like = parameters[0]
+        self._flat = like.new_zeros(sum(p.numel() for p in parameters))
+        places = self._flat.split([p.numel() for p in parameters])
+        self._places = [place.view_as(p) for place, p in zip(places, parameters, strict=True)]
+        _point_at(parameters, self._places)
+
+    @torch.no_grad()
+    def fill(self, x: Tensor, y: Tensor, loss: Loss, n: int) -> None:
+        """The gradient of C, averaged over the n examples of a mini-batch; waits for all processes.
+
+        Args:
+            x: inputs of this process's share, [share, n_in].
+            y: their targets, [share, n_out].
+            loss: "quadratic" or "cross-entropy".
+            n: how many examples all shares have.
+        """
+        _, a, dz = deltas(self._layers, x, y, loss)
+        places = iter(self._places)
+        for of_layer, a_prev in zip(dz, [x, *a[:-1]], strict=True):
+            next(places).copy_(rules.dW(of_layer, a_prev))  # (6), summed over the share
+            next(places).copy_(rules.db(of_layer))  # (6)
+        self._flat.div_(n)
+        distributed.all_reduce(self._flat)
+
+
+def _point_at(parameters: Sequence[nn.Parameter], places: Sequence[Tensor]) -> None:
+    for parameter, place in zip(parameters, places, strict=True):
+        parameter.grad = place

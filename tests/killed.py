@@ -1,0 +1,224 @@
+"""Runs of train.py and compare.py that are killed, over and over, and resumed; and what must be so.
+
+A process of its own, which imports everything once and then forks a process for each run:
+
+    python tests/killed.py SCRIPT FOLDER KILLS SEED OPTIONS…
+
+prints how many kills there were, and at how many of them something was being written; it fails
+unless what comes out in the end is, bit for bit, what a run comes to that is left alone.
+"""
+
+import contextlib
+import csv
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What differs from run to run: how long it took, and where it was.
+TIMES = ("seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(item) for item in value]
+    return value
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return [without_times(row) for row in csv.DictReader(file)]
+
+
+def curves(folder):
+    """Every point of every curve, and the steps of all else, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()
+    return {
+        **{
+            ("scalar", tag): [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in tags["scalars"]
+        },
+        **{
+            ("histogram", tag): [
+                (event.step, event.histogram_value) for event in events.Histograms(tag)
+            ]
+            for tag in tags["histograms"]
+        },
+        **{("image", tag): [e.step for e in events.Images(tag)] for tag in tags["images"]},
+        **{
+            ("tensor", tag): [e.step for e in events.Tensors(tag)]
+            for tag in tags["tensors"]
+            if "hparams" not in tag
+        },
+    }
+
+
+def outcome(run_dir):
+    """All that a run has come to, but for times."""
+    import torch
+
+    import nnce
+
+    found = {"results": without_times(json.loads((run_dir / "results.json").read_text()))}
+    folders = sorted({path.parent for path in run_dir.rglob("events.out.tfevents.*")})
+    for folder in folders:
+        found["curves", folder.relative_to(run_dir)] = curves(folder)
+    if (run_dir / "network.pt").exists():
+        state = nnce.load(run_dir / "network.pt").state_dict()
+        found["network"] = {name: tensor.tolist() for name, tensor in state.items()}
+    if (run_dir / "epochs.csv").exists():
+        found["csv"] = rows(run_dir / "epochs.csv")
+        found["picture"] = (run_dir / "learning-curves.png").read_bytes()
+    content = nnce.checkpoint.latest_checkpoint(run_dir).content
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return (value.dtype, tuple(value.shape), value.numpy().tobytes())
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items() if key not in TIMES}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    # Everything but the records, whose times are in them; those are in results and CSV.
+    for part in ("state", "side by side", "controls"):
+        if content.get(part) is not None:
+            found[part] = plain({k: v for k, v in content[part].items() if k != "records"})
+    left = [path.name for path in run_dir.iterdir() if path.name.startswith(".")]
+    assert not left, left
+    return found
+
+
+def differences(a, b, place=""):
+    """Where two outcomes differ, in words."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{place}: {set(a) ^ set(b)}"]
+        return [d for key in a for d in differences(a[key], b[key], f"{place}/{key}")]
+    same = a == b or (a != a and b != b)
+    return [] if same else [f"{place}: {str(a)[:200]} and {str(b)[:200]}"]
+
+
+def forked(work, log):
+    """Do something in a process of its own; its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        for number in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        work()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def run(name, arguments, log, dies_at=None):
+    """Begin a run in a process of its own; its number.
+
+    With `dies_at` it kills itself at the so-manieth call of what puts a file into its place.
+    """
+
+    def work():
+        from nnce.experiments import command_line
+
+        if dies_at is not None:
+            calls = iter(range(dies_at))
+
+            def counted(whole):
+                def call(*arguments, **more):
+                    if next(calls, None) is None:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return whole(*arguments, **more)
+
+                return call
+
+            for call in ("fsync", "replace", "unlink"):
+                setattr(os, call, counted(getattr(os, call)))
+        sys.argv = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
+        command_line.run_script(loaded(name).main)
+
+    return forked(work, log)
+
+
+def status_of(child):
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def check(run_dir, alone):
+    """Fail unless two runs have come to the same."""
+    wrong = differences(outcome(alone), outcome(run_dir))
+    assert not wrong, (run_dir, wrong[:5])
+
+
+def main(name, folder, kills, seed, *options):
+    # All that a run imports, once. Nothing else is done here: threads would not be in a fork.
+    import matplotlib.pyplot  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import sklearn.model_selection  # noqa: F401
+
+    loaded(name)
+    chance = random.Random(int(seed))
+    folder, kills = Path(folder), int(kills)
+    folder.mkdir(exist_ok=True)
+    alone, log = folder / "alone", folder / "log"
+    began = time.monotonic()
+    assert status_of(run(name, [*options, "--run-dir", str(alone)], log)) == 0, log.read_text()
+    lasts = time.monotonic() - began
+    killed = in_writes = chains = 0
+    while killed < kills:
+        run_dir = folder / f"chain-{chains}"
+        chains += 1
+        while True:
+            if run_dir.exists() and not any(run_dir.glob("checkpoint-*")):
+                shutil.rmtree(run_dir)  # it had not begun
+            begun = run_dir.exists()
+            arguments = (
+                ["--resume", str(run_dir)] if begun else [*options, "--run-dir", str(run_dir)]
+            )
+            how = (
+                chance.choices(("time", "write", "not"), (5, 5, 1))[0] if killed < kills else "not"
+            )
+            child = run(name, arguments, log, chance.randrange(60) if how == "write" else None)
+            if how == "time":
+                time.sleep(chance.random() * lasts / 2)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            status = status_of(child)
+            if status != -signal.SIGKILL:
+                assert status == 0, (status, log.read_text()[-2000:])
+                break
+            killed += 1
+            in_writes += how == "write"
+        assert status_of(forked(lambda: check(run_dir, alone), log)) == 0, log.read_text()[-2000:]
+    print(f"{killed} kills, {in_writes} of them in writes, {chains} runs: all the same")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(*sys.argv[1:])
