@@ -4,8 +4,9 @@ A process of its own, which imports everything once and then forks a process for
 
     python tests/killed.py SCRIPT FOLDER KILLS SEED OPTIONS…
 
-prints how many kills there were, and at how many of them something was being written; it fails
-unless what comes out in the end is, bit for bit, what a run comes to that is left alone.
+prints how many kills there were, at how many of them something was being written, and how often the
+run was asked to stop between (SIGINT, SIGTERM). It fails unless what comes out in the end is, bit
+for bit, what a run comes to that is left alone.
 """
 
 import contextlib
@@ -23,6 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # What differs from run to run: how long it took, and where it was.
+POLITE = (signal.SIGINT, signal.SIGTERM)
+# A signal may also come before there is anything that listens, or when all is done.
+STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 TIMES = ("seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
 
 
@@ -73,12 +77,13 @@ def curves(folder):
 
 
 def outcome(run_dir):
-    """All that a run has come to, but for times."""
+    """All that a run has come to, but for times and places."""
     import torch
 
     import nnce
 
-    found = {"results": without_times(json.loads((run_dir / "results.json").read_text()))}
+    results = (run_dir / "results.json").read_text().replace(str(run_dir), "RUN_DIR")
+    found = {"results": without_times(json.loads(results))}
     folders = sorted({path.parent for path in run_dir.rglob("events.out.tfevents.*")})
     for folder in folders:
         found["curves", folder.relative_to(run_dir)] = curves(folder)
@@ -182,7 +187,10 @@ def main(name, folder, kills, seed, *options):
     import sklearn.datasets  # noqa: F401
     import sklearn.model_selection  # noqa: F401
 
+    from nnce import ensemble
+
     loaded(name)
+    ensemble._STRETCH = 1_000_000  # several stops in an epoch of so few digits
     chance = random.Random(int(seed))
     folder, kills = Path(folder), int(kills)
     folder.mkdir(exist_ok=True)
@@ -190,7 +198,7 @@ def main(name, folder, kills, seed, *options):
     began = time.monotonic()
     assert status_of(run(name, [*options, "--run-dir", str(alone)], log)) == 0, log.read_text()
     lasts = time.monotonic() - began
-    killed = in_writes = chains = 0
+    killed = in_writes = asked = chains = 0
     while killed < kills:
         run_dir = folder / f"chain-{chains}"
         chains += 1
@@ -201,22 +209,23 @@ def main(name, folder, kills, seed, *options):
             arguments = (
                 ["--resume", str(run_dir)] if begun else [*options, "--run-dir", str(run_dir)]
             )
-            how = (
-                chance.choices(("time", "write", "not"), (5, 5, 1))[0] if killed < kills else "not"
-            )
+            hows = ("time", "write", "ask", "not") if killed < kills else ("not",)
+            how = chance.choices(hows, (5, 5, 2, 1)[-len(hows) :])[0]
             child = run(name, arguments, log, chance.randrange(60) if how == "write" else None)
-            if how == "time":
+            if how in ("time", "ask"):
                 time.sleep(chance.random() * lasts / 2)
+                number = signal.SIGKILL if how == "time" else chance.choice(POLITE)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+                    os.kill(child, number)
             status = status_of(child)
-            if status != -signal.SIGKILL:
-                assert status == 0, (status, log.read_text()[-2000:])
+            killed += status == -signal.SIGKILL
+            in_writes += status == -signal.SIGKILL and how == "write"
+            asked += status in STOPPED
+            if status != -signal.SIGKILL and status not in STOPPED:
+                assert status == 0, (how, status, log.read_text()[-2000:])
                 break
-            killed += 1
-            in_writes += how == "write"
         assert status_of(forked(lambda: check(run_dir, alone), log)) == 0, log.read_text()[-2000:]
-    print(f"{killed} kills, {in_writes} of them in writes, {chains} runs: all the same")
+    print(f"{killed} kills, {in_writes} of them in writes, {asked} stops, {chains} runs: the same")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ _HISTOGRAM_EXAMPLES = 1_000
 _BINS = 60
 # Of a wide first layer the first so many neurons are drawn.
 _IMAGES = 100
+_EVENTS = "events.out.tfevents.*"
 _CLOSING = ".closing"
 _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
@@ -86,10 +87,11 @@ class Monitor:
     def __init__(self, run_dir: Path, config: Mapping[str, object], first: int = 0) -> None:
         """Open the log, and write the configuration where it begins."""
         self._run_dir = run_dir
-        for closing in run_dir.glob(f"events.out.tfevents.*{_CLOSING}"):
-            closing.unlink()
-        again = any(run_dir.glob("events.out.tfevents.*"))
-        self._writer = SummaryWriter(str(run_dir), purge_step=first if again else None)
+        for old in run_dir.glob(_EVENTS if first == 0 else f"{_EVENTS}{_CLOSING}"):
+            old.unlink()
+        # (Texts would not be purged. And a purge where there is nothing has no sense.)
+        purge_step = first if any(run_dir.glob(_EVENTS)) else None
+        self._writer = SummaryWriter(str(run_dir), purge_step=purge_step)
         self._config = dict(config)
         if first == 0:
             lines = ["| option | value |", "|---|---|"]
@@ -103,7 +105,7 @@ class Monitor:
     def flush(self) -> None:
         """Wait until everything is on the disk, so that a checkpoint is never ahead of it."""
         self._writer.flush()
-        for path in self._run_dir.glob("events.out.tfevents.*"):
+        for path in self._run_dir.glob(_EVENTS):
             checkpoint.to_disk(path)
 
     def log(self, *records: Record) -> None:
