@@ -98,6 +98,7 @@ class Ensemble:
         check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
         self._engine, self._threads, self._graph = engine, threads, graph
         self._trainer: Loops | Products | None = None
+        self._has_trained = False
         self._velocities: list[Tensor] = []  # from a checkpoint, for the trainer
         self._places: list[list[_Place]] = []
 
@@ -173,6 +174,7 @@ class Ensemble:
         if self._velocities:
             self._trainer.set_velocities(self._velocities)
             self._velocities = []
+        self._has_trained = True
         return self._trainer
 
     def stretch(self, networks: int | None = None) -> int:
@@ -190,15 +192,16 @@ class Ensemble:
         return step * max(1, _STRETCH // (weights * networks) // step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must have beside the networks' own: the engine, and the velocities.
+        """What a checkpoint must have beside the networks' own parameters.
 
-        "velocities" are those of each parameter, [networks, *its shape], as the engine keeps them
-        (by products it is −lr v): none before the first epoch, or without momentum.
+        "engine" is None before the first epoch, since it depends on the inputs. "velocities" are
+        those of each parameter, [networks, *its shape], as the engine keeps them (by products −lr
+        v): none before the first epoch, or without momentum.
         """
         velocities = self._velocities or (
             [] if self._trainer is None else self._trainer.velocities()
         )
-        return {"engine": self.engine, "velocities": velocities}
+        return {"engine": self.engine if self._has_trained else None, "velocities": velocities}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, in an ensemble that has not trained yet.
@@ -221,6 +224,7 @@ class Ensemble:
         moving = any(h.momentum for h in self.hyperparameters)
         if engine is not None and moving != bool(velocities):
             raise ValueError("expected velocities where there is momentum, and nowhere else")
+        self._has_trained = engine is not None
         self._engine = engine if self._engine is None else self._engine
         self._velocities = [velocity.to(self.device) for velocity in velocities]
 

@@ -6,6 +6,9 @@ all: shares need not be equal, and may be empty.
 """
 
 import os
+import re
+import secrets
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +19,10 @@ from nnce import rules
 from nnce.algorithm import deltas
 from nnce.losses import Loss
 from nnce.modules import MLP
+
+
+# Seconds that the first process waits for the others.
+_PATIENCE = 300
 
 
 class World(NamedTuple):
@@ -89,8 +96,48 @@ def join() -> World:
         gpus = torch.cuda.device_count()
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        store, rank, size = next(distributed.rendezvous("env://"))
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            store=distributed.PrefixStore(_agreed_name(store, rank, size), store),
+            rank=rank,
+            world_size=size,
+        )
     return World(distributed.get_rank(), distributed.get_world_size(), joined=True)
+
+
+def _agreed_name(store: Any, rank: int, size: int) -> str:
+    """A name that these processes agree on and that has not been used before.
+
+    `torchrun` restarts processes with the store of those that are gone, and gloo would call at the
+    addresses that these have left there. (Its count of restarts is not the same on all machines.)
+    So each process says hello with a number of its own, and the first one answers that number.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello {rank}", own)
+        name = str(store.get(f"welcome {own}"), "ascii")  # waits
+        store.set(f"{name} {rank}", "here")
+        return name
+    others, answered = range(1, size), set()
+    patience = time.monotonic() + _PATIENCE
+    while not all(store.check([f"{own} {other}"]) for other in others):
+        for other in others:
+            if store.check([f"hello {other}"]):
+                number = str(store.get(f"hello {other}"), "ascii")
+                if number not in answered:  # or it is of one that is gone
+                    store.set(f"welcome {number}", own)
+                    answered.add(number)
+        if time.monotonic() > patience:
+            raise RuntimeError(f"{size - 1} other processes were expected, and not all came")
+        time.sleep(0.02)
+    return own
+
+
+def lost(error: BaseException) -> bool:
+    """Whether the error says that another process cannot be reached any more."""
+    words = r"Connection (closed|reset|refused)|[Gg]loo|NCCL|Broken pipe|not all came|store"
+    return isinstance(error, RuntimeError) and launched() and bool(re.search(words, str(error)))
 
 
 def leave() -> None:

@@ -315,10 +315,16 @@ def _beyond_us(error: BaseException) -> str | None:
     """The sentence for no memory, no space and the like; None if the error is one of ours."""
     if isinstance(error, Failed):
         return str(error)
+    if parallel.lost(error):
+        return f"process {os.environ.get('RANK')} has lost another one: {_first_line(error)}"
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
         return memory.shortage(error)
     where = "" if error.filename is None else f": {error.filename}"
     return f"{error.strerror}{where}" if error.strerror else str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 # ------------------------------------------------------------------------------ what options mean
