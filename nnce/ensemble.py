@@ -98,8 +98,7 @@ class Ensemble:
         check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
         self._engine, self._threads, self._graph = engine, threads, graph
         self._trainer: Loops | Products | None = None
-        self._has_trained = False
-        self._velocities: list[Tensor] = []  # from a checkpoint, for the trainer
+        self._dense = False
         self._places: list[list[_Place]] = []
 
     @property
@@ -156,26 +155,23 @@ class Ensemble:
         return -(-order.shape[-1] // self.batch_size)
 
     def _trainer_for(self, x: Tensor) -> Loops | Products:
-        if self._trainer is not None:
-            return self._trainer
-        density = loops.density(x) if self.device.type == "cpu" else 1.0
-        if self._engine is None:
-            suits = suits_loops(self.sizes, self.batch_size, self.dtype, self.device, density)
-            self._engine = "loops" if suits else "products"
-        if self._engine == "loops":
-            self._trainer = Loops(
-                self.networks, self.hyperparameters, self.batch_size, dense=density > loops.DENSE
-            )
-        else:
-            self._trainer = Products(
-                self.networks, self.hyperparameters, self.batch_size, graph=self._graph
-            )
-            self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
-        if self._velocities:
-            self._trainer.set_velocities(self._velocities)
-            self._velocities = []
-        self._has_trained = True
+        if self._trainer is None:
+            density = loops.density(x) if self.device.type == "cpu" else 1.0
+            if self._engine is None:
+                suits = suits_loops(self.sizes, self.batch_size, self.dtype, self.device, density)
+                self._engine = "loops" if suits else "products"
+            self._trainer = self._make_trainer(self._engine, density > loops.DENSE)
         return self._trainer
+
+    def _make_trainer(self, engine: How, dense: bool) -> Loops | Products:
+        self._dense = dense
+        if engine == "loops":
+            return Loops(self.networks, self.hyperparameters, self.batch_size, dense=dense)
+        products = Products(
+            self.networks, self.hyperparameters, self.batch_size, graph=self._graph
+        )
+        self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
+        return products
 
     def stretch(self, networks: int | None = None) -> int:
         """Into how long parts an order may be cut, in examples.
@@ -194,14 +190,16 @@ class Ensemble:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must have beside the networks' own parameters.
 
-        "engine" is None before the first epoch, since it depends on the inputs. "velocities" are
-        those of each parameter, [networks, *its shape], as the engine keeps them (by products −lr
-        v): none before the first epoch, or without momentum.
+        "engine" and whether it takes inputs as "dense", which depend on the data of the first
+        epoch: None before. "velocities" of each parameter, [networks, *its shape], as the engine
+        keeps them (by products −lr v); none without momentum.
         """
-        velocities = self._velocities or (
-            [] if self._trainer is None else self._trainer.velocities()
-        )
-        return {"engine": self.engine if self._has_trained else None, "velocities": velocities}
+        trainer = self._trainer
+        return {
+            "engine": None if trainer is None else self._engine,
+            "dense": self._dense,
+            "velocities": [] if trainer is None else trainer.velocities(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, in an ensemble that has not trained yet.
@@ -213,20 +211,20 @@ class Ensemble:
         engine, velocities = state["engine"], list(state["velocities"])
         if self._trainer is not None:
             raise ValueError("expected an ensemble that has not trained yet")
-        if engine is not None:
-            if self._engine not in (None, engine):
-                raise ValueError(f"expected a state of engine {self._engine!r}, got {engine!r}")
-            _check_engine(engine, self.device, self.dtype)
-        shapes = [(len(self.networks), *parameter.shape) for parameter in self._parameters[0]]
-        found = [tuple(velocity.shape) for velocity in velocities]
-        if found not in ([], shapes) or any(v.dtype != self.dtype for v in velocities):
-            raise ValueError(f"expected velocities of shapes {shapes}, got {found}")
+        if engine is None:
+            return
+        if self._engine not in (None, engine):
+            raise ValueError(f"expected a state of engine {self._engine!r}, got {engine!r}")
+        _check_engine(engine, self.device, self.dtype)
         moving = any(h.momentum for h in self.hyperparameters)
-        if engine is not None and moving != bool(velocities):
-            raise ValueError("expected velocities where there is momentum, and nowhere else")
-        self._has_trained = engine is not None
-        self._engine = engine if self._engine is None else self._engine
-        self._velocities = [velocity.to(self.device) for velocity in velocities]
+        R = len(self.networks)
+        expected = [((R, *p.shape), self.dtype) for p in self._parameters[0]] if moving else []
+        found = [(tuple(velocity.shape), velocity.dtype) for velocity in velocities]
+        if found != expected:
+            raise ValueError(f"expected velocities of {expected}, got {found}")
+        self._engine = engine
+        self._trainer = self._make_trainer(engine, bool(state["dense"]))
+        self._trainer.set_velocities(velocities)
 
     @torch.no_grad()
     def outputs(self, number: int, x: Tensor) -> Tensor:

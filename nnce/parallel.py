@@ -20,7 +20,6 @@ from nnce.algorithm import deltas
 from nnce.losses import Loss
 from nnce.modules import MLP
 
-
 # Seconds that the first process waits for the others.
 _PATIENCE = 300
 
@@ -96,10 +95,11 @@ def join() -> World:
         gpus = torch.cuda.device_count()
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-        store, rank, size = next(distributed.rendezvous("env://"))
+        store, rank, size = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+        name = _agreed_name(store, rank, size)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            store=distributed.PrefixStore(_agreed_name(store, rank, size), store),
+            store=distributed.PrefixStore(name, store),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
         )

@@ -24,7 +24,7 @@ from nnce.algorithm import Hyperparameters
 from nnce.ensemble import Ensemble, How
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
-from nnce.memory import check_memory
+from nnce.memory import check_memory, shortage
 from nnce.modules import MLP, Init, check_init, is_size
 from nnce.parallel import ALONE, FlatGradients, World
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
@@ -202,7 +202,11 @@ def what_does_not_fit() -> Iterator[None]:
     """Around the loading of a state: what does not fit, in whatever way, is a ValueError."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of many types: what a foreign file gives is left to chance
+        if shortage(error):
+            raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

@@ -170,20 +170,16 @@ class Training:
         threads = command_line.threads(options)
         self.side_by_side = SideBySide(runs, dataset, threads, world)
         self.controls = Controls([], dataset, world)
-        self.costs = Costs()
+        self.costs = Costs(world.size)
         if found is not None:
             resuming.warn(found, world)
-            try:
+            with resuming.loading():
                 self.side_by_side.load_state_dict(found["side by side"])
                 self.costs.load_state_dict(found["costs"])
                 # Where there are to be more epochs, there will be other controls.
                 if self.side_by_side.complete and found["controls"] is not None:
                     self.controls = Controls(self._chosen(), dataset, world)
                     self.controls.load_state_dict(found["controls"])
-            except (LookupError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"the checkpoint does not fit its configuration: {error}"
-                ) from error
 
     def _chosen(self) -> list[Run]:
         """The networks that are trained again: of the best rate of each loss the first ones."""
@@ -253,9 +249,9 @@ def dashed(sizes: Sequence[int]) -> str:
 class Costs:
     """Where the time goes, in seconds."""
 
-    def __init__(self) -> None:
-        """Begin."""
-        self._began = time.perf_counter()
+    def __init__(self, processes: int) -> None:
+        """Begin, in so many processes side by side."""
+        self._began, self._processes = time.perf_counter(), processes
         self._logging = 0.0  # before a run went on
         self._parts = {"side by side": 0.0, "control": 0.0}
 
@@ -289,7 +285,7 @@ class Costs:
 
     def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
         """The total in parts."""
-        training = sum(record.seconds for run in runs for record in run.records)
+        training = sum(record.seconds for run in runs for record in run.records) / self._processes
         side_by_side, control = self._parts.values()
         logging = self._logging + log.seconds
         return {

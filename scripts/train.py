@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             suited = ensemble.threads(state.network.sizes, settings.batch_size)
             command_line.set_speed(options, suited)
             command_line.announce_compilation(options, state.network.sizes, settings.engine)
-            records = go_on(state, found) if found else []
+            so_far = go_on(state, found) if found else SoFar([])
         config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
         with command_line.undisturbed():
             if world.rank:
@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dry_run=options.dry_run,
                 resumed=found is not None,
             ) as path:
-                if found and records:
-                    save_finished(state, found, path / "network.pt")
-                run(state, settings, dataset, records, path, config, found)
+                run(state, settings, dataset, so_far, path, config)
     except training.Diverged as error:
         if world.rank == 0:
             print(f"{options_parser.prog}: {error}", file=sys.stderr)
@@ -121,25 +119,29 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
     return settings, dataset
 
 
-def go_on(state: training.State, found: Mapping[str, Any]) -> list[training.Record]:
-    """Take the state to where the checkpoint is; the records so far."""
+class SoFar(NamedTuple):
+    """What a run has come to beside its state."""
+
+    records: list[training.Record]
+    finished: nnce.MLP | None = None
+    """The network of the last record, which a run that was killed may have gone beyond."""
+    seconds: float = 0.0
+
+
+def go_on(state: training.State, found: Mapping[str, Any]) -> SoFar:
+    """Take the state to where the checkpoint is; ValueError if it does not fit."""
     resuming.warn(found, state.world)
-    try:
+    with resuming.loading():
         state.load_state_dict(found["state"])
         records = training.unpack(found["records"])
-        if [record.epoch for record in records] != list(range(state.recorded + 1)):
+        layers = len(state.network.sizes) - 1
+        epochs = [record.epoch for record in records if len(record.layers) == layers]
+        if epochs != list(range(state.recorded + 1)):
             raise ValueError(f"expected records up to epoch {state.recorded}")
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"the checkpoint does not fit its configuration: {error}") from error
-    return records
-
-
-def save_finished(state: training.State, found: Mapping[str, Any], path: Path) -> None:
-    """Put the network of the last record back, which a run that was killed may have gone beyond."""
-    network = copy.deepcopy(state.network)
-    if found["finished"] is not None:
-        network.load_state_dict(found["finished"])
-    nnce.save(network, path)
+        finished = copy.deepcopy(state.network)
+        if found["finished"] is not None:
+            finished.load_state_dict(found["finished"])
+        return SoFar(records, finished if records else None, float(found["seconds"]))
 
 
 def follow(
@@ -155,13 +157,13 @@ def run(
     state: training.State,
     settings: training.Settings,
     dataset: data.Dataset,
-    records: list[training.Record],
+    so_far: SoFar,
     run_dir: Path,
     config: dict[str, Any],
-    found: Mapping[str, Any] | None,
 ) -> None:
     """Train, log each epoch, and write what came out."""
-    began = time.perf_counter() - (found["seconds"] if found else 0.0)
+    records = so_far.records
+    began = time.perf_counter() - so_far.seconds
     device = dataset.train.x.device
     introduce(state, settings, dataset, config)
     header = resuming.header("train.py", config, state.world)
@@ -184,7 +186,9 @@ def run(
         saver = resuming.Saver(
             run_dir, config["checkpoint_every"], content, monitor.flush, state.world
         )
-        if found is None:
+        if so_far.finished:
+            nnce.save(so_far.finished, network_path)
+        if not state.step:
             saver.save()
         epochs = training.train(state, settings, dataset, between=saver.between)
         bar = tqdm(

@@ -11,6 +11,7 @@ for bit, what a run comes to that is left alone.
 
 import contextlib
 import csv
+import functools
 import importlib.util
 import json
 import os
@@ -121,6 +122,13 @@ def differences(a, b, place=""):
     return [] if same else [f"{place}: {str(a)[:200]} and {str(b)[:200]}"]
 
 
+def several_stops_in_an_epoch():
+    """Without a graph, too, where so few digits are taken at once."""
+    from nnce import ensemble, products
+
+    ensemble._STRETCH, products._BLOCK_BYTES = 200_000, 30_000
+
+
 def forked(work, log):
     """Do something in a process of its own; its number."""
     child = os.fork()
@@ -184,13 +192,11 @@ def check(run_dir, alone):
 def main(name, folder, kills, seed, *options):
     # All that a run imports, once. Nothing else is done here: threads would not be in a fork.
     import matplotlib.pyplot  # noqa: F401
-    import sklearn.datasets  # noqa: F401
+    import sklearn.datasets
     import sklearn.model_selection  # noqa: F401
 
-    from nnce import ensemble
-
     loaded(name)
-    ensemble._STRETCH = 1_000_000  # several stops in an epoch of so few digits
+    several_stops_in_an_epoch()
     chance = random.Random(int(seed))
     folder, kills = Path(folder), int(kills)
     folder.mkdir(exist_ok=True)
@@ -224,7 +230,8 @@ def main(name, folder, kills, seed, *options):
             if status != -signal.SIGKILL and status not in STOPPED:
                 assert status == 0, (how, status, log.read_text()[-2000:])
                 break
-        assert status_of(forked(lambda: check(run_dir, alone), log)) == 0, log.read_text()[-2000:]
+        checks = forked(functools.partial(check, run_dir, alone), log)
+        assert status_of(checks) == 0, log.read_text()[-2000:]
     print(f"{killed} kills, {in_writes} of them in writes, {asked} stops, {chains} runs: the same")
 
 

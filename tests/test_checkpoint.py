@@ -1,9 +1,17 @@
 import errno
+import hashlib
 import io
+import itertools
+import json
 import os
+import pathlib
+import pickle
+import random
+import re
 import stat
 import zipfile
 
+import peak
 import pytest
 import torch
 from torch import nn
@@ -314,3 +322,244 @@ def test_a_loaded_network_has_memory_of_its_own_and_can_be_trained(tmp_path):
     assert network[0].weight.data_ptr() != network[2].weight.data_ptr()
     network(torch.rand(3, 2)).sum().backward()
     assert network[0].weight.grad is not None
+
+
+def test_a_network_that_names_more_than_tensors_is_refused(tmp_path, monkeypatch):
+    """weights_only knows bytearray, of any size: a file of 1 kB would take a terabyte."""
+
+    class Huge:
+        def __reduce__(self):
+            return bytearray, (10**12,)
+
+    network = nnce.MLP((4, 3, 2))
+    content = {"format": checkpoint._FORMAT, "sizes": (4, 3, 2), "state_dict": network.state_dict()}
+    torch.save({**content, "more": Huge()}, tmp_path / "network.pt")
+    monkeypatch.setattr(torch, "load", None)  # is not asked
+    with pytest.raises(ValueError, match="damaged or no network that nnce saved") as refused:
+        nnce.load(tmp_path / "network.pt")
+    assert "it names " in str(refused.value.__cause__)
+
+
+# -------------------------------------------------------------------------------- runs under way
+
+
+def content_of(seed):
+    """What a run leaves, in small."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "config": {"epochs": 3, "hidden": [5, 4], "lr": 0.1, "resume": None, "dry_run": False},
+        "state": {
+            "network": {"0.weight": torch.randn(50, 40, generator=generator)},
+            "generator": generator.get_state(),
+            "numbers": [float("inf"), -0.0, 5e-324, 2**53 + 1, "tensor in this file"],
+        },
+        "half": torch.randn(3, generator=generator).bfloat16(),
+        "empty": torch.zeros(0, 3, dtype=torch.float64),
+        "scalar": torch.tensor(7.0),
+        "view": torch.arange(12).view(3, 4).T[1],
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return type(b) is torch.Tensor and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+def test_a_checkpoint_gives_back_what_was_written(tmp_path):
+    path = checkpoint.write_checkpoint(tmp_path, content_of(0))
+    assert same(checkpoint.read_checkpoint(path), content_of(0))
+    found = checkpoint.latest_checkpoint(tmp_path)
+    assert found.path == path and same(found.content, content_of(0)) and found.damaged == []
+    first_line = path.read_bytes().splitlines()[0].decode()
+    assert re.fullmatch(r"nnce checkpoint 1 [0-9a-f]{64} \d{20}", first_line)
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-of-mine").write_text("precious")
+    for seed in range(4):
+        checkpoint.write_checkpoint(tmp_path, content_of(seed))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-000003", "checkpoint-000004", "checkpoint-of-mine"]
+    assert same(checkpoint.latest_checkpoint(tmp_path).content, content_of(3))
+
+
+def test_a_checkpoint_that_does_not_read_back_takes_nothing_away(tmp_path, monkeypatch):
+    """As on a disk that says yes and loses it."""
+    for seed in range(2):
+        checkpoint.write_checkpoint(tmp_path, content_of(seed))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    whole = checkpoint.write_whole
+
+    def loses_a_bit(path, write):
+        whole(path, write)
+        content = bytearray(path.read_bytes())
+        content[1000] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoint, "write_whole", loses_a_bit)
+    with pytest.raises(OSError, match="its checksum is wrong: it was just written"):
+        checkpoint.write_checkpoint(tmp_path, content_of(2))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_and_folders_are_on_the_disk_before_they_count(tmp_path, monkeypatch):
+    """fsync of the file, then the rename, then fsync of the folder, and only then an older goes."""
+    calls = []
+
+    def noted(name, whole):
+        def call(*arguments, **more):
+            what = arguments[0]
+            if name == "fsync":
+                what = "folder" if stat.S_ISDIR(os.fstat(what).st_mode) else "file"
+            calls.append((name, what))
+            return whole(*arguments, **more)
+
+        return call
+
+    for seed in range(2):
+        checkpoint.write_checkpoint(tmp_path, content_of(seed))
+    for name in ("fsync", "replace", "unlink"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    checkpoint.write_checkpoint(tmp_path, content_of(2))
+    written, renamed, in_folder, gone = calls
+    assert written == ("fsync", "file") and renamed[0] == "replace"
+    assert in_folder == ("fsync", "folder") and gone[0] == "unlink"
+
+
+class RunsCode:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def with_checksum(data, version=b"1"):
+    """Any data as a checkpoint whose checksum is right."""
+    length = b" %020d\n" % len(data)
+    digest = hashlib.sha256(b"nnce checkpoint " + version + length + data).hexdigest()
+    return b"nnce checkpoint " + version + b" " + digest.encode() + length + data
+
+
+def safetensors_header(header, data=b""):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def claims():
+    """Files of safetensors' format, in form, that are larger than they are, or lie otherwise."""
+    tera = 10**12
+    for shape, dtype, size in (([tera], "U8", tera), ([tera, tera], "F32", 8), ([2**62], "F64", 8)):
+        offsets = {"json": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+        yield safetensors_header(offsets, b"{}      ")
+    for length in (2**63, 2**40, 10**9):
+        yield length.to_bytes(8, "little") + b"{}"
+    whole = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    yield safetensors_header({"json": whole})
+    yield safetensors_header({"a": whole})
+    yield safetensors_header({})
+    for text in (
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        b"9" * 5000,
+        b"[" * 100_000,
+        b'{"tensor in this file": 1}',
+    ):
+        entry = {"dtype": "U8", "shape": [len(text)], "data_offsets": [0, len(text)]}
+        yield safetensors_header({"json": entry}, text)
+
+
+def damages(good, folder, chance, count):
+    """So many ways to be no good checkpoint, of each kind some: a name, and the bytes."""
+    size = len(good)
+    yield "empty", b""
+    code = pickle.dumps(RunsCode(folder / "code was run"))
+    zipped = io.BytesIO()
+    torch.save({"a": RunsCode(folder / "code was run")}, zipped)
+    for name, foreign in (("pickle", code), ("torch.save", zipped.getvalue())):
+        yield name, foreign
+        yield f"{name} with a checksum", with_checksum(foreign)
+    for version in (b"0", b"2", b"10"):
+        yield "another version's", with_checksum(good[HEADER:], version)
+    for number, claim in enumerate(claims()):
+        yield f"claim {number}", with_checksum(claim)
+    yield "swapped halves", good[size // 2 :] + good[: size // 2]
+    yield "twice", good + good
+    yield "too long", good + b"\0"
+    yield "without its first line", good[HEADER:]
+    for percent in range(100) if count >= 500 else range(0, 100, 10):
+        yield f"cut at {percent} %", good[: size * percent // 100]
+    for _ in range(20 if count >= 500 else 3):
+        yield "random, with a checksum", with_checksum(chance.randbytes(chance.randrange(2000)))
+        cut = chance.randrange(1, size)
+        yield "swapped", good[cut:] + good[:cut]
+        begin = chance.randrange(size)
+        yield "a hole", good[:begin] + bytes(min(512, size - begin)) + good[begin + 512 :]
+    while True:
+        bit = chance.randrange(8 * size)
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield f"bit {bit}", bytes(flipped)
+
+
+HEADER = checkpoint._HEADER
+
+
+@pytest.mark.parametrize(
+    "count", [100, pytest.param(600, marks=pytest.mark.exhaustive, id="exhaustive")]
+)
+def test_damaged_checkpoints_are_refused_and_the_one_before_is_used(
+    count, tmp_path, record_property
+):
+    """With a sentence, no code run, no wrong number, and no memory for what they claim."""
+    run = tmp_path / "run"
+    run.mkdir()
+    good = [checkpoint.write_checkpoint(run, content_of(seed)) for seed in range(2)]
+    newest = good[1].read_bytes()
+    chance = random.Random(0)
+    peaks = pathlib.Path("/proc/self/clear_refs")
+    if peaks.exists():
+        peaks.write_text("5")  # the peak begins anew
+        before = peak.resident("VmRSS")
+    kinds = set()
+    for name, data in itertools.islice(damages(newest, tmp_path, chance, count), count):
+        if data == newest:  # a hole where there were zeros
+            continue
+        good[1].write_bytes(data)
+        with pytest.raises(checkpoint.CheckpointError) as refused:
+            checkpoint.read_checkpoint(good[1])
+        assert str(refused.value).startswith(f"{good[1]} ") and len(str(refused.value)) < 400, name
+        found = checkpoint.latest_checkpoint(run)
+        assert found.path == good[0] and found.damaged == [str(refused.value)]
+        assert same(found.content, content_of(0)), name
+        kinds.add(name.split()[0])
+    assert not (tmp_path / "code was run").exists() and len(kinds) >= 12
+    if peaks.exists():
+        assert peak.resident("VmHWM") - before < len(newest) / 1e6 + 100
+    good[0].write_bytes(b"")
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint-000001 is empty"):
+        checkpoint.latest_checkpoint(run)
+    record_property("trials", count)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_the_end(tmp_path):
+    checkpoint.write_checkpoint(tmp_path, content_of(0))
+    (tmp_path / "checkpoint-000002").mkdir()
+    found = checkpoint.latest_checkpoint(tmp_path)
+    assert same(found.content, content_of(0)) and "cannot be read" in found.damaged[0]
+
+
+def test_what_was_left_half_written_is_cleared(tmp_path):
+    (tmp_path / ".unfinished-0123").write_bytes(b"half")
+    (tmp_path / "mine").write_bytes(b"precious")
+    checkpoint.clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

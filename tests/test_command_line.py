@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,34 +57,37 @@ def csv_epochs(run_dir):
 # --------------------------------------------------------------------------- stopped by a signal
 
 
-@posix
-@pytest.mark.parametrize(
-    ("name", "repeated"), [("train", signal.SIGINT), ("compare", signal.SIGTERM)]
-)
-def test_signals_that_are_repeated_take_nothing_away(name, repeated, tmp_path):
-    """The directory went with the second one, the trained network in it."""
-    run_dir = tmp_path / "run"
-    options = [*ENDLESS[name], "--run-dir", str(run_dir)]
+def begun(name, run_dir):
+    """A run without end in a process of its own, some epochs of it finished."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / f"{name}.py"), *options],
+        [sys.executable, str(SCRIPTS / f"{name}.py"), *ENDLESS[name], "--run-dir", str(run_dir)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Begun, and two epochs of it finished.
     while not run_dir.exists() or (run_dir / command_line._NOTHING_YET).exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+@posix
+@pytest.mark.parametrize(("name", "first"), [("train", signal.SIGINT), ("compare", signal.SIGTERM)])
+def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
+    """And a SIGTERM after it, as from a shell that leaves, takes nothing away."""
+    run_dir = tmp_path / "run"
+    process = begun(name, run_dir)
+    process.send_signal(first)
     deadline = time.monotonic() + 60
     while process.poll() is None:
         if time.monotonic() > deadline:
             process.kill()
         time.sleep(0.01)
-        process.send_signal(repeated)
-    err = process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+    first_line, how_to_go_on = process.stderr.read().splitlines()
     process.stderr.close()
-    assert process.returncode == 130 and err.startswith("Interrupted; ") and err.count("\n") == 1
+    assert process.returncode == 128 + first and first_line.startswith("Interrupted")
+    assert how_to_go_on.endswith(f"--resume {run_dir}")
     recorded = results(run_dir)
     assert recorded["interrupted"]
     if name == "train":
@@ -96,12 +100,29 @@ def test_signals_that_are_repeated_take_nothing_away(name, repeated, tmp_path):
 
 
 @posix
+def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    process = begun("compare", run_dir)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # the tables and pictures take a second
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - began < 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert not (run_dir / "results.json").exists()
+    assert nnce.checkpoint.latest_checkpoint(run_dir).damaged == []
+
+
+@posix
 @pytest.mark.parametrize(
     ("where", "epochs", "interrupted"),
     [
         ("nnce.experiments.tensorboard.Monitor.log_images", 3, False),
         ("nnce.experiments.report.write_json", 3, False),
         ("nnce.save", 0, True),
+        ("nnce.checkpoint.write_checkpoint", 0, True),
     ],
 )
 def test_what_is_being_written_is_written_whole(where, epochs, interrupted, tmp_path):
@@ -109,22 +130,23 @@ def test_what_is_being_written_is_written_whole(where, epochs, interrupted, tmp_
     target, function = where.rsplit(".", 1)
     change = f"""
 import os, signal, nnce
-import nnce.experiments.report, nnce.experiments.tensorboard
-whole = {where}
+import nnce.checkpoint, nnce.experiments.report, nnce.experiments.tensorboard
+whole, numbers = {where}, [signal.SIGINT, signal.SIGTERM]
 def disturbed(*arguments, **more):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-        os.kill(os.getpid(), number)
+    while numbers:
+        os.kill(os.getpid(), numbers.pop(0))
     return whole(*arguments, **more)
 {target}.{function} = disturbed
 """
     done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
     assert done.returncode == 130
-    assert done.stderr == (f"Interrupted; epochs 0 to {epochs} are kept.\n" if interrupted else "")
+    assert ("Interrupted after step 0; epochs 0 to 0 are kept;" in done.stderr) == interrupted
+    assert ("--resume" in done.stderr) == interrupted and done.stderr.count("\n") == 2 * interrupted
     recorded = results(tmp_path / "run")
     assert recorded["interrupted"] == interrupted
     assert [record["epoch"] for record in recorded["epochs"]] == list(range(epochs + 1))
     assert nnce.load(tmp_path / "run" / "network.pt").sizes == (64, 30, 10)
-    assert b"confusion" in next((tmp_path / "run").glob("events*")).read_bytes()
+    assert b"confusion" in next((tmp_path / "run").glob("events*.closing")).read_bytes()
 
 
 def test_a_signal_waits_for_the_end_of_an_undisturbed_block():
@@ -135,10 +157,11 @@ def test_a_signal_waits_for_the_end_of_an_undisturbed_block():
         done = []
         with pytest.raises(KeyboardInterrupt), signals.undisturbed():
             signal.raise_signal(signal.SIGTERM)
+            with signals.undisturbed():
+                pass  # within another one, which has not ended
             done.append(1)
-        signal.raise_signal(signal.SIGINT)  # the second one finds a script that is closing
-        with signals.undisturbed():
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # finds a script that is closing
+        assert signals.came == signal.SIGTERM
         again = command_line._Signals()
         again.listen()
         with pytest.raises(KeyboardInterrupt):
@@ -168,7 +191,7 @@ def test_stopped_during_the_imports_it_is_quiet(name, number, tmp_path):
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, out, err) == (128 + number, "", "")
 
 
 # ----------------------------------------------------------- stopped by a full disk or no memory
@@ -193,6 +216,10 @@ def full_after(whole, calls):
         # While logging, at epoch 2: in TensorBoard's thread, and when the network is saved.
         ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
         ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
+        (
+            "nnce.checkpoint.write_checkpoint = full_after(nnce.checkpoint.write_checkpoint, 3)",
+            3,
+        ),
         # While closing.
         ("Monitor.log_images = full", 4),
         ("Monitor.__exit__ = full", 4),
@@ -220,7 +247,8 @@ def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "what was finished is kept in" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
-    assert {path.name.partition(".")[0] for path in run_dir.iterdir()} == {"network", "events"}
+    names = {re.split("[.-]", path.name)[0] for path in run_dir.iterdir()}
+    assert names == {"network", "events", "checkpoint"}
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnce import data, training
+from nnce import checkpoint, data, training
 from nnce.experiments import estimates
 
 VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
@@ -170,7 +170,7 @@ def test_hyper_parameters_are_in_the_runs_themselves(finished):
 
     run_dir, _ = finished
     for name in VARIANTS:
-        (path,) = (run_dir / name).glob("events.out.tfevents.*")
+        (path,) = (run_dir / name).glob("events.out.tfevents.*.closing")
         sessions = [
             metadata.parse_session_start_info_plugin_data(value.metadata.plugin_data.content)
             for event in EventFileLoader(str(path)).Load()
@@ -254,21 +254,29 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_so(
         compare.main(options)
     out, err = capsys.readouterr()
     assert "**Interrupted after epoch 2.**" in out
-    assert err == "Interrupted; what was finished is in the table.\n"
+    first, second = err.splitlines()
+    assert first == "Interrupted; what was finished is in the table; to go on:"
+    assert second.endswith(f" --resume {run_dir}")
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and {row["epochs"] for row in results["rows"]} == {2}
     (page,) = events_of(run_dir).Tensors("results/text_summary")
     assert b"Interrupted after epoch 2" in page.tensor_proto.string_val[0]
 
 
-def test_interrupted_before_the_first_epoch_leaves_nothing(compare, tmp_path, monkeypatch):
+def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
+    compare, tmp_path, monkeypatch, capsys
+):
     def stopped(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "order", stopped)
+    run_dir = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        compare.main(["--run-dir", str(tmp_path / "run")])
-    assert list(tmp_path.iterdir()) == []
+        compare.main(["--run-dir", str(run_dir)])
+    out, err = capsys.readouterr()
+    assert "test %" not in out and not (run_dir / "results.json").exists()
+    assert err.splitlines()[0] == "Interrupted; to go on:"
+    assert checkpoint.latest_checkpoint(run_dir).content["side by side"]["epoch"] == 0
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def trained(digits):
     lrs = {"quadratic": [1.0], "cross-entropy": [0.5]}
     runs = comparison.make_runs(comparison.plan(BASE, lrs, 2, dataset), dataset)
     starts = [[p.detach().clone() for p in r.network.parameters()] for r in runs]
-    assert list(comparison.train_together(runs, dataset)) == [0, 1, 2]
+    assert list(comparison.SideBySide(runs, dataset).epochs()) == [0, 1, 2]
     return dataset, runs, starts
 
 
@@ -95,9 +95,9 @@ def test_starts_are_paired_and_differ_from_seed_to_seed(trained):
 def test_the_control_retraces_every_network(trained):
     """Same start, same mini-batches, and autograd's gradients: the same curves in float64."""
     dataset, runs, _ = trained
-    for r in runs:
-        again, epochs = comparison.control(r, dataset)
-        assert list(epochs) == [0, 1, 2]
+    controls = comparison.Controls(runs, dataset)
+    assert list(controls.epochs()) == [0, 1, 2]
+    for r, again in zip(runs, controls.runs, strict=True):
         assert again.variant == r.variant._replace(engine="autograd")
         for a, b in zip(again.network.parameters(), r.network.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -132,7 +132,7 @@ def test_engines_agree_in_float64(digits):
 def test_a_diverging_rate_leaves_the_others_alone(digits):
     def train(lrs):
         runs = comparison.make_runs(comparison.plan(BASE, lrs, 2, digits), digits)
-        list(comparison.train_together(runs, digits))
+        list(comparison.SideBySide(runs, digits).epochs())
         return {(r.variant, r.settings.seed): r for r in runs}
 
     wild = train({"quadratic": [1.0], "cross-entropy": [0.5, 1e38]})
@@ -154,10 +154,11 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
 
 def test_a_diverging_control_is_marked(digits):
     settings = Settings(hidden=(8,), lr=1e38, epochs=3)
-    again, epochs = comparison.control(
-        Run(settings, training.make_network(settings, digits)), digits
-    )
-    assert list(epochs) == [0] and again.stopped and again.diverged
+    run = Run(settings, training.make_network(settings, digits))
+    controls = comparison.Controls([run], digits)
+    assert list(controls.epochs()) == [0, 1, 2, 3]
+    (again,) = controls.runs
+    assert len(again.records) == 1 and again.stopped and again.diverged
 
 
 # --------------------------------------------------------------------------- what came of them

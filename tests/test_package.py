@@ -33,7 +33,7 @@ ORDER = (
         f"experiments.{name}"
         for name in ("__init__", "command_line", "estimates", "comparison", "figures")
     ),
-    *("experiments.tensorboard", "experiments.report"),
+    *("experiments.tensorboard", "experiments.report", "experiments.resuming"),
     "__init__",
 )
 FILES = {

@@ -50,7 +50,8 @@ def test_a_run(train, tmp_path, capsys, digits):
 @pytest.mark.parametrize("engine", training.ENGINES)
 def test_tensorboard_tags(train, tmp_path, engine):
     train.main(["--epochs", "2", "--engine", engine, "--run-dir", str(tmp_path)])
-    (_,) = tmp_path.glob("events.out.tfevents.*")
+    curves, closing = sorted(tmp_path.glob("events.out.tfevents.*"))
+    assert closing.name.endswith(".closing") and not curves.name.endswith(".closing")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # no stray runs
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     splits = ("train", "validation", "test")
@@ -164,7 +165,9 @@ def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys)
     run_dir = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train.main(["--run-dir", str(run_dir)])
-    assert capsys.readouterr().err == "Interrupted; epochs 0 to 2 are kept.\n"
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "Interrupted after step 240; epochs 0 to 2 are kept; to go on:"
+    assert second.endswith(f" --resume {run_dir}")
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and len(results["epochs"]) == 3
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
@@ -181,7 +184,7 @@ def test_killed_politely_or_unread_keeps_what_it_has(tmp_path):
     """SIGTERM, and `| head -1`: what was finished is kept, the status says so, and no traceback."""
     stopped, unread = tmp_path / "stopped", tmp_path / "unread"
     for run_dir, stop, status in (
-        (stopped, lambda process: process.terminate(), 130),
+        (stopped, lambda process: process.terminate(), 143),
         (unread, lambda process: process.stdout.close(), 141),
     ):
         process = program("--epochs", "100000", "--run-dir", str(run_dir))

@@ -1,13 +1,15 @@
 """Runs that nothing can lose: when a checkpoint is written, and how a run goes on from one."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import shlex
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from nnce.checkpoint import CheckpointError
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.parallel import World
+from nnce.training import what_does_not_fit
 
 # What does not change the numbers, or only by rounding, may be another on resuming.
 _MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
@@ -142,11 +145,28 @@ def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any
     of = found.content.get("script")
     if of != script:
         return run_dir, {}, f"--resume {run_dir}: that is a run of {of}, not of {script}"
-    if not isinstance(found.content.get("config"), dict):
-        return run_dir, {}, f"--resume {run_dir}: {found.path} has no configuration"
+    if not _has_header(found.content):
+        return run_dir, {}, f"--resume {run_dir}: {found.path} does not say what was asked for"
     for sentence in found.damaged:
         print(f"{sentence}; going on from {found.path}, the one before", file=sys.stderr)
     return run_dir, found.content, None
+
+
+def _has_header(content: Mapping[str, Any]) -> bool:
+    """Whether `header` has made it: names with numbers and strings, some of them in lists."""
+
+    def plain(value: object) -> bool:
+        return value is None or isinstance(value, str | int | float)
+
+    config, circumstances = content.get("config"), content.get("circumstances")
+    return (
+        isinstance(config, dict)
+        and all(map(plain, (v for v in config.values() if not isinstance(v, list))))
+        and all(map(plain, (item for v in config.values() if isinstance(v, list) for item in v)))
+        and isinstance(circumstances, dict)
+        and all(map(plain, circumstances.values()))
+        and isinstance(content.get("command"), str)
+    )
 
 
 def as_arguments(parser: ArgumentParser, config: Mapping[str, object], run_dir: Path) -> list[str]:
@@ -199,8 +219,7 @@ def header(
 
 def warn(found: Mapping[str, Any], world: World) -> None:
     """Say on standard error where something is not as it was, so that the bits may differ."""
-    now, then = circumstances(world), found.get("circumstances")
-    then = then if isinstance(then, dict) else {}
+    now, then = circumstances(world), found["circumstances"]
     changed = [
         f"{what} {value} (was {then[what]})"
         for what, value in now.items()
@@ -208,6 +227,17 @@ def warn(found: Mapping[str, Any], world: World) -> None:
     ]
     if changed and world.rank == 0:
         print(f"Resumed with {', '.join(changed)}: the bits may differ.", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around what takes a run to where its checkpoint is: one sentence for what does not fit."""
+    try:
+        with what_does_not_fit():
+            yield
+    except ValueError as error:
+        why = textwrap.shorten(str(error), 200)  # what does not fit may be long
+        raise ValueError(f"the checkpoint does not fit its configuration: {why}") from error
 
 
 def command_to_resume(run_dir: Path, world: World) -> str:
@@ -270,7 +300,8 @@ class Saver:
     def after(self, epoch: int, last: int) -> None:
         """After an epoch that is logged."""
         due = self._world.largest(int(self._is_time()))
-        if due or epoch == last or (self._epochs and epoch % self._epochs == 0):
+        at_its_turn = bool(epoch and self._epochs and epoch % self._epochs == 0)
+        if due or at_its_turn or epoch == last:
             self.save()
         self.between(ask=1)
 

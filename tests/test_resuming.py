@@ -1,0 +1,519 @@
+"""Runs that were stopped, killed or damaged, and what --resume makes of them."""
+
+import contextlib
+import copy
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import killed
+import peak
+import pytest
+import torch
+from conftest import ROOT
+
+from nnce import checkpoint, ensemble, products, training
+from nnce.experiments import command_line, resuming
+from nnce.training import Settings
+
+TRAIN = ["--epochs", "3", "--train-size", "300", "--momentum", "0.5", "--l2", "1"]
+COMPARE = ["--epochs", "2", "--seeds", "2", "--lrs", "1", "--train-size", "300"]
+
+
+@pytest.fixture
+def train(script):
+    return script("train")
+
+
+@pytest.fixture
+def compare(script):
+    return script("compare")
+
+
+@pytest.fixture(autouse=True)
+def several_stops_in_an_epoch(monkeypatch):
+    """As in tests/killed.py."""
+    monkeypatch.setattr(ensemble, "_STRETCH", 200_000)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 30_000)
+
+
+def stopped_after(monkeypatch, calls):
+    """The so-manieth time that it may, a run stops, as if a signal had come."""
+    count = iter(range(calls))
+    whole = resuming.Saver.between
+
+    def between(self, *arguments, **more):
+        if next(count, None) is None:
+            monkeypatch.setattr(resuming.Saver, "between", whole)
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(resuming.Saver, "between", between)
+
+
+def same_as_alone(alone, run_dir):
+    assert killed.differences(killed.outcome(alone), killed.outcome(run_dir)) == []
+
+
+# --------------------------------------------------------------------------------- bit for bit
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 5, 7])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("engine", training.ENGINES)
+def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, digits, tmp_path):
+    """Between any two steps, through a file: before the first one, within and between epochs."""
+    if optimizer == "adam" and engine in training.WHOLE:
+        pytest.skip("engines without a graph know SGD alone")
+    settings = Settings(
+        hidden=(9, 8),
+        engine=engine,
+        optimizer=optimizer,
+        epochs=2,
+        batch_size=70,
+        momentum=0.0 if optimizer == "adam" else 0.9,
+        l2=1.0,
+        lr=0.01,
+    )
+    short = digits._replace(train=type(digits.train)(*(part[:200] for part in digits.train)))
+
+    def go(state, calls=None):
+        count = iter(range(10**6 if calls is None else calls))
+
+        def between():
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+
+        records = []
+        with contextlib.suppress(KeyboardInterrupt):
+            for record in training.train(state, settings, short, between=between):
+                records.append(record)
+        return records
+
+    alone = training.initial_state(settings, short)
+    whole = go(alone)
+    first = training.initial_state(settings, short)
+    records = go(first, stop)
+    checkpoint.write_checkpoint(
+        tmp_path, {"state": first.state_dict(), "records": training.pack(records)}
+    )
+    content = checkpoint.latest_checkpoint(tmp_path).content
+    second = training.initial_state(settings, short)
+    second.load_state_dict(content["state"])
+    # Saved again before anything has happened, it is the same still.
+    assert killed.differences(plain(second.state_dict()), plain(content["state"])) == []
+    records = training.unpack(content["records"])
+    for state in (first, second):  # what was stopped can go on, too
+        rest = go(state)
+        assert [r._replace(seconds=0) for r in [*records, *rest]] == [
+            r._replace(seconds=0) for r in whole
+        ]
+        for a, b in zip(state.network.parameters(), alone.network.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert state.step == alone.step == 2 * 3
+
+
+def plain(value):
+    """Tensors as what they hold; a time is none that a test could hold to anything."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), value.tolist())
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if key != "seconds"}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.parametrize("calls", [0, 3, 8])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(calls, train, tmp_path, monkeypatch):
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+    stopped_after(monkeypatch, calls)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*TRAIN, "--run-dir", str(run_dir)])
+    assert train.main(["--resume", str(run_dir)]) == 0
+    same_as_alone(alone, run_dir)
+
+
+@pytest.mark.parametrize("calls", [0, 4, 9, 14, 20])
+def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
+    calls, compare, tmp_path, monkeypatch
+):
+    """Before it began, side by side, and in the midst of its control."""
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    assert compare.main([*COMPARE, "--run-dir", str(alone)]) == 0
+    stopped_after(monkeypatch, calls)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([*COMPARE, "--run-dir", str(run_dir)])
+    assert compare.main(["--resume", str(run_dir)]) == 0
+    same_as_alone(alone, run_dir)
+
+
+def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
+    """A comparison chooses its controls anew; what it had logged of the old ones goes."""
+    for name, module, options in (("t", train, TRAIN), ("c", compare, COMPARE)):
+        alone, run_dir = tmp_path / f"{name}-alone", tmp_path / f"{name}-run"
+        assert module.main([*options, "--epochs", "5", "--run-dir", str(alone)]) == 0
+        assert module.main([*options, "--run-dir", str(run_dir)]) == 0
+        (run_dir / "quadratic-lr99-autograd").mkdir()
+        assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+        expected, found = killed.outcome(alone), killed.outcome(run_dir)
+        # The command is the one that it was begun with.
+        expected["results"].pop("command", None), found["results"].pop("command", None)
+        if name == "t":
+            shutil.rmtree(run_dir / "quadratic-lr99-autograd")
+        assert killed.differences(expected, found) == []
+        assert not (run_dir / "quadratic-lr99-autograd").exists()
+        # What is finished may be asked for once more, and is the same.
+        assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+        again = killed.outcome(run_dir)
+        again["results"].pop("command", None)
+        assert killed.differences(expected, again) == []
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_killed_over_and_over_it_comes_to_the_same(name, tmp_path):
+    kill(name, 5, 0, tmp_path, *(TRAIN if name == "train" else COMPARE))
+
+
+KILLED = {
+    **{
+        f"train, {engine}": ["--engine", engine, "--epochs", "8", "--momentum", "0.5", "--l2", "1"]
+        for engine in ("loops", "products", "functions", "autograd")
+    },
+    "train, adam": ["--optimizer", "adam", "--epochs", "8"],
+    "train, an epoch at a time": ["--epochs", "40"],
+    "compare, loops": ["--epochs", "6", "--seeds", "2", "--lrs", "1", "3", "--momentum", "0.2"],
+    "compare, products": [
+        *("--epochs", "6", "--seeds", "2", "--lrs", "1", "3"),
+        *("--hidden", "3000", "--train-size", "300"),
+    ],
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("what", KILLED)
+def test_killed_50_times_it_comes_to_the_same(what, tmp_path, record_property):
+    options = KILLED[what]
+    if "an epoch" not in what:
+        options = [*options, "--checkpoint-every", "0.05s"]
+    record_property("trials", kill(what.split(",")[0], 50, 1, tmp_path, *options))
+
+
+def kill(name, kills, seed, folder, *options):
+    """Kill runs so many times (tests/killed.py); what it says in the end."""
+    command = [sys.executable, str(ROOT / "tests" / "killed.py"), name, str(folder / "killed")]
+    done = subprocess.run(
+        [*command, str(kills), str(seed), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.match(rf"{kills} kills, \d+ of them in writes", done.stdout), done.stdout
+    return done.stdout
+
+
+# ------------------------------------------------------------------------- what is asked for again
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of each script, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    for name, options in (("train", TRAIN), ("compare", COMPARE)):
+        module = killed.loaded(name)
+        assert module.main([*options, "--run-dir", str(folder / name)]) == 0
+    return folder
+
+
+@pytest.fixture
+def begun(finished, tmp_path):
+    """Runs that may be changed."""
+    shutil.copytree(finished, tmp_path / "begun")
+    return tmp_path / "begun"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("train", ["--lr", "0.3"], "--lr 0.3: the run in {} was begun with 0.5"),
+        ("train", ["--hidden", "5", "4"], "--hidden 5 4: the run in {} was begun with 30"),
+        ("train", ["--seed", "1"], "--seed 1: the run in {} was begun with 0"),
+        ("train", ["--engine", "autograd"], "--engine autograd: the run in {} was begun with"),
+        ("train", ["--data", "mnist"], "--data mnist: the run in {} was begun with digits"),
+        ("train", ["--train-size", "9"], "--train-size 9: the run in {} was begun with 300"),
+        ("train", ["--run-dir", "elsewhere"], "--run-dir elsewhere: the run in {}"),
+        ("train", ["--dry-run"], "--dry-run True: the run in {} was begun with False"),
+        ("train", ["--epochs", "2"], "--epochs 2: may be raised on resuming, and the run has 3"),
+        ("train", ["--epochs", "0"], "--epochs 0: may be raised on resuming"),
+        ("compare", ["--seeds", "3"], "--seeds 3: the run in {} was begun with 2"),
+        ("compare", ["--lrs", "1", "3"], "--lrs 1 3: the run in {} was begun with 1"),
+        ("compare", ["--control-seeds", "0"], "--control-seeds 0: the run in {} was begun with 1"),
+    ],
+)
+def test_what_contradicts_the_run_is_refused_by_name(
+    name, options, message, begun, script, refused
+):
+    run_dir = begun / name
+    line = refused(script(name).main, "--resume", str(run_dir), *options)
+    assert message.format(run_dir) in line
+
+
+def test_what_the_run_was_begun_with_may_be_said_again(begun, train):
+    options = ["--momentum", "0.5", "--lr", "0.5", "--engine", "backprop", "--hidden", "30"]
+    others = ["--threads", "1", "--checkpoint-every", "9", "--data-dir", "anywhere"]
+    assert train.main(["--resume", str(begun / "train"), *options, *others]) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere", "there is no such folder"),
+        ("train/results.json", "there is no such folder"),
+        ("", "no run of train.py or compare.py has left a checkpoint there"),
+        ("compare", "that is a run of compare.py, not of train.py"),
+    ],
+)
+def test_where_there_is_nothing_to_resume(place, message, begun, train, refused):
+    assert message in refused(train.main, "--resume", str(begun / place))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, tmp_path, capsys):
+    before, newest = sorted((begun / "train").glob("checkpoint-*"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert train.main(["--resume", str(begun / "train")]) == 0
+    err = capsys.readouterr().err
+    assert f"{newest} is damaged: its checksum is wrong; going on from {before}" in err
+    alone = tmp_path / "alone"
+    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+    same_as_alone(alone, begun / "train")
+
+
+def test_where_all_are_damaged_it_is_one_line(begun, train, refused):
+    for path in (begun / "train").glob("checkpoint-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    line = refused(train.main, "--resume", str(begun / "train"))
+    assert line.count("is cut off") == 2
+
+
+def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(train, tmp_path, monkeypatch):
+    """Its first checkpoint has no more than its configuration and the start."""
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+
+    def goes(*arguments, **more):
+        os._exit(9)
+
+    with monkeypatch.context() as change:
+        change.setattr(training, "records", goes)
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                train.main([*TRAIN, "--run-dir", str(run_dir)])
+            os._exit(1)
+        assert killed.status_of(child) == 9
+    assert (run_dir / command_line._NOTHING_YET).exists()
+    assert train.main(["--resume", str(run_dir)]) == 0
+    same_as_alone(alone, run_dir)
+
+
+def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    assert train.main(["--resume", str(begun / "train")]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("Resumed with torch 2.99 (was 2.") and "the bits may differ" in err
+    assert train.main(["--resume", str(begun / "train")]) == 0  # said again only if it is another
+    assert "Resumed with" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_be_at_work_in_one_folder(begun, train, refused):
+    with command_line.run_directory(begun / "train", "", resumed=True):
+        line = refused(train.main, "--resume", str(begun / "train"))
+    assert f"the run directory {begun / 'train'} is in use by another process" in line
+
+
+@pytest.mark.parametrize("text", ["1", "30", "30s", "0.5s"])
+def test_how_often_is_said_in_epochs_or_seconds(text, train):
+    assert train.parser().parse_args(["--checkpoint-every", text]).checkpoint_every == text
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "0s", "0.0s", "-1", "1.5", "s", "nan", "infs", "1e3s", "", "5m"]
+)
+def test_no_number_of_epochs_or_seconds(text, train, refused):
+    line = refused(train.main, f"--checkpoint-every={text}")
+    assert f"expected a number of epochs, 5 say, or of seconds, 30s say, got {text!r}" in line
+
+
+@pytest.mark.parametrize(("every", "expected"), [("1", 4), ("2", 3), ("100", 2), ("9999s", 2)])
+def test_checkpoints_are_written_when_they_are_due(every, expected, train, tmp_path, monkeypatch):
+    """At the start, after each so many epochs, and after the last one."""
+    written = []
+    whole = checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *a: (written.append(a), whole(*a)))
+    options = ["--epochs", "3", "--checkpoint-every", every, "--run-dir", str(tmp_path / "run")]
+    assert train.main(options) == 0
+    assert len(written) == expected
+
+
+# --------------------------------------------------------------------------- what does not fit
+
+
+def mutated(value, chance):
+    """The same but for one thing, somewhere within."""
+    value = copy.copy(value)
+    if isinstance(value, dict) and value:
+        key = chance.choice(list(value))
+        if chance.random() < 0.1:
+            del value[key]
+        else:
+            value[key] = mutated(value[key], chance)
+        return value
+    if isinstance(value, list) and value:
+        number = chance.randrange(len(value))
+        if chance.random() < 0.1:
+            del value[number]
+        else:
+            value[number] = mutated(value[number], chance)
+        return value
+    others = [None, -1, 10**30, "text", [], {}, True, float("nan"), torch.zeros(2), [value, value]]
+    if isinstance(value, torch.Tensor):
+        others += [value[:-1] if value.dim() else value[None], value.to(torch.complex64)]
+        others += [value.bool(), value.double(), torch.zeros(0), value.reshape(-1)]
+    return chance.choice(others)
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+@pytest.mark.parametrize(
+    "trials", [40, pytest.param(500, marks=pytest.mark.exhaustive, id="exhaustive")]
+)
+def test_a_strangers_checkpoint_is_a_sentence_or_a_run(
+    name, trials, begun, script, capsys, record_property
+):
+    """Its checksum right and anything in it: never a traceback."""
+    module, chance = script(name), random.Random(0)
+    run_dir = begun / name
+    content = checkpoint.latest_checkpoint(run_dir).content
+    went_on = 0
+    for _ in range(trials):
+        for path in run_dir.glob("checkpoint-*"):
+            path.unlink()
+        for leftover in run_dir.rglob("events.*"):
+            leftover.unlink()
+        checkpoint.write_checkpoint(run_dir, mutated(content, chance))
+        capsys.readouterr()
+        try:
+            went_on += module.main(["--resume", str(run_dir)]) == 0
+        except SystemExit as stop:
+            err = capsys.readouterr().err
+            assert stop.code == 2 and err.splitlines()[-1].startswith(f"{Path(sys.argv[0]).name}: ")
+    assert went_on < trials
+    record_property("trials", trials)
+
+
+# ------------------------------------------------------------------------------------ a full disk
+
+
+def full_after(calls):
+    """Every write of a file fails from the so-manieth on."""
+    return f"""
+import errno, io, os
+import nnce.checkpoint, tensorboard.summary.writer.record_writer as records
+count = iter(range({calls}))
+def full(whole):
+    def call(*arguments, **more):
+        if next(count, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(*arguments, **more)
+    return call
+os.fsync, os.replace = full(os.fsync), full(os.replace)
+records.RecordWriter.write = full(records.RecordWriter.write)
+"""
+
+
+def small_disk(folder, size):
+    """A file system of so many bytes; None where the machine does not allow it."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(["mount", *options], capture_output=True)
+    return folder if mounted and mounted.returncode == 0 else None
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+@pytest.mark.parametrize(
+    "moments", [2, pytest.param(20, marks=pytest.mark.exhaustive, id="exhaustive")]
+)
+def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property):
+    """At a random moment; with space again, the run goes on to what it would have come to."""
+    from test_command_line import command
+
+    chance = random.Random(name)
+    options = TRAIN if name == "train" else COMPARE
+    alone = tmp_path / "alone"
+    assert killed.loaded(name).main([*options, "--run-dir", str(alone)]) == 0
+    stopped = on_disk = 0
+    for number in range(moments):
+        place = tmp_path / f"disk-{number}"
+        disk = small_disk(place, chance.randrange(20_000, 500_000)) if number % 2 else None
+        run_dir = place / "run"
+        change = "" if disk else full_after(chance.randrange(1, 60))
+        try:
+            process = command(name, *options, "--run-dir", str(run_dir), change=change)
+            done = subprocess.run(process, capture_output=True, text=True, timeout=120)
+            if done.returncode == 0:
+                continue
+            stopped += 1
+            on_disk += disk is not None
+            lines = done.stderr.splitlines()
+            assert done.returncode in (1, 2) and "No space left on device" in lines[-1], lines
+            assert len(lines) == 1, lines
+            if not run_dir.exists() or not any(run_dir.iterdir()):
+                continue  # full before anything was finished
+            shutil.copytree(run_dir, tmp_path / f"with-space-{number}")
+        finally:
+            if disk:
+                subprocess.run(["umount", str(disk)], check=True)
+        with_space = tmp_path / f"with-space-{number}"
+        assert killed.loaded(name).main(["--resume", str(with_space)]) == 0
+        expected, found = killed.outcome(alone), killed.outcome(with_space)
+        for outcome in (expected, found):
+            outcome["results"].pop("command", None)
+        assert killed.differences(expected, found) == []
+    assert stopped
+    record_property("trials", f"{moments}, {stopped} stopped, {on_disk} by a file system")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may write anywhere")
+def test_a_lost_permission_is_one_sentence(train, tmp_path):
+    """In a run's folder, in the midst of it."""
+
+
+# -------------------------------------------------------------------------- nothing is left behind
+
+
+@pytest.mark.parametrize(
+    "count", [8, pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive")]
+)
+def test_nothing_is_left_of_many_epochs_and_resumes(count, train, tmp_path, record_property):
+    """Memory, file handles, threads and processes are as many after a hundred as after a few."""
+    run_dir = str(tmp_path / "run")
+    options = ["--train-size", "100", "--hidden", "5"]
+    assert train.main([*options, "--epochs", "1", "--run-dir", run_dir]) == 0
+    for number in range(2, 6):
+        assert train.main(["--resume", run_dir, "--epochs", str(number)]) == 0
+    handles = len(os.listdir("/proc/self/fd"))
+    threads, memory = threading.active_count(), peak.resident("VmRSS")
+    for number in range(6, 6 + count):
+        assert train.main(["--resume", run_dir, "--epochs", str(number)]) == 0
+    assert len(os.listdir("/proc/self/fd")) == handles
+    assert threading.active_count() == threads
+    grown = peak.resident("VmRSS") - memory
+    record_property("trials", f"{count} resumes, {grown:.1f} MB more")
+    assert grown < 5 + 0.1 * count
