@@ -45,7 +45,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line, of several processes once."""
-        self.exit(2, f"{self.prog}: error: {message}\n" if parallel.is_first() else None)
+        line = f"{self.prog}: error: {' '.join(message.split())}\n"
+        self.exit(2, line if parallel.is_first() else None)
 
     def add_common_options(self) -> None:
         """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
@@ -430,13 +431,19 @@ def run_directory(
     by then. Of a dry run nothing stays. A chosen one that is resumed is there, and stays.
 
     Raises:
-        ValueError: the chosen directory holds something, cannot be made or written, or another
-            process is at work in it.
+        ValueError: the chosen directory holds something, cannot be made or written, has no name in
+            UTF-8, or another process is at work in it.
         Failed: memory or space ran out in the block, after there was something to keep.
     """
     path = chosen or _new_directory(Path("runs"), f"{name}-{date_and_time()}")
     if path.exists() and not path.is_dir():
         raise ValueError(f"the run directory {path} is a file; choose a folder")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the run directory {path}: its name is no UTF-8, which TensorBoard needs"
+        ) from error
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     mark = path / _NOTHING_YET
     with contextlib.ExitStack() as stack:

@@ -130,12 +130,14 @@ def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any
     """A run's checkpoint, or the sentence that says why there is none."""
     if run_dir is None:
         return None, {}, None
-    if not run_dir.is_dir():
-        return run_dir, {}, f"--resume {run_dir}: there is no such folder"
     try:
+        if not run_dir.is_dir():
+            return run_dir, {}, f"--resume {run_dir}: there is no such folder"
         found = checkpoint.latest_checkpoint(run_dir)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         return run_dir, {}, f"--resume {run_dir}: {error}"
+    except OSError as error:
+        return run_dir, {}, f"--resume {run_dir}: it cannot be read: {error.strerror}"
     if found is None:
         return (
             run_dir,
