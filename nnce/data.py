@@ -112,9 +112,10 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Integer labels [n] in 0 … classes − 1 as rows of 0 with one 1, [n, classes].
 
     Raises:
-        DataError: a label is out of range or no whole number.
+        DataError: a label is out of range or no whole number, or they are no dense tensor.
     """
-    if labels.is_floating_point() or labels.dim() != 1:
+    _check_values("labels", labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dim() != 1:
         raise DataError(
             f"expected integer labels of shape (n,), got {labels.dtype} of {tuple(labels.shape)}"
         )
@@ -135,8 +136,9 @@ def check(x: Tensor, y: Tensor) -> None:
         DataError: the sentence says what is wrong and where it is seen first.
     """
     for name, values in (("inputs x", x), ("targets y", y)):
-        if not (isinstance(values, Tensor) and values.dim() == 2 and len(values)):
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        _check_values(name, values)
+        if values.dim() != 2 or not len(values):
+            got = tuple(values.shape)
             raise DataError(f"expected {name} as a tensor [n, …] of at least one row, got {got}")
     if len(x) != len(y):
         raise DataError(
@@ -150,6 +152,17 @@ def check(x: Tensor, y: Tensor) -> None:
             row = wrong.nonzero()[0].tolist()
             value = values[tuple(row)].item()
             raise DataError(f"expected {name} in [0, 1], got {value} at {row}")
+
+
+def _check_values(name: str, values: Any) -> None:
+    """Raise DataError unless it is a tensor whose values can be looked at."""
+    if not isinstance(values, Tensor):
+        raise DataError(f"expected {name} as a tensor, got {type(values).__name__}")
+    if values.layout != torch.strided or values.is_quantized or values.is_meta:
+        raise DataError(
+            f"expected {name} as a dense tensor of plain numbers, got {values.dtype}, "
+            f"{values.layout} on {values.device}"
+        )
 
 
 def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:

@@ -167,9 +167,7 @@ class Ensemble:
         self._dense = dense
         if engine == "loops":
             return Loops(self.networks, self.hyperparameters, self.batch_size, dense=dense)
-        products = Products(
-            self.networks, self.hyperparameters, self.batch_size, graph=self._graph
-        )
+        products = Products(self.networks, self.hyperparameters, self.batch_size, graph=self._graph)
         self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
         return products
 

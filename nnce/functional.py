@@ -488,6 +488,7 @@ def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) 
         check_alike({"z": z, "y": y})
     else:
         check_alike({"z": z})
+        check_dense("y", y)
         _check_device("y", y, "z", z)
     if y.shape != z.shape:
         raise ValueError(f"expected y of shape {_shape(z)} like z, got {_shape(y)}")
@@ -503,7 +504,8 @@ def check_alike(
         optional: likewise; what is None is passed over.
 
     Raises:
-        TypeError: one is no tensor, the first is not floating-point, or the dtypes differ.
+        TypeError: one is no tensor, or sparse or quantized, the first is not floating-point, or the
+            dtypes differ.
         ValueError: the devices differ.
     """
     given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
@@ -511,6 +513,7 @@ def check_alike(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
     (first_name, first), *others = tensors.items()
     if not first.dtype.is_floating_point:
         raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
@@ -522,6 +525,18 @@ def check_alike(
                 f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}{how}"
             )
         _check_device(name, tensor, first_name, first)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a sparse tensor or a quantized one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"expected {name} to be dense, got {tensor.layout}; {name}.to_dense() makes it so"
+        )
+    if tensor.is_quantized:
+        raise TypeError(
+            f"expected {name} of plain numbers, got {tensor.dtype}; {name}.dequantize() makes it so"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:

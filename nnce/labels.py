@@ -21,6 +21,7 @@ from nnce.functional import (
     Reduction,
     autocast_dtype,
     check_alike,
+    check_dense,
     check_label_smoothing,
     check_reduction,
     linear,
@@ -464,6 +465,7 @@ def _check_weight(
         return None
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(weight).__name__}")
+    check_dense(name, weight)
     if not weight.dtype.is_floating_point:
         raise TypeError(f"expected {name} of a floating-point dtype, got {weight.dtype}")
     check_device(name, weight, device)

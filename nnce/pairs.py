@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nnce.blocks import Options, Wants, default_block, walk
-from nnce.functional import Reduction, check_reduction
+from nnce.functional import Reduction, check_dense, check_reduction
 from nnce.labels import (
     check_block,
     check_layer,
@@ -96,6 +96,7 @@ def _one_number(name: str, value: Any, like: Tensor) -> Tensor:
         return like.new_tensor(value)
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a number or a tensor, got {type(value).__name__}")
+    check_dense(name, value)
     if value.numel() != 1 or not value.dtype.is_floating_point:
         raise ValueError(
             f"expected {name} to be one floating-point number, got {value.dtype} of shape "
