@@ -180,6 +180,12 @@ class State:
         """
         with what_does_not_fit():
             _load_parameters(self.network, state["network"])
+            alone = not isinstance(self.optimizer, torch.optim.Optimizer)
+            if alone != ("velocities" in state["optimizer"]):
+                raise ValueError(
+                    "expected a run of one process to go on in one, and one of several in several, "
+                    "since without a graph these are different engines"
+                )
             if isinstance(self.optimizer, torch.optim.Optimizer):
                 _load_optimizer(self.optimizer, state["optimizer"])
             else:

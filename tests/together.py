@@ -63,3 +63,4 @@ if __name__ == "__main__":
     if world.rank == 0:
         torch.save(found, Path(sys.argv[1]) / "found.pt")
     parallel.leave()
+    parallel.exit_at_once(0)

@@ -179,6 +179,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     if out.lost and not status:
         print(f"{program}: error: standard output: {out.lost.strerror}", file=sys.stderr)
         status = 1
+    if parallel.launched():
+        parallel.exit_at_once(status or 0)
     sys.exit(status)
 
 
@@ -456,7 +458,8 @@ def run_directory(
                 checkpoint.clear_unfinished(path)
                 keep(path)
             else:
-                mark.touch(exist_ok=False)
+                with mark.open("x") as file:
+                    file.write(job())
         except OSError as error:
             raise ValueError(
                 f"the run directory {path} cannot be written: {error.strerror}"
@@ -514,10 +517,36 @@ def date_and_time() -> str:
     """When this run began; of several processes when their job did, the same after a restart."""
     now = datetime.now()
     if parallel.launched():
-        import psutil
-
-        now = datetime.fromtimestamp(psutil.Process(os.getppid()).create_time())
+        now = datetime.fromtimestamp(_agent().create_time())
     return f"{now:%Y%m%d-%H%M%S}"
+
+
+def _agent() -> Any:
+    """The `torchrun` that has started this process, and starts it again."""
+    import psutil
+
+    return psutil.Process(os.getppid())
+
+
+def job() -> str:
+    """Which job of `torchrun`'s this process belongs to, restarts included; "" if to none."""
+    if not parallel.launched():
+        return ""
+    agent = _agent()
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {agent.pid}-{agent.create_time()}"
+
+
+def is_this_job(name: str) -> bool:
+    """Whether `job` has once said so here, or on another machine under a name given to the job."""
+    now, then = job().split(" "), name.split(" ")
+    return bool(job()) and (now[-1] == then[-1] or now[0] == then[0] != "none")
+
+
+def clear_what_this_job_left(run_dir: Path) -> None:
+    """Take it away if this job has begun it and there is nothing yet in there."""
+    mark = run_dir / _NOTHING_YET
+    if mark.is_file() and is_this_job(mark.read_text()):
+        clear(run_dir)
 
 
 def _new_directory(parent: Path, name: str) -> Path:

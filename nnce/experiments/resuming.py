@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nnce import checkpoint
+from nnce import checkpoint, parallel
 from nnce.checkpoint import CheckpointError
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
@@ -91,14 +91,8 @@ def start(
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
     run_dir: Path | None = options.resume
-    restarted = run_dir is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if restarted and world.rank == 0:
-        run_dir = options.run_dir or next(
-            Path("runs").glob(f"*-{command_line.date_and_time()}"), None
-        )
-        if run_dir is not None and not any(run_dir.glob("checkpoint-*")):
-            command_line.clear(run_dir)
-            run_dir = None
+    if run_dir is None and parallel.launched() and world.rank == 0:
+        run_dir = _begun_by_this_job(options)
     # Together with what went wrong, which is the same for all.
     run_dir, found, wrong = world.broadcast(_read(run_dir, script) if world.rank == 0 else None)
     if wrong:
@@ -107,7 +101,9 @@ def start(
         return Start(options, None, None)
     recorded = as_arguments(parser, found["config"], run_dir)
     before = parser.parse_args(recorded)
-    options = before if restarted else parser.parse_args([*recorded, *arguments])
+    if options.resume is None:  # restarted, with the same arguments as at first
+        return Start(before, found, run_dir)
+    options = parser.parse_args([*recorded, *arguments])
     for name, value in vars(options).items():
         was = getattr(before, name)
         option = f"--{name.replace('_', '-')}"
@@ -120,6 +116,20 @@ def start(
             )
     options.resume = None
     return Start(options, found, run_dir)
+
+
+def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
+    """The folder of a run that this job has begun, and torchrun has restarted."""
+    names = Path("runs").glob(f"*-{command_line.date_and_time()}")
+    run_dir: Path | None = options.run_dir or next(names, None)
+    if run_dir is None or not run_dir.is_dir():
+        return None
+    with contextlib.suppress(CheckpointError, OSError):
+        found = checkpoint.latest_checkpoint(run_dir)
+        if found is not None and command_line.is_this_job(str(found.content.get("job"))):
+            return run_dir
+    command_line.clear_what_this_job_left(run_dir)
+    return None
 
 
 def _in_words(value: object) -> str:
@@ -213,6 +223,7 @@ def header(
     }
     return {
         "script": script,
+        "job": command_line.job(),
         "config": plain,
         "circumstances": circumstances(world),
         "command": command,
