@@ -529,6 +529,8 @@ def check_alike(
 
 def check_dense(name: str, tensor: Tensor) -> None:
     """Raise TypeError for a sparse tensor or a quantized one."""
+    if torch.compiler.is_compiling():  # dynamo does not know these questions
+        return
     if tensor.layout != torch.strided:
         raise TypeError(
             f"expected {name} to be dense, got {tensor.layout}; {name}.to_dense() makes it so"

@@ -217,7 +217,7 @@ def full_after(whole, calls):
         ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
         ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
         (
-            "nnce.checkpoint.write_checkpoint = full_after(nnce.checkpoint.write_checkpoint, 3)",
+            "nnce.checkpoint.write_checkpoint = full_after(nnce.checkpoint.write_checkpoint, 2)",
             3,
         ),
         # While closing.

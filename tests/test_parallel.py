@@ -31,7 +31,7 @@ def torchrun(processes, *command, restarts=0, **more):
     )
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_several_processes_train_the_same_network(processes, tmp_path):
     """As one does on the same mini-batches, the short last ones included, every engine."""
     job = torchrun(processes, ROOT / "tests" / "together.py", tmp_path)
@@ -47,7 +47,7 @@ def test_several_processes_train_the_same_network(processes, tmp_path):
 
 def test_networks_shared_out_over_processes_are_the_same_bits(tmp_path):
     """More networks of one kind than processes, and fewer controls."""
-    options = ["--epochs", "2", "--seeds", "3", "--lrs", "1", "--momentum", "0.1"]
+    options = ["--epochs", "2", "--seeds", "3", "--lrs", "1", "--train-size", "200"]
     outcomes = []
     for name in ("alone", "shared"):
         command = [ROOT / "scripts" / "compare.py", *options, "--run-dir", tmp_path / name]
@@ -80,7 +80,7 @@ def workers(job):
     return sorted(children, key=lambda child: int(child.environ().get("RANK", 99)))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path):
     """From its last checkpoint, to the same bits."""
     options = ["--epochs", "8", "--engine", "functions", "--checkpoint-every", "0.2s"]

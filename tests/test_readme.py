@@ -140,6 +140,14 @@ def test_the_matrix_is_the_one_that_is_tested():
         assert ("works" in cells) == (name not in not_possible and "CUDA" not in name)
 
 
+def test_every_promise_is_held_by_a_test():
+    table = SCRIPTS[SCRIPTS.index("### What survives what") :]
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)` \|$", table, re.MULTILINE)
+    assert len(named) == len(re.findall(r"\| `tests/", table)) >= 17
+    for path, test in named:
+        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
+
+
 def test_the_zoo_has_so_many():
     (count,) = re.findall(r"Over a zoo of (\d+) functions", INSIDE)
     assert int(count) == len(ZOO)

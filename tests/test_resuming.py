@@ -138,7 +138,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(calls, train, tmp_path,
     same_as_alone(alone, run_dir)
 
 
-@pytest.mark.parametrize("calls", [0, 4, 9, 14, 20])
+@pytest.mark.parametrize("calls", [0, 9, 14])
 def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
     calls, compare, tmp_path, monkeypatch
 ):
@@ -176,7 +176,7 @@ def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["train", "compare"])
 def test_killed_over_and_over_it_comes_to_the_same(name, tmp_path):
-    kill(name, 5, 0, tmp_path, *(TRAIN if name == "train" else COMPARE))
+    kill(name, 3, 0, tmp_path, *(TRAIN if name == "train" else COMPARE))
 
 
 KILLED = {
@@ -392,7 +392,7 @@ def mutated(value, chance):
 
 @pytest.mark.parametrize("name", ["train", "compare"])
 @pytest.mark.parametrize(
-    "trials", [40, pytest.param(500, marks=pytest.mark.exhaustive, id="exhaustive")]
+    "trials", [12, pytest.param(500, marks=pytest.mark.exhaustive, id="exhaustive")]
 )
 def test_a_strangers_checkpoint_is_a_sentence_or_a_run(
     name, trials, begun, script, capsys, record_property
@@ -448,7 +448,7 @@ def small_disk(folder, size):
 
 @pytest.mark.parametrize("name", ["train", "compare"])
 @pytest.mark.parametrize(
-    "moments", [2, pytest.param(20, marks=pytest.mark.exhaustive, id="exhaustive")]
+    "moments", [1, pytest.param(20, marks=pytest.mark.exhaustive, id="exhaustive")]
 )
 def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property):
     """At a random moment; with space again, the run goes on to what it would have come to."""
@@ -490,16 +490,24 @@ def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property
     record_property("trials", f"{moments}, {stopped} stopped, {on_disk} by a file system")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may write anywhere")
-def test_a_lost_permission_is_one_sentence(train, tmp_path):
-    """In a run's folder, in the midst of it."""
+def test_a_lost_permission_is_one_sentence(tmp_path):
+    """In the midst of a run; what was finished stays."""
+    from test_command_line import command
+
+    change = full_after(12).replace("ENOSPC", "EACCES").replace("No space left on device", "denied")
+    run_dir = tmp_path / "run"
+    process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
+    done = subprocess.run(process, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "denied" in done.stderr
+    if run_dir.exists():
+        assert checkpoint.latest_checkpoint(run_dir).damaged == []
 
 
 # -------------------------------------------------------------------------- nothing is left behind
 
 
 @pytest.mark.parametrize(
-    "count", [8, pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive")]
+    "count", [4, pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive")]
 )
 def test_nothing_is_left_of_many_epochs_and_resumes(count, train, tmp_path, record_property):
     """Memory, file handles, threads and processes are as many after a hundred as after a few."""
