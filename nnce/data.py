@@ -224,6 +224,10 @@ def _torchvision(name: str, data_dir: Path) -> list[_Part]:
 def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
     """One half of a set of MNIST's format; both are downloaded first if a file is not there."""
     folder = data_dir / _TORCHVISION[name] / "raw"
+    for file in _FILES:
+        if (folder / file).is_dir():
+            half = file.partition("-")[0] == "train"
+            raise DataError(_damaged(name, folder, half, f"{file} is a folder"))
     complete = all((folder / file).exists() for file in _FILES)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
