@@ -152,6 +152,22 @@ def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
     same_as_alone(alone, run_dir)
 
 
+def test_a_clock_that_was_set_back_does_not_disorder_the_curves(train, tmp_path, monkeypatch):
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+    for number, calls in enumerate((3, 3)):
+        stopped_after(monkeypatch, calls)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--resume", str(run_dir)] if number else [*TRAIN, "--run-dir", str(run_dir)])
+        # TensorBoard reads a run's files in the order of the seconds in their names.
+        for events in run_dir.glob("events.out.tfevents.*"):
+            _, _, _, second, *rest = events.name.split(".")
+            later = ".".join(("events.out.tfevents", f"{int(second) + 86_400:010d}", *rest))
+            events.rename(events.with_name(later))
+    assert train.main(["--resume", str(run_dir)]) == 0
+    same_as_alone(alone, run_dir)
+
+
 def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
     """A comparison chooses its controls anew; what it had logged of the old ones goes."""
     for name, module, options in (("t", train, TRAIN), ("c", compare, COMPARE)):

@@ -26,6 +26,7 @@ loop, under the same tags.
 
 import functools
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ _HISTOGRAM_EXAMPLES = 1_000
 _BINS = 60
 # Of a wide first layer the first so many neurons are drawn.
 _IMAGES = 100
-_EVENTS = "events.out.tfevents.*"
+_PREFIX = "events.out.tfevents."
+_EVENTS = f"{_PREFIX}*"
 _CLOSING = ".closing"
 _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
@@ -69,6 +71,19 @@ def scalars(record: Record) -> dict[str, float]:
     for number, layer in enumerate(record.layers, start=1):
         by_tag |= {f"{name}/layer{number}": value for name, value in layer._asdict().items()}
     return by_tag
+
+
+def _put_first(run_dir: Path) -> bool:
+    """See to it that TensorBoard reads the event files that are there before the next one.
+
+    It reads them in the order of their names, which begin with the second they were made in: wrong
+    for two of one second, and after a clock was set back. Returns whether there are any.
+    """
+    files = sorted(run_dir.glob(_EVENTS))
+    if files and files[-1].name >= f"{_PREFIX}{int(time.time()):010d}":
+        for number, file in enumerate(files):
+            file.rename(file.with_name(f"{_PREFIX}{number:010d}{file.name[len(_PREFIX) + 10 :]}"))
+    return bool(files)
 
 
 class Monitor:
@@ -90,7 +105,7 @@ class Monitor:
         for old in run_dir.glob(_EVENTS if first == 0 else f"{_EVENTS}{_CLOSING}"):
             old.unlink()
         # (Texts would not be purged. And a purge where there is nothing has no sense.)
-        purge_step = first if any(run_dir.glob(_EVENTS)) else None
+        purge_step = first if _put_first(run_dir) else None
         self._writer = SummaryWriter(str(run_dir), purge_step=purge_step)
         self._config = dict(config)
         if first == 0:
