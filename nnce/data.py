@@ -229,11 +229,15 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
             half = file.partition("-")[0] == "train"
             raise DataError(_damaged(name, folder, half, f"{file} is a folder"))
     complete = all((folder / file).exists() for file in _FILES)
+    older = folder.with_name("processed")  # what torchvision once made of them, and prefers still
+    if all((older / file).exists() for file in ("training.pt", "test.pt")):
+        folder, complete = older, True
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         # torchvision prints a line for each mirror that fails; the sentences below say it all.
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = loader(data_dir, train=train, download=not complete)
+        shapes = (tuple(dataset.data.shape), tuple(dataset.targets.shape))
     except Exception as error:  # of many types: what a damaged file gives is left to chance
         if memory.shortage(error):
             raise
@@ -249,12 +253,15 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
         ) from error
 
     n = 60_000 if train else 10_000
-    shapes = (tuple(dataset.data.shape), tuple(dataset.targets.shape))
     if shapes != ((n, 28, 28), (n,)):
         why = f"expected {n:,} images of 28 by 28 and as many labels, got {shapes}"
         raise DataError(_damaged(name, folder, train, why))
-    if dataset.targets.max() > 9:
-        why = f"expected labels from 0 to 9, got {dataset.targets.max()}"
+    dtypes = (dataset.data.dtype, dataset.targets.dtype)
+    if dtypes != (torch.uint8, torch.int64):
+        why = f"expected images of bytes and labels of whole numbers, got {dtypes}"
+        raise DataError(_damaged(name, folder, train, why))
+    if not 0 <= dataset.targets.min() <= dataset.targets.max() <= 9:
+        why = f"expected labels from 0 to 9, got {dataset.targets.min()} to {dataset.targets.max()}"
         raise DataError(_damaged(name, folder, train, why))
     return dataset.data.flatten(1) / 255, dataset.targets
 

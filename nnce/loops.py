@@ -703,10 +703,9 @@ class _Network:
         self.moves = bool(momentum)
         self._parameters = (W, b, V, *velocities)
         self._widths = tuple(numpy.array(n, dtype=numpy.int64) for n in (n_outs, self.widths))
-        self._settings = (
-            *(W.dtype.type(value) for value in (lr, momentum, weight_decay)),
-            LOSSES[loss].has_sigmoid_prime,
-        )
+        with numpy.errstate(over="ignore"):  # a rate beyond float32 is infinite, as in PyTorch
+            step = [W.dtype.type(value) for value in (lr, momentum, weight_decay)]
+        self._settings = (*step, LOSSES[loss].has_sigmoid_prime)
         scratch = (zeros(total) for _ in range(5))
         self._scratch = (*scratch, zeros(above))
         self._rooms = [zeros(0), zeros(0)]

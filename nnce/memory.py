@@ -53,7 +53,8 @@ def shortage(error: BaseException) -> str | None:
         return str(error) or "there is not enough memory"
     # The CPU's allocator raises a bare RuntimeError; torch.OutOfMemoryError, CUDA's, is one too.
     words = str(error)
-    if not isinstance(error, RuntimeError) or not re.search("CPUAllocator|out of memory", words):
+    lacking = "CPUAllocator|out of memory|Storage size calculation overflowed"
+    if not isinstance(error, RuntimeError) or not re.search(lacking, words):
         return None
     amount = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGT]iB)", words)
     return f"there is not enough memory: {amount[1] if amount else 'some'} could not be allocated"

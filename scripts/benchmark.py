@@ -1131,6 +1131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_peak(options.peak[0], [int(size) for size in options.peak[1:]], device)
         return 0
     with options_parser.run_directory(options.run_dir, f"benchmark-{options.what}") as run_dir:
+        command_line.announce_threads(options)
         timings: Sequence[Timing | LabelTiming]
         timings = (measure_all if options.what == "networks" else all_labels)(options, device)
         report.write_results(

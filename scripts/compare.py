@@ -308,6 +308,7 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Trai
     grids = "; ".join(
         f"{loss} at {', '.join(f'{v.lr:g}' for v in variants if v.loss == loss)}" for loss in LOSSES
     )
+    command_line.announce_threads(options)
     print(
         f"{options.data}: {n_train:,} training, {n_validation:,} validation and {n_test:,} test "
         f"examples\n{len(runs)} networks {'-'.join(map(str, runs[0].network.sizes))} side by side, "

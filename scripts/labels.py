@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,6 +31,10 @@ BEST = (1, 3, 5)
 """How many of the best labels precision and nDCG look at."""
 # What Python, PyTorch's threads and the allocator may take besides what is counted.
 SLACK_MB = 100
+LARGEST = 2**31 - 1
+"""Features, and labels, that a file may have; scikit-learn counts in 32 bits."""
+PLANTED_LABELS = 2**24
+"""The most that `torch.multinomial` draws from."""
 
 
 class Examples(NamedTuple):
@@ -119,22 +124,25 @@ def read(path: Path) -> tuple[Examples, int, int]:
             header = lines.readline().split()
             try:
                 n, features, labels = map(int, header)
+                if not 0 < min(features, labels) <= max(features, labels) <= LARGEST:
+                    raise ValueError
             except ValueError:
                 raise ValueError(
                     f"{path}: expected a first line of three whole numbers, examples, features and "
-                    f"labels, got {b' '.join(header)[:60].decode(errors='replace')!r}"
+                    f"labels, the latter from 1 to {LARGEST:,}, got {b' '.join(header)[:60].decode(errors='replace')!r}"
                 ) from None
             try:
                 matrix, lists = load_svmlight_file(
                     lines, n_features=features, multilabel=True, zero_based=True
                 )
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise ValueError(f"{path}: expected labels feature:value …, but {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read: {reason}") from error
     if len(lists) != n or n == 0:
         raise ValueError(f"{path}: expected {n:,} examples, got {len(lists):,}")
-    if any(label != int(label) or not 0 <= label < labels for each in lists for label in each):
+    if any(label % 1 or not 0 <= label < labels for each in lists for label in each):
         raise ValueError(f"{path}: expected whole label numbers from 0 to {labels - 1:,}")
     try:
         positives = Positives.from_lists([[int(label) for label in each] for each in lists])
@@ -235,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"expected a positive --{name.replace('_', '-')}")
         if not (math.isfinite(options.lr) and options.lr > 0):
             raise ValueError(f"expected a positive --lr, got {options.lr}")
+        if not options.data_file and options.labels > PLANTED_LABELS:
+            raise ValueError(f"expected at most {PLANTED_LABELS:,} --labels of planted examples")
         if options.test_file and not options.data_file:
             raise ValueError("expected --data-file with --test-file")
         command_line.set_speed(options, torch.get_num_threads())
@@ -244,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         share = max(len(train.positives.col), 1) / (len(train.positives) * num_labels)
         model = Classifier(inputs, options.features, num_labels, min(share, 0.5))
     with options_parser.run_directory(options.run_dir, "labels") as run_dir:
+        command_line.announce_threads(options)
         learn(model, train, test, num_labels, generator, options, run_dir)
     return 0
 

@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dry_run=options.dry_run,
                 resumed=found is not None,
             ) as path:
+                command_line.announce_threads(options)
                 run(state, settings, dataset, so_far, path, config)
     except training.Diverged as error:
         if world.rank == 0:

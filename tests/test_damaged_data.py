@@ -7,6 +7,7 @@ import shutil
 
 import killed
 import pytest
+import torch
 
 from nnce import data
 
@@ -110,6 +111,34 @@ def test_damaged_files_are_refused_by_name(rounds, good, tmp_path, record_proper
             kinds.add((kind, name) if rounds > 1 else kind)
     assert trials >= 20 * rounds and len(kinds) >= (40 if rounds > 1 else 14)
     record_property("trials", trials)
+
+
+BLANK = torch.zeros(28, 28, dtype=torch.uint8).expand(60_000, 28, 28)
+ZEROS = torch.zeros(60_000, dtype=torch.int64)
+OLDER = {
+    "no file of torch's": b"garbage",
+    "no pair": torch.zeros(3),
+    "lists": ([0], [1]),
+    "too few": (BLANK[:3], ZEROS[:3]),
+    "negative labels": (BLANK, ZEROS - 1),
+    "labels of floats": (BLANK, ZEROS.float()),
+    "images of floats": (BLANK[0].float().expand(60_000, 28, 28), ZEROS),
+}
+
+
+@pytest.mark.parametrize("kind", OLDER)
+def test_what_torchvision_once_made_of_them_is_refused_by_name(kind, good, tmp_path):
+    """It is read in their stead where it is there."""
+    shutil.copytree(good.parent, tmp_path / "MNIST", copy_function=os.link)
+    older = tmp_path / "MNIST" / "processed"
+    older.mkdir()
+    for file in ("training.pt", "test.pt"):
+        if isinstance(OLDER[kind], bytes):
+            (older / file).write_bytes(OLDER[kind])
+        else:
+            torch.save(OLDER[kind], older / file)
+    with pytest.raises(data.DataError, match=r"processed \(train-…\) are damaged or not mnist's: "):
+        data.load("mnist", data_dir=tmp_path)
 
 
 def test_the_files_before_they_are_damaged_are_read(good):

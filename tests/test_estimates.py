@@ -21,6 +21,13 @@ def test_estimate_of_one_has_no_interval_and_of_none_nothing():
     assert math.isnan(mean) and n == 0
 
 
+def test_huge_values_have_a_mean():
+    mean, sd, low, high, n = estimate([1e308, 1.6e308, 1e308])
+    assert (mean, sd, n) == (pytest.approx(1.2e308), pytest.approx(math.sqrt(0.12) * 1e308), 3)
+    assert low < mean < high
+    assert estimate([-1e308, 1.6e308, 1.6e308]).sd > 1e308
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(4_000, 5, generator=generator, dtype=torch.float64).tolist()

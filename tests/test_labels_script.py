@@ -117,7 +117,7 @@ def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "first line of three whole numbers, examples, features and labels, got ''"),
+        (b"", "labels, the latter from 1 to 2,147,483,647, got ''"),
         (b"6 5\n", "first line of three whole numbers"),
         (b"2 5 4\n0 1:1\n", "expected 2 examples, got 1"),
         (b"1 5 4\n9 1:1\n", "whole label numbers from 0 to 3"),
@@ -126,6 +126,10 @@ def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
         (b"1 5 4\n0 7:1\n", "n_features was set to 5"),
         (b"1 5 4\nx 1:1\n", "could not convert string to float"),
         (b"1 5 4\n0 1:1\n", "expected two examples at least"),
+        (b"2 5 4\ninf 1:1\n1 1:1\n", "whole label numbers from 0 to 3"),
+        (b"2 5 4\n0 4294967296:1\n1 1:1\n", "value too large"),
+        (b"2 5 99999999999999999999\n0 0:1\n1 1:1\n", "labels, the latter from 1 to 2,147,483,647"),
+        (b"2 -5 4\n0 0:1\n1 1:1\n", "labels, the latter from 1 to 2,147,483,647"),
     ],
 )
 def test_a_bad_file_is_one_sentence(labels, refused, tmp_path, content, sentence):
@@ -135,11 +139,28 @@ def test_a_bad_file_is_one_sentence(labels, refused, tmp_path, content, sentence
 
 
 @pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda whole: whole[:-12], "cannot be read: Compressed file ended before"),
+        (lambda whole: whole[:10] + b"\xff" * 20, "cannot be read: Error -3 while decompressing"),
+        (lambda whole: b"no gzip", "cannot be read: Not a gzipped file"),
+    ],
+)
+def test_a_bad_gzip_file_is_one_sentence(labels, refused, tmp_path, spoil, sentence):
+    path = tmp_path / "data.gz"
+    path.write_bytes(spoil(gzip.compress(b"2 5 4\n0 1:1\n1 1:1\n", mtime=0)))
+    assert sentence in refused(labels.main, "--data-file", str(path))
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (("--labels", "0"), "expected a positive --labels"),
         (("--lr", "nan"), "expected a positive --lr, got nan"),
         (("--test-file", "t.txt"), "expected --data-file with --test-file"),
+        (("--labels", str(2**24 + 1)), "expected at most 16,777,216 --labels of planted"),
+        (("--features", str(10**15)), "not enough memory"),
+        (("--threads", "1024", "--lr", "0"), "expected a positive --lr"),
         (("--data-file", "none.txt"), "none.txt cannot be read: No such file or directory"),
     ],
 )

@@ -158,7 +158,9 @@ def test_a_clock_that_was_set_back_does_not_disorder_the_curves(train, tmp_path,
     for number, calls in enumerate((3, 3)):
         stopped_after(monkeypatch, calls)
         with pytest.raises(KeyboardInterrupt):
-            train.main(["--resume", str(run_dir)] if number else [*TRAIN, "--run-dir", str(run_dir)])
+            train.main(
+                ["--resume", str(run_dir)] if number else [*TRAIN, "--run-dir", str(run_dir)]
+            )
         # TensorBoard reads a run's files in the order of the seconds in their names.
         for events in run_dir.glob("events.out.tfevents.*"):
             _, _, _, second, *rest = events.name.split(".")

@@ -145,11 +145,22 @@ def test_run_directory_that_is_used_or_cannot_be_made(train, tmp_path, refused):
         assert message in refused(train.main, "--run-dir", str(path))
 
 
-def test_divergence_is_one_line_and_leaves_nothing(train, tmp_path, capsys):
+@pytest.mark.parametrize("engine", ["loops", "products", "functions", "autograd"])
+def test_divergence_is_one_line_and_leaves_nothing(engine, train, tmp_path, capsys):
     run_dir = tmp_path / "new" / "run"
-    assert train.main(["--lr", "1e38", "--run-dir", str(run_dir)]) == 1
+    arguments = [
+        "--lr",
+        "1e300",
+        "--engine",
+        engine,
+        "--train-size",
+        "100",
+        "--run-dir",
+        str(run_dir),
+    ]
+    assert train.main(arguments) == 1
     err = capsys.readouterr().err
-    assert "after epoch 1, with" in err and err.count("\n") == 1
+    assert "is no longer a finite number" in err and "lr=1e+300, " in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

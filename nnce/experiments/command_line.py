@@ -388,7 +388,7 @@ def device(name: str) -> torch.device:
 
 
 def threads(options: argparse.Namespace) -> int | None:
-    """--threads for an `Ensemble`; `set_speed` says if the machine has not so many."""
+    """--threads for an `Ensemble`; `announce_threads` says if the machine has not so many."""
     return None if options.threads is None else min(options.threads, os.cpu_count() or 1)
 
 
@@ -401,11 +401,18 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
     threads = suited if options.threads is None else options.threads
     if not 1 <= threads <= 1024:
         raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
-    processors = os.cpu_count() or 1
-    if threads > processors:
-        print(f"--threads {threads}: this machine has {processors} processors", file=sys.stderr)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
+
+
+def announce_threads(options: argparse.Namespace) -> None:
+    """Say so where --threads asks for more than there are, once nothing is refused any more."""
+    processors = os.cpu_count() or 1
+    if options.threads is not None and options.threads > processors:
+        print(
+            f"--threads {options.threads}: this machine has {processors} processors",
+            file=sys.stderr,
+        )
 
 
 # ---------------------------------------------------------------------------- the run's directory

@@ -32,9 +32,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n < 2:
         mean = values[0] if n else math.nan
         return Estimate(mean, math.nan, math.nan, math.nan, n)
-    # statistics.stdev is exact, and so slow that logging would feel it.
-    mean = math.fsum(values) / n
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    # statistics.stdev is exact, and so slow that logging would feel it. A power of two rounds
+    # nothing, and hypot squares nothing: the losses of a diverged network may be huge.
+    scale = 2.0 ** n.bit_length()
+    mean = math.fsum(value / scale for value in values) / n * scale
+    sd = math.hypot(*(value - mean for value in values)) / math.sqrt(n - 1)
     half = _quantile(n - 1) * sd / math.sqrt(n)
     return Estimate(mean, sd, mean - half, mean + half, n)
 
