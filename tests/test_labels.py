@@ -280,7 +280,7 @@ def test_no_work_for_what_nobody_asked_for():
         # 2 % of what eager PyTorch takes, 1,600 MB at least.
         (("1024", "512", "131072"), 32),
         # Eager PyTorch takes over 4 GB.
-        (("512", "256", "1000000"), 100),
+        pytest.param(("512", "256", "1000000"), 100, marks=pytest.mark.exhaustive),
     ],
 )
 def test_memory_is_flat(sizes, MB):

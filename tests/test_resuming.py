@@ -127,34 +127,44 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of each script that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, options in (("train", TRAIN), ("compare", COMPARE)):
+        assert killed.loaded(name).main([*options, "--run-dir", str(folder / name)]) == 0
+    return {name: folder / name for name in ("train", "compare")}
+
+
 @pytest.mark.parametrize("calls", [0, 3, 8])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(calls, train, tmp_path, monkeypatch):
-    alone, run_dir = tmp_path / "alone", tmp_path / "run"
-    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
+    calls, train, alone, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "run"
     stopped_after(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         train.main([*TRAIN, "--run-dir", str(run_dir)])
     assert train.main(["--resume", str(run_dir)]) == 0
-    same_as_alone(alone, run_dir)
+    same_as_alone(alone["train"], run_dir)
 
 
 @pytest.mark.parametrize("calls", [0, 9, 14])
 def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
-    calls, compare, tmp_path, monkeypatch
+    calls, compare, alone, tmp_path, monkeypatch
 ):
     """Before it began, side by side, and in the midst of its control."""
-    alone, run_dir = tmp_path / "alone", tmp_path / "run"
-    assert compare.main([*COMPARE, "--run-dir", str(alone)]) == 0
+    run_dir = tmp_path / "run"
     stopped_after(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         compare.main([*COMPARE, "--run-dir", str(run_dir)])
     assert compare.main(["--resume", str(run_dir)]) == 0
-    same_as_alone(alone, run_dir)
+    same_as_alone(alone["compare"], run_dir)
 
 
-def test_a_clock_that_was_set_back_does_not_disorder_the_curves(train, tmp_path, monkeypatch):
-    alone, run_dir = tmp_path / "alone", tmp_path / "run"
-    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+def test_a_clock_that_was_set_back_does_not_disorder_the_curves(
+    train, alone, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "run"
     for number, calls in enumerate((3, 3)):
         stopped_after(monkeypatch, calls)
         with pytest.raises(KeyboardInterrupt):
@@ -167,7 +177,7 @@ def test_a_clock_that_was_set_back_does_not_disorder_the_curves(train, tmp_path,
             later = ".".join(("events.out.tfevents", f"{int(second) + 86_400:010d}", *rest))
             events.rename(events.with_name(later))
     assert train.main(["--resume", str(run_dir)]) == 0
-    same_as_alone(alone, run_dir)
+    same_as_alone(alone["train"], run_dir)
 
 
 def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
