@@ -127,9 +127,10 @@ def read(path: Path) -> tuple[Examples, int, int]:
                 if not 0 < min(features, labels) <= max(features, labels) <= LARGEST:
                     raise ValueError
             except ValueError:
+                begins = b" ".join(header)[:60].decode(errors="replace")
                 raise ValueError(
                     f"{path}: expected a first line of three whole numbers, examples, features and "
-                    f"labels, the latter from 1 to {LARGEST:,}, got {b' '.join(header)[:60].decode(errors='replace')!r}"
+                    f"labels, the latter from 1 to {LARGEST:,}, got {begins!r}"
                 ) from None
             try:
                 matrix, lists = load_svmlight_file(
