@@ -121,6 +121,32 @@ class Ensemble:
         """How it is done: what was asked for, or was chosen at the first epoch; None before."""
         return self._engine
 
+    def set_lrs(self, lrs: Sequence[float]) -> None:
+        """Go on with other learning rates, one for each network, as a schedule wants it.
+
+        As with `torch.optim.SGD`, the momentum that there is counts at the new rate from now on.
+
+        Raises:
+            ValueError: they are not as many as networks, or one is not positive.
+            TypeError: one is no number.
+        """
+        old = self.hyperparameters
+        if len(lrs) != len(old):
+            raise ValueError(f"expected a rate for each of the {len(old)} networks, got {len(lrs)}")
+        new = tuple(h._replace(lr=lr) for h, lr in zip(old, lrs, strict=True))
+        _check_hyperparameters(new)
+        if new == old:
+            return
+        self._hyperparameters = new
+        if self._trainer is not None and self._engine is not None:
+            velocities = self._trainer.velocities()
+            self._trainer = self._make_trainer(self._engine, self._dense)
+            # They are −lr v.
+            ratios = [h.lr / before.lr for h, before in zip(new, old, strict=True)]
+            self._trainer.set_velocities(
+                [torch.stack([u * c for u, c in zip(us, ratios, strict=True)]) for us in velocities]
+            )
+
     def train_epoch(self, x: Tensor, y: Tensor, order: Tensor) -> int:
         """One pass over the training data.
 
@@ -188,12 +214,13 @@ class Ensemble:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must have beside the networks' own parameters.
 
-        "engine" and whether it takes inputs as "dense", which depend on the data of the first
-        epoch: None before. "velocities" of each parameter, [networks, *its shape], as the engine
-        keeps them (by products −lr v); none without momentum.
+        "lrs", the rates; "engine" and whether it takes inputs as "dense", which depend on the data
+        of the first epoch: None before. "velocities" of each parameter, [networks, *its shape], as
+        the engines keep them, −lr v; none without momentum.
         """
         trainer = self._trainer
         return {
+            "lrs": [h.lr for h in self.hyperparameters],
             "engine": None if trainer is None else self._engine,
             "dense": self._dense,
             "velocities": [] if trainer is None else trainer.velocities(),
@@ -209,6 +236,7 @@ class Ensemble:
         engine, velocities = state["engine"], list(state["velocities"])
         if self._trainer is not None:
             raise ValueError("expected an ensemble that has not trained yet")
+        self.set_lrs(state["lrs"])
         if engine is None:
             return
         if self._engine not in (None, engine):
@@ -433,6 +461,12 @@ def _check(
             f"expected hyperparameters for each of the {len(networks)} networks, got "
             f"{len(hyperparameters)}"
         )
+    _check_hyperparameters(hyperparameters)
+    if not is_size(batch_size):
+        raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size}")
+
+
+def _check_hyperparameters(hyperparameters: Sequence[Hyperparameters]) -> None:
     for h in hyperparameters:
         if not isinstance(h, Hyperparameters) or not all(
             isinstance(value, int | float) for value in (h.lr, h.momentum, h.weight_decay)
@@ -443,5 +477,3 @@ def _check(
             raise ValueError(
                 f"expected lr > 0, momentum in [0, 1) and weight_decay of at least 0, got {h}"
             )
-    if not is_size(batch_size):
-        raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size}")

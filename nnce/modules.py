@@ -3,9 +3,10 @@
 The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from nnce import functional
 from nnce.functional import Reduction
 
-Init = Literal["scaled", "large"]
-INITS: tuple[Init, ...] = get_args(Init)
+Init = Literal["scaled", "large"] | float
+INITS: tuple[str, ...] = ("scaled", "large")
 
 
-def check_init(init: str) -> None:
-    """Raise ValueError unless `init` is "scaled" or "large"."""
-    if init not in INITS:
-        raise ValueError(f"expected init {' or '.join(map(repr, INITS))}, got {init!r}")
+def check_init(init: object) -> None:
+    """Raise ValueError unless `init` is "scaled", "large" or a positive standard deviation."""
+    is_number = isinstance(init, int | float) and not isinstance(init, bool)
+    if not (is_number and 0 < float(init) < math.inf) and init not in INITS:  # type: ignore[arg-type]
+        names = ", ".join(map(repr, INITS))
+        raise ValueError(f"expected init {names} or a positive standard deviation, got {init!r}")
 
 
 def is_size(value: object) -> bool:
@@ -40,7 +43,7 @@ class Linear(nn.Linear):
         out_features: n_out, at least 1.
         bias: whether there is a bias b.
         init: "scaled" for weights from N(0, 1/n_in), "large" for weights from N(0, 1); biases are
-            from N(0, 1) in both.
+            from N(0, 1) in both. Or a number for both from N(0, init²).
         generator: where the random numbers come from; PyTorch's global generator if None.
         device, dtype: of the parameters.
 
@@ -93,11 +96,15 @@ class Linear(nn.Linear):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw weights and biases anew, the weights first."""
-        scale = self.in_features**-0.5 if self.init == "scaled" else 1.0
+        sd, of_biases = 1.0, 1.0
+        if self.init == "scaled":
+            sd = self.in_features**-0.5
+        elif not isinstance(self.init, str):
+            sd = of_biases = self.init
         with torch.no_grad():
-            self.weight.copy_(_standard_normal(self.weight, generator).mul_(scale))
+            self.weight.copy_(_standard_normal(self.weight, generator).mul_(sd))
             if self.bias is not None:
-                self.bias.copy_(_standard_normal(self.bias, generator))
+                self.bias.copy_(_standard_normal(self.bias, generator).mul_(of_biases))
 
     def forward(self, input: Tensor) -> Tensor:
         """z [..., out_features] of a_prev [..., in_features]."""

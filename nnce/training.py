@@ -29,6 +29,7 @@ from nnce.modules import MLP, Init, check_init, is_size
 from nnce.parallel import ALONE, FlatGradients, World
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 from nnce.saturation import LayerFigures, layer_figures
+from nnce.schedules import CONSTANT, Schedule
 
 Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -72,10 +73,14 @@ class Settings:
     """For SGD alone."""
     l2: float = 0.0
     """λ of the notes: weights (not biases) decay by λ / n_train, as in the textbook."""
+    schedule: Schedule = CONSTANT
+    """How the rate changes from epoch to epoch, out of `nnce.schedules`."""
+    distortion: data.Distortion | None = None
+    """What is done to the training images, anew in each epoch."""
     init: Init = "scaled"
     seed: int = 0
-    """Fixes the start and the order of the mini-batches, 0 to 2³² − 1. The two are drawn from
-    streams of their own, so networks of different shape see the same mini-batches."""
+    """Fixes the start, the order of the mini-batches and the distortions, 0 to 2³² − 1. They are
+    drawn from streams of their own, so networks of different shape see the same mini-batches."""
 
     def __post_init__(self) -> None:
         """Check every value, and fill in the rate."""
@@ -122,15 +127,28 @@ class Settings:
             )
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
+        if not callable(getattr(self.schedule, "factor", None)):
+            raise ValueError(f"expected a schedule out of nnce.schedules, got {self.schedule!r}")
+        if not isinstance(self.distortion, data.Distortion | None):
+            raise ValueError(f"expected an nnce.data.Distortion, got {self.distortion!r}")
+        if not self.schedule.factor(self.epochs - 1) * self.rate > 0:
+            raise ValueError(
+                f"expected a schedule that leaves a positive rate for all {self.epochs} epochs, "
+                f"got {self.schedule}"
+            )
         # PyTorch's CPU generator tells no more seeds apart.
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
 
     @property
     def rate(self) -> float:
-        """The learning rate, the default filled in."""
+        """The learning rate, the default filled in; the first one where a schedule changes it."""
         assert self.lr is not None
         return self.lr
+
+    def rate_of(self, epoch: int) -> float:
+        """The learning rate of the epoch after so many finished ones."""
+        return self.rate * self.schedule.factor(epoch)
 
 
 @dataclass
@@ -255,7 +273,7 @@ class Record(NamedTuple):
     seconds: float
     """Training alone, of this epoch, without evaluation."""
     loss: dict[str, float]
-    """C, by split: "train", "validation", "test"."""
+    """C, by split: "train", "validation", "test", or those of them that are measured."""
     accuracy: dict[str, float]
     """The share of examples whose largest output is the right one, in [0, 1], by split."""
     layers: list[LayerFigures]
@@ -267,7 +285,8 @@ def pack(records: Sequence[Record]) -> Tensor:
     rows = [
         [
             *record[:3],
-            *(of[split] for of in (record.loss, record.accuracy) for split in data.SPLITS),
+            *record.loss.values(),
+            *record.accuracy.values(),
             *(figure for layer in record.layers for figure in layer),
         ]
         for record in records
@@ -275,19 +294,19 @@ def pack(records: Sequence[Record]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def unpack(rows: Tensor) -> list[Record]:
-    """`pack` undone."""
+def unpack(rows: Tensor, splits: Sequence[str] = data.SPLITS) -> list[Record]:
+    """`pack` undone, of records in which these splits are measured."""
     found = []
     for epoch, step, seconds, *figures in rows.tolist():
-        n, width = len(data.SPLITS), len(LayerFigures._fields)
+        n, width = len(splits), len(LayerFigures._fields)
         loss, accuracy, layers = figures[:n], figures[n : 2 * n], figures[2 * n :]
         found.append(
             Record(
                 int(epoch),
                 int(step),
                 seconds,
-                dict(zip(data.SPLITS, loss, strict=True)),
-                dict(zip(data.SPLITS, accuracy, strict=True)),
+                dict(zip(splits, loss, strict=True)),
+                dict(zip(splits, accuracy, strict=True)),
                 [
                     LayerFigures(*layers[begin : begin + width])
                     for begin in range(0, len(layers), width)
@@ -312,7 +331,7 @@ def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALON
     Raises:
         ValueError: engine "loops", which one process has for itself, and several processes.
         MemoryError: it would not fit into memory; the sentence says how much it needs.
-        DataError: the data are not what `nnce.data.check` wants.
+        DataError: the data are not what `nnce.data.check` wants, or no square images to distort.
     """
     for split in dataset:
         data.check(*split)
@@ -349,8 +368,11 @@ def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
 
     Raises:
         MemoryError: it would not fit into memory; the sentence says how much it needs.
+        DataError: the data are no square images, and the settings distort them.
     """
     x = dataset.train.x
+    if settings.distortion is not None:
+        settings.distortion.check(x.shape[1])
     check_memory(sizes(settings, dataset), dtype=x.dtype, device=x.device)
     return MLP(
         sizes(settings, dataset),
@@ -392,6 +414,15 @@ def _optimizer(
     return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
 
 
+def set_rate(optimizer: torch.optim.Optimizer | Ensemble, rate: float) -> None:
+    """Go on with another learning rate."""
+    if isinstance(optimizer, Ensemble):
+        optimizer.set_lrs([rate] * len(optimizer.networks))
+    else:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
 def nothing() -> None:
     """What happens between two steps if nothing else is asked for."""
 
@@ -401,7 +432,7 @@ def train(
     settings: Settings,
     dataset: data.Dataset,
     *,
-    measured: data.Dataset | None = None,
+    measured: Mapping[str, data.Split] | None = None,
     between: Callable[[], None] = nothing,
 ) -> Iterator[Record]:
     """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
@@ -410,7 +441,8 @@ def train(
         state: from `initial_state`; moved in place, so `state.network` is the trained network.
         settings: those the state was made with.
         dataset: on one device, in one floating-point dtype.
-        measured: what the records are measured on; all of the dataset if None.
+        measured: what the records are measured on, "validation" at least; all of the dataset if
+            None.
         between: called between steps, where the state is whole: after each step in PyTorch's graph,
             and after some tenths of a second without. It may save the state, or raise.
 
@@ -420,7 +452,7 @@ def train(
             is seen at the end. A parameter that is infinite or NaN counts as well, though no loss
             may show it.
     """
-    measured = dataset if measured is None else measured
+    measured = dataset.splits() if measured is None else measured
     engine = _engine(state, settings)
     while True:
         if state.recorded < state.epoch:
@@ -526,11 +558,17 @@ def _train_epoch(
         assert state.drawn_from is not None
         set_back(state.generator, state.drawn_from)
     order = data.order(len(x), state.generator, x.device)
+    set_rate(state.optimizer, settings.rate_of(state.epoch))
+    new = distorted(x, order, settings, state.epoch)
     began = time.perf_counter() - state.seconds
     while state.position < len(x):
         # (No mini-batch is longer than the data; PyTorch counts in 64 bits.)
         batches = order[state.position :][: engine.examples]
-        loss = engine.step(x, y, batches)
+        if new is None:
+            loss = engine.step(x, y, batches)
+        else:
+            images = new[state.position : state.position + len(batches)]
+            loss = engine.step(images, y[batches], torch.arange(len(batches), device=x.device))
         if loss is not None:
             state.losses.append(loss)
         state.position += len(batches)
@@ -548,6 +586,13 @@ def _train_epoch(
     state.position = 0
     _check_steps(state, settings)
     between()
+
+
+def distorted(x: Tensor, order: Tensor, settings: Settings, epoch: int) -> data.Distorted | None:
+    """The images of an epoch in their order, if the settings distort them."""
+    if settings.distortion is None:
+        return None
+    return data.Distorted(x, order, settings.distortion, settings.seed, epoch)
 
 
 def is_finite(network: MLP) -> bool:
@@ -593,7 +638,7 @@ def records(
     outputs: Sequence[Output],
     networks: Sequence[MLP],
     losses: Sequence[Loss],
-    measured: data.Dataset,
+    measured: Mapping[str, data.Split],
     *,
     epoch: int,
     step: int,
@@ -606,16 +651,14 @@ def records(
         outputs: of each network.
         networks: the same ones, for the figures of their layers.
         losses: what each is trained with.
-        measured: what they are measured on.
+        measured: what they are measured on, by name; "validation" at least.
         epoch, step, seconds: where training is, and what the epoch took.
         threads: how many networks to measure at once.
     """
-    x, y = (part[:_LAYER_EXAMPLES] for part in measured.validation)
+    x, y = (part[:_LAYER_EXAMPLES] for part in measured["validation"])
 
     def record(output: Output, network: MLP, loss: Loss) -> Record:
-        by_split = {
-            name: evaluate(output, split, loss) for name, split in measured.splits().items()
-        }
+        by_split = {name: evaluate(output, split, loss) for name, split in measured.items()}
         return Record(
             epoch,
             step,

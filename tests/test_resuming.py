@@ -18,7 +18,9 @@ import torch
 from conftest import ROOT
 
 from nnce import checkpoint, ensemble, products, training
+from nnce.data import Distortion
 from nnce.experiments import command_line, resuming
+from nnce.schedules import StepLR
 from nnce.training import Settings
 
 TRAIN = ["--epochs", "3", "--train-size", "300", "--momentum", "0.5", "--l2", "1"]
@@ -63,10 +65,17 @@ def same_as_alone(alone, run_dir):
 # --------------------------------------------------------------------------------- bit for bit
 
 
+CHANGING = {
+    "schedule": StepLR(step_size=1, gamma=0.3),
+    "distortion": Distortion(rotation=10, alpha=5, sigma=1.5),
+}
+
+
+@pytest.mark.parametrize("more", [{}, CHANGING], ids=["plain", "schedule and distortion"])
 @pytest.mark.parametrize("stop", [0, 1, 2, 5, 7])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("engine", training.ENGINES)
-def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, digits, tmp_path):
+def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, more, digits, tmp_path):
     """Between any two steps, through a file: before the first one, within and between epochs."""
     if optimizer == "adam" and engine in training.WHOLE:
         pytest.skip("engines without a graph know SGD alone")
@@ -79,6 +88,7 @@ def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, digits, tmp_p
         momentum=0.0 if optimizer == "adam" else 0.9,
         l2=1.0,
         lr=0.01,
+        **more,
     )
     short = digits._replace(train=type(digits.train)(*(part[:200] for part in digits.train)))
 
@@ -303,7 +313,7 @@ def test_what_the_run_was_begun_with_may_be_said_again(begun, train):
     [
         ("nowhere", "there is no such folder"),
         ("train/results.json", "there is no such folder"),
-        ("", "no run of train.py or compare.py has left a checkpoint there"),
+        ("", "no run of train.py has left a checkpoint there"),
         ("compare", "that is a run of compare.py, not of train.py"),
     ],
 )

@@ -1,7 +1,9 @@
 """What the scripts share: options and what they mean, signals and streams, the run's directory."""
 
 import argparse
+import ast
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -13,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
 from nnce import checkpoint, data, ensemble, loops, memory, modules, parallel
+from nnce.schedules import SCHEDULES
 from nnce.training import Engine, Settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -42,6 +45,10 @@ class ArgumentParser(argparse.ArgumentParser):
         """Take a script's docstring for its description."""
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
         self.register("type", int, _whole_number)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What is no option may stand before, between and after the options."""
+        return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line, of several processes once."""
@@ -79,10 +86,27 @@ class ArgumentParser(argparse.ArgumentParser):
             "--l2", type=float, default=0.0, help="lambda; weights decay by lambda / n_train"
         )
         self.add_argument(
+            "--schedule",
+            type=functools.partial(_checked, SCHEDULES),
+            default="ConstantLR()",
+            metavar="SCHEDULE",
+            help="how the rate changes from epoch to epoch, in torch.optim.lr_scheduler's words: "
+            "'StepLR(step_size=10, gamma=0.3)', 'CosineAnnealingLR(T_max=30)', 'LinearLR(...)' to "
+            "warm up, or 'SequentialLR((LinearLR(), CosineAnnealingLR(25)), (5,))'",
+        )
+        self.add_argument(
+            "--distortion",
+            type=functools.partial(_checked, (data.Distortion,)),
+            metavar="DISTORTION",
+            help="distort the training images, anew in each epoch, as in 'Distortion(rotation=10, "
+            "alpha=34, sigma=4)'; see nnce.data.Distortion (if not given: not)",
+        )
+        self.add_argument(
             "--init",
-            choices=modules.INITS,
+            type=_init,
             default="scaled",
-            help="weights from N(0, 1/n_in), or from N(0, 1)",
+            metavar="|".join((*modules.INITS, "SD")),
+            help="weights from N(0, 1/n_in), or from N(0, 1); or all parameters from N(0, SD^2)",
         )
         self.add_argument(
             "--train-size",
@@ -134,6 +158,55 @@ def _whole_number(text: str) -> int:
             f"expected a whole number within ±{_LARGEST:,}, got {text}"
         )
     return number
+
+
+def _init(text: str) -> modules.Init:
+    """`--init`, checked: a name, or a standard deviation."""
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        value = float(text)
+    try:
+        modules.check_init(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return cast(modules.Init, value)
+
+
+def literal(text: str, classes: Sequence[type]) -> Any:
+    """The value that a text says in Python, a call of one of these classes with plain arguments.
+
+    Raises:
+        ValueError: it is none, or the class refuses its arguments.
+    """
+    by_name = {kind.__name__: kind for kind in classes}
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Tuple):
+            return tuple(map(value, node.elts))
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        if not (isinstance(node.func, ast.Name) and node.func.id in by_name):
+            raise SyntaxError
+        named = {word.arg: value(word.value) for word in node.keywords if word.arg}
+        return by_name[node.func.id](*map(value, node.args), **named)
+
+    try:
+        found = value(ast.parse(text.strip(), mode="eval").body)
+        if type(found) not in classes:
+            raise SyntaxError
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        why = f" ({error})" if isinstance(error, TypeError) else ""
+        raise ValueError(f"expected {'(…), '.join(by_name)}(…), got {text!r}{why}") from error
+    return found
+
+
+def _checked(classes: Sequence[type], text: str) -> str:
+    """A text that `literal` takes."""
+    try:
+        literal(text, classes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 # ------------------------------------------------------------------------------ running a script
@@ -345,6 +418,8 @@ def settings(options: argparse.Namespace, **more: Any) -> Settings:
         batch_size=options.batch_size,
         momentum=options.momentum,
         l2=options.l2,
+        schedule=literal(options.schedule, SCHEDULES),
+        distortion=options.distortion and literal(options.distortion, (data.Distortion,)),
         init=options.init,
         seed=options.seed,
         **more,

@@ -81,7 +81,7 @@ class Run:
     @property
     def diverged(self) -> bool:
         """Whether a loss is no finite number any more."""
-        return self.stopped or not math.isfinite(self.last.loss["train"])
+        return self.stopped or not all(map(math.isfinite, self.last.loss.values()))
 
     @property
     def last(self) -> Record:
@@ -163,6 +163,7 @@ class SideBySide:
         threads: for loops, as `Ensemble` takes them, and to measure so many networks at once; None
             for as many as this process has processors.
         world: the processes.
+        splits: what the records are of; "validation" at least.
     """
 
     def __init__(
@@ -171,13 +172,15 @@ class SideBySide:
         dataset: data.Dataset,
         threads: int | None = None,
         world: World = ALONE,
+        splits: Sequence[str] = data.SPLITS,
     ) -> None:
         """Make the ensemble of this process's share."""
         self.runs, self._world, self._train = runs, world, dataset.train
         self._share = list(runs[world.rank :: world.size])
         self._common = runs[0].settings
         self._threads = threads or parallel.processors()
-        self._measured = _measured(dataset)
+        measured = _measured(dataset)
+        self._measured = {name: measured[name] for name in splits}
         self._together: Ensemble | None = None
         if self._share:
             n_train = len(dataset.train.x)
@@ -232,12 +235,18 @@ class SideBySide:
         }
         by_run = [orders[run.settings.seed] for run in self._share]
         order = torch.stack(by_run) if by_run else None
+        images = self._distorted(orders)
+        if self._together is not None:
+            self._together.set_lrs([run.settings.rate_of(self._epoch) for run in self._share])
         stretch = self._stretch()
         began = time.perf_counter() - self._seconds
         while self._position < len(x):
             end = min(self._position + stretch, len(x))
             if self._together is not None and order is not None:
-                self._together.train_epoch(x, y, order[:, self._position : end])
+                if images:
+                    self._train_on(images, orders, self._position, end)
+                else:
+                    self._together.train_epoch(x, y, order[:, self._position : end])
             self._step += -(-(end - self._position) // self._common.batch_size)
             self._position = end
             paused = time.perf_counter()
@@ -252,6 +261,34 @@ class SideBySide:
         self._position = 0
         between()
 
+    def _distorted(self, orders: Mapping[int, Tensor]) -> dict[int, data.Distorted]:
+        """The images of an epoch, by seed; none if they are not distorted."""
+        x, distortion = self._train.x, self._common.distortion
+        if distortion is None:
+            return {}
+        return {
+            seed: data.Distorted(x, orders[seed], distortion, seed, self._epoch)
+            for seed in {run.settings.seed: None for run in self._share}
+        }
+
+    def _train_on(
+        self,
+        images: Mapping[int, data.Distorted],
+        orders: Mapping[int, Tensor],
+        begin: int,
+        end: int,
+    ) -> None:
+        """A part of an epoch, in which each seed has images of its own."""
+        assert self._together is not None
+        new = torch.cat([distorted[begin:end] for distorted in images.values()])
+        y = self._train.y[torch.cat([orders[seed][begin:end] for seed in images])]
+        n = end - begin
+        first = {seed: number * n for number, seed in enumerate(images)}
+        order = torch.stack(
+            [torch.arange(n, device=y.device) + first[run.settings.seed] for run in self._share]
+        )
+        self._together.train_epoch(new, y, order)
+
     def _stretch(self) -> int:
         """The same for all processes, so that they are between steps together."""
         networks = -(-len(self.runs) // self._world.size)
@@ -265,7 +302,7 @@ class SideBySide:
             # A thread a network is faster than several for one, whose products are small; but where
             # there is little to measure they wait for each other's Python.
             first_layer = self._share[0].network[0].weight.numel()
-            multiplications = sum(len(split.x) for split in self._measured) * first_layer
+            multiplications = sum(len(split.x) for split in self._measured.values()) * first_layer
             many = multiplications >= _MULTIPLICATIONS_FOR_THREADS
             at_once = self._threads if many and not self._train.x.is_cuda else 1
             with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
@@ -322,7 +359,7 @@ class SideBySide:
             self._drawn_from = state["generators"]
             for generator, drawn in zip(self._generators.values(), self._drawn_from, strict=True):
                 training.set_back(generator, drawn)
-            _set_records(self.runs, state)
+            _set_records(self.runs, state, tuple(self._measured))
             (self._recorded,) = {len(run.records) - 1 for run in self.runs}
             if not self._epoch - 1 <= self._recorded <= self._epoch or self._position < 0:
                 raise ValueError(f"records of epoch {self._recorded} after epoch {self._epoch}")
@@ -359,9 +396,11 @@ def _spread(runs: Sequence[Run], epoch: int, world: World) -> None:
             _set_parameters(runs[rank :: world.size], parameters)
 
 
-def _set_records(runs: Sequence[Run], state: Mapping[str, Any]) -> None:
+def _set_records(
+    runs: Sequence[Run], state: Mapping[str, Any], splits: Sequence[str] = data.SPLITS
+) -> None:
     for run, rows, stopped in zip(runs, state["records"], state["stopped"], strict=True):
-        run.records, run.stopped = training.unpack(rows), bool(stopped)
+        run.records, run.stopped = training.unpack(rows, splits), bool(stopped)
 
 
 def _check_processes(made_by: int, world: World) -> None:
@@ -465,9 +504,9 @@ class Controls:
                 raise ValueError(f"expected records of epoch {self.finished} of all controls")
 
 
-def _measured(dataset: data.Dataset) -> data.Dataset:
+def _measured(dataset: data.Dataset) -> dict[str, data.Split]:
     x, y = dataset.train
-    return dataset._replace(train=data.Split(x[:_MEASURED], y[:_MEASURED]))
+    return {**dataset.splits(), "train": data.Split(x[:_MEASURED], y[:_MEASURED])}
 
 
 class EngineDifference(NamedTuple):

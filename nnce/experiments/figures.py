@@ -121,6 +121,58 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     return figure
 
 
+def distortions(x: Tensor, distortion: data.Distortion, examples: int = 8, each: int = 5) -> Figure:
+    """What a distortion does: some images in the first row, and below several of each distorted.
+
+    Args:
+        x: images [n, side²], of which the first are drawn.
+        distortion: of them.
+        examples: how many images.
+        each: how often each is distorted.
+    """
+    side = math.isqrt(x.shape[1])
+    first = x[:examples]
+    generator = torch.Generator(x.device).manual_seed(0)
+    rows = [first, *(distortion(first, generator) for _ in range(each))]
+    figure = Figure(figsize=(len(first), len(rows) + 0.6), layout="constrained")
+    panels = figure.subplots(len(rows), len(first), squeeze=False)
+    for line, images in zip(panels, rows, strict=True):
+        for panel, image in zip(line, images, strict=True):
+            panel.imshow(image.view(side, side).tolist(), cmap="gray_r", vmin=0, vmax=1)
+            panel.set_xticks([])
+            panel.set_yticks([])
+    panels[0, 0].set_ylabel("as it is", fontsize=8)
+    figure.suptitle(str(distortion), fontsize=8)
+    return figure
+
+
+def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title: str) -> Figure:
+    """A line for each row of a published table: its figure, and ours from each start.
+
+    Args:
+        rows: a name, the published figure if there is one, and ours, of which NaN are not drawn.
+        title: of the picture; the measure is in it.
+    """
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    for height, (_, published, ours) in enumerate(rows):
+        ours = [value for value in ours if math.isfinite(value)]
+        panel.plot(ours, [height] * len(ours), "o", ms=4, alpha=0.5, color="C0", label="ours")
+        if ours:
+            mean = sum(ours) / len(ours)
+            panel.plot([mean], [height], "|", ms=16, mew=2, color="C0", label="their mean")
+        if published is not None:
+            panel.plot([published], [height], "D", ms=6, color="C1", label="published")
+    panel.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    panel.invert_yaxis()
+    panel.grid(axis="x", alpha=0.3)
+    handles, labels = panel.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    panel.legend(by_label.values(), by_label.keys(), fontsize=8)
+    panel.set_title(title, fontsize=10)
+    return figure
+
+
 class Band(NamedTuple):
     """A curve with its band: a mean and its confidence interval at each place."""
 

@@ -103,10 +103,14 @@ def start(
     before = parser.parse_args(recorded)
     if options.resume is None:  # restarted, with the same arguments as at first
         return Start(before, found, run_dir)
+    places = [action.dest for action in parser._actions if not action.option_strings]
+    if any(getattr(options, name) for name in places):  # then they are all said anew
+        config = {name: v for name, v in found["config"].items() if name not in places}
+        recorded = as_arguments(parser, config, run_dir)
     options = parser.parse_args([*recorded, *arguments])
     for name, value in vars(options).items():
         was = getattr(before, name)
-        option = f"--{name.replace('_', '-')}"
+        option = name if name in places else f"--{name.replace('_', '-')}"
         if name == "epochs" and value < was:
             parser.error(f"{option} {value}: may be raised on resuming, and the run has {was}")
         if value != was and name not in _MAY_CHANGE:
@@ -152,7 +156,7 @@ def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any
         return (
             run_dir,
             {},
-            (f"--resume {run_dir}: no run of train.py or compare.py has left a checkpoint there"),
+            (f"--resume {run_dir}: no run of {script} has left a checkpoint there"),
         )
     of = found.content.get("script")
     if of != script:
@@ -185,7 +189,13 @@ def as_arguments(parser: ArgumentParser, config: Mapping[str, object], run_dir: 
     """A recorded configuration as it would be typed, so that it is checked like any other."""
     arguments: list[str] = []
     options = {a.dest: a.option_strings[-1] for a in parser._actions if a.option_strings}
+    positional = [a.dest for a in parser._actions if not a.option_strings]
+    for name in positional:
+        value = config.get(name)
+        arguments += map(str, value) if isinstance(value, list) else [str(value)] * bool(value)
     for name, value in config.items():
+        if name in positional:
+            continue
         if name not in options:
             parser.error(
                 f"--resume {run_dir}: it was begun with an option {name!r}, which this version "

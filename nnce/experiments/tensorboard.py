@@ -58,7 +58,7 @@ _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
 _HYPERPARAMETERS = (
     *("data", "train_size", "hidden", "init", "loss", "engine", "optimizer"),
-    *("lr", "batch_size", "momentum", "l2", "epochs", "dtype"),
+    *("lr", "schedule", "batch_size", "momentum", "l2", "distortion", "epochs", "dtype"),
 )
 
 

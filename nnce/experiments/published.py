@@ -1,0 +1,166 @@
+"""Published tables: which figure, of which network, trained how. Data, for `reproduction`.
+
+A row is the protocol of its source, as far as that can be read, and what was taken where it cannot.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nnce.training import Settings
+
+Of = Literal["test", "best test epoch", "best validation epoch"]
+"""What a figure is of: the last epoch or the one chosen on validation, as measured on the test set;
+or, as the book has it, the best of all epochs as measured on either set."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure, and how its network is trained."""
+
+    name: str
+    settings: Settings
+    """But for the seed."""
+    published: float | None = None
+    """In percent, of the table's measure; None where nothing is published."""
+    of: Of = "test"
+    note: str = ""
+    """What cannot be read off the source, and what was taken; or what else is to be said."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one source."""
+
+    title: str
+    source: str
+    measure: Literal["accuracy", "error"]
+    seeds: int
+    """How many starts a row is trained from, if nobody says."""
+    rows: tuple[Row, ...]
+    about: str = ""
+    """What is to be known of all its rows."""
+    validation_only: bool = False
+    """Whether its rows are candidates, of which some other table takes the best: the test set is
+    not for them."""
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+class UnknownName(ValueError):
+    """No table or row of this name; the sentence lists the near ones."""
+
+
+def find(table: str, rows: Sequence[str] = ()) -> tuple[Table, tuple[Row, ...]]:
+    """A table by its name, and those of its rows that are named, in the table's order.
+
+    Args:
+        table: a name out of `TABLES`.
+        rows: names of rows; N8 is all of N8a, N8b, …; none for all rows.
+
+    Raises:
+        UnknownName: there is no such table or row.
+    """
+    if table not in TABLES:
+        raise UnknownName(_unknown("table", table, tuple(TABLES)))
+    found = TABLES[table]
+    names = [row.name for row in found.rows]
+    for name in rows:
+        if not any(_is_meant(name, one) for one in names):
+            raise UnknownName(_unknown(f"row of {table}", name, names))
+    chosen = tuple(
+        row for row in found.rows if not rows or any(_is_meant(name, row.name) for name in rows)
+    )
+    return found, chosen
+
+
+def _is_meant(asked: str, name: str) -> bool:
+    return asked.lower() in (name.lower(), name.rstrip("abcdefgh").lower())
+
+
+def _unknown(what: str, name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"expected a {what} out of {', '.join(names)}, got {name!r}{meant}"
+
+
+# ------------------------------------------------------------------------------------ the textbook
+
+_NO_INIT = (
+    "The init is not repeated beside the figure; the section's is taken, weights from N(0, 1)."
+)
+
+NIELSEN = Table(
+    title="Neural Networks and Deep Learning",
+    source="M. Nielsen, Neural Networks and Deep Learning, 2015, chapters 1, 3 and 5",
+    measure="accuracy",
+    seeds=10,
+    about="The book quotes the best epoch of one run, or of the best of three; mini-batches of 10. "
+    "The single neuron of its chapter 3 is scripts/slowdown.py.",
+    rows=(
+        Row(
+            "N1",
+            Settings(hidden=(30,), loss="quadratic", lr=3.0, init="large", epochs=30),
+            published=95.42,
+            of="best test epoch",
+            note="The best of three runs.",
+        ),
+        Row(
+            "N2",
+            Settings(hidden=(100,), loss="quadratic", lr=3.0, init="large", epochs=30),
+            published=96.59,
+            of="best test epoch",
+            note="The best of three runs.",
+        ),
+        Row(
+            "N3",
+            Settings(hidden=(30,), loss="cross-entropy", lr=0.5, init="large", epochs=30),
+            published=95.49,
+            of="best test epoch",
+        ),
+        Row(
+            "N4",
+            Settings(hidden=(100,), loss="cross-entropy", lr=0.5, init="large", epochs=30),
+            published=96.82,
+            of="best test epoch",
+        ),
+        Row(
+            "N5",
+            Settings(hidden=(30,), loss="cross-entropy", lr=0.5, l2=5.0, init="large", epochs=30),
+            published=96.49,
+            of="best test epoch",
+        ),
+        Row(
+            "N6",
+            Settings(hidden=(100,), loss="cross-entropy", lr=0.5, l2=5.0, init="large", epochs=30),
+            published=97.92,
+            of="best validation epoch",
+        ),
+        Row(
+            "N7",
+            Settings(hidden=(100,), loss="cross-entropy", lr=0.1, l2=5.0, init="large", epochs=60),
+            published=98.04,
+            of="best validation epoch",
+            note=_NO_INIT,
+        ),
+        *(
+            Row(
+                name,
+                Settings(hidden=hidden, loss="cross-entropy", lr=0.1, l2=5.0, epochs=30),
+                published=published,
+                of="best validation epoch",
+            )
+            for name, hidden, published in (
+                ("N8a", (30,), 96.48),
+                ("N8b", (30, 30), 96.90),
+                ("N8c", (30, 30, 30), 96.57),
+                ("N8d", (30, 30, 30, 30), 96.53),
+            )
+        ),
+    ),
+)
+
+TABLES: Mapping[str, Table] = {"nielsen": NIELSEN}

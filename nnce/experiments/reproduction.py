@@ -1,0 +1,276 @@
+"""Train a row of a published table from many starts, and see what it comes to.
+
+Nothing that trains or chooses has the test set: it is kept apart until the networks are trained.
+The exception are rows whose source quotes the best epoch as the test set shows it; such a figure is
+reported as what it is, and nothing else is made of it.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnce import data, training
+from nnce.experiments import comparison
+from nnce.experiments.comparison import Run, SideBySide
+from nnce.experiments.published import Row, Table
+from nnce.modules import MLP
+from nnce.training import Settings
+
+_AT_ONCE = 10_000
+
+
+def protocol(row: Row, *, epochs: int | None = None) -> Settings:
+    """How a row is trained; for a trial at most so many epochs."""
+    settings = row.settings
+    return (
+        settings
+        if epochs is None
+        else dataclasses.replace(settings, epochs=min(epochs, settings.epochs))
+    )
+
+
+def without_test(dataset: data.Dataset) -> data.Dataset:
+    """The data for what must not see the test set, which is empty here."""
+    x, y = dataset.test
+    return dataset._replace(test=data.Split(x[:0], y[:0]))
+
+
+class Trained(NamedTuple):
+    """What one start has come to; accuracies in [0, 1], of which NaN are not measured."""
+
+    seed: int
+    diverged: bool
+    chosen_epoch: int
+    """The one of the highest validation accuracy, the first of several."""
+    chosen_validation: float
+    last_validation: float
+    best_test: float
+    """The highest test accuracy of any epoch, where the row is of that."""
+    chosen_test: float
+    last_test: float
+
+
+class Attempt:
+    """The networks of one row, from as many starts, while they are trained.
+
+    Args:
+        row: what is trained.
+        settings: how, but for the seed.
+        dataset: all of it, the test set included, which is put away.
+        seeds: the starts.
+        threads: as `SideBySide` takes them.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        settings: Settings,
+        dataset: data.Dataset,
+        seeds: Sequence[int],
+        threads: int | None = None,
+    ) -> None:
+        """Make the networks."""
+        self.row = row
+        self._shown = row.of == "best test epoch"
+        by_seed = [dataclasses.replace(settings, seed=seed) for seed in seeds]
+        seen = dataset if self._shown else without_test(dataset)
+        self.runs: list[Run] = comparison.make_runs(by_seed, seen)
+        self._side_by_side = SideBySide(
+            self.runs,
+            seen,
+            threads,
+            splits=("validation", "test") if self._shown else ("validation",),
+        )
+        self._chosen = [_parameters(run.network) for run in self.runs]
+
+    def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
+        """Train, yielding each epoch when it is recorded.
+
+        Args:
+            between: called between steps.
+        """
+        for epoch in self._side_by_side.epochs(between):
+            for number, run in enumerate(self.runs):
+                if run.best.epoch == epoch:
+                    self._chosen[number] = _parameters(run.network)
+            yield epoch
+
+    @property
+    def seconds(self) -> float:
+        """Of training alone, all networks together."""
+        return sum(record.seconds for run in self.runs for record in run.records)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        return {"side by side": self._side_by_side.state_dict(), "chosen": self._chosen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        self._side_by_side.load_state_dict(state["side by side"])
+        with training.what_does_not_fit():
+            for run, chosen in zip(self.runs, state["chosen"], strict=True):
+                for name, parameter in run.network.state_dict().items():
+                    training.check_fits(name, chosen[name], parameter)
+            self._chosen = list(state["chosen"])
+
+    def finish(self, test: data.Split | None) -> "Outcome":
+        """What has come of it, once all is trained.
+
+        Args:
+            test: the test set; None for candidates, which are not to be measured on it.
+        """
+        chosen = [
+            _network(run.network, of_run)
+            for run, of_run in zip(self.runs, self._chosen, strict=True)
+        ]
+        trained = []
+        for run, best in zip(self.runs, chosen, strict=True):
+
+            def accuracy(network: MLP, run: Run = run) -> float:
+                if test is None or run.diverged:
+                    return float("nan")
+                return training.evaluate(network, test, run.settings.loss).accuracy
+
+            trained.append(
+                Trained(
+                    run.settings.seed,
+                    run.diverged,
+                    run.best.epoch,
+                    run.best.accuracy["validation"],
+                    run.last.accuracy["validation"],
+                    max(r.accuracy["test"] for r in run.records) if self._shown else float("nan"),
+                    accuracy(best),
+                    accuracy(run.network),
+                )
+            )
+        curve = [
+            statistics.fmean(run.records[epoch].accuracy["validation"] for run in self.runs)
+            for epoch in range(len(self.runs[0].records))
+        ]
+        committee = float("nan") if test is None else committee_accuracy(chosen, test)
+        return Outcome(self.row.name, trained, committee, curve, self.seconds)
+
+
+def _parameters(network: MLP) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def _network(like: MLP, parameters: Mapping[str, Tensor]) -> MLP:
+    weight = like[0].weight
+    network = MLP(like.sizes, device=weight.device, dtype=weight.dtype)
+    network.load_state_dict(parameters)
+    return network
+
+
+@torch.no_grad()
+def committee_accuracy(networks: Sequence[MLP], split: data.Split) -> float:
+    """The accuracy of networks that decide together: by the mean of their outputs a."""
+    right = 0.0
+    for x, y in zip(split.x.split(_AT_ONCE), split.y.split(_AT_ONCE), strict=True):
+        mean = torch.stack([network(x).sigmoid() for network in networks]).mean(0)
+        right += y.gather(-1, mean.argmax(-1, keepdim=True)).sum().item()
+    return right / len(split.x)
+
+
+# ---------------------------------------------------------------------------------- what came out
+
+
+class Spread(NamedTuple):
+    """What several starts come to, in percent of the table's measure."""
+
+    mean: float
+    sd: float
+    """NaN for n = 1."""
+    min: float
+    max: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a row has come to."""
+
+    row: str
+    trained: Sequence[Trained]
+    committee: float
+    """The accuracy of all the chosen networks together, on the test set; NaN for candidates."""
+    curve: Sequence[float]
+    """The mean validation accuracy after each epoch."""
+    seconds: float
+    """Of training, all starts together."""
+
+    def spread(self, table: Table, figure: str) -> Spread:
+        """One of the figures of `Trained`, over the starts that have not diverged."""
+        values = [percent(table, getattr(one, figure)) for one in self.trained if not one.diverged]
+        if not values:
+            nan = float("nan")
+            return Spread(nan, nan, nan, nan, 0)
+        sd = statistics.stdev(values) if len(values) > 1 else float("nan")
+        return Spread(statistics.fmean(values), sd, min(values), max(values), len(values))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "row": self.row,
+            "trained": [one._asdict() for one in self.trained],
+            "committee": self.committee,
+            "curve": list(self.curve),
+            "seconds": self.seconds,
+        }
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> "Outcome":
+        """`as_dict` undone.
+
+        Raises:
+            ValueError: it is none.
+        """
+        with training.what_does_not_fit():
+            trained = [Trained(**one) for one in plain["trained"]]
+            return Outcome(
+                str(plain["row"]),
+                trained,
+                float(plain["committee"]),
+                [float(value) for value in plain["curve"]],
+                float(plain["seconds"]),
+            )
+
+
+def percent(table: Table, accuracy: float) -> float:
+    """An accuracy in [0, 1] as the table has it."""
+    return 100 * (accuracy if table.measure == "accuracy" else 1 - accuracy)
+
+
+def like_published(row: Row) -> str:
+    """Which figure of `Trained` is what the source quotes."""
+    return {
+        "test": "chosen_test",
+        "best test epoch": "best_test",
+        "best validation epoch": "chosen_validation",
+    }[row.of]
+
+
+def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
+    """A row's protocol in a line."""
+    sizes = "-".join(map(str, (features, *settings.hidden, classes)))
+    start = {"large": "N(0, 1)", "scaled": "N(0, 1/n_in)"}.get(
+        str(settings.init), f"N(0, {settings.init}²)"
+    )
+    parts = [
+        f"{sizes}, {settings.loss}, lr {settings.rate:g}, mini-batch {settings.batch_size}",
+        f"{settings.epochs} epochs, weights from {start}",
+        f"λ = {settings.l2:g}" if settings.l2 else "",
+        f"momentum {settings.momentum:g}" if settings.momentum else "",
+        "" if "Constant" in repr(settings.schedule) else repr(settings.schedule),
+        repr(settings.distortion) if settings.distortion else "",
+    ]
+    return ", ".join(part for part in parts if part)

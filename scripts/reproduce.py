@@ -1,0 +1,391 @@
+"""Published tables, reproduced row by row with the hand-written rules, with error bars."""
+
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
+import argparse
+import functools
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from nnce import parallel
+from nnce.experiments import command_line, figures, published, report, reproduction, resuming
+from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.published import TABLES, Row, Table
+from nnce.experiments.reproduction import Attempt, Outcome, Spread
+from nnce.experiments.tensorboard import Monitor
+from nnce.parallel import ALONE
+from nnce.training import Settings
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("table", nargs="?", help="which one; without it, all are listed")
+    parser.add_argument("rows", nargs="*", help="which of its rows; all if none is named")
+    parser.add_common_options()
+    parser.set_defaults(data="mnist")
+    parser.add_argument("--seeds", type=int, help="starts of each row (if not given, the table's)")
+    parser.add_argument(
+        "--max-epochs",
+        type=int,
+        help="at most so many, to try it out; not the published protocol then",
+    )
+    parser.add_argument(
+        "--train-size",
+        type=int,
+        help="use the first so many training examples, to try it out; all if not given",
+    )
+    parser.add_speed_options()
+    resuming.add_options(parser)
+    parser.set_defaults(checkpoint_every="60s")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """List the tables, or reproduce one; the exit status."""
+    options_parser = parser()
+    options, found, run_dir = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
+    if options.table is None:
+        print("\n\n".join(map(listing, TABLES)))
+        return 0
+    command = shlex.join(
+        ["scripts/reproduce.py", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    with options_parser.user_errors():
+        if parallel.launched():
+            raise ValueError("expected one process; the networks are side by side in it")
+        work = Work(options, found)
+    with (
+        command_line.undisturbed(),
+        options_parser.run_directory(
+            run_dir or options.run_dir, f"reproduce-{options.table}", resumed=found is not None
+        ) as path,
+    ):
+        command_line.announce_threads(options)
+        run(work, path, command if found is None else found["command"])
+    return 0
+
+
+def listing(name: str) -> str:
+    """A table and its rows, in words."""
+    table = TABLES[name]
+    rows = [
+        f"  {row.name:8}{published_in_words(row):38}"
+        f"{reproduction.in_words(row, row.settings, 784, 10)}"
+        for row in table.rows
+    ]
+    return "\n".join([f"{name}: {table.title} ({table.measure} in percent)", *rows])
+
+
+def published_in_words(row: Row) -> str:
+    """The figure and what it is of."""
+    return "" if row.published is None else f"{row.published:g}, {row.of}"
+
+
+class Work:
+    """What is asked for, and how far it has come."""
+
+    def __init__(self, options: argparse.Namespace, found: Mapping[str, Any] | None) -> None:
+        """Check everything; ValueError where something makes no sense or does not fit."""
+        self.table, self.rows = published.find(options.table, options.rows)
+        options.device = command_line.device(options.device).type
+        self.options = options
+        count = self.table.seeds if options.seeds is None else options.seeds
+        if not 1 <= count <= 1_000 or options.seed + count > 2**32:
+            raise ValueError(f"expected 1 to 1,000 --seeds within 2**32, got {count:,}")
+        self.seeds = range(options.seed, options.seed + count)
+        self.settings = {
+            row.name: reproduction.protocol(row, epochs=options.max_epochs) for row in self.rows
+        }
+        self.dataset = command_line.load_data(options)
+        for row in self.rows:
+            if row.settings.distortion is not None:
+                row.settings.distortion.check(self.dataset.train.x.shape[1])
+        command_line.set_speed(options, torch.get_num_threads())
+        self.outcomes: dict[str, Outcome] = {}
+        self.attempt: Attempt | None = None
+        self._before, self._began = 0.0, time.perf_counter()
+        if found is not None:
+            self._go_on(found)
+
+    @property
+    def protocols(self) -> dict[str, str]:
+        """How each row is trained, so that it is seen if that is not what it was."""
+        return {row.name: f"{self.settings[row.name]}, {row.of}" for row in self.rows}
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is what was published: the whole protocol, on MNIST."""
+        return self.options.data == "mnist" and not is_trial(self.options)
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return self._before + time.perf_counter() - self._began
+
+    def _go_on(self, found: Mapping[str, Any]) -> None:
+        resuming.warn(found, ALONE)
+        for name, protocol in self.protocols.items():
+            if found.get("protocols", {}).get(name) != protocol:
+                raise ValueError(
+                    f"the run was begun with another protocol of row {name}: begin a new run"
+                )
+        with resuming.loading():
+            self.outcomes = {
+                name: Outcome.from_dict(plain) for name, plain in found["outcomes"].items()
+            }
+            self._before = float(found["seconds"])
+            if found["attempt"] is not None:
+                self.attempt = self.begin(next(r for r in self.rows if r.name not in self.outcomes))
+                self.attempt.load_state_dict(found["attempt"])
+
+    def begin(self, row: Row) -> Attempt:
+        """The networks of a row before the first step."""
+        threads = command_line.threads(self.options)
+        return Attempt(row, self.settings[row.name], self.dataset, list(self.seeds), threads)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it has come, for a checkpoint."""
+        return {
+            "protocols": self.protocols,
+            "outcomes": {name: outcome.as_dict() for name, outcome in self.outcomes.items()},
+            "attempt": None if self.attempt is None else self.attempt.state_dict(),
+            "seconds": self.seconds,
+        }
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+def run(work: Work, run_dir: Path, command: str) -> None:
+    """Train row by row, and write what comes out after each."""
+    options = work.options
+    header = resuming.header("reproduce.py", vars(options), ALONE, command)
+    monitor: Monitor | None = None
+    saver = resuming.Saver(
+        run_dir,
+        options.checkpoint_every,
+        lambda: {**header, **work.state_dict()},
+        lambda: monitor.flush() if monitor else None,
+        ALONE,
+    )
+    introduce(work)
+    if not work.outcomes and work.attempt is None:
+        saver.save()
+    try:
+        for row in work.rows:
+            if row.name in work.outcomes:
+                continue
+            settings = work.settings[row.name]
+            if work.attempt is None:
+                work.attempt = work.begin(row)
+            attempt = work.attempt
+            config = {"row": row.name, **vars(settings), "data": options.data}
+            with Monitor(run_dir / row.name, config, len(attempt.runs[0].records)) as monitor:
+                train(attempt, settings, monitor, saver)
+                split = None if work.table.validation_only else work.dataset.test
+                work.outcomes[row.name] = attempt.finish(split)
+                if settings.distortion is not None:
+                    monitor.log_figure(
+                        "distortion", figures.distortions(work.dataset.train.x, settings.distortion)
+                    )
+            work.attempt = monitor = None
+            saver.save()
+            command_line.keep(run_dir)
+            write(work, run_dir, command)
+            print(in_a_line(work, row), flush=True)
+    except KeyboardInterrupt:
+        saver.save()
+        command_line.keep(run_dir)
+        print("Interrupted; to go on:", file=sys.stderr)
+        print(resuming.command_to_resume(run_dir, ALONE), file=sys.stderr)
+        raise
+    print(f"\n{page(work, command)}\n")
+    print(f"{work.seconds:.1f} s")
+    print(f"Results and a picture: {run_dir}")
+    print(f"Curves: {report.tensorboard_command(run_dir)}")
+
+
+def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
+    """All epochs of a row, with a progress bar."""
+    done = len(attempt.runs[0].records)
+    with tqdm(
+        total=settings.epochs + 1, initial=done, unit="epoch", disable=None, leave=False
+    ) as bar:
+        bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
+        for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
+            monitor.log(*[run.last for run in attempt.runs])
+            saver.after(epoch, settings.epochs)
+            bar.update(epoch + 1 - bar.n)
+
+
+def introduce(work: Work) -> None:
+    """Say what is going to be trained."""
+    n_train, n_validation, n_test = (len(split.x) for split in work.dataset)
+    rows = ", ".join(row.name for row in work.rows)
+    threads = command_line.threads(work.options) or parallel.processors()
+    trial = " (cut short: not the published protocol)" if is_trial(work.options) else ""
+    done = f"\ngoing on after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
+    print(
+        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n{work.options.data}: "
+        f"{n_train:,} training, {n_validation:,} validation and {n_test:,} test examples; "
+        f"{work.options.dtype} on {report.device_name(work.dataset.train.x.device)}, threads "
+        f"{threads}{done}",
+        flush=True,
+    )
+
+
+def is_trial(options: argparse.Namespace) -> bool:
+    """Whether it is not what was published."""
+    return options.max_epochs is not None or options.train_size is not None
+
+
+# ----------------------------------------------------------------------------------- what is told
+
+
+def closing_rows(work: Work, rows: Sequence[Row]) -> list[report.Row]:
+    """A line for each row."""
+    return [closing_row(work.table, row, work.outcomes[row.name], work.compares) for row in rows]
+
+
+def in_a_line(work: Work, row: Row) -> str:
+    """What a row has come to, as soon as it has."""
+    figures = closing_row(work.table, row, work.outcomes[row.name], work.compares)
+    return ", ".join(
+        f"{name} {value}" if name else str(value) for name, value in figures.items() if value
+    )
+
+
+def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> report.Row:
+    """The published figure, the same of ours, and the honest ones."""
+    same = outcome.spread(table, reproduction.like_published(row))
+    test = (
+        {}
+        if table.validation_only
+        else {
+            "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
+            "test, last epoch": in_words(outcome.spread(table, "last_test")),
+        }
+    )
+    quoted = (
+        {}
+        if table.validation_only
+        else {
+            "published": "" if row.published is None else f"{row.published:.2f}",
+            "ours, the same figure": in_words(same),
+            "": verdict(table, row, same) if compares else "",
+        }
+    )
+    diverged = sum(one.diverged for one in outcome.trained)
+    return {
+        "row": row.name,
+        **quoted,
+        "validation, chosen epoch": in_words(outcome.spread(table, "chosen_validation")),
+        **test,
+        "n": f"{same.n}" + (f" ({diverged} diverged)" if diverged else ""),
+        "minutes": f"{outcome.seconds / 60:.1f}",
+    }
+
+
+def in_words(spread: Spread) -> str:
+    """Mean ± sd (min–max)."""
+    if math.isnan(spread.mean):
+        return ""
+    if spread.n == 1:
+        return f"{spread.mean:.2f}"
+    return f"{spread.mean:.2f} ± {spread.sd:.2f} ({spread.min:.2f}–{spread.max:.2f})"
+
+
+def verdict(table: Table, row: Row, ours: Spread) -> str:
+    """Where the published figure is."""
+    if row.published is None or math.isnan(ours.mean):
+        return ""
+    published = round(row.published, 2)
+    if round(ours.min, 2) <= published <= round(ours.max, 2):
+        return "within"
+    better = published < ours.min if table.measure == "accuracy" else published > ours.max
+    return "ours is better" if better else "ours is worse"
+
+
+def page(work: Work, command: str) -> str:
+    """The table for people, what it is of, and how it was made."""
+    table = work.table
+    rows = [row for row in work.rows if row.name in work.outcomes]
+    features, classes = work.dataset.train.x.shape[1], work.dataset.train.y.shape[1]
+    lines = [
+        f"{table.title}, {table.measure} in percent, mean ± sd (min–max) over n starts; "
+        f"{work.options.data}. {table.about}".strip(),
+        *(["Cut short: not the published protocol."] if is_trial(work.options) else []),
+        "",
+        report.table(closing_rows(work, rows)),
+        "",
+    ]
+    for row in rows:
+        settings = work.settings[row.name]
+        words = reproduction.in_words(row, settings, features, classes)
+        of = f"Published: {row.of}." if row.published is not None else ""
+        committee = work.outcomes[row.name].committee
+        together = (
+            f"All {len(work.seeds)} networks together: "
+            f"{reproduction.percent(table, committee):.2f}."
+            if len(work.seeds) > 1 and not math.isnan(committee)
+            else ""
+        )
+        lines.append(
+            f"- {row.name}: {' '.join(filter(None, (f'{words}.', of, row.note, together)))}"
+        )
+    return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
+
+
+def write(work: Work, run_dir: Path, command: str) -> None:
+    """`results.json`, `results.md`, the picture, and both in TensorBoard."""
+    table = work.table
+    rows = [row for row in work.rows if row.name in work.outcomes]
+    report.write_results(
+        run_dir,
+        config=vars(work.options),
+        device=work.dataset.train.x.device,
+        seconds=work.seconds,
+        rows=closing_rows(work, rows),
+        command=command,
+        protocols={row.name: work.protocols[row.name] for row in rows},
+        published={row.name: row.published for row in rows},
+        outcomes={name: outcome.as_dict() for name, outcome in work.outcomes.items()},
+    )
+    markdown = page(work, command)
+    report.write_text(run_dir / "results.md", f"{markdown}\n")
+    figure = figures.reproduced(
+        [
+            (
+                row.name,
+                row.published,
+                [
+                    reproduction.percent(table, getattr(one, reproduction.like_published(row)))
+                    for one in work.outcomes[row.name].trained
+                ],
+            )
+            for row in rows
+        ],
+        f"{table.title}: {table.measure} in percent",
+    )
+    report.write_figure(run_dir / "reproduced.png", figure, dpi=90)
+    for old in run_dir.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(run_dir)) as writer:
+        writer.add_figure("reproduced", figure)
+        writer.add_text("results", markdown)
+
+
+if __name__ == "__main__":
+    command_line.run_script(main)

@@ -1,0 +1,291 @@
+"""Published tables, row by row: what is told, what is chosen on what, and going on."""
+
+import json
+import math
+
+import killed
+import pytest
+import torch
+
+from nnce import data, training
+from nnce.data import Distortion
+from nnce.experiments import published, reproduction, resuming
+from nnce.experiments.published import TABLES, Row, Table
+from nnce.schedules import CosineAnnealingLR
+from nnce.training import Settings
+
+
+@pytest.fixture
+def reproduce(script):
+    return script("reproduce")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A table that digits are soon done with."""
+    table = Table(
+        title="A toy",
+        source="no one",
+        measure="error",
+        seeds=3,
+        rows=(
+            Row(
+                "T1",
+                Settings(
+                    hidden=(8,),
+                    epochs=2,
+                    init=0.05,
+                    schedule=CosineAnnealingLR(2),
+                    distortion=Distortion(rotation=5, alpha=3, sigma=1),
+                ),
+                published=50.0,
+            ),
+            Row("T2", Settings(hidden=(8,), epochs=2), published=1.0, of="best test epoch"),
+        ),
+    )
+    monkeypatch.setattr(published, "TABLES", {**TABLES, "toy": table})
+    return table
+
+
+# --------------------------------------------------------------------------------------- the data
+
+
+def test_without_arguments_it_lists_everything(reproduce, capsys):
+    assert reproduce.main([]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name, table in TABLES.items():
+        assert f"{name}: {table.title}" in out
+        for row in table.rows:
+            assert f"  {row.name} " in out and (
+                row.published is None or f"{row.published:g}" in out
+            )
+
+
+def test_names_are_there_once_and_every_row_can_be_trained():
+    for name, table in TABLES.items():
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names) > 0 and table.seeds >= 1
+        for row in table.rows:
+            assert published.find(name, [row.name])[1] == (row,)
+            assert not (table.validation_only and row.published is not None)
+
+
+def test_the_textbooks_rows_are_what_the_textbook_says():
+    """As the issue lists them."""
+    expected = {
+        "N1": ((30,), "quadratic", 3.0, 0.0, "large", 30, 95.42),
+        "N2": ((100,), "quadratic", 3.0, 0.0, "large", 30, 96.59),
+        "N3": ((30,), "cross-entropy", 0.5, 0.0, "large", 30, 95.49),
+        "N4": ((100,), "cross-entropy", 0.5, 0.0, "large", 30, 96.82),
+        "N5": ((30,), "cross-entropy", 0.5, 5.0, "large", 30, 96.49),
+        "N6": ((100,), "cross-entropy", 0.5, 5.0, "large", 30, 97.92),
+        "N7": ((100,), "cross-entropy", 0.1, 5.0, "large", 60, 98.04),
+        "N8a": ((30,), "cross-entropy", 0.1, 5.0, "scaled", 30, 96.48),
+        "N8b": ((30,) * 2, "cross-entropy", 0.1, 5.0, "scaled", 30, 96.90),
+        "N8c": ((30,) * 3, "cross-entropy", 0.1, 5.0, "scaled", 30, 96.57),
+        "N8d": ((30,) * 4, "cross-entropy", 0.1, 5.0, "scaled", 30, 96.53),
+    }
+    rows = {row.name: row for row in TABLES["nielsen"].rows}
+    assert rows.keys() == expected.keys()
+    for name, (hidden, loss, lr, l2, init, epochs, figure) in expected.items():
+        settings = Settings(
+            hidden=hidden, loss=loss, lr=lr, l2=l2, init=init, epochs=epochs, batch_size=10
+        )
+        assert (rows[name].settings, rows[name].published) == (settings, figure)
+
+
+def test_a_group_of_rows_goes_by_its_name():
+    assert [row.name for row in published.find("nielsen", ["n8", "N1"])[1]] == [
+        *("N1", "N8a", "N8b", "N8c", "N8d")
+    ]
+
+
+# ------------------------------------------------------------------------------------ what is done
+
+
+def test_a_run(reproduce, toy, tmp_path, capsys):
+    options = ["toy", "--data", "digits", "--run-dir", str(tmp_path / "run")]
+    assert reproduce.main(options) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "64-8-10" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["config"]["table"] == "toy" and results["published"] == {"T1": 50.0, "T2": 1.0}
+    dataset = data.load("digits")
+    for row, outcome in zip(toy.rows, results["outcomes"].values(), strict=True):
+        assert [one["seed"] for one in outcome["trained"]] == [0, 1, 2]
+        for one in outcome["trained"]:
+            # The same network, trained alone and looked at with everything in sight.
+            settings = Settings(**{**vars(row.settings), "seed": one["seed"]})
+            state = training.initial_state(settings, dataset)
+            records, networks = [], []
+            for record in training.train(state, settings, dataset):
+                records.append(record)
+                networks.append(reproduction._parameters(state.network))
+            best = max(records, key=lambda record: record.accuracy["validation"])
+            assert one["chosen_epoch"] == best.epoch and not one["diverged"]
+            assert one["chosen_validation"] == best.accuracy["validation"]
+            assert one["chosen_test"] == best.accuracy["test"]
+            assert one["last_validation"] == records[-1].accuracy["validation"]
+            assert one["last_test"] == records[-1].accuracy["test"]
+            highest = max(record.accuracy["test"] for record in records)
+            assert one["best_test"] == (highest if row.name == "T2" else None)
+        assert len(outcome["curve"]) == 3
+    figures = [one["chosen_test"] for one in results["outcomes"]["T1"]["trained"]]
+    errors = [100 * (1 - accuracy) for accuracy in figures]
+    mean = sum(errors) / 3
+    assert f"{mean:.2f} ± " in out and f"({min(errors):.2f}–{max(errors):.2f})" in out
+    assert (tmp_path / "run" / "reproduced.png").read_bytes().startswith(b"\x89PNG")
+    assert "T1" in (tmp_path / "run" / "results.md").read_text()
+    curves = killed.curves(tmp_path / "run" / "T1")
+    assert [step for step, _ in curves["scalar", "accuracy/validation"]] == [0, 1, 2]
+    assert ("image", "distortion") in curves and ("scalar", "accuracy/test") not in curves
+    assert ("image", "reproduced") in killed.curves(tmp_path / "run")
+
+
+def test_a_committee_decides_by_the_mean_output(digits):
+    networks = [
+        training.initial_state(Settings(hidden=(8,), seed=seed), digits).network
+        for seed in range(3)
+    ]
+    x, y = digits.test
+    mean = sum(torch.sigmoid(network(x)) for network in networks) / 3
+    expected = (mean.argmax(1) == y.argmax(1)).double().mean().item()
+    assert reproduction.committee_accuracy(networks, digits.test) == pytest.approx(expected)
+
+
+def test_what_trains_and_chooses_cannot_see_the_test_set(toy, digits, monkeypatch):
+    """Another test set changes test figures alone; and it is not looked at before the end."""
+    looked = []
+    whole = training.evaluate
+
+    def spied(output, split, loss):
+        looked.append(split.x.data_ptr())
+        return whole(output, split, loss)
+
+    monkeypatch.setattr(training, "evaluate", spied)
+
+    def outcome(test):
+        row = toy.row("T1")
+        attempt = reproduction.Attempt(row, row.settings, digits._replace(test=test), [0, 1])
+        list(attempt.epochs())
+        assert looked and test.x.data_ptr() not in looked
+        found = attempt.finish(test)
+        assert test.x.data_ptr() in looked
+        looked.clear()
+        return found, [run.network for run in attempt.runs]
+
+    x, y = digits.test
+    (honest, networks), (scrambled, others) = (
+        outcome(data.Split(x, y)),
+        outcome(data.Split(x.flip(0).clone(), y.roll(7, 1))),
+    )
+    for a, b in zip(networks, others, strict=True):
+        assert all(map(torch.equal, a.parameters(), b.parameters()))
+    for a, b in zip(honest.trained, scrambled.trained, strict=True):
+        assert a[:5] == b[:5] and a.chosen_test != b.chosen_test
+        assert math.isnan(a.best_test)
+    assert honest.curve == scrambled.curve
+    monkeypatch.undo()
+    # Candidates are not measured on it at all.
+    row = toy.row("T1")
+    attempt = reproduction.Attempt(row, row.settings, digits, [0])
+    list(attempt.epochs())
+    (one,) = attempt.finish(None).trained
+    assert math.isnan(one.chosen_test) and math.isnan(one.last_test)
+
+
+def test_a_network_that_diverges_is_counted_out(toy, digits, reproduce, monkeypatch, tmp_path):
+    row = Row("T3", Settings(hidden=(8,), epochs=2, lr=1e38))
+    table = Table("Wild", "no one", "error", 2, (row,))
+    monkeypatch.setattr(published, "TABLES", {"wild": table})
+    assert reproduce.main(["wild", "--data", "digits", "--run-dir", str(tmp_path / "run")]) == 0
+    (line,) = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert line["n"] == "0 (2 diverged)" and line["test, last epoch"] == ""
+
+
+# --------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("calls", [0, 3, 7])
+def test_a_run_that_was_stopped_goes_on_to_the_same(calls, reproduce, toy, tmp_path, monkeypatch):
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    options = ["toy", "--data", "digits", "--checkpoint-every", "1"]
+    assert reproduce.main([*options, "--run-dir", str(alone)]) == 0
+    count, whole = iter(range(calls)), resuming.Saver.between
+
+    def between(self, *arguments, **more):
+        if next(count, None) is None:
+            monkeypatch.setattr(resuming.Saver, "between", whole)
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(resuming.Saver, "between", between)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main([*options, "--run-dir", str(run_dir)])
+    assert reproduce.main(["--resume", str(run_dir)]) == 0
+    expected, found = outcome(alone), outcome(run_dir)
+    assert expected.keys() == found.keys()
+    assert killed.differences(expected, found) == []
+
+
+def outcome(run_dir):
+    """All but times and places."""
+    results = (run_dir / "results.json").read_text().replace(str(run_dir), "RUN_DIR")
+    found = {"results": killed.without_times(json.loads(results))}
+    for folder in ("T1", "T2"):
+        found[folder] = killed.curves(run_dir / folder)
+    return found
+
+
+def test_a_run_with_another_protocol_cannot_be_gone_on_with(
+    reproduce, toy, tmp_path, monkeypatch, refused
+):
+    run_dir = tmp_path / "run"
+    assert reproduce.main(["toy", "T2", "--data", "digits", "--run-dir", str(run_dir)]) == 0
+    other = Row("T2", Settings(hidden=(9,), epochs=2), published=1.0, of="best test epoch")
+    changed = Table(toy.title, toy.source, toy.measure, toy.seeds, (other,))
+    monkeypatch.setattr(published, "TABLES", {"toy": changed})
+    assert "begun with another protocol of row T2" in refused(
+        reproduce.main, "--resume", str(run_dir)
+    )
+    for options, sentence in (
+        (["nielsen"], "table nielsen: the run in"),
+        (["--seeds", "9"], "--seeds 9: the run in"),
+        (["--seed", "9"], "--seed 9: the run in"),
+    ):
+        assert sentence in refused(reproduce.main, *options, "--resume", str(run_dir))
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("neilsen",), "expected a table out of nielsen"),
+        (("neilsen",), "got 'neilsen'; did you mean nielsen?"),
+        (("nielsen", "N9"), "expected a row of nielsen out of N1, N2"),
+        (("nielsen", "N8x"), "did you mean N8"),
+        (("nielsen", "--seeds", "0"), "expected 1 to 1,000 --seeds"),
+        (("nielsen", "--max-epochs", "0", "--data", "digits"), "expected epochs of at least 1"),
+        (("nielsen", "--data-dir", "nowhere"), "mnist is not in nowhere"),
+        (("nielsen", "--data", "kmnist", "--data-dir", "nowhere"), "kmnist is not in nowhere"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    options, sentence, reproduce, refused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NNCE_DATA", raising=False)
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    )
+    assert sentence in refused(reproduce.main, *options)
+
+
+def test_no_square_images_is_one_sentence(reproduce, toy, refused, monkeypatch, digits):
+    flat = data.Dataset(*(data.Split(split.x[:, :50], split.y) for split in digits))
+    monkeypatch.setattr(data, "load", lambda *_, **__: flat)
+    sentence = "expected square images to distort, got examples of 50 features"
+    assert sentence in refused(reproduce.main, "toy", "T1", "--data", "digits")
