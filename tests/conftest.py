@@ -17,6 +17,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 torch.set_num_threads(1)
 
 
+# The files that take longest, first, so that none of them is begun when the others are done.
+LONGEST = (
+    "parallel",
+    "resuming",
+    "command_line",
+    "browser",
+    "ensemble",
+    "labels",
+    "check_gradients_script",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def missing(what, why):
     """Skip, or fail where $NNCE_REQUIRE says that this machine must have it."""
     if what in os.environ.get("NNCE_REQUIRE", "").split(","):

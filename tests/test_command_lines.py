@@ -130,7 +130,7 @@ def somewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "trials", [40, pytest.param(300, marks=pytest.mark.exhaustive, id="exhaustive")]
+    "trials", [25, pytest.param(300, marks=pytest.mark.exhaustive, id="exhaustive")]
 )
 def test_a_wrong_command_line_is_one_line(name, trials, somewhere, monkeypatch, record_property):
     module = killed.loaded(name)
