@@ -29,12 +29,13 @@ ORDER = (
     ),
     *("ensemble", "checkpoint", "parallel"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
-    "training",
+    *("schedules", "training"),
     *(
         f"experiments.{name}"
         for name in ("__init__", "command_line", "estimates", "comparison", "figures")
     ),
     *("experiments.tensorboard", "experiments.report", "experiments.resuming"),
+    *("experiments.published", "experiments.reproduction"),
     "__init__",
 )
 FILES = {

@@ -4,10 +4,14 @@ A row is the protocol of its source, as far as that can be read, and what was ta
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nnce.data import Distortion
+from nnce.losses import Loss
+from nnce.schedules import CosineAnnealingLR
 from nnce.training import Settings
 
 Of = Literal["test", "best test epoch", "best validation epoch"]
@@ -163,4 +167,55 @@ NIELSEN = Table(
     ),
 )
 
-TABLES: Mapping[str, Table] = {"nielsen": NIELSEN}
+# ------------------------------------------------------------------------------- Simard and others
+
+AFFINE = Distortion(rotation=10, scaling=0.15, shear=0.15, translation=1.5)
+ELASTIC = Distortion(alpha=34, sigma=4)
+_TRIAL_EPOCHS = 15
+
+
+def _wide(
+    loss: Loss, lr: float, batch_size: int, epochs: int, distortion: Distortion | None
+) -> Settings:
+    """Their network, 784-800-10, with the start of theirs, a standard deviation of 0.05."""
+    return Settings(
+        *((800,), loss),
+        lr=lr,
+        batch_size=batch_size,
+        epochs=epochs,
+        schedule=CosineAnnealingLR(epochs),
+        init=0.05,
+        distortion=distortion,
+    )
+
+
+def _candidates(
+    first: str,
+    loss: Loss,
+    rates: Sequence[tuple[int, float]],
+    *distortions: Distortion | None,
+) -> Iterator[Row]:
+    """Numbered rows, of mini-batches and rates, and distortions."""
+    tried = itertools.product(distortions, rates)
+    for number, (distortion, (batch_size, lr)) in enumerate(tried, start=1):
+        yield Row(f"{first}{number}", _wide(loss, lr, batch_size, _TRIAL_EPOCHS, distortion))
+
+
+SIMARD_CANDIDATES = Table(
+    title="Candidates for the tables of Simard and others",
+    source="the rows of the table simard, for 15 epochs",
+    measure="error",
+    seeds=2,
+    validation_only=True,
+    about="What Simard and others do not state: mini-batch, learning rate, affine ranges.",
+    rows=(
+        *_candidates(
+            *("CE", "cross-entropy"),
+            [(10, 0.1), (10, 0.3), (10, 1.0), (100, 1.0), (100, 3.0)],
+            ELASTIC,
+        ),
+        *_candidates("QE", "quadratic", [(10, 0.5), (10, 1.5), (10, 5.0), (100, 5.0)], ELASTIC),
+    ),
+)
+
+TABLES: Mapping[str, Table] = {"nielsen": NIELSEN, "simard-candidates": SIMARD_CANDIDATES}
