@@ -14,6 +14,10 @@ and bytes that the inputs that are not 0 need, at the peaks measured on one thre
 cross-entropy over many labels, on the same tensors. Its floor is the three matrix products of the
 same blocks. The peak is the memory beyond inputs, parameters and their gradients, each in a process
 of its own.
+
+`benchmark.py distortions` times what a new distortion of every image costs, an epoch of them beside
+an epoch of training 784-800-10 on the distorted images. kornia and torchvision are peers where they
+are installed.
 """
 
 if __name__ == "__main__":
@@ -23,7 +27,9 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import copy
+import dataclasses
 import gc
+import importlib
 import itertools
 import math
 import os
@@ -1095,6 +1101,127 @@ def all_labels(options: argparse.Namespace, device: torch.device) -> list[LabelT
     return [timing for work in bar for timing in measure_labels(work, device, options.repetitions)]
 
 
+# ---------------------------------------------------------------------------------- distortions
+
+
+class DistortionTiming(NamedTuple):
+    """What a distortion, or a step of training, takes; a row of results.json."""
+
+    work: str
+    seconds: float
+    """An epoch of 50,000 images, the median."""
+    ratio: float
+    """Over the training at mini-batch 10, in the same turn: the median, the least and the most."""
+    ratio_least: float
+    ratio_most: float
+    repetitions: int
+    threads: int
+
+
+WIDE = (784, 800, 10)
+TRAINING = "training 784-800-10, mini-batch 10"
+BOTH = data.Distortion(rotation=10, scaling=0.15, shear=0.15, translation=1.5, alpha=34)
+# torchvision draws one field for all images of a call, so it is called for each of so many.
+ONE_BY_ONE = 200
+
+
+def distorters(x: Tensor, y: Tensor) -> dict[str, Callable[[], float]]:
+    """By name what distorts some images, or trains on them; it returns what share of x it was."""
+    order = torch.arange(len(x), device=x.device)
+
+    def ours(distortion: data.Distortion) -> float:
+        new = data.Distorted(x, order, distortion, seed=0, epoch=0)
+        for begin in range(0, len(x), 1_000):
+            new[begin : begin + 1_000]
+        return 1.0
+
+    first = BOTH(x[:1_000], torch.Generator(x.device).manual_seed(0))
+    images, targets = first.repeat(-(-len(x) // 1_000), 1)[: len(x)], y
+
+    def trainer(batch_size: int) -> Callable[[], float]:
+        network = MLP(WIDE, init=0.05, device=x.device)
+        values = Hyperparameters("cross-entropy", 0.01)
+        network_alone = Ensemble([network], [values], batch_size=batch_size)
+
+        def train() -> float:
+            network_alone.train_epoch(images, targets, order)
+            return 1.0
+
+        return train
+
+    found: dict[str, Callable[[], float]] = {
+        TRAINING: trainer(10),
+        "training 784-800-10, mini-batch 100": trainer(100),
+        "nnce, affine": partial(ours, dataclasses.replace(BOTH, alpha=0.0)),
+        "nnce, elastic": partial(ours, data.Distortion(alpha=34)),
+        "nnce, both": partial(ours, BOTH),
+    }
+    square = x.view(-1, 1, 28, 28)
+    with contextlib.suppress(ImportError):
+        kornia = importlib.import_module("kornia.augmentation")
+        elastic = kornia.RandomElasticTransform((63, 63), (4.0, 4.0), (1.0, 1.0), p=1.0)
+
+        def by_kornia() -> float:
+            for part in square.split(1_000):
+                elastic(part)
+            return 1.0
+
+        found["kornia, elastic"] = by_kornia
+    with contextlib.suppress(ImportError):
+        transforms = importlib.import_module("torchvision.transforms.v2")
+        one = transforms.ElasticTransform(alpha=34.0, sigma=4.0)
+
+        def by_torchvision() -> float:
+            for image in square[:ONE_BY_ONE]:
+                one(image)
+            return ONE_BY_ONE / len(square)
+
+        found["torchvision, elastic, image by image"] = by_torchvision
+    return found
+
+
+def all_distortions(options: argparse.Namespace, device: torch.device) -> list[DistortionTiming]:
+    """All of them in turns."""
+    n = EXAMPLES // 10 if options.quick else EXAMPLES
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(n, 784, generator=generator)
+    x = (x * (torch.rand(n, 784, generator=generator) < DENSITY)).to(device)
+    y = data.one_hot(torch.randint(10, (n,), generator=generator), 10).to(device, torch.float32)
+    seconds: dict[str, list[float]] = {}
+    distorting = distorters(x, y)
+    turns = range(options.repetitions + 1)  # the first is not timed
+    for turn in tqdm(turns, unit="turn", disable=None, leave=False):
+        for name, work in distorting.items():
+            began = time.perf_counter()
+            share = work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                an_epoch = (time.perf_counter() - began) / share * EXAMPLES / n
+                seconds.setdefault(name, []).append(an_epoch)
+    timings = []
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds[TRAINING], strict=True)]
+        timings.append(
+            DistortionTiming(
+                *(name, statistics.median(times)),
+                *(statistics.median(ratios), min(ratios), max(ratios)),
+                *(options.repetitions, torch.get_num_threads()),
+            )
+        )
+    return timings
+
+
+def readable_distortions(timing: DistortionTiming) -> report.Row:
+    """A row for people."""
+    return {
+        "what": timing.work,
+        "seconds an epoch": f"{timing.seconds:.2f}",
+        "over the training": f"{timing.ratio:.2f} ({timing.ratio_least:.2f}–"
+        f"{timing.ratio_most:.2f})",
+    }
+
+
 # ------------------------------------------------------------------------------------- the script
 
 
@@ -1104,9 +1231,9 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("networks", "labels"),
+        choices=("networks", "labels", "distortions"),
         default="networks",
-        help="an epoch of training, or the loss of many labels",
+        help="an epoch of training, the loss of many labels, or distortions of images",
     )
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
@@ -1132,8 +1259,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     with options_parser.run_directory(options.run_dir, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
-        timings: Sequence[Timing | LabelTiming]
-        timings = (measure_all if options.what == "networks" else all_labels)(options, device)
+        timings: Sequence[Timing | LabelTiming | DistortionTiming]
+        if options.what == "networks":
+            timings = measure_all(options, device)
+        elif options.what == "labels":
+            timings = all_labels(options, device)
+        else:
+            timings = all_distortions(options, device)
         report.write_results(
             run_dir,
             config={name: value for name, value in vars(options).items() if name != "peak"},
@@ -1141,10 +1273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=time.perf_counter() - began,
             rows=[timing._asdict() for timing in timings],
         )
-        rows = [
-            readable(timing) if isinstance(timing, Timing) else readable_labels(timing)
-            for timing in timings
-        ]
+        rows = [in_a_row(timing) for timing in timings]
         print(f"{report.table(rows)}\n")
         print(f"Results: {run_dir}")
     wrong = [sentence for sentence in map(complaint, timings) if sentence]
@@ -1153,8 +1282,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def complaint(timing: Timing | LabelTiming) -> str | None:
+def in_a_row(timing: Timing | LabelTiming | DistortionTiming) -> report.Row:
+    """A row for people."""
+    if isinstance(timing, Timing):
+        return readable(timing)
+    if isinstance(timing, LabelTiming):
+        return readable_labels(timing)
+    return readable_distortions(timing)
+
+
+def complaint(timing: Timing | LabelTiming | DistortionTiming) -> str | None:
     """What is wrong with a peer's result, if anything."""
+    if isinstance(timing, DistortionTiming):
+        return None
     if isinstance(timing, LabelTiming):
         if not timing.difference > SAME_GRADIENTS:
             return None

@@ -169,3 +169,14 @@ def test_many_labels(benchmark, monkeypatch, tmp_path, capsys):
     assert ours["ratio"] == 1 and theirs["difference"] < benchmark.SAME_GRADIENTS
     if sys.platform == "linux":
         assert theirs["peak_bytes"] > 80e6 > 40e6 > ours["peak_bytes"]
+
+
+def test_distortions(benchmark, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["distortions", "--quick", "--repetitions", "1", "--run-dir", str(run)]
+    assert benchmark.main(options) == 0
+    rows = {row["work"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
+    assert rows[benchmark.TRAINING]["ratio"] == 1
+    assert {"nnce, affine", "nnce, elastic", "nnce, both"} < set(rows)
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert "| nnce, elastic" in capsys.readouterr().out

@@ -20,13 +20,15 @@ SMALL = {
     "compare": ["--epochs", "1", "--train-size", "20", "--seeds", "1", "--lrs", "1"],
     "labels": ["--labels", "60", "--examples", "50", "--features", "4", "--epochs", "1"],
     "slowdown": ["--epochs", "3"],
+    "reproduce": ["--data", "digits"],
 }
 # Where the work begins that takes too long for a thousand of them.
 WORK = {
     "compare": ("run",),
     "labels": ("learn",),
     "check_gradients": ("measure_everywhere",),
-    "benchmark": ("measure_all", "all_labels"),
+    "benchmark": ("measure_all", "all_labels", "all_distortions"),
+    "reproduce": ("run",),
 }
 JUNK = ("", " ", "-", "--", "nan", "-inf", "1e400", "0x10", "½", "七", "a\nb", "1,2", "None", "%s")
 WHOLE = (
@@ -49,6 +51,17 @@ MORE = {
     "lrs": ("0.5", "1", "quadratic=1,3", "cross-entropy=0.5", "hinge=1", "quadratic=", "0", "-1"),
     "checkpoint_every": ("1", "3", "30s", "0", "0s", "s", "-1", "1.5", "infs"),
     "start": ("1", "-1", "0.6", "nan"),
+    "table": ("nielsen", "nielsen", "neilsen", "simard"),
+    "rows": ("N1", "N8", "n8b", "N9"),
+    "init": ("scaled", "large", "small", "0.05", "0", "-1", "inf"),
+    "schedule": (
+        *("StepLR(3)", "CosineAnnealingLR(T_max=1)", "SequentialLR((LinearLR(), StepLR(2)), (5,))"),
+        *("StepLR(0)", "StepLR(step=3)", "Cosine", "StepLR(print(1))", "StepLR" + 300 * "("),
+    ),
+    "distortion": (
+        *("Distortion()", "Distortion(rotation=9, alpha=34)", "Distortion(sigma=0)"),
+        *("Distortion(9, 9, 9, 9, 9, 9, 9)", "Distortion(alpha=1e999)", "Distortion"),
+    ),
 }
 
 
