@@ -270,6 +270,7 @@ def in_a_line(work: Work, row: Row) -> str:
 def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> report.Row:
     """The published figure, the same of ours, and the honest ones."""
     same = outcome.spread(table, reproduction.like_published(row))
+    chosen = outcome.spread(table, "chosen_validation")
     test = (
         {}
         if table.validation_only
@@ -291,9 +292,9 @@ def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> rep
     return {
         "row": row.name,
         **quoted,
-        "validation, chosen epoch": in_words(outcome.spread(table, "chosen_validation")),
+        "validation, chosen epoch": in_words(chosen),
         **test,
-        "n": f"{same.n}" + (f" ({diverged} diverged)" if diverged else ""),
+        "n": f"{chosen.n}" + (f" ({diverged} diverged)" if diverged else ""),
         "minutes": f"{outcome.seconds / 60:.1f}",
     }
 

@@ -6,6 +6,7 @@ reported as what it is, and nothing else is made of it.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,8 +210,9 @@ class Outcome:
     """Of training, all starts together."""
 
     def spread(self, table: Table, figure: str) -> Spread:
-        """One of the figures of `Trained`, over the starts that have not diverged."""
-        values = [percent(table, getattr(one, figure)) for one in self.trained if not one.diverged]
+        """One of the figures of `Trained`, over the starts that have it and have not diverged."""
+        accuracies = [getattr(one, figure) for one in self.trained if not one.diverged]
+        values = [percent(table, value) for value in accuracies if not math.isnan(value)]
         if not values:
             nan = float("nan")
             return Spread(nan, nan, nan, nan, 0)
