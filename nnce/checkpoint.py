@@ -8,6 +8,7 @@ The checksum is of all bytes of the file but its own. It is verified before anyt
 what is parsed has no code in it.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -247,7 +248,8 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any]) -> Path:
         path.unlink()
         raise OSError(f"{error}: it was just written, and does not read back") from error
     for old in older[: 1 - _KEPT]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(old)
     return path
 
 
