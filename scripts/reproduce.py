@@ -197,9 +197,9 @@ def run(work: Work, run_dir: Path, command: str) -> None:
                 split = None if work.table.validation_only else work.dataset.test
                 work.outcomes[row.name] = attempt.finish(split)
                 if settings.distortion is not None:
-                    monitor.log_figure(
-                        "distortion", figures.distortions(work.dataset.train.x, settings.distortion)
-                    )
+                    figure = figures.distortions(work.dataset.train.x, settings.distortion)
+                    monitor.log_figure("distortion", figure)
+                    report.write_figure(run_dir / row.name / "distortion.png", figure, dpi=90)
             work.attempt = monitor = None
             saver.save()
             command_line.keep(run_dir)
