@@ -137,7 +137,8 @@ class Work:
     def _go_on(self, found: Mapping[str, Any]) -> None:
         resuming.warn(found, ALONE)
         for name, protocol in self.protocols.items():
-            if found.get("protocols", {}).get(name) != protocol:
+            # (A table may have got more rows since.)
+            if found.get("protocols", {}).get(name, protocol) != protocol:
                 raise ValueError(
                     f"the run was begun with another protocol of row {name}: begin a new run"
                 )
