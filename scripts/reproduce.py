@@ -148,7 +148,7 @@ class Work:
             }
             self._before = float(found["seconds"])
             if found["attempt"] is not None:
-                self.attempt = self.begin(next(r for r in self.rows if r.name not in self.outcomes))
+                self.attempt = self.begin(self.table.row(found["attempt"]["row"]))
                 self.attempt.load_state_dict(found["attempt"])
 
     def begin(self, row: Row) -> Attempt:
@@ -185,7 +185,8 @@ def run(work: Work, run_dir: Path, command: str) -> None:
     if not work.outcomes and work.attempt is None:
         saver.save()
     try:
-        for row in work.rows:
+        under_way = [] if work.attempt is None else [work.attempt.row]
+        for row in dict.fromkeys([*under_way, *work.rows]):
             if row.name in work.outcomes:
                 continue
             settings = work.settings[row.name]

@@ -108,7 +108,11 @@ class Attempt:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
-        return {"side by side": self._side_by_side.state_dict(), "chosen": self._chosen}
+        return {
+            "row": self.row.name,
+            "side by side": self._side_by_side.state_dict(),
+            "chosen": self._chosen,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there.
