@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -54,12 +55,15 @@ def test_ordinary_citizens():
     assert again.sizes == (4, 3, 2)
 
 
-@pytest.mark.parametrize(("init", "scale"), [("scaled", 400**-0.5), ("large", 1.0)])
-def test_initialisations(init, scale):
+@pytest.mark.parametrize(
+    ("init", "scale", "of_biases"),
+    [("scaled", 400**-0.5, 1.0), ("large", 1.0, 1.0), (0.05, 0.05, 0.05), (2, 2.0, 2.0)],
+)
+def test_initialisations(init, scale, of_biases):
     layer = nnce.Linear(400, 1000, init=init, generator=torch.Generator().manual_seed(1))
     # 400,000 draws: the sd of their sd is scale · 0.0011, that of the biases' is 0.022.
     assert layer.weight.std().item() == pytest.approx(scale, rel=0.006)
-    assert layer.bias.std().item() == pytest.approx(1.0, rel=0.11)
+    assert layer.bias.std().item() == pytest.approx(of_biases, rel=0.11)
     assert layer.weight.mean().abs().item() < scale * 0.008
 
 
@@ -90,8 +94,11 @@ def test_bad_sizes(sizes):
 def test_bad_options():
     with pytest.raises(ValueError, match="in_features=0"):
         nnce.Linear(0, 3)
-    with pytest.raises(ValueError, match="'scaled' or 'large', got 'xavier'"):
+    with pytest.raises(ValueError, match="'large' or a positive standard deviation, got 'xavier'"):
         nnce.Linear(2, 3, init="xavier")
+    for init in (0.0, -1.0, math.nan, math.inf, True, None):
+        with pytest.raises(ValueError, match="or a positive standard deviation, got"):
+            nnce.Linear(2, 3, init=init)
     with pytest.raises(ValueError, match=r"sizes, the input's first, got 5"):
         nnce.MLP(5)
     with pytest.raises(ValueError, match=r"floating-point dtype, got torch\.int64"):

@@ -1,11 +1,9 @@
 """Published tables, row by row: what is told, what is chosen on what, and going on."""
 
 import json
-import math
 
 import killed
 import pytest
-import torch
 
 from nnce import data, training
 from nnce.data import Distortion
@@ -62,45 +60,6 @@ def test_without_arguments_it_lists_everything(reproduce, capsys):
             )
 
 
-def test_names_are_there_once_and_every_row_can_be_trained():
-    for name, table in TABLES.items():
-        names = [row.name for row in table.rows]
-        assert len(set(names)) == len(names) > 0 and table.seeds >= 1
-        for row in table.rows:
-            assert published.find(name, [row.name])[1] == (row,)
-            assert not (table.validation_only and row.published is not None)
-
-
-def test_the_textbooks_rows_are_what_the_textbook_says():
-    """As the issue lists them."""
-    expected = {
-        "N1": ((30,), "quadratic", 3.0, 0.0, "large", 30, 95.42),
-        "N2": ((100,), "quadratic", 3.0, 0.0, "large", 30, 96.59),
-        "N3": ((30,), "cross-entropy", 0.5, 0.0, "large", 30, 95.49),
-        "N4": ((100,), "cross-entropy", 0.5, 0.0, "large", 30, 96.82),
-        "N5": ((30,), "cross-entropy", 0.5, 5.0, "large", 30, 96.49),
-        "N6": ((100,), "cross-entropy", 0.5, 5.0, "large", 30, 97.92),
-        "N7": ((100,), "cross-entropy", 0.1, 5.0, "large", 60, 98.04),
-        "N8a": ((30,), "cross-entropy", 0.1, 5.0, "scaled", 30, 96.48),
-        "N8b": ((30,) * 2, "cross-entropy", 0.1, 5.0, "scaled", 30, 96.90),
-        "N8c": ((30,) * 3, "cross-entropy", 0.1, 5.0, "scaled", 30, 96.57),
-        "N8d": ((30,) * 4, "cross-entropy", 0.1, 5.0, "scaled", 30, 96.53),
-    }
-    rows = {row.name: row for row in TABLES["nielsen"].rows}
-    assert rows.keys() == expected.keys()
-    for name, (hidden, loss, lr, l2, init, epochs, figure) in expected.items():
-        settings = Settings(
-            hidden=hidden, loss=loss, lr=lr, l2=l2, init=init, epochs=epochs, batch_size=10
-        )
-        assert (rows[name].settings, rows[name].published) == (settings, figure)
-
-
-def test_a_group_of_rows_goes_by_its_name():
-    assert [row.name for row in published.find("nielsen", ["n8", "N1"])[1]] == [
-        *("N1", "N8a", "N8b", "N8c", "N8d")
-    ]
-
-
 # ------------------------------------------------------------------------------------ what is done
 
 
@@ -141,58 +100,6 @@ def test_a_run(reproduce, toy, tmp_path, capsys):
     assert [step for step, _ in curves["scalar", "accuracy/validation"]] == [0, 1, 2]
     assert ("image", "distortion") in curves and ("scalar", "accuracy/test") not in curves
     assert ("image", "reproduced") in killed.curves(tmp_path / "run")
-
-
-def test_a_committee_decides_by_the_mean_output(digits):
-    networks = [
-        training.initial_state(Settings(hidden=(8,), seed=seed), digits).network
-        for seed in range(3)
-    ]
-    x, y = digits.test
-    mean = sum(torch.sigmoid(network(x)) for network in networks) / 3
-    expected = (mean.argmax(1) == y.argmax(1)).double().mean().item()
-    assert reproduction.committee_accuracy(networks, digits.test) == pytest.approx(expected)
-
-
-def test_what_trains_and_chooses_cannot_see_the_test_set(toy, digits, monkeypatch):
-    """Another test set changes test figures alone; and it is not looked at before the end."""
-    looked = []
-    whole = training.evaluate
-
-    def spied(output, split, loss):
-        looked.append(split.x.data_ptr())
-        return whole(output, split, loss)
-
-    monkeypatch.setattr(training, "evaluate", spied)
-
-    def outcome(test):
-        row = toy.row("T1")
-        attempt = reproduction.Attempt(row, row.settings, digits._replace(test=test), [0, 1])
-        list(attempt.epochs())
-        assert looked and test.x.data_ptr() not in looked
-        found = attempt.finish(test)
-        assert test.x.data_ptr() in looked
-        looked.clear()
-        return found, [run.network for run in attempt.runs]
-
-    x, y = digits.test
-    (honest, networks), (scrambled, others) = (
-        outcome(data.Split(x, y)),
-        outcome(data.Split(x.flip(0).clone(), y.roll(7, 1))),
-    )
-    for a, b in zip(networks, others, strict=True):
-        assert all(map(torch.equal, a.parameters(), b.parameters()))
-    for a, b in zip(honest.trained, scrambled.trained, strict=True):
-        assert a[:5] == b[:5] and a.chosen_test != b.chosen_test
-        assert math.isnan(a.best_test)
-    assert honest.curve == scrambled.curve
-    monkeypatch.undo()
-    # Candidates are not measured on it at all.
-    row = toy.row("T1")
-    attempt = reproduction.Attempt(row, row.settings, digits, [0])
-    list(attempt.epochs())
-    (one,) = attempt.finish(None).trained
-    assert math.isnan(one.chosen_test) and math.isnan(one.last_test)
 
 
 def test_a_network_that_diverges_is_counted_out(toy, digits, reproduce, monkeypatch, tmp_path):

@@ -213,7 +213,7 @@ def test_divergence_of_the_last_step_is_seen(digits):
         ({"optimizer": "lion"}, "'sgd' or 'adam', got 'lion'"),
         ({"optimizer": "adam", "engine": "backprop"}, "'sgd' for engine 'backprop', got 'adam'"),
         ({"optimizer": "adam", "momentum": 0.9}, "no momentum for optimizer 'adam'"),
-        ({"init": "xavier"}, "'scaled' or 'large', got 'xavier'"),
+        ({"init": "xavier"}, "'scaled', 'large' or a positive standard deviation, got 'xavier'"),
     ],
 )
 def test_bad_settings(wrong, message):

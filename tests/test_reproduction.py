@@ -1,0 +1,105 @@
+"""A row of a table, trained from many starts: what is chosen on what."""
+
+import math
+
+import pytest
+import torch
+
+from nnce import data, training
+from nnce.data import Distortion
+from nnce.experiments import reproduction
+from nnce.experiments.published import Row, Table
+from nnce.schedules import CosineAnnealingLR
+from nnce.training import Settings
+
+ROW = Row(
+    "T1",
+    Settings(
+        hidden=(8,),
+        epochs=2,
+        init=0.05,
+        schedule=CosineAnnealingLR(2),
+        distortion=Distortion(rotation=5, alpha=3, sigma=1),
+    ),
+)
+
+
+def test_a_committee_decides_by_the_mean_output(digits):
+    networks = [
+        training.initial_state(Settings(hidden=(8,), seed=seed), digits).network
+        for seed in range(3)
+    ]
+    x, y = digits.test
+    mean = sum(torch.sigmoid(network(x)) for network in networks) / 3
+    expected = (mean.argmax(1) == y.argmax(1)).double().mean().item()
+    assert reproduction.committee_accuracy(networks, digits.test) == pytest.approx(expected)
+
+
+def test_what_trains_and_chooses_cannot_see_the_test_set(digits, monkeypatch):
+    """Another test set changes test figures alone; and it is not looked at before the end."""
+    looked = []
+    whole = training.evaluate
+
+    def spied(output, split, loss):
+        looked.append(split.x.data_ptr())
+        return whole(output, split, loss)
+
+    monkeypatch.setattr(training, "evaluate", spied)
+
+    def outcome(test):
+        attempt = reproduction.Attempt(ROW, ROW.settings, digits._replace(test=test), [0, 1])
+        list(attempt.epochs())
+        assert looked and test.x.data_ptr() not in looked
+        found = attempt.finish(test)
+        assert test.x.data_ptr() in looked
+        looked.clear()
+        return found, [run.network for run in attempt.runs]
+
+    x, y = digits.test
+    (honest, networks), (scrambled, others) = (
+        outcome(data.Split(x, y)),
+        outcome(data.Split(x.flip(0).clone(), y.roll(7, 1))),
+    )
+    for a, b in zip(networks, others, strict=True):
+        assert all(map(torch.equal, a.parameters(), b.parameters()))
+    for a, b in zip(honest.trained, scrambled.trained, strict=True):
+        assert a[:5] == b[:5] and a.chosen_test != b.chosen_test
+        assert math.isnan(a.best_test)
+    assert honest.curve == scrambled.curve
+    monkeypatch.undo()
+    # Candidates are not measured on it at all.
+    attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
+    list(attempt.epochs())
+    (one,) = attempt.finish(None).trained
+    assert math.isnan(one.chosen_test) and math.isnan(one.last_test)
+
+
+def test_a_spread_is_of_what_there_is():
+    """Not of starts that have diverged, nor of what was not measured."""
+    nan = math.nan
+    table = Table("A toy", "no one", "error", 3, (ROW,))
+    trained = [
+        reproduction.Trained(0, False, 1, 0.9, 0.8, nan, 0.97, 0.96),
+        reproduction.Trained(1, True, 1, 0.1, 0.1, nan, nan, nan),
+        reproduction.Trained(2, False, 1, 0.7, 0.6, nan, 0.95, 0.94),
+    ]
+    outcome = reproduction.Outcome("T1", trained, nan, [], 1.0)
+    mean, sd, low, high, n = outcome.spread(table, "chosen_test")
+    assert (mean, low, high, n) == (*map(pytest.approx, (4.0, 3.0, 5.0)), 2)
+    assert sd == pytest.approx(math.sqrt(2))
+    assert outcome.spread(table, "best_test").n == 0
+    assert reproduction.Outcome.from_dict(outcome.as_dict()).trained[0] == pytest.approx(
+        trained[0], nan_ok=True
+    )
+
+
+def test_a_trial_is_cut_short_and_no_longer():
+    assert reproduction.protocol(ROW, epochs=1).epochs == 1
+    assert reproduction.protocol(ROW, epochs=9) == reproduction.protocol(ROW) == ROW.settings
+
+
+@pytest.mark.parametrize("change", [{"chosen": []}, {"side by side": {}}, {"chosen": None}])
+def test_a_state_that_does_not_fit_is_refused(change, digits):
+    attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
+    with pytest.raises(ValueError):
+        attempt.load_state_dict({**attempt.state_dict(), **change})
