@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nnce.data import Distortion
 from nnce.losses import Loss
-from nnce.schedules import CosineAnnealingLR
+from nnce.schedules import CosineAnnealingLR, LinearLR, SequentialLR
 from nnce.training import Settings
 
 Of = Literal["test", "best test epoch", "best validation epoch"]
@@ -181,15 +181,17 @@ def _wide(
     *,
     batch_size: int = 10,
     l2: float = 0.0,
+    warm_up: int = 0,
 ) -> Settings:
     """Their network, 784-800-10, with the start of theirs, a standard deviation of 0.05."""
+    cosine = CosineAnnealingLR(epochs - warm_up)
     return Settings(
         *((800,), loss),
         lr=lr,
         batch_size=batch_size,
         l2=l2,
         epochs=epochs,
-        schedule=CosineAnnealingLR(epochs),
+        schedule=SequentialLR((LinearLR(0.1, warm_up), cosine), (warm_up,)) if warm_up else cosine,
         init=0.05,
         distortion=distortion,
     )
@@ -222,6 +224,9 @@ SIMARD_CANDIDATES = Table(
         _tried("QE2", "quadratic", 1.5, ELASTIC),
         _tried("QE3", "quadratic", 5.0, ELASTIC),
         _tried("QE4", "quadratic", 5.0, ELASTIC, batch_size=100),
+        _tried("QE5", "quadratic", 1.0, ELASTIC),
+        _tried("QE6", "quadratic", 1.5, ELASTIC, warm_up=3),
+        _tried("QE7", "quadratic", 3.0, ELASTIC, warm_up=3),
         _tried("CA1", "cross-entropy", 0.3, Distortion(7.5, 0.1, 0.1, 1.0)),
         _tried("CA2", "cross-entropy", 0.3, AFFINE),
         _tried("CA3", "cross-entropy", 0.3, Distortion(15, 0.2, 0.2, 2.0)),
@@ -229,9 +234,9 @@ SIMARD_CANDIDATES = Table(
         _tried("CP2", "cross-entropy", 0.3),
         _tried("CP3", "cross-entropy", 0.1, l2=5.0),
         _tried("CP4", "cross-entropy", 0.3, l2=5.0),
-        _tried("QP1", "quadratic", 1.5),
-        _tried("QP2", "quadratic", 1.5, l2=1.0),
-        _tried("QP3", "quadratic", 5.0),
+        _tried("QP1", "quadratic", 0.5),
+        _tried("QP2", "quadratic", 1.5, warm_up=3),
+        _tried("QP3", "quadratic", 1.5, l2=1.0, warm_up=3),
     ),
 )
 
