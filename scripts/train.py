@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import nnce
 from nnce import data, ensemble, parallel, training
-from nnce.experiments import command_line, report, resuming
+from nnce.experiments import command_line, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.tensorboard import Monitor
 from nnce.losses import LOSSES
@@ -237,6 +237,9 @@ def run(
             finished = nnce.load(network_path, device)
             monitor.log_images(finished, dataset.test, records[-1].epoch)
             monitor.log_hparams(records[-1])
+            if settings.distortion is not None:
+                figure = figures.distortions(dataset.train.x, settings.distortion)
+                monitor.log_figure("distortion", figure)
 
     if records:
         print(f"\n{report.table(rows)}\n")

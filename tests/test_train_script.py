@@ -230,3 +230,32 @@ def test_as_a_program(tmp_path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "train.py: error: expected a positive learning rate, got -1.0\n"
+
+
+def test_a_schedule_and_a_distortion(train, tmp_path):
+    """By name, and they are where one looks for them."""
+    options = ["--epochs", "2", "--schedule", "StepLR(1, 0.5)", "--init", "0.1"]
+    options += ["--distortion", "Distortion(rotation=9)", "--run-dir", str(tmp_path / "run")]
+    assert train.main(options) == 0
+    config = json.loads((tmp_path / "run" / "results.json").read_text())["config"]
+    assert config["schedule"] == "StepLR(1, 0.5)" and config["init"] == 0.1
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert "distortion" in events.Tags()["images"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--schedule", "StepLR(0)"), "step_size of at least 1"),
+        (("--schedule", "StepLR"), "expected ConstantLR(…), StepLR(…), CosineAnnealingLR(…)"),
+        (("--schedule", "StepLR(3, up=1)"), "unexpected keyword argument 'up'"),
+        (("--schedule", "__import__('os')"), "expected ConstantLR(…)"),
+        (("--schedule", "CosineAnnealingLR(3)"), "a positive rate for all 30 epochs"),
+        (("--distortion", "Distortion(alpha=-1)"), "alpha from 0 to 1e+06, got -1"),
+        (("--distortion", "elastic"), "expected Distortion(…), got 'elastic'"),
+        (("--init", "0"), "or a positive standard deviation, got 0.0"),
+        (("--init", "tiny"), "or a positive standard deviation, got 'tiny'"),
+    ],
+)
+def test_wrong_schedules_and_distortions_are_named(options, sentence, train, refused):
+    assert sentence in refused(train.main, *options)

@@ -184,7 +184,10 @@ def literal(text: str, classes: Sequence[type]) -> Any:
         if isinstance(node, ast.Tuple):
             return tuple(map(value, node.elts))
         if not isinstance(node, ast.Call):
-            return ast.literal_eval(node)
+            try:
+                return ast.literal_eval(node)
+            except ValueError as error:
+                raise SyntaxError from error
         if not (isinstance(node.func, ast.Name) and node.func.id in by_name):
             raise SyntaxError
         named = {word.arg: value(word.value) for word in node.keywords if word.arg}

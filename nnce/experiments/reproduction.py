@@ -277,6 +277,15 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
         f"λ = {settings.l2:g}" if settings.l2 else "",
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         "" if "Constant" in repr(settings.schedule) else repr(settings.schedule),
-        repr(settings.distortion) if settings.distortion else "",
+        _but_for_defaults(settings.distortion) if settings.distortion else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _but_for_defaults(distortion: data.Distortion) -> str:
+    changed = (
+        f"{field.name}={getattr(distortion, field.name):g}"
+        for field in dataclasses.fields(distortion)
+        if getattr(distortion, field.name) != field.default
+    )
+    return f"Distortion({', '.join(changed)})"
