@@ -3,6 +3,7 @@
 A row is the protocol of its source, as far as that can be read, and what was taken where it cannot.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -240,4 +241,51 @@ SIMARD_CANDIDATES = Table(
     ),
 )
 
-TABLES: Mapping[str, Table] = {"nielsen": NIELSEN, "simard-candidates": SIMARD_CANDIDATES}
+# ------------------------------------------------------------------------------------------- ours
+
+BOTH = dataclasses.replace(AFFINE, alpha=34, sigma=4)
+
+
+def _ours(
+    loss: Loss,
+    hidden: tuple[int, ...],
+    lr: float,
+    epochs: int,
+    distortion: Distortion | None,
+    **more: Any,
+) -> Settings:
+    """Weights from N(0, 1/n_in), a rate that falls along a cosine; mini-batch 10."""
+    schedule = CosineAnnealingLR(epochs)
+    return Settings(
+        *(hidden, loss), lr=lr, epochs=epochs, schedule=schedule, distortion=distortion, **more
+    )
+
+
+def _ours_tried(name: str, loss: Loss, hidden: tuple[int, ...], lr: float, **more: Any) -> Row:
+    return Row(name, _ours(loss, hidden, lr, _TRIAL_EPOCHS, BOTH, **more))
+
+
+OURS_CANDIDATES = Table(
+    title="Candidates for the rows of the table ours",
+    source="chosen from on the validation set",
+    measure="error",
+    seeds=2,
+    validation_only=True,
+    about="15 epochs each.",
+    rows=(
+        _ours_tried("C1", "cross-entropy", (800,), 0.3),
+        _ours_tried("C2", "cross-entropy", (800, 100), 0.3),
+        _ours_tried("C3", "cross-entropy", (800, 100), 1.0),
+        _ours_tried("C4", "cross-entropy", (1500,), 0.2),
+        _ours_tried("C5", "cross-entropy", (800, 300), 0.5),
+        _ours_tried("C6", "cross-entropy", (800, 100), 0.1, momentum=0.9),
+        _ours_tried("Q1", "quadratic", (800, 100), 1.0),
+        _ours_tried("Q2", "quadratic", (800, 100), 3.0),
+    ),
+)
+
+TABLES: Mapping[str, Table] = {
+    "nielsen": NIELSEN,
+    "simard-candidates": SIMARD_CANDIDATES,
+    "ours-candidates": OURS_CANDIDATES,
+}
