@@ -127,7 +127,8 @@ class Ensemble:
         As with `torch.optim.SGD`, the momentum that there is counts at the new rate from now on.
 
         Raises:
-            ValueError: they are not as many as networks, or one is not positive.
+            ValueError: they are not as many as networks, one is not positive, or as for
+                `train_epoch`.
             TypeError: one is no number.
         """
         old = self.hyperparameters
@@ -139,6 +140,8 @@ class Ensemble:
             return
         self._hyperparameters = new
         if self._trainer is not None and self._engine is not None:
+            for number in range(len(self.networks)):
+                self._check_network(number)
             velocities = self._trainer.velocities()
             self._trainer = self._make_trainer(self._engine, self._dense)
             # They are −lr v.

@@ -41,6 +41,9 @@ OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 # torch.optim.Adam's.
 _ADAM_LR = 1e-3
 
+# Of a schedule so many are looked at beforehand.
+_EPOCHS_CHECKED = 10_000
+
 # How many validation examples the figures of the layers are taken from.
 _LAYER_EXAMPLES = 1_000
 # How many examples are evaluated at once, to bound the memory that wide layers take.
@@ -131,7 +134,8 @@ class Settings:
             raise ValueError(f"expected a schedule out of nnce.schedules, got {self.schedule!r}")
         if not isinstance(self.distortion, data.Distortion | None):
             raise ValueError(f"expected an nnce.data.Distortion, got {self.distortion!r}")
-        if not self.schedule.factor(self.epochs - 1) * self.rate > 0:
+        epochs = range(0 if self.schedule == CONSTANT else min(self.epochs, _EPOCHS_CHECKED))
+        if not all(self.rate_of(epoch) > 0 for epoch in (*epochs, self.epochs - 1)):
             raise ValueError(
                 f"expected a schedule that leaves a positive rate for all {self.epochs} epochs, "
                 f"got {self.schedule}"

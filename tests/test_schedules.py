@@ -173,8 +173,26 @@ def test_wrong_rates_are_named(lrs, error, sentence):
             lambda: Settings(epochs=9, schedule=CosineAnnealingLR(5)),
             "leaves a positive rate for all 9 epochs",
         ),
+        (
+            lambda: Settings(
+                epochs=9, schedule=SequentialLR((CosineAnnealingLR(3), StepLR(1)), (5,))
+            ),
+            "leaves a positive rate for all 9 epochs",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_named(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_a_network_that_has_been_moved_is_not_taken_up_again():
+    network = MLP((3, 2))
+    ensemble = Ensemble(
+        [network], [Hyperparameters("quadratic", 1.0)], batch_size=1, engine="products"
+    )
+    x = torch.rand(4, 3)
+    ensemble.train_epoch(x, torch.rand(4, 2), torch.arange(4))
+    network[0].weight = torch.nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="some have been replaced; make a new Ensemble"):
+        ensemble.set_lrs([0.5])
