@@ -199,9 +199,15 @@ def _wide(
 
 
 def _tried(
-    name: str, loss: Loss, lr: float, distortion: Distortion | None = None, **more: Any
+    name: str,
+    loss: Loss,
+    lr: float,
+    distortion: Distortion | None = None,
+    *,
+    epochs: int = _TRIAL_EPOCHS,
+    **more: Any,
 ) -> Row:
-    return Row(name, _wide(loss, lr, _TRIAL_EPOCHS, distortion, **more))
+    return Row(name, _wide(loss, lr, epochs, distortion, **more))
 
 
 SIMARD_CANDIDATES = Table(
@@ -211,7 +217,7 @@ SIMARD_CANDIDATES = Table(
     seeds=2,
     validation_only=True,
     about="What Simard and others do not state: mini-batch, learning rate, affine ranges, and how "
-    "their fields are scaled. 15 epochs each.",
+    "their fields are scaled. 15 epochs, or 45.",
     rows=(
         _tried("CE1", "cross-entropy", 0.1, ELASTIC),
         _tried("CE2", "cross-entropy", 0.3, ELASTIC),
@@ -221,6 +227,10 @@ SIMARD_CANDIDATES = Table(
         _tried("CE6", "cross-entropy", 0.03, ELASTIC, batch_size=1),
         _tried("CE7", "cross-entropy", 0.3, Distortion(alpha=20, sigma=4)),
         _tried("CE8", "cross-entropy", 0.3, Distortion(alpha=50, sigma=4)),
+        _tried("CE9", "cross-entropy", 0.6, Distortion(alpha=20, sigma=4), warm_up=3),
+        _tried("CL1", "cross-entropy", 0.3, Distortion(alpha=20, sigma=4), epochs=45),
+        _tried("CL2", "cross-entropy", 0.3, Distortion(alpha=27, sigma=4), epochs=45),
+        _tried("CL3", "cross-entropy", 0.3, ELASTIC, epochs=45),
         _tried("QE1", "quadratic", 0.5, ELASTIC),
         _tried("QE2", "quadratic", 1.5, ELASTIC),
         _tried("QE3", "quadratic", 5.0, ELASTIC),
@@ -228,6 +238,7 @@ SIMARD_CANDIDATES = Table(
         _tried("QE5", "quadratic", 1.0, ELASTIC),
         _tried("QE6", "quadratic", 1.5, ELASTIC, warm_up=3),
         _tried("QE7", "quadratic", 3.0, ELASTIC, warm_up=3),
+        _tried("QE8", "quadratic", 6.0, ELASTIC, warm_up=3),
         _tried("CA1", "cross-entropy", 0.3, Distortion(7.5, 0.1, 0.1, 1.0)),
         _tried("CA2", "cross-entropy", 0.3, AFFINE),
         _tried("CA3", "cross-entropy", 0.3, Distortion(15, 0.2, 0.2, 2.0)),
