@@ -287,7 +287,7 @@ def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> rep
         else {
             "published": "" if row.published is None else f"{row.published:.2f}",
             "ours, the same figure": in_words(same),
-            "": verdict(table, row, same) if compares else "",
+            "verdict": verdict(table, row, same) if compares else "",
         }
     )
     diverged = sum(one.diverged for one in outcome.trained)

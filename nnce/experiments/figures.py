@@ -1,8 +1,10 @@
 """Figures. Each function draws one and returns it; saving and logging are the caller's."""
 
+import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -155,14 +157,30 @@ def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title:
     """
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
     panel = figure.subplots()
-    for height, (_, published, ours) in enumerate(rows):
-        ours = [value for value in ours if math.isfinite(value)]
-        panel.plot(ours, [height] * len(ours), "o", ms=4, alpha=0.5, color="C0", label="ours")
+    finite = [[value for value in ours if math.isfinite(value)] for _, _, ours in rows]
+    all_published = [published for _, published, _ in rows if published is not None]
+    left, right = _most(list(itertools.chain(*finite)), all_published)
+    for height, ((_, published, _), ours) in enumerate(zip(rows, finite, strict=True)):
+        for values, marker, label in (
+            ([value for value in ours if left <= value <= right], "o", "ours"),
+            ([left for value in ours if value < left], "<", "ours, beyond the edge"),
+            ([right for value in ours if value > right], ">", "ours, beyond the edge"),
+        ):
+            at = [height] * len(values)
+            if values:
+                look: dict[str, Any] = {"ms": 4, "alpha": 0.5, "color": "C0", "clip_on": False}
+                panel.plot(values, at, marker, **look, label=label)
         if ours:
-            mean = sum(ours) / len(ours)
-            panel.plot([mean], [height], "|", ms=16, mew=2, color="C0", label="their mean")
+            panel.plot(
+                *([statistics.median(ours)], [height], "|"),
+                ms=16,
+                mew=2,
+                color="C0",
+                label="median",
+            )
         if published is not None:
             panel.plot([published], [height], "D", ms=6, color="C1", label="published")
+    panel.set_xlim(left, right)
     panel.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
@@ -171,6 +189,15 @@ def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title:
     panel.legend(by_label.values(), by_label.keys(), fontsize=8)
     panel.set_title(title, fontsize=10)
     return figure
+
+
+def _most(values: Sequence[float], published: Sequence[float]) -> tuple[float, float]:
+    """From where to where the published figures lie and most of ours, with a margin."""
+    ordered = sorted(values) or [0.0]
+    beyond = len(ordered) // 10
+    shown = [*ordered[beyond : len(ordered) - beyond], *published]
+    margin = 0.1 * (max(shown) - min(shown)) or 1.0
+    return min(shown) - margin, max(shown) + margin
 
 
 class Band(NamedTuple):
