@@ -213,6 +213,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
         print("Interrupted; to go on:", file=sys.stderr)
         print(resuming.command_to_resume(run_dir, ALONE), file=sys.stderr)
         raise
+    write(work, run_dir, command)  # once more: a run may have been killed before the last time
     print(f"\n{page(work, command)}\n")
     print(f"{work.seconds:.1f} s")
     print(f"Results and a picture: {run_dir}")
