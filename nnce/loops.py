@@ -204,6 +204,17 @@ def _loop_sigmoids(z: Any, a: Any, not_a: Any, at: Any, n: Any) -> None:
         not_a[i] = small if z[i] > 0 else large
 
 
+def _loop_list_inputs(x: Any, starts: Any, inputs: Any, values: Any) -> None:
+    """The inputs that are not 0 of each example, and what they are; NaN is one like any other."""
+    for e in range(np.uint64(len(x))):
+        k = np.uint64(starts[e])
+        for i in range(np.uint64(x.shape[1])):
+            if x[e, i] != 0:
+                inputs[k] = i
+                values[k] = x[e, i]
+                k += np.uint64(1)
+
+
 def _loop_read_ahead(rows: Any, starts: Any, inputs: Any, values: Any) -> Any:
     """Look at the examples of a mini-batch, which lie anywhere in memory, here and there.
 
@@ -502,6 +513,7 @@ sigmoids: Any = None
 read_ahead: Any = None
 first_layer: Any = None
 gather: Any = None
+list_inputs: Any = None
 first_layer_dense: Any = None
 forward: Any = None
 example: Any = None
@@ -516,7 +528,13 @@ train: Any = None
 def _compile() -> None:
     """Give the loops to Numba, which compiles each at its first call."""
     global np, add_row, add_rows, sigmoids, read_ahead, first_layer, gather
-    global first_layer_dense, forward, example, update_first_layer, update_first_layer_dense
+    global \
+        list_inputs, \
+        first_layer_dense, \
+        forward, \
+        example, \
+        update_first_layer, \
+        update_first_layer_dense
     global move, decay, outputs, train
     if train is not None:
         return
@@ -535,7 +553,7 @@ def _compile() -> None:
             return numba.njit(**options)(loop)
 
     sigmoids = compiled(_loop_sigmoids, _EXACT)
-    read_ahead = compiled(_loop_read_ahead)
+    list_inputs, read_ahead = compiled(_loop_list_inputs), compiled(_loop_read_ahead)
     first_layer = compiled(_loop_first_layer)
     gather = compiled(_loop_gather)
     first_layer_dense = compiled(_loop_first_layer_dense)
@@ -617,32 +635,23 @@ def make_inputs(x: Tensor, *, dense: bool) -> Inputs:
 
     x = x.detach()
     n, n_in = x.shape
+    whole = x.contiguous().numpy()
     if dense:
-        whole = x.contiguous().numpy()
         return Inputs(
             starts=numpy.zeros(0, dtype=numpy.int64),
             inputs=numpy.arange(max(n, n_in), dtype=numpy.uint32),
             values=numpy.zeros(0, dtype=whole.dtype),
             x=whole,
         )
-    rows, columns = torch.nonzero(x, as_tuple=True)  # NaN is an input like any other
-    counts = torch.bincount(rows, minlength=n)
-    filled = (counts + _INPUTS_AT_ONCE - 1) // _INPUTS_AT_ONCE * _INPUTS_AT_ONCE
-    starts = torch.zeros(n + 1, dtype=torch.int64)
-    torch.cumsum(filled, 0, out=starts[1:])
-    # Where each of them goes: its number within its example, from where that begins.
-    first = torch.cumsum(counts, 0) - counts
-    places = torch.arange(len(rows)) - first[rows] + starts[rows]
-    inputs = torch.full((int(starts[-1]),), n_in)
-    inputs[places] = columns
-    values = torch.zeros(int(starts[-1]), dtype=x.dtype)
-    values[places] = x[rows, columns]
-    return Inputs(
-        starts.numpy(),
-        inputs.numpy().astype(numpy.uint32),
-        values.numpy(),
-        numpy.zeros((0, n_in), dtype=values.numpy().dtype),
-    )
+    counts = numpy.count_nonzero(whole, axis=1)
+    starts = numpy.zeros(n + 1, dtype=numpy.int64)
+    numpy.cumsum(-(-counts // _INPUTS_AT_ONCE) * _INPUTS_AT_ONCE, out=starts[1:])
+    inputs = numpy.full(starts[-1], n_in, dtype=numpy.uint32)
+    values = numpy.zeros(starts[-1], dtype=whole.dtype)
+    with _interrupts_wait():  # a first call of a dtype compiles
+        _compile()
+        list_inputs(whole, starts, inputs, values)
+    return Inputs(starts, inputs, values, numpy.zeros((0, n_in), dtype=whole.dtype))
 
 
 class _Kept:
