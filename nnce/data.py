@@ -180,6 +180,16 @@ def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu"
 
 # So many examples are distorted at once, from a seed of their own.
 _AT_ONCE = 1_000
+A_STRETCH = 10_000
+"""So many images take some tenths of a second."""
+_LIMITS = {
+    "rotation": (0.0, 180.0),
+    "scaling": (0.0, 0.99),
+    "shear": (0.0, 1e3),
+    "translation": (0.0, 1e3),
+    "alpha": (0.0, 1e6),
+    "sigma": (0.1, 1e3),
+}
 
 
 @dataclass(frozen=True)
@@ -203,7 +213,7 @@ class Distortion:
     rotation: float = 0.0
     """The largest |θ| in degrees, up to 180."""
     scaling: float = 0.0
-    """The largest |s − 1|, below 1; s_x and s_y are drawn apart."""
+    """The largest |s − 1|, up to 0.99; s_x and s_y are drawn apart."""
     shear: float = 0.0
     """The largest |k|."""
     translation: float = 0.0
@@ -211,18 +221,15 @@ class Distortion:
     alpha: float = 0.0
     """α in pixels; 0 for no elastic distortion. The displacements' sd is α / (σ √(12 π)), about."""
     sigma: float = 4.0
-    """σ in pixels, positive."""
+    """σ in pixels, a tenth at least."""
 
     def __post_init__(self) -> None:
         """Check the values."""
-        limits = {"rotation": 180.0, "scaling": 1 - 1e-9, "shear": 1e3, "translation": 1e3}
-        for name, limit in {**limits, "alpha": 1e6, "sigma": 1e3}.items():
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             fits = isinstance(value, int | float) and not isinstance(value, bool)
-            if not fits or not 0 <= value <= limit:
-                raise ValueError(f"expected {name} from 0 to {limit:g}, got {value!r}")
-        if self.sigma == 0:
-            raise ValueError("expected a positive sigma, got 0")
+            if not fits or not least <= value <= most:
+                raise ValueError(f"expected {name} from {least:g} to {most:g}, got {value!r}")
 
     def check(self, features: int) -> None:
         """Raise DataError unless so many features can be a square image."""
@@ -246,6 +253,8 @@ class Distortion:
         """
         self.check(x.shape[1])
         n, side = len(x), math.isqrt(x.shape[1])
+        if n == 0:
+            return x.clone()
         half = (side - 1) / 2
         line = torch.arange(side, device=x.device, dtype=x.dtype) - half
         # Where each pixel looks, [n, side, side, 2], the column before the row as in grid_sample.
@@ -290,8 +299,9 @@ class Distortion:
 class Distorted:
     """The examples of an epoch in their order, each distorted anew.
 
-    What comes of a place in the order depends on the seed, the epoch and the place, not on how many
-    are asked for at once, and on a CPU not on the threads. On CUDA the numbers are others.
+    What comes of a place in the order depends on the seed, the epoch, the place and how long the
+    order is, not on how many are asked for at once, and on a CPU not on the threads. On CUDA the
+    numbers are others.
 
     Args:
         x: the images, [N, side²].
@@ -314,12 +324,12 @@ class Distorted:
 
     def __getitem__(self, places: slice) -> Tensor:
         """Those of a part of the order, from one place to another, [places, side²]."""
-        begin, end = places.start, min(places.stop, len(self._order))
+        begin, end, _ = places.indices(len(self._order))
         blocks = [
             self._block(number)[max(begin - number * _AT_ONCE, 0) : end - number * _AT_ONCE]
             for number in range(begin // _AT_ONCE, -(-end // _AT_ONCE))
         ]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return blocks[0] if len(blocks) == 1 else torch.cat([self._x[:0], *blocks])
 
     def _make(self, number: int) -> Tensor:
         chosen = self._order[number * _AT_ONCE : (number + 1) * _AT_ONCE]

@@ -200,7 +200,7 @@ class Ensemble:
         self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
         return products
 
-    def stretch(self, networks: int | None = None) -> int:
+    def stretch(self, networks: int | None = None, most: int | None = None) -> int:
         """Into how long parts an order may be cut, in examples.
 
         An epoch by parts of this length, one `train_epoch` after the other, comes to the same bits
@@ -208,11 +208,13 @@ class Ensemble:
 
         Args:
             networks: as if there were so many; None for as many as there are.
+            most: no longer than this, if that can be.
         """
         networks = len(self.networks) if networks is None else networks
         step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
         weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(self.sizes))
-        return step * max(1, _STRETCH // (weights * networks) // step)
+        examples = _STRETCH // (weights * networks)
+        return step * max(1, (examples if most is None else min(examples, most)) // step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must have beside the networks' own parameters.

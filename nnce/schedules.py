@@ -105,10 +105,14 @@ class SequentialLR:
     """The epochs at which the second and later ones begin."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values, and make tuples of lists."""
+        for name in ("schedules", "milestones"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"expected a tuple of {name}, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         for schedule in self.schedules:
-            if not callable(getattr(schedule, "factor", None)):
-                raise ValueError(f"expected schedules, got {schedule!r}")
+            check_schedule(schedule)
         for milestone in self.milestones:
             _check_epochs("each milestone", milestone)
         rising = sorted(set(self.milestones)) == list(self.milestones)
@@ -126,7 +130,14 @@ class SequentialLR:
 
 
 CONSTANT = ConstantLR()
+"""What there is if no schedule is asked for."""
 SCHEDULES = (ConstantLR, StepLR, CosineAnnealingLR, LinearLR, SequentialLR)
+
+
+def check_schedule(value: object) -> None:
+    """Raise ValueError unless it is a schedule."""
+    if isinstance(value, type) or not callable(getattr(value, "factor", None)):
+        raise ValueError(f"expected a schedule out of nnce.schedules, got {value!r}")
 
 
 def _check_epochs(name: str, value: object) -> None:

@@ -29,7 +29,7 @@ from nnce.modules import MLP, Init, check_init, is_size
 from nnce.parallel import ALONE, FlatGradients, World
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 from nnce.saturation import LayerFigures, layer_figures
-from nnce.schedules import CONSTANT, Schedule
+from nnce.schedules import CONSTANT, Schedule, check_schedule
 
 Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -130,8 +130,7 @@ class Settings:
             )
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
-        if not callable(getattr(self.schedule, "factor", None)):
-            raise ValueError(f"expected a schedule out of nnce.schedules, got {self.schedule!r}")
+        check_schedule(self.schedule)
         if not isinstance(self.distortion, data.Distortion | None):
             raise ValueError(f"expected an nnce.data.Distortion, got {self.distortion!r}")
         epochs = range(0 if self.schedule == CONSTANT else min(self.epochs, _EPOCHS_CHECKED))
@@ -499,7 +498,8 @@ def _engine(state: State, settings: Settings) -> _Engine:
         def walk(x: Tensor, y: Tensor, batches: Tensor) -> None:
             optimizer.train_epoch(x, y, batches)
 
-        return _Engine(walk, optimizer.stretch())
+        most = None if settings.distortion is None else data.A_STRETCH
+        return _Engine(walk, optimizer.stretch(most=most))
 
     if settings.engine in WHOLE:
         gradients = FlatGradients(network)

@@ -19,7 +19,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from nnce import parallel
-from nnce.experiments import command_line, figures, published, report, reproduction, resuming
+from nnce.experiments import (
+    command_line,
+    comparison,
+    figures,
+    published,
+    report,
+    reproduction,
+    resuming,
+)
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
 from nnce.experiments.reproduction import Attempt, Outcome, Spread
@@ -102,16 +110,15 @@ class Work:
         options.device = command_line.device(options.device).type
         self.options = options
         count = self.table.seeds if options.seeds is None else options.seeds
-        if not 1 <= count <= 1_000 or options.seed + count > 2**32:
-            raise ValueError(f"expected 1 to 1,000 --seeds within 2**32, got {count:,}")
+        if not 1 <= count <= 1_000:
+            raise ValueError(f"expected 1 to 1,000 --seeds, got {count:,}")
         self.seeds = range(options.seed, options.seed + count)
         self.settings = {
             row.name: reproduction.protocol(row, epochs=options.max_epochs) for row in self.rows
         }
         self.dataset = command_line.load_data(options)
-        for row in self.rows:
-            if row.settings.distortion is not None:
-                row.settings.distortion.check(self.dataset.train.x.shape[1])
+        for row in self.rows:  # what would be found only when it is its turn
+            comparison.check(self.settings[row.name], self.seeds, self.dataset)
         command_line.set_speed(options, torch.get_num_threads())
         self.outcomes: dict[str, Outcome] = {}
         self.attempt: Attempt | None = None
@@ -122,12 +129,19 @@ class Work:
     @property
     def protocols(self) -> dict[str, str]:
         """How each row is trained, so that it is seen if that is not what it was."""
-        return {row.name: f"{self.settings[row.name]}, {row.of}" for row in self.rows}
+        starts = f"{len(self.seeds)} starts from seed {self.seeds[0]}"
+        return {row.name: f"{self.settings[row.name]}, {row.of}, {starts}" for row in self.rows}
 
     @property
     def compares(self) -> bool:
         """Whether it is what was published: the whole protocol, on MNIST."""
-        return self.options.data == "mnist" and not is_trial(self.options)
+        return self.options.data == "mnist" and not self.is_trial
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether something is cut short."""
+        whole = all(self.settings[row.name] == row.settings for row in self.rows)
+        return self.options.train_size is not None or not whole
 
     @property
     def seconds(self) -> float:
@@ -238,7 +252,7 @@ def introduce(work: Work) -> None:
     n_train, n_validation, n_test = (len(split.x) for split in work.dataset)
     rows = ", ".join(row.name for row in work.rows)
     threads = command_line.threads(work.options) or parallel.processors()
-    trial = " (cut short: not the published protocol)" if is_trial(work.options) else ""
+    trial = " (cut short: not the published protocol)" if work.is_trial else ""
     done = f"\ngoing on after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
     print(
         f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n{work.options.data}: "
@@ -247,11 +261,6 @@ def introduce(work: Work) -> None:
         f"{threads}{done}",
         flush=True,
     )
-
-
-def is_trial(options: argparse.Namespace) -> bool:
-    """Whether it is not what was published."""
-    return options.max_epochs is not None or options.train_size is not None
 
 
 # ----------------------------------------------------------------------------------- what is told
@@ -286,7 +295,7 @@ def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> rep
         {}
         if table.validation_only
         else {
-            "published": "" if row.published is None else f"{row.published:.2f}",
+            "published": f"{row.published:.2f}" if row.published and compares else "",
             "ours, the same figure": in_words(same),
             "verdict": verdict(table, row, same) if compares else "",
         }
@@ -330,7 +339,7 @@ def page(work: Work, command: str) -> str:
     lines = [
         f"{table.title}, {table.measure} in percent, mean ± sd (min–max) over n starts; "
         f"{work.options.data}. {table.about}".strip(),
-        *(["Cut short: not the published protocol."] if is_trial(work.options) else []),
+        *(["Cut short: not the published protocol."] if work.is_trial else []),
         "",
         report.table(closing_rows(work, rows)),
         "",
@@ -338,7 +347,7 @@ def page(work: Work, command: str) -> str:
     for row in rows:
         settings = work.settings[row.name]
         words = reproduction.in_words(row, settings, features, classes)
-        of = f"Published: {row.of}." if row.published is not None else ""
+        of = f"Published: {row.of}." if row.published is not None and work.compares else ""
         committee = work.outcomes[row.name].committee
         together = (
             f"All {len(work.seeds)} networks together: "
@@ -350,6 +359,11 @@ def page(work: Work, command: str) -> str:
             f"- {row.name}: {' '.join(filter(None, (f'{words}.', of, row.note, together)))}"
         )
     return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
+
+
+def shown(table: Table, row: Row) -> str:
+    """Which figure of `Trained` the picture shows."""
+    return "chosen_validation" if table.validation_only else reproduction.like_published(row)
 
 
 def write(work: Work, run_dir: Path, command: str) -> None:
@@ -373,15 +387,16 @@ def write(work: Work, run_dir: Path, command: str) -> None:
         [
             (
                 row.name,
-                row.published,
+                row.published if work.compares else None,
                 [
-                    reproduction.percent(table, getattr(one, reproduction.like_published(row)))
+                    reproduction.percent(table, getattr(one, shown(table, row)))
                     for one in work.outcomes[row.name].trained
                 ],
             )
             for row in rows
         ],
-        f"{table.title}: {table.measure} in percent",
+        f"{table.title}: {table.measure} in percent on {work.options.data}"
+        f"{', cut short' if work.is_trial else ''}",
     )
     report.write_figure(run_dir / "reproduced.png", figure, dpi=90)
     for old in run_dir.glob("events.out.tfevents.*"):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 POLITE = (signal.SIGINT, signal.SIGTERM)
 # A signal may also come before there is anything that listens, or when all is done.
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
-TIMES = ("seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
+TIMES = ("minutes", "seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
 
 
 def loaded(name):

@@ -92,6 +92,20 @@ def test_a_displacement_is_as_large_as_it_says():
         assert fields.std().item() == pytest.approx(expected, rel=0.05)
 
 
+def test_a_narrow_gaussian_is_no_smoothing():
+    line = torch.arange(9.0) - 4
+    found = Distortion(alpha=1, sigma=0.1)._fields(3, seeded(), line)
+    raw = torch.empty(3, 2, 9, 9).uniform_(-1, 1, generator=seeded())
+    torch.testing.assert_close(found, raw.movedim(1, -1))
+
+
+def test_no_images_are_no_images():
+    x = torch.zeros(0, 64)
+    assert EVERY[-1](x, seeded()).shape == (0, 64)
+    epoch = Distorted(images(5, 8), torch.arange(5), EVERY[0], 0, 0)
+    assert epoch[0:].shape == epoch[:].shape == (5, 64) and epoch[2:2].shape == (0, 64)
+
+
 def test_nothing_asked_for_is_nothing_done():
     x = images()
     torch.testing.assert_close(Distortion()(x, seeded()), x, rtol=0, atol=1e-12)
@@ -202,12 +216,13 @@ def test_only_the_training_images_are_distorted(digits, monkeypatch):
     [
         ({"rotation": -1}, "rotation from 0 to 180, got -1"),
         ({"rotation": 181}, "rotation from 0 to 180, got 181"),
-        ({"scaling": 1.0}, "scaling from 0 to 1, got 1.0"),
+        ({"scaling": 1.0}, "scaling from 0 to 0.99, got 1.0"),
         ({"shear": math.inf}, "shear from 0 to 1000, got inf"),
         ({"translation": math.nan}, "translation from 0 to 1000, got nan"),
         ({"alpha": "34"}, "alpha from 0 to 1e\\+06, got '34'"),
         ({"alpha": True}, "alpha from 0 to 1e\\+06, got True"),
-        ({"sigma": 0.0}, "expected a positive sigma"),
+        ({"sigma": 0.0}, "sigma from 0.1 to 1000, got 0.0"),
+        ({"sigma": 1e-23}, "sigma from 0.1 to 1000, got 1e-23"),
     ],
 )
 def test_what_makes_no_sense_is_named(values, sentence):

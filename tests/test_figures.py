@@ -1,5 +1,8 @@
 """That every figure draws what it is given; what they look like is seen in the browser's test."""
 
+import math
+
+import pytest
 import torch
 
 from nnce import data, precision
@@ -42,3 +45,35 @@ def test_a_single_neurons_story():
         [0.5, 0.4],
         [0.1, 0.2],
     ]
+
+
+def test_distortions_are_drawn_below_what_they_are_of(digits):
+    distortion = data.Distortion(alpha=20, sigma=2)
+    figure = figures.distortions(digits.train.x, distortion, examples=3, each=2)
+    drawn = [panel.get_images()[0].get_array() for panel in figure.axes]
+    assert len(drawn) == 9
+    for column in range(3):
+        image = digits.train.x[column].view(8, 8).numpy()
+        first, *below = drawn[column::3]
+        assert abs(first - image).max() < 1e-6
+        for one, other in ((first, below[0]), (first, below[1]), below):
+            assert abs(one - other).max() > 0.05
+
+
+def test_a_reproduced_table_is_drawn():
+    """Most of ours and the published figures are within the edges; outliers are at them."""
+    ours = [95.0 + 0.01 * number for number in range(20)]
+    rows = [("A", 95.5, [*ours, 60.0]), ("B", None, [96.0, math.nan]), ("C", 97.0, [])]
+    figure = figures.reproduced(rows, "accuracy")
+    (panel,) = figure.axes
+    left, right = panel.get_xlim()
+    assert 94 < left < 95 and 97 < right < 98
+    points = {}
+    for line in panel.lines:
+        points.setdefault(line.get_label(), []).extend(zip(*line.get_data(), strict=True))
+    assert sorted(points["ours"]) == [*((x, 0) for x in ours), (96.0, 1)]
+    assert points["ours, beyond the edge"] == [(left, 0)]
+    assert points["published"] == [(95.5, 0), (97.0, 2)]
+    assert points["median"] == [(pytest.approx(95.09), 0), (96.0, 1)]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["A", "B", "C"]
+    assert panel.get_title() == "accuracy"

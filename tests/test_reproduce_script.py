@@ -7,7 +7,7 @@ import pytest
 
 from nnce import data, training
 from nnce.data import Distortion
-from nnce.experiments import published, reproduction, resuming
+from nnce.experiments import figures, published, reproduction, resuming
 from nnce.experiments.published import TABLES, Row, Table
 from nnce.schedules import CosineAnnealingLR
 from nnce.training import Settings
@@ -109,6 +109,99 @@ def test_a_network_that_diverges_is_counted_out(toy, digits, reproduce, monkeypa
     assert reproduce.main(["wild", "--data", "digits", "--run-dir", str(tmp_path / "run")]) == 0
     (line,) = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert line["n"] == "0 (2 diverged)" and line["test, last epoch"] == ""
+    assert "together" not in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_candidates_are_not_measured_on_the_test_set(toy, digits, reproduce, monkeypatch, tmp_path):
+    """Through the whole script: its data are taken, and the test set is never looked at."""
+    candidates = Table("Candidates", "no one", "error", 2, (toy.row("T1"),), validation_only=True)
+    monkeypatch.setattr(published, "TABLES", {"candidates": candidates})
+    monkeypatch.setattr(data, "load", lambda *_, **__: digits)
+    looked, drawn = [], []
+    evaluate, picture = training.evaluate, figures.reproduced
+    monkeypatch.setattr(
+        training, "evaluate", lambda *of: (looked.append(of[1].x.data_ptr()), evaluate(*of))[1]
+    )
+    monkeypatch.setattr(
+        figures, "reproduced", lambda rows, title: (drawn.append(rows), picture(rows, title))[1]
+    )
+    monkeypatch.setattr(reproduction, "committee_accuracy", pytest.fail)
+    run_dir = tmp_path / "run"
+    assert reproduce.main(["candidates", "--data", "digits", "--run-dir", str(run_dir)]) == 0
+    assert looked and digits.test.x.data_ptr() not in looked
+    results = json.loads((run_dir / "results.json").read_text())
+    (line,), outcome = results["rows"], results["outcomes"]["T1"]
+    assert list(line) == ["row", "validation, chosen epoch", "n", "minutes"]
+    assert outcome["committee"] is None
+    assert all(one["chosen_test"] is one["last_test"] is None for one in outcome["trained"])
+    ((name, figure, ours),) = drawn[-1]
+    errors = [100 * (1 - one["chosen_validation"]) for one in outcome["trained"]]
+    assert (name, figure, ours) == ("T1", None, pytest.approx(errors))
+
+
+@pytest.mark.parametrize(
+    ("measure", "figure", "expected"),
+    [
+        ("accuracy", 95.0, "within"),
+        ("accuracy", 94.0, "within"),
+        ("accuracy", 93.99, "ours is better"),
+        ("accuracy", 96.01, "ours is worse"),
+        ("error", 95.5, "within"),
+        ("error", 93.99, "ours is worse"),
+        ("error", 96.01, "ours is better"),
+    ],
+)
+def test_the_verdict(measure, figure, expected, reproduce, toy):
+    ours = reproduction.Spread(95.0, 1.0, 94.0, 96.0, 2)
+    table, row = Table("", "", measure, 2, ()), Row("T", Settings(), figure)
+    assert reproduce.verdict(table, row, ours) == expected
+    assert reproduce.verdict(table, Row("T", Settings()), ours) == ""
+
+
+def test_what_is_cut_short_or_of_other_data_is_not_compared(
+    reproduce, toy, digits, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "load", lambda *_, **__: digits)
+
+    def told(*options):
+        run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert reproduce.main(["toy", "T2", *options, "--run-dir", str(run_dir)]) == 0
+        (line,) = json.loads((run_dir / "results.json").read_text())["rows"]
+        cut = "Cut short" in (run_dir / "results.md").read_text()
+        return line["published"], line["verdict"], cut
+
+    # As if digits were MNIST.
+    assert told("--data", "mnist") == ("1.00", "ours is worse", False)
+    assert told("--data", "mnist", "--max-epochs", "2") == ("1.00", "ours is worse", False)
+    assert told("--data", "mnist", "--max-epochs", "1") == ("", "", True)
+    assert told("--data", "mnist", "--train-size", "1197") == ("", "", True)
+    assert told("--data", "digits") == ("", "", False)
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_results_writes_them(
+    reproduce, toy, tmp_path, monkeypatch
+):
+    run_dir, whole = tmp_path / "run", reproduce.write
+
+    def killed_here(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "write", killed_here)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(["toy", "T2", "--data", "digits", "--run-dir", str(run_dir)])
+    assert not (run_dir / "results.json").exists()
+    monkeypatch.setattr(reproduce, "write", whole)
+    assert reproduce.main(["--resume", str(run_dir)]) == 0
+    assert len(json.loads((run_dir / "results.json").read_text())["rows"]) == 1
+    assert (run_dir / "results.md").exists() and (run_dir / "reproduced.png").exists()
+
+
+def test_a_table_of_other_seeds_is_another_protocol(reproduce, toy, tmp_path, monkeypatch, refused):
+    run_dir = tmp_path / "run"
+    assert reproduce.main(["toy", "T2", "--data", "digits", "--run-dir", str(run_dir)]) == 0
+    more = Table(toy.title, toy.source, toy.measure, toy.seeds + 1, toy.rows)
+    monkeypatch.setattr(published, "TABLES", {"toy": more})
+    assert "another protocol of row T2" in refused(reproduce.main, "--resume", str(run_dir))
 
 
 # --------------------------------------------------------------------------------------- going on
@@ -175,6 +268,8 @@ def test_a_run_with_another_protocol_cannot_be_gone_on_with(
         (("nielsen", "N9"), "expected a row of nielsen out of N1, N2"),
         (("nielsen", "N8x"), "did you mean N8"),
         (("nielsen", "--seeds", "0"), "expected 1 to 1,000 --seeds"),
+        (("nielsen", "--seed", "-1", "--data", "digits"), "expected a seed from 0 to 2**32"),
+        (("nielsen", "--seed", str(2**32 - 1), "--data", "digits"), "expected seeds below 2**32"),
         (("nielsen", "--max-epochs", "0", "--data", "digits"), "expected epochs of at least 1"),
         (("nielsen", "--data-dir", "nowhere"), "mnist is not in nowhere"),
         (("nielsen", "--data", "kmnist", "--data-dir", "nowhere"), "kmnist is not in nowhere"),

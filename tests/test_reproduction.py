@@ -103,3 +103,27 @@ def test_a_state_that_does_not_fit_is_refused(change, digits):
     attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
     with pytest.raises(ValueError):
         attempt.load_state_dict({**attempt.state_dict(), **change})
+
+
+def test_what_has_diverged_has_no_say(digits):
+    """Neither in the committee nor in the curve."""
+    plain = Row("T", Settings(hidden=(8,), epochs=1))
+    attempt = reproduction.Attempt(plain, plain.settings, digits, [0, 1, 2])
+    list(attempt.epochs())
+    honest = attempt.finish(digits.test)
+    expected = reproduction.committee_accuracy([run.network for run in attempt.runs], digits.test)
+    assert all(one.chosen_epoch == 1 for one in honest.trained)
+    assert honest.committee == expected
+    attempt.runs[1].stopped = True
+    found = attempt.finish(digits.test)
+    rest = [run for number, run in enumerate(attempt.runs) if number != 1]
+    assert found.committee == reproduction.committee_accuracy(
+        [run.network for run in rest], digits.test
+    )
+    curve = [sum(run.records[e].accuracy["validation"] for run in rest) / 2 for e in (0, 1)]
+    assert found.curve == pytest.approx(curve)
+    assert [one.diverged for one in found.trained] == [False, True, False]
+    for run in attempt.runs:
+        run.stopped = True
+    nothing = attempt.finish(digits.test)
+    assert math.isnan(nothing.committee) and list(nothing.curve) == []

@@ -63,6 +63,11 @@ def test_every_schedule_is_tried():
     assert {type(schedule) for schedule in EVERY} == set(SCHEDULES)
 
 
+def test_torchs_spelling_is_understood():
+    lists = SequentialLR([LinearLR(), StepLR(2)], [5])
+    assert lists == SequentialLR((LinearLR(), StepLR(2)), (5,)) and hash(lists)
+
+
 def test_where_a_cosine_ends_it_stays():
     assert CosineAnnealingLR(5).factor(5) == CosineAnnealingLR(5).factor(9) == 0
 
@@ -166,8 +171,11 @@ def test_wrong_rates_are_named(lrs, error, sentence):
         (lambda: SequentialLR((StepLR(1),), ()), "two schedules at least"),
         (lambda: SequentialLR((StepLR(1), StepLR(2)), (5, 7)), "two schedules at least"),
         (lambda: SequentialLR((StepLR(1),) * 3, (5, 5)), "a rising milestone between"),
-        (lambda: SequentialLR((StepLR(1), 0.5), (5,)), "expected schedules, got 0.5"),
+        (lambda: SequentialLR((StepLR(1), 0.5), (5,)), "a schedule out of nnce.schedules, got 0.5"),
         (lambda: SequentialLR((StepLR(1), StepLR(2)), (0,)), "each milestone of at least 1"),
+        (lambda: SequentialLR((StepLR(1), StepLR(2)), 5), "expected a tuple of milestones, got 5"),
+        (lambda: SequentialLR(StepLR(1), (5,)), "expected a tuple of schedules, got StepLR"),
+        (lambda: Settings(schedule=StepLR), "a schedule out of nnce.schedules, got <class"),
         (lambda: Settings(schedule=0.5), "a schedule out of nnce.schedules, got 0.5"),
         (
             lambda: Settings(epochs=9, schedule=CosineAnnealingLR(5)),

@@ -190,7 +190,9 @@ def literal(text: str, classes: Sequence[type]) -> Any:
                 raise SyntaxError from error
         if not (isinstance(node.func, ast.Name) and node.func.id in by_name):
             raise SyntaxError
-        named = {word.arg: value(word.value) for word in node.keywords if word.arg}
+        if any(word.arg is None for word in node.keywords):  # **
+            raise SyntaxError
+        named = {str(word.arg): value(word.value) for word in node.keywords}
         return by_name[node.func.id](*map(value, node.args), **named)
 
     try:

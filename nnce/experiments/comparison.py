@@ -131,17 +131,34 @@ def plan(
         for loss, rates in lrs.items()
         for lr in dict.fromkeys(rates)
     ]
-    if base.seed + seeds > 2**32:
-        raise ValueError(f"expected seeds below 2**32, got {base.seed} and {seeds} in all")
-    # Before anything is made, be it a list.
-    x = dataset.train.x
-    count = len(variants) * seeds
-    check_memory(training.sizes(base, dataset), count, dtype=x.dtype, device=x.device)
+    check(base, range(base.seed, base.seed + seeds), dataset, networks=len(variants) * seeds)
     return [
         dataclasses.replace(settings, seed=base.seed + number)
         for settings in variants
         for number in range(seeds)
     ]
+
+
+def check(
+    settings: Settings, seeds: range, dataset: data.Dataset, networks: int | None = None
+) -> None:
+    """Raise what making networks from these seeds would, before any is made, be it in a list.
+
+    Raises:
+        ValueError: a seed is none.
+        MemoryError: so many would not fit; None for one for each seed.
+        DataError: the data are no square images, and the settings distort them.
+    """
+    if seeds.stop > 2**32:
+        raise ValueError(
+            f"expected seeds below 2**32, got {seeds.start} and {seeds.stop - seeds.start} in all"
+        )
+    dataclasses.replace(settings, seed=seeds.start)
+    x = dataset.train.x
+    if settings.distortion is not None:
+        settings.distortion.check(x.shape[1])
+    count = len(seeds) if networks is None else networks
+    check_memory(training.sizes(settings, dataset), count, dtype=x.dtype, device=x.device)
 
 
 def make_runs(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
@@ -292,7 +309,10 @@ class SideBySide:
     def _stretch(self) -> int:
         """The same for all processes, so that they are between steps together."""
         networks = -(-len(self.runs) // self._world.size)
-        own = self._together.stretch(networks) if self._together is not None else 0
+        most = None
+        if self._common.distortion is not None:
+            most = data.A_STRETCH // len({run.settings.seed for run in self.runs})
+        own = self._together.stretch(networks, most) if self._together is not None else 0
         return self._world.largest(own)
 
     def _record(self) -> None:

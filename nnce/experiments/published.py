@@ -86,7 +86,8 @@ def _is_meant(asked: str, name: str) -> bool:
 
 
 def _unknown(what: str, name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    by_lower = {one.lower(): one for one in names}
+    near = [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"expected a {what} out of {', '.join(names)}, got {name!r}{meant}"
 

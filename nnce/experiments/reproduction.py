@@ -20,6 +20,7 @@ from nnce.experiments import comparison
 from nnce.experiments.comparison import Run, SideBySide
 from nnce.experiments.published import Row, Table
 from nnce.modules import MLP
+from nnce.schedules import CONSTANT
 from nnce.training import Settings
 
 _AT_ONCE = 10_000
@@ -157,11 +158,17 @@ class Attempt:
                     accuracy(run.network),
                 )
             )
-        curve = [
-            statistics.fmean(run.records[epoch].accuracy["validation"] for run in self.runs)
-            for epoch in range(len(self.runs[0].records))
+        sound = [
+            (run, best) for run, best in zip(self.runs, chosen, strict=True) if not run.diverged
         ]
-        committee = float("nan") if test is None else committee_accuracy(chosen, test)
+        committee, curve = float("nan"), []
+        if sound:
+            curve = [
+                statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in sound)
+                for epoch in range(len(self.runs[0].records))
+            ]
+        if sound and test is not None:
+            committee = committee_accuracy([best for _, best in sound], test)
         return Outcome(self.row.name, trained, committee, curve, self.seconds)
 
 
@@ -207,9 +214,10 @@ class Outcome:
     row: str
     trained: Sequence[Trained]
     committee: float
-    """The accuracy of all the chosen networks together, on the test set; NaN for candidates."""
+    """The accuracy of all the chosen networks together, on the test set; NaN for candidates. As in
+    the curve, those that have diverged are left out."""
     curve: Sequence[float]
-    """The mean validation accuracy after each epoch."""
+    """The mean validation accuracy after each epoch; empty if all have diverged."""
     seconds: float
     """Of training, all starts together."""
 
@@ -276,7 +284,7 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
         f"{settings.epochs} epochs, weights from {start}",
         f"λ = {settings.l2:g}" if settings.l2 else "",
         f"momentum {settings.momentum:g}" if settings.momentum else "",
-        "" if "Constant" in repr(settings.schedule) else repr(settings.schedule),
+        "" if settings.schedule == CONSTANT else repr(settings.schedule),
         _but_for_defaults(settings.distortion) if settings.distortion else "",
     ]
     return ", ".join(part for part in parts if part)

@@ -18,7 +18,7 @@ weights.
                           ten epochs or so, and likewise output/a and output/dz
     weights/layer1        images at the end: the weights of each neuron of the first layer,
     wrong, confusion      the most confidently wrong test examples, and what is taken for what
-    distortion            what is done to the training images, if something is
+    distortion            what is done to the training images (not of a comparison)
     config, results       texts: the options; the closing table and the command that made it
 
 `nnce.watch` logs dz_norm, sigmoid_prime, saturated and slowdown of any PyTorch model, and any
