@@ -4,6 +4,7 @@ import json
 
 import killed
 import pytest
+import test_damaged_data as damaged
 
 from nnce import data, training
 from nnce.data import Distortion
@@ -202,6 +203,27 @@ def test_a_table_of_other_seeds_is_another_protocol(reproduce, toy, tmp_path, mo
     more = Table(toy.title, toy.source, toy.measure, toy.seeds + 1, toy.rows)
     monkeypatch.setattr(published, "TABLES", {"toy": more})
     assert "another protocol of row T2" in refused(reproduce.main, "--resume", str(run_dir))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
+def test_other_sets_of_mnists_format_go_through_the_same_commands(
+    name, folder, reproduce, tmp_path, monkeypatch
+):
+    """Blank images, in files as they would be."""
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for file in damaged.FILES:
+        with (raw / file).open("wb") as images:
+            images.write(damaged.header(file))
+            images.truncate(damaged.size_of(file))
+    options = ["--data", name, "--data-dir", str(tmp_path), "--train-size", "50", "--seeds", "1"]
+    run_dir = tmp_path / "run"
+    command = ["nielsen", "N1", *options, "--max-epochs", "1", "--run-dir", str(run_dir)]
+    assert reproduce.main(command) == 0
+    (line,) = json.loads((run_dir / "results.json").read_text())["rows"]
+    assert line["published"] == "" and line["test, last epoch"] in ("0.00", "100.00")
 
 
 # --------------------------------------------------------------------------------------- going on

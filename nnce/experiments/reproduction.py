@@ -281,7 +281,7 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
     )
     parts = [
         f"{sizes}, {settings.loss}, lr {settings.rate:g}, mini-batch {settings.batch_size}",
-        f"{settings.epochs} epochs, weights from {start}",
+        f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}, weights from {start}",
         f"λ = {settings.l2:g}" if settings.l2 else "",
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         "" if settings.schedule == CONSTANT else repr(settings.schedule),
