@@ -178,7 +178,8 @@ def test_a_signal_waits_for_the_end_of_an_undisturbed_block():
 def test_stopped_during_the_imports_it_is_quiet(name, number, tmp_path):
     for module in ("torch", "numpy"):  # whichever is first
         (tmp_path / f"{module}.py").write_text(
-            "import sys, time; print('importing', flush=True); time.sleep(60)"
+            # Short sleeps: a signal that comes just before a long one is answered after it.
+            "import time; print('importing', flush=True)\nwhile True: time.sleep(0.01)"
         )
     places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ EXAMPLES = [
 ]
 TEN_LINES = re.search(r"ten lines:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
 COMMANDS = [
-    (name, command.split())
+    (name, shlex.split(command))
     for page in PAGES.values()
     for name, command in re.findall(r"scripts/(\w+)\.py([^\n`|]*)", page)
 ]
