@@ -264,7 +264,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
     ("change", "epochs"),
     [
         ("Monitor.log = full_after(Monitor.log, 5)", 1),
-        ("Monitor.log_layout = full", 3),
+        pytest.param("Monitor.log_layout = full", 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):

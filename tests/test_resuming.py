@@ -214,7 +214,8 @@ def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["train", "compare"])
 def test_killed_over_and_over_it_comes_to_the_same(name, tmp_path):
-    kill(name, 2, 0, tmp_path, *(TRAIN if name == "train" else COMPARE))
+    kills, options = (2, TRAIN) if name == "train" else (1, COMPARE)
+    kill(name, kills, 0, tmp_path, *options)
 
 
 KILLED = {
