@@ -528,14 +528,8 @@ train: Any = None
 def _compile() -> None:
     """Give the loops to Numba, which compiles each at its first call."""
     global np, add_row, add_rows, sigmoids, read_ahead, first_layer, gather
-    global \
-        list_inputs, \
-        first_layer_dense, \
-        forward, \
-        example, \
-        update_first_layer, \
-        update_first_layer_dense
-    global move, decay, outputs, train
+    global list_inputs, first_layer_dense, forward, example
+    global update_first_layer, update_first_layer_dense, move, decay, outputs, train
     if train is not None:
         return
     import numba

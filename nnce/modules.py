@@ -20,8 +20,11 @@ INITS: tuple[str, ...] = ("scaled", "large")
 
 def check_init(init: object) -> None:
     """Raise ValueError unless `init` is "scaled", "large" or a positive standard deviation."""
-    is_number = isinstance(init, int | float) and not isinstance(init, bool)
-    if not (is_number and 0 < float(init) < math.inf) and init not in INITS:  # type: ignore[arg-type]
+    if isinstance(init, int | float) and not isinstance(init, bool):
+        fits = 0 < init < math.inf
+    else:
+        fits = init in INITS
+    if not fits:
         names = ", ".join(map(repr, INITS))
         raise ValueError(f"expected init {names} or a positive standard deviation, got {init!r}")
 

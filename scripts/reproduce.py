@@ -273,33 +273,26 @@ def closing_rows(work: Work, rows: Sequence[Row]) -> list[report.Row]:
 
 def in_a_line(work: Work, row: Row) -> str:
     """What a row has come to, as soon as it has."""
-    figures = closing_row(work.table, row, work.outcomes[row.name], work.compares)
-    return ", ".join(
-        f"{name} {value}" if name else str(value) for name, value in figures.items() if value
-    )
+    (told,) = closing_rows(work, [row])
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value)
 
 
 def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> report.Row:
     """The published figure, the same of ours, and the honest ones."""
-    same = outcome.spread(table, reproduction.like_published(row))
     chosen = outcome.spread(table, "chosen_validation")
-    test = (
-        {}
-        if table.validation_only
-        else {
-            "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
-            "test, last epoch": in_words(outcome.spread(table, "last_test")),
-        }
-    )
-    quoted = (
-        {}
-        if table.validation_only
-        else {
+    quoted: dict[str, object] = {}
+    test: dict[str, object] = {}
+    if not table.validation_only:
+        same = outcome.spread(table, reproduction.like_published(row))
+        quoted = {
             "published": f"{row.published:.2f}" if row.published and compares else "",
             "ours, the same figure": in_words(same),
             "verdict": verdict(table, row, same) if compares else "",
         }
-    )
+        test = {
+            "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
+            "test, last epoch": in_words(outcome.spread(table, "last_test")),
+        }
     diverged = sum(one.diverged for one in outcome.trained)
     return {
         "row": row.name,

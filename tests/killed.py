@@ -129,6 +129,22 @@ def several_stops_in_an_epoch():
     ensemble._STRETCH, products._BLOCK_BYTES = 200_000, 30_000
 
 
+def stopped_after(monkeypatch, calls):
+    """The so-manieth time that it may, a run stops, as if a signal had come."""
+    from nnce.experiments import resuming
+
+    count = iter(range(calls))
+    whole = resuming.Saver.between
+
+    def between(self, *arguments, **more):
+        if next(count, None) is None:
+            monkeypatch.setattr(resuming.Saver, "between", whole)
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(resuming.Saver, "between", between)
+
+
 def forked(work, log):
     """Do something in a process of its own; its number."""
     child = os.fork()

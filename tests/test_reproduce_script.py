@@ -1,16 +1,16 @@
 """Published tables, row by row: what is told, what is chosen on what, and going on."""
 
+import dataclasses
 import json
 
 import killed
 import pytest
 import test_damaged_data as damaged
+from test_reproduction import ROW
 
 from nnce import data, training
-from nnce.data import Distortion
-from nnce.experiments import figures, published, reproduction, resuming
+from nnce.experiments import figures, published, reproduction
 from nnce.experiments.published import TABLES, Row, Table
-from nnce.schedules import CosineAnnealingLR
 from nnce.training import Settings
 
 
@@ -28,17 +28,7 @@ def toy(monkeypatch):
         measure="error",
         seeds=3,
         rows=(
-            Row(
-                "T1",
-                Settings(
-                    hidden=(8,),
-                    epochs=2,
-                    init=0.05,
-                    schedule=CosineAnnealingLR(2),
-                    distortion=Distortion(rotation=5, alpha=3, sigma=1),
-                ),
-                published=50.0,
-            ),
+            dataclasses.replace(ROW, published=50.0),
             Row("T2", Settings(hidden=(8,), epochs=2), published=1.0, of="best test epoch"),
         ),
     )
@@ -234,15 +224,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same(calls, reproduce, toy, tmp_p
     alone, run_dir = tmp_path / "alone", tmp_path / "run"
     options = ["toy", "--data", "digits", "--checkpoint-every", "1"]
     assert reproduce.main([*options, "--run-dir", str(alone)]) == 0
-    count, whole = iter(range(calls)), resuming.Saver.between
-
-    def between(self, *arguments, **more):
-        if next(count, None) is None:
-            monkeypatch.setattr(resuming.Saver, "between", whole)
-            raise KeyboardInterrupt
-        return whole(self, *arguments, **more)
-
-    monkeypatch.setattr(resuming.Saver, "between", between)
+    killed.stopped_after(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         reproduce.main([*options, "--run-dir", str(run_dir)])
     assert reproduce.main(["--resume", str(run_dir)]) == 0

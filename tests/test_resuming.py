@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from nnce import checkpoint, ensemble, products, training
 from nnce.data import Distortion
-from nnce.experiments import command_line, resuming
+from nnce.experiments import command_line
 from nnce.schedules import StepLR
 from nnce.training import Settings
 
@@ -42,20 +42,6 @@ def several_stops_in_an_epoch(monkeypatch):
     """As in tests/killed.py."""
     monkeypatch.setattr(ensemble, "_STRETCH", 200_000)
     monkeypatch.setattr(products, "_BLOCK_BYTES", 30_000)
-
-
-def stopped_after(monkeypatch, calls):
-    """The so-manieth time that it may, a run stops, as if a signal had come."""
-    count = iter(range(calls))
-    whole = resuming.Saver.between
-
-    def between(self, *arguments, **more):
-        if next(count, None) is None:
-            monkeypatch.setattr(resuming.Saver, "between", whole)
-            raise KeyboardInterrupt
-        return whole(self, *arguments, **more)
-
-    monkeypatch.setattr(resuming.Saver, "between", between)
 
 
 def same_as_alone(alone, run_dir):
@@ -151,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     calls, train, alone, tmp_path, monkeypatch
 ):
     run_dir = tmp_path / "run"
-    stopped_after(monkeypatch, calls)
+    killed.stopped_after(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         train.main([*TRAIN, "--run-dir", str(run_dir)])
     assert train.main(["--resume", str(run_dir)]) == 0
@@ -164,7 +150,7 @@ def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
 ):
     """Before it began, side by side, and in the midst of its control."""
     run_dir = tmp_path / "run"
-    stopped_after(monkeypatch, calls)
+    killed.stopped_after(monkeypatch, calls)
     with pytest.raises(KeyboardInterrupt):
         compare.main([*COMPARE, "--run-dir", str(run_dir)])
     assert compare.main(["--resume", str(run_dir)]) == 0
@@ -176,7 +162,7 @@ def test_a_clock_that_was_set_back_does_not_disorder_the_curves(
 ):
     run_dir = tmp_path / "run"
     for number, calls in enumerate((3, 3)):
-        stopped_after(monkeypatch, calls)
+        killed.stopped_after(monkeypatch, calls)
         with pytest.raises(KeyboardInterrupt):
             train.main(
                 ["--resume", str(run_dir)] if number else [*TRAIN, "--run-dir", str(run_dir)]

@@ -16,24 +16,19 @@ import torch
 from torch import Tensor
 
 from nnce import data, training
-from nnce.experiments import comparison
+from nnce.experiments import comparison, estimates
 from nnce.experiments.comparison import Run, SideBySide
 from nnce.experiments.published import Row, Table
 from nnce.modules import MLP
 from nnce.schedules import CONSTANT
 from nnce.training import Settings
 
-_AT_ONCE = 10_000
-
 
 def protocol(row: Row, *, epochs: int | None = None) -> Settings:
     """How a row is trained; for a trial at most so many epochs."""
-    settings = row.settings
-    return (
-        settings
-        if epochs is None
-        else dataclasses.replace(settings, epochs=min(epochs, settings.epochs))
-    )
+    whole = row.settings.epochs
+    most = whole if epochs is None else min(epochs, whole)
+    return dataclasses.replace(row.settings, epochs=most)
 
 
 def without_test(dataset: data.Dataset) -> data.Dataset:
@@ -143,7 +138,7 @@ class Attempt:
 
             def accuracy(network: MLP, run: Run = run) -> float:
                 if test is None or run.diverged:
-                    return float("nan")
+                    return math.nan
                 return training.evaluate(network, test, run.settings.loss).accuracy
 
             trained.append(
@@ -153,7 +148,7 @@ class Attempt:
                     run.best.epoch,
                     run.best.accuracy["validation"],
                     run.last.accuracy["validation"],
-                    max(r.accuracy["test"] for r in run.records) if self._shown else float("nan"),
+                    max(r.accuracy["test"] for r in run.records) if self._shown else math.nan,
                     accuracy(best),
                     accuracy(run.network),
                 )
@@ -161,7 +156,7 @@ class Attempt:
         sound = [
             (run, best) for run, best in zip(self.runs, chosen, strict=True) if not run.diverged
         ]
-        committee, curve = float("nan"), []
+        committee, curve = math.nan, []
         if sound:
             curve = [
                 statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in sound)
@@ -183,14 +178,14 @@ def _network(like: MLP, parameters: Mapping[str, Tensor]) -> MLP:
     return network
 
 
-@torch.no_grad()
 def committee_accuracy(networks: Sequence[MLP], split: data.Split) -> float:
     """The accuracy of networks that decide together: by the mean of their outputs a."""
-    right = 0.0
-    for x, y in zip(split.x.split(_AT_ONCE), split.y.split(_AT_ONCE), strict=True):
-        mean = torch.stack([network(x).sigmoid() for network in networks]).mean(0)
-        right += y.gather(-1, mean.argmax(-1, keepdim=True)).sum().item()
-    return right / len(split.x)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.stack([network(x).sigmoid() for network in networks]).mean(0)
+
+    # (It is no z, but the largest one is all that the accuracy asks for.)
+    return training.evaluate(mean, split, "quadratic").accuracy
 
 
 # ---------------------------------------------------------------------------------- what came out
@@ -225,11 +220,9 @@ class Outcome:
         """One of the figures of `Trained`, over the starts that have it and have not diverged."""
         accuracies = [getattr(one, figure) for one in self.trained if not one.diverged]
         values = [percent(table, value) for value in accuracies if not math.isnan(value)]
-        if not values:
-            nan = float("nan")
-            return Spread(nan, nan, nan, nan, 0)
-        sd = statistics.stdev(values) if len(values) > 1 else float("nan")
-        return Spread(statistics.fmean(values), sd, min(values), max(values), len(values))
+        mean, sd, _, _, n = estimates.estimate(values)
+        least, most = min(values, default=math.nan), max(values, default=math.nan)
+        return Spread(mean, sd, least, most, n)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
