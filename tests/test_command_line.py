@@ -1,5 +1,6 @@
 """What the scripts share, mostly in processes of their own: what stops them, and what stays."""
 
+import contextlib
 import csv
 import json
 import os
@@ -57,18 +58,25 @@ def csv_epochs(run_dir):
 # --------------------------------------------------------------------------- stopped by a signal
 
 
-def begun(name, run_dir):
+@contextlib.contextmanager
+def begun(name, run_dir, change=""):
     """A run without end in a process of its own, some epochs of it finished."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / f"{name}.py"), *ENDLESS[name], "--run-dir", str(run_dir)],
+        command(name, *ENDLESS[name], "--run-dir", str(run_dir), change=change),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not run_dir.exists() or (run_dir / command_line._NOTHING_YET).exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    return process
+    with process:
+        try:
+            # The mark of a new run is there before its first checkpoint, and goes with an epoch.
+            mark = run_dir / command_line._NOTHING_YET
+            while not any(run_dir.glob("checkpoint-*")) or mark.exists():
+                assert process.poll() is None
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
 
 
 @posix
@@ -76,16 +84,15 @@ def begun(name, run_dir):
 def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
     """And a SIGTERM after it, as from a shell that leaves, takes nothing away."""
     run_dir = tmp_path / "run"
-    process = begun(name, run_dir)
-    process.send_signal(first)
-    deadline = time.monotonic() + 60
-    while process.poll() is None:
-        if time.monotonic() > deadline:
-            process.kill()
-        time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-    first_line, how_to_go_on = process.stderr.read().splitlines()
-    process.stderr.close()
+    with begun(name, run_dir) as process:
+        process.send_signal(first)
+        deadline = time.monotonic() + 60
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+        first_line, how_to_go_on = process.stderr.read().splitlines()
     assert process.returncode == 128 + first and first_line.startswith("Interrupted")
     assert how_to_go_on.endswith(f"--resume {run_dir}")
     recorded = results(run_dir)
@@ -101,16 +108,24 @@ def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
 
 @posix
 def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint(tmp_path):
-    run_dir = tmp_path / "run"
-    process = begun("compare", run_dir)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.05)  # the tables and pictures take a second
-    process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    assert process.wait(timeout=30) == 130
-    assert time.monotonic() - began < 1
-    assert process.stderr.read() == ""
-    process.stderr.close()
+    """Whatever it is at: here at tables that take for ever."""
+    run_dir, at_it = tmp_path / "run", tmp_path / "at-it"
+    change = f"""
+import pathlib, time, nnce.experiments.comparison
+def for_ever(*arguments):
+    pathlib.Path({str(at_it)!r}).touch()
+    while True:
+        time.sleep(0.01)
+nnce.experiments.comparison.conclude = for_ever
+"""
+    with begun("compare", run_dir, change) as process:
+        process.send_signal(signal.SIGINT)
+        while not at_it.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == ""
     assert not (run_dir / "results.json").exists()
     assert nnce.checkpoint.latest_checkpoint(run_dir).damaged == []
 
