@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnce import data
 from nnce.algorithm import Hyperparameters
+from nnce.dropout import WithDropout
 from nnce.ensemble import Ensemble, How
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
@@ -64,7 +65,7 @@ class Settings:
     """Who makes the gradients: "backprop", the revised algorithm run whole, without a graph, as
     "loops" or as "products", whichever suits, or either of those by name; "functions", nnce's
     Functions in PyTorch's graph; "autograd", PyTorch alone. None for the first of them that knows
-    the optimizer."""
+    the optimizer and dropout."""
     optimizer: Optimizer = "sgd"
     """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which wants a graph."""
     epochs: int = 30
@@ -80,10 +81,16 @@ class Settings:
     """How the rate changes from epoch to epoch, out of `nnce.schedules`."""
     distortion: data.Distortion | None = None
     """What is done to the training images, anew in each epoch."""
+    dropout: float = 0.0
+    """How many of the hidden neurons are left out, anew for each example and step, in [0, 1); for
+    the engines in PyTorch's graph. Several processes leave out others than one does."""
+    input_dropout: float = 0.0
+    """The same of the inputs."""
     init: Init = "scaled"
     seed: int = 0
-    """Fixes the start, the order of the mini-batches and the distortions, 0 to 2³² − 1. They are
-    drawn from streams of their own, so networks of different shape see the same mini-batches."""
+    """Fixes the start, the order of the mini-batches, the distortions and who is left out, 0 to
+    2³² − 1. They are drawn from streams of their own, so networks of different shape see the same
+    mini-batches."""
 
     def __post_init__(self) -> None:
         """Check every value, and fill in the rate."""
@@ -93,9 +100,10 @@ class Settings:
             raise ValueError(
                 f"expected optimizer {' or '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}"
             )
+        dropout = self.dropout or self.input_dropout
         if self.engine is None:
-            default = "backprop" if self.optimizer == "sgd" else "functions"
-            object.__setattr__(self, "engine", default)
+            graph = self.optimizer != "sgd" or dropout
+            object.__setattr__(self, "engine", "functions" if graph else "backprop")
         if self.engine not in ENGINES:
             raise ValueError(
                 f"expected engine {' or '.join(map(repr, ENGINES))}, got {self.engine!r}"
@@ -104,6 +112,11 @@ class Settings:
             raise ValueError(
                 f"expected optimizer 'sgd' for engine {self.engine!r}, got {self.optimizer!r}; "
                 f"engine 'functions' knows it"
+            )
+        if self.engine in WHOLE and dropout:
+            raise ValueError(
+                f"expected no dropout for engine {self.engine!r}, got {dropout}; engine "
+                f"'functions' knows it"
             )
         if self.lr is None:
             lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
@@ -115,7 +128,7 @@ class Settings:
                 raise ValueError(
                     f"expected {name} of at least 1, a whole number, got {getattr(self, name)}"
                 )
-        for name in ("lr", "momentum", "l2"):
+        for name in ("lr", "momentum", "l2", "dropout", "input_dropout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"expected {name} to be a number, got {value!r}")
@@ -130,6 +143,14 @@ class Settings:
             )
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
+        for name in ("dropout", "input_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
+        if self.dropout and not self.hidden:
+            raise ValueError(
+                f"expected hidden neurons for dropout to leave out, got hidden={self.hidden}; "
+                f"input_dropout leaves out inputs"
+            )
         check_schedule(self.schedule)
         if not isinstance(self.distortion, data.Distortion | None):
             raise ValueError(f"expected an nnce.data.Distortion, got {self.distortion!r}")
@@ -450,7 +471,7 @@ def train(
             and after some tenths of a second without. It may save the state, or raise.
 
     Raises:
-        Diverged: the loss of a step, or of the training data at an epoch's end, is infinite or NaN.
+        Diverged: the loss of a step, or of what is measured at an epoch's end, is infinite or NaN.
             Engines without a graph, and several processes, make no losses on their way, so there it
             is seen at the end. A parameter that is infinite or NaN counts as well, though no loss
             may show it.
@@ -468,7 +489,7 @@ def train(
                 step=state.step,
                 seconds=state.seconds,
             )
-            finite = math.isfinite(record.loss["train"]) and is_finite(state.network)
+            finite = all(map(math.isfinite, record.loss.values())) and is_finite(state.network)
             if state.epoch and not finite:
                 raise Diverged(_diverged(f"after epoch {state.epoch}", settings))
             state.recorded, state.seconds = state.epoch, 0.0
@@ -512,9 +533,17 @@ def _engine(state: State, settings: Settings) -> _Engine:
         return _Engine(explicit, settings.batch_size)
 
     forward, criterion = with_graph(network, settings)
+    at_step = nothing
+    if settings.dropout or settings.input_dropout:
+        forward = thinned = _with_dropout(forward, settings, world)
+
+        def at_step() -> None:
+            thinned.at_step(state.step)
+
     if not world.joined:
 
         def alone(x: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+            at_step()
             optimizer.zero_grad()
             C = criterion(forward(x[batch]), y[batch])
             C.backward()
@@ -527,6 +556,7 @@ def _engine(state: State, settings: Settings) -> _Engine:
 
     def together(x: Tensor, y: Tensor, batch: Tensor) -> None:
         share = world.share(batch)
+        at_step()
         optimizer.zero_grad()
         z = shared(x[share])
         # The share's part of the mean over all; an empty one's is 0, and not 0 / 0. Times the
@@ -538,10 +568,18 @@ def _engine(state: State, settings: Settings) -> _Engine:
     return _Engine(together, settings.batch_size)
 
 
+def _with_dropout(layers: nn.Module, settings: Settings, world: World) -> WithDropout:
+    """The network as it learns; each process leaves out others."""
+    number = 3 + world.rank  # of the seed's streams: the start, the order, the distortions
+    parent = torch.Generator().manual_seed(settings.seed)
+    stream = int(torch.randint(2**32, (number + 1,), generator=parent)[number])
+    return WithDropout(layers, input=settings.input_dropout, hidden=settings.dropout, stream=stream)
+
+
 def with_graph(
     network: MLP, settings: Settings
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """Network and loss whose `backward()` fills in the gradients."""
+    """Network and loss whose `backward()` fills in the gradients; every neuron is there."""
     if settings.engine == "autograd":
         return torch_twin(network), BUILT_IN_LOSSES[settings.loss]
     return network, LOSS_FUNCTIONS[settings.loss]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nnce import data, ensemble, parallel
 from nnce.experiments import command_line, comparison, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
-from nnce.experiments.comparison import Controls, Run, SideBySide, Variant
+from nnce.experiments.comparison import Run, SideBySide, Variant
 from nnce.experiments.report import Log
 from nnce.losses import LOSSES, Loss
 from nnce.parallel import World
@@ -169,7 +169,7 @@ class Training:
         self.options, self.dataset, self.world, self._found = options, dataset, world, found
         threads = command_line.threads(options)
         self.side_by_side = SideBySide(runs, dataset, threads, world)
-        self.controls = Controls([], dataset, world)
+        self.controls = comparison.controls([], dataset, world)
         self.costs = Costs(world.size)
         if found is not None:
             resuming.warn(found, world)
@@ -178,7 +178,7 @@ class Training:
                 self.costs.load_state_dict(found["costs"])
                 # Where there are to be more epochs, there will be other controls.
                 if self.side_by_side.complete and found["controls"] is not None:
-                    self.controls = Controls(self._chosen(), dataset, world)
+                    self.controls = comparison.controls(self._chosen(), dataset, world)
                     self.controls.load_state_dict(found["controls"])
 
     def _chosen(self) -> list[Run]:
@@ -226,7 +226,7 @@ class Training:
                     self.saver.after(epoch, epochs)
                     bar.update(epoch + 1 - bar.n)
             if not self.controls.runs:
-                self.controls = Controls(self._chosen(), self.dataset, self.world)
+                self.controls = comparison.controls(self._chosen(), self.dataset, self.world)
             bar.reset((epochs + 1) * len(self.controls.runs))
             bar.set_description("the control, by autograd")
             with self.costs.of("control", log):

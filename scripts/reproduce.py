@@ -208,7 +208,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
                 work.attempt = work.begin(row)
             attempt = work.attempt
             config = {"row": row.name, **vars(settings), "data": options.data}
-            with Monitor(run_dir / row.name, config, len(attempt.runs[0].records)) as monitor:
+            with Monitor(run_dir / row.name, config, attempt.records) as monitor:
                 train(attempt, settings, monitor, saver)
                 split = None if work.table.validation_only else work.dataset.test
                 work.outcomes[row.name] = attempt.finish(split)
@@ -236,13 +236,14 @@ def run(work: Work, run_dir: Path, command: str) -> None:
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
     """All epochs of a row, with a progress bar."""
-    done = len(attempt.runs[0].records)
     with tqdm(
-        total=settings.epochs + 1, initial=done, unit="epoch", disable=None, leave=False
+        total=settings.epochs + 1, initial=attempt.records, unit="epoch", disable=None, leave=False
     ) as bar:
         bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
-            monitor.log(*[run.last for run in attempt.runs])
+            new = [run.last for run in attempt.runs if run.last.epoch == epoch]
+            if new:
+                monitor.log(*new)
             saver.after(epoch, settings.epochs)
             bar.update(epoch + 1 - bar.n)
 

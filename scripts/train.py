@@ -49,6 +49,15 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--lr", type=float, help=f"learning rate; if not given, {textbook} (sgd), or 0.001 (adam)"
     )
+    for name, of in (("--dropout", "hidden neurons"), ("--input-dropout", "inputs")):
+        parser.add_argument(
+            name,
+            type=float,
+            default=0.0,
+            metavar="P",
+            help=f"leave out so many of the {of}, anew for each example and step; not for --engine "
+            "backprop",
+        )
     parser.add_speed_options()
     resuming.add_options(parser)
     parser.add_argument(
@@ -111,6 +120,8 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
         engine=options.engine,
         optimizer=options.optimizer,
         lr=options.lr,
+        dropout=options.dropout,
+        input_dropout=options.input_dropout,
     )
     dataset = command_line.load_data(options)
     if options.dry_run:

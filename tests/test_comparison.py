@@ -95,7 +95,7 @@ def test_starts_are_paired_and_differ_from_seed_to_seed(trained):
 def test_the_control_retraces_every_network(trained):
     """Same start, same mini-batches, and autograd's gradients: the same curves in float64."""
     dataset, runs, _ = trained
-    controls = comparison.Controls(runs, dataset)
+    controls = comparison.controls(runs, dataset)
     assert list(controls.epochs()) == [0, 1, 2]
     for r, again in zip(runs, controls.runs, strict=True):
         assert again.variant == r.variant._replace(engine="autograd")
@@ -155,7 +155,7 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
 def test_a_diverging_control_is_marked(digits):
     settings = Settings(hidden=(8,), lr=1e38, epochs=3)
     run = Run(settings, training.make_network(settings, digits))
-    controls = comparison.Controls([run], digits)
+    controls = comparison.controls([run], digits)
     assert list(controls.epochs()) == [0, 1, 2, 3]
     (again,) = controls.runs
     assert len(again.records) == 1 and again.stopped and again.diverged

@@ -29,7 +29,7 @@ ORDER = (
     ),
     *("ensemble", "checkpoint", "parallel"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
-    *("schedules", "training"),
+    *("schedules", "dropout", "training"),
     *(
         f"experiments.{name}"
         for name in ("__init__", "command_line", "estimates", "comparison", "figures")

@@ -98,7 +98,44 @@ def test_a_trial_is_cut_short_and_no_longer():
     assert reproduction.protocol(ROW, epochs=9) == reproduction.protocol(ROW) == ROW.settings
 
 
-@pytest.mark.parametrize("change", [{"chosen": []}, {"side by side": {}}, {"chosen": None}])
+def test_dropout_is_trained_in_turn_and_goes_on(digits):
+    """What is chosen and shown is as if it had not been stopped between two networks."""
+    settings = Settings(hidden=(8,), dropout=0.5, epochs=3, batch_size=100)
+    row = Row("T", settings)
+    alone = reproduction.Attempt(row, settings, digits, [0, 1])
+    assert list(alone.epochs()) == [0, 1, 2, 3] and alone.records == 4
+    expected = alone.finish(digits.test)
+    assert len(expected.curve) == 4 and expected.committee > 0.5
+    for steps in (1, 14, 20, 31):
+        count = iter(range(steps))
+
+        def between(count=count):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+
+        first = reproduction.Attempt(row, settings, digits, [0, 1])
+        with pytest.raises(KeyboardInterrupt):
+            list(first.epochs(between))
+        second = reproduction.Attempt(row, settings, digits, [0, 1])
+        second.load_state_dict(first.state_dict())
+        list(second.epochs())
+        found = second.finish(digits.test)
+        assert found.curve == expected.curve and found.committee == expected.committee
+        for a, b in zip(found.trained, expected.trained, strict=True):
+            assert a == pytest.approx(b, nan_ok=True)
+        for a, b in zip(second.runs, alone.runs, strict=True):
+            assert all(map(torch.equal, a.network.parameters(), b.network.parameters()))
+
+
+def test_networks_in_turn_that_diverge_are_given_up(digits):
+    settings = Settings(hidden=(8,), dropout=0.5, epochs=2, lr=1e38)
+    attempt = reproduction.Attempt(Row("T", settings), settings, digits, [0, 1])
+    list(attempt.epochs())
+    found = attempt.finish(digits.test)
+    assert all(one.diverged for one in found.trained) and list(found.curve) == []
+
+
+@pytest.mark.parametrize("change", [{"chosen": []}, {"training": {}}, {"chosen": None}])
 def test_a_state_that_does_not_fit_is_refused(change, digits):
     attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
     with pytest.raises(ValueError):

@@ -441,27 +441,33 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Controls:
-    """Some networks once more, from their start, by PyTorch's autograd alone.
+class InTurn:
+    """Some networks trained one after the other, epoch by epoch, each by an engine of its own.
 
     Several processes share them out.
 
     Args:
-        runs: those to repeat.
-        dataset: the same.
+        settings: of each network.
+        dataset: on one device, in one dtype. The records' "train" is as in `SideBySide`.
         world: the processes.
+        splits: what the records are of; "validation" at least.
     """
 
-    def __init__(self, runs: Sequence[Run], dataset: data.Dataset, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        settings: Sequence[Settings],
+        dataset: data.Dataset,
+        world: World = ALONE,
+        splits: Sequence[str] = data.SPLITS,
+    ) -> None:
         """Make the networks."""
-        self._dataset, self._world = dataset, world
-        self._settings = [dataclasses.replace(run.settings, engine=CONTROL) for run in runs]
-        self._states = [training.initial_state(settings, dataset) for settings in self._settings]
+        self._settings, self._dataset, self._world = settings, dataset, world
+        measured = _measured(dataset)
+        self._measured = {name: measured[name] for name in splits}
+        self._states = [training.initial_state(of_one, dataset) for of_one in settings]
         self.runs = [
-            Run(settings, state.network)
-            for settings, state in zip(self._settings, self._states, strict=True)
+            Run(of_one, state.network) for of_one, state in zip(settings, self._states, strict=True)
         ]
-        """The new runs."""
         self.finished = -1
         """The last epoch that all of them have a record of, but those that have stopped."""
 
@@ -471,14 +477,13 @@ class Controls:
         Args:
             between: called between the steps of any of them.
         """
-        measured = _measured(self._dataset)
         share = range(self._world.rank, len(self.runs), self._world.size)
         trainings = {
             number: training.train(
                 self._states[number],
                 self._settings[number],
                 self._dataset,
-                measured=measured,
+                measured=self._measured,
                 between=between,
             )
             for number in share
@@ -518,10 +523,17 @@ class Controls:
                 own = self._states[rank :: self._world.size]
                 for one, of_one in zip(own, of_rank, strict=True):
                     one.load_state_dict(of_one)
-            _set_records(self.runs, state)
+            _set_records(self.runs, state, tuple(self._measured))
             self.finished = int(state["finished"])
             if any(len(run.records) <= self.finished and not run.stopped for run in self.runs):
-                raise ValueError(f"expected records of epoch {self.finished} of all controls")
+                raise ValueError(f"expected records of epoch {self.finished} of all networks")
+
+
+def controls(runs: Sequence[Run], dataset: data.Dataset, world: World = ALONE) -> InTurn:
+    """Some networks once more, from their start, by PyTorch's autograd alone."""
+    return InTurn(
+        [dataclasses.replace(run.settings, engine=CONTROL) for run in runs], dataset, world
+    )
 
 
 def _measured(dataset: data.Dataset) -> dict[str, data.Split]:

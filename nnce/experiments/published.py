@@ -343,7 +343,7 @@ OURS_CANDIDATES = Table(
     measure="error",
     seeds=2,
     validation_only=True,
-    about="15 or 40 epochs, or 60 without distortions. Without \"loops\" by name C5 would be, and "
+    about='15 or 40 epochs, or 60 without distortions. Without "loops" by name C5 would be, and '
     "was, by products.",
     rows=(
         _ours_tried("C1", "cross-entropy", (800,), 0.6),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnce import data, training
 from nnce.experiments import comparison, estimates
-from nnce.experiments.comparison import Run, SideBySide
+from nnce.experiments.comparison import InTurn, Run, SideBySide
 from nnce.experiments.published import Row, Table
 from nnce.modules import MLP
 from nnce.schedules import CONSTANT
@@ -32,9 +32,8 @@ def protocol(row: Row, *, epochs: int | None = None) -> Settings:
 
 
 def without_test(dataset: data.Dataset) -> data.Dataset:
-    """The data for what must not see the test set, which is empty here."""
-    x, y = dataset.test
-    return dataset._replace(test=data.Split(x[:0], y[:0]))
+    """The data for what must not see the test set: the validation set is in its place."""
+    return dataset._replace(test=dataset.validation)
 
 
 class Trained(NamedTuple):
@@ -60,7 +59,7 @@ class Attempt:
         settings: how, but for the seed.
         dataset: all of it, the test set included, which is put away.
         seeds: the starts.
-        threads: as `SideBySide` takes them.
+        threads: as `SideBySide` takes them; engines in PyTorch's graph have PyTorch's.
     """
 
     def __init__(
@@ -76,13 +75,14 @@ class Attempt:
         self._shown = row.of == "best test epoch"
         by_seed = [dataclasses.replace(settings, seed=seed) for seed in seeds]
         seen = dataset if self._shown else without_test(dataset)
-        self.runs: list[Run] = comparison.make_runs(by_seed, seen)
-        self._side_by_side = SideBySide(
-            self.runs,
-            seen,
-            threads,
-            splits=("validation", "test") if self._shown else ("validation",),
-        )
+        splits = ("validation", "test") if self._shown else ("validation",)
+        self._training: SideBySide | InTurn
+        if settings.engine in training.WHOLE:
+            runs = comparison.make_runs(by_seed, seen)
+            self._training = SideBySide(runs, seen, threads, splits=splits)
+        else:
+            self._training = InTurn(by_seed, seen, splits=splits)
+        self.runs: Sequence[Run] = self._training.runs
         self._chosen = [_parameters(run.network) for run in self.runs]
 
     def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
@@ -91,11 +91,16 @@ class Attempt:
         Args:
             between: called between steps.
         """
-        for epoch in self._side_by_side.epochs(between):
+        for epoch in self._training.epochs(between):
             for number, run in enumerate(self.runs):
                 if run.best.epoch == epoch:
                     self._chosen[number] = _parameters(run.network)
             yield epoch
+
+    @property
+    def records(self) -> int:
+        """How many there are of a network that has not been given up."""
+        return max(len(run.records) for run in self.runs)
 
     @property
     def seconds(self) -> float:
@@ -106,7 +111,7 @@ class Attempt:
         """All of it, for a checkpoint."""
         return {
             "row": self.row.name,
-            "side by side": self._side_by_side.state_dict(),
+            "training": self._training.state_dict(),
             "chosen": self._chosen,
         }
 
@@ -116,7 +121,7 @@ class Attempt:
         Raises:
             ValueError: it does not fit.
         """
-        self._side_by_side.load_state_dict(state["side by side"])
+        self._training.load_state_dict(state["training"])
         with training.what_does_not_fit():
             for run, chosen in zip(self.runs, state["chosen"], strict=True):
                 for name, parameter in run.network.state_dict().items():
@@ -160,7 +165,7 @@ class Attempt:
         if sound:
             curve = [
                 statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in sound)
-                for epoch in range(len(self.runs[0].records))
+                for epoch in range(len(sound[0][0].records))
             ]
         if sound and test is not None:
             committee = committee_accuracy([best for _, best in sound], test)
@@ -277,6 +282,8 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
         f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}, weights from {start}",
         f"λ = {settings.l2:g}" if settings.l2 else "",
         f"momentum {settings.momentum:g}" if settings.momentum else "",
+        f"dropout {settings.dropout:g}" if settings.dropout else "",
+        f"of inputs {settings.input_dropout:g}" if settings.input_dropout else "",
         "" if settings.schedule == CONSTANT else repr(settings.schedule),
         _but_for_defaults(settings.distortion) if settings.distortion else "",
     ]

@@ -59,7 +59,8 @@ _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
 _HYPERPARAMETERS = (
     *("data", "train_size", "hidden", "init", "loss", "engine", "optimizer"),
-    *("lr", "schedule", "batch_size", "momentum", "l2", "distortion", "epochs", "dtype"),
+    *("lr", "schedule", "batch_size", "momentum", "l2", "distortion"),
+    *("dropout", "input_dropout", "epochs", "dtype"),
 )
 
 
