@@ -356,17 +356,39 @@ OURS_CANDIDATES = Table(
         _ours_tried("D1", "cross-entropy", (800, 300), 1.0, epochs=40, engine="loops"),
         _ours_tried("D2", "cross-entropy", (800, 300), 2.0, epochs=40, engine="loops"),
         _ours_tried("D3", "cross-entropy", (800, 300), 1.0, LESS, epochs=40, engine="loops"),
-        _ours_tried("D4", "cross-entropy", (1000, 500), 1.0, epochs=40, engine="loops"),
-        _ours_tried("D5", "quadratic", (800, 300), 5.0, epochs=40, engine="loops"),
+        _ours_tried("D4", "quadratic", (800, 300), 5.0, epochs=40, engine="loops"),
         _ours_tried("P1", "cross-entropy", (800,), 0.6, None, epochs=60, l2=1.0),
         _ours_tried("P2", "cross-entropy", (800,), 0.6, None, epochs=60, l2=3.0),
         _ours_tried("P3", "cross-entropy", (800,), 0.3, None, epochs=60, l2=6.0),
     ),
 )
 
+OURS = Table(
+    title="Sigmoid networks, as far as we have come",
+    source="our own; the published figures are those of Simard and others (O1, O2) and of "
+    "N. Srivastava and others, Dropout, JMLR 15, 2014 (O3: logistic neurons, with dropout)",
+    measure="error",
+    seeds=5,
+    about="Sizes, rates and distortions were chosen on the validation set among the rows of "
+    "ours-candidates.",
+    rows=(
+        Row(
+            "O1",
+            _ours("cross-entropy", (800, 300), 1.0, 150, BOTH, warm_up=5, engine="loops"),
+            published=0.7,
+        ),
+        Row(
+            "O2",
+            _ours("quadratic", (800, 300), 5.0, 150, BOTH, warm_up=5, engine="loops"),
+            published=0.9,
+        ),
+    ),
+)
+
 TABLES: Mapping[str, Table] = {
     "nielsen": NIELSEN,
     "simard": SIMARD,
+    "ours": OURS,
     "simard-candidates": SIMARD_CANDIDATES,
     "ours-candidates": OURS_CANDIDATES,
 }
