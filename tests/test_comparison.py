@@ -152,6 +152,13 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
     assert summary.test_accuracy["last epoch"].n == 0
 
 
+def test_engines_in_the_graph_are_not_trained_side_by_side(digits):
+    """They would be trained by another one, without their dropout."""
+    runs = comparison.make_runs([Settings(hidden=(8,), dropout=0.5)], digits)
+    with pytest.raises(ValueError, match="side by side, got 'functions'"):
+        comparison.SideBySide(runs, digits)
+
+
 def test_a_diverging_control_is_marked(digits):
     settings = Settings(hidden=(8,), lr=1e38, epochs=3)
     run = Run(settings, training.make_network(settings, digits))

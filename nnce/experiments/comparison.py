@@ -181,6 +181,9 @@ class SideBySide:
             for as many as this process has processors.
         world: the processes.
         splits: what the records are of; "validation" at least.
+
+    Raises:
+        ValueError: an engine in PyTorch's graph; those train in turn.
     """
 
     def __init__(
@@ -195,6 +198,11 @@ class SideBySide:
         self.runs, self._world, self._train = runs, world, dataset.train
         self._share = list(runs[world.rank :: world.size])
         self._common = runs[0].settings
+        if self._common.engine not in training.WHOLE:
+            raise ValueError(
+                f"expected engine {' or '.join(map(repr, training.WHOLE))} for networks side by "
+                f"side, got {self._common.engine!r}"
+            )
         self._threads = threads or parallel.processors()
         measured = _measured(dataset)
         self._measured = {name: measured[name] for name in splits}
