@@ -3,6 +3,7 @@ import statistics
 
 import pytest
 import torch
+from scipy import stats
 
 from nnce.experiments.estimates import estimate, holm, paired_difference
 
@@ -43,6 +44,17 @@ def test_paired_difference_by_hand():
     assert difference.mean == 2 and difference.n == 3
     assert difference.p == pytest.approx(p)
     assert difference.low == pytest.approx(2 - 4.302652729911275 / math.sqrt(3))
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 200])
+@pytest.mark.parametrize("shift", [0.0, 0.3, -2.0, 1e6])
+def test_paired_difference_is_scipys(n, shift):
+    generator = torch.Generator().manual_seed(n)
+    a, b = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    found = paired_difference((a + shift).tolist(), b.tolist())
+    expected = stats.ttest_rel(a + shift, b)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert (found.low, found.high) == pytest.approx(expected.confidence_interval(0.95), rel=1e-6)
 
 
 def test_paired_difference_without_spread_or_of_one_pair():
