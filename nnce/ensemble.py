@@ -94,7 +94,7 @@ class Ensemble:
         self._parameters = [_parameters(network) for network in self.networks]
         like = self._parameters[0][0]
         self.sizes, self.device, self.dtype = self.networks[0].sizes, like.device, like.dtype
-        _check_engine(engine, self.device, self.dtype)
+        check_engine(engine, self.device, self.dtype)
         check_memory(self.sizes, len(self.networks), dtype=self.dtype, device=self.device)
         self._engine, self._threads, self._graph = engine, threads, graph
         self._trainer: Loops | Products | None = None
@@ -246,7 +246,7 @@ class Ensemble:
             return
         if self._engine not in (None, engine):
             raise ValueError(f"expected a state of engine {self._engine!r}, got {engine!r}")
-        _check_engine(engine, self.device, self.dtype)
+        check_engine(engine, self.device, self.dtype)
         moving = any(h.momentum for h in self.hyperparameters)
         R = len(self.networks)
         expected = [((R, *p.shape), self.dtype) for p in self._parameters[0]] if moving else []
@@ -383,7 +383,8 @@ def _threads_pay(sizes: Sequence[int], batch_size: int) -> bool:
     return batch_size * largest >= _MULTIPLICATIONS_FOR_THREADS
 
 
-def _check_engine(engine: str | None, device: torch.device, dtype: torch.dtype) -> None:
+def check_engine(engine: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise as `Ensemble` does unless this engine can be had, there and in this dtype."""
     if engine not in (None, *HOWS):
         raise ValueError(f"expected engine {' or '.join(map(repr, HOWS))}, got {engine!r}")
     if engine != "loops":

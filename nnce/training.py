@@ -100,9 +100,12 @@ class Settings:
             raise ValueError(
                 f"expected optimizer {' or '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}"
             )
-        dropout = self.dropout or self.input_dropout
+        for name in ("dropout", "input_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"expected {name} to be a number in [0, 1), got {value!r}")
         if self.engine is None:
-            graph = self.optimizer != "sgd" or dropout
+            graph = self.optimizer != "sgd" or self.leaves_out
             object.__setattr__(self, "engine", "functions" if graph else "backprop")
         if self.engine not in ENGINES:
             raise ValueError(
@@ -113,10 +116,10 @@ class Settings:
                 f"expected optimizer 'sgd' for engine {self.engine!r}, got {self.optimizer!r}; "
                 f"engine 'functions' knows it"
             )
-        if self.engine in WHOLE and dropout:
+        if self.engine in WHOLE and self.leaves_out:
             raise ValueError(
-                f"expected no dropout for engine {self.engine!r}, got {dropout}; engine "
-                f"'functions' knows it"
+                f"expected no dropout for engine {self.engine!r}, got dropout={self.dropout} and "
+                f"input_dropout={self.input_dropout}; engine 'functions' knows it"
             )
         if self.lr is None:
             lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
@@ -128,7 +131,7 @@ class Settings:
                 raise ValueError(
                     f"expected {name} of at least 1, a whole number, got {getattr(self, name)}"
                 )
-        for name in ("lr", "momentum", "l2", "dropout", "input_dropout"):
+        for name in ("lr", "momentum", "l2"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"expected {name} to be a number, got {value!r}")
@@ -143,9 +146,6 @@ class Settings:
             )
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"expected l2 of at least 0, got {self.l2}")
-        for name in ("dropout", "input_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
         if self.dropout and not self.hidden:
             raise ValueError(
                 f"expected hidden neurons for dropout to leave out, got hidden={self.hidden}; "
@@ -169,6 +169,11 @@ class Settings:
         """The learning rate, the default filled in; the first one where a schedule changes it."""
         assert self.lr is not None
         return self.lr
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there is any dropout."""
+        return self.dropout > 0 or self.input_dropout > 0
 
     def rate_of(self, epoch: int) -> float:
         """The learning rate of the epoch after so many finished ones."""
@@ -533,17 +538,13 @@ def _engine(state: State, settings: Settings) -> _Engine:
         return _Engine(explicit, settings.batch_size)
 
     forward, criterion = with_graph(network, settings)
-    at_step = nothing
-    if settings.dropout or settings.input_dropout:
-        forward = thinned = _with_dropout(forward, settings, world)
-
-        def at_step() -> None:
-            thinned.at_step(state.step)
-
+    dropout = _with_dropout(forward, settings, world) if settings.leaves_out else None
+    forward = dropout or forward
     if not world.joined:
 
         def alone(x: Tensor, y: Tensor, batch: Tensor) -> Tensor:
-            at_step()
+            if dropout is not None:
+                dropout.at_step(state.step)
             optimizer.zero_grad()
             C = criterion(forward(x[batch]), y[batch])
             C.backward()
@@ -556,7 +557,8 @@ def _engine(state: State, settings: Settings) -> _Engine:
 
     def together(x: Tensor, y: Tensor, batch: Tensor) -> None:
         share = world.share(batch)
-        at_step()
+        if dropout is not None:
+            dropout.at_step(state.step)
         optimizer.zero_grad()
         z = shared(x[share])
         # The share's part of the mean over all; an empty one's is 0, and not 0 / 0. Times the

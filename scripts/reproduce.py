@@ -130,7 +130,11 @@ class Work:
     def protocols(self) -> dict[str, str]:
         """How each row is trained, so that it is seen if that is not what it was."""
         starts = f"{len(self.seeds)} starts from seed {self.seeds[0]}"
-        return {row.name: f"{self.settings[row.name]}, {row.of}, {starts}" for row in self.rows}
+        # What is as usual is left out: what comes to be an option later was so before.
+        settings = {
+            name: reproduction.but_for_defaults(of_row) for name, of_row in self.settings.items()
+        }
+        return {row.name: f"{settings[row.name]}, {row.of}, {starts}" for row in self.rows}
 
     @property
     def compares(self) -> bool:
@@ -208,7 +212,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
                 work.attempt = work.begin(row)
             attempt = work.attempt
             config = {"row": row.name, **vars(settings), "data": options.data}
-            with Monitor(run_dir / row.name, config, attempt.records) as monitor:
+            with Monitor(run_dir / row.name, config, attempt.next_epoch) as monitor:
                 train(attempt, settings, monitor, saver)
                 split = None if work.table.validation_only else work.dataset.test
                 work.outcomes[row.name] = attempt.finish(split)
@@ -236,8 +240,9 @@ def run(work: Work, run_dir: Path, command: str) -> None:
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
     """All epochs of a row, with a progress bar."""
+    done = attempt.next_epoch
     with tqdm(
-        total=settings.epochs + 1, initial=attempt.records, unit="epoch", disable=None, leave=False
+        total=settings.epochs + 1, initial=done, unit="epoch", disable=None, leave=False
     ) as bar:
         bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):

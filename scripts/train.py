@@ -36,14 +36,14 @@ def parser() -> ArgumentParser:
         "--engine",
         choices=training.ENGINES,
         help="who makes the gradients: the revised algorithm without a graph (if not given, and "
-        "the optimizer is sgd), as loops or as matrix products, whichever suits, or either of them "
-        "by name; nnce's Functions in PyTorch's graph; or PyTorch's autograd alone",
+        "there is neither adam nor dropout), as loops or as matrix products, whichever suits, or "
+        "either of them by name; nnce's Functions in PyTorch's graph; or PyTorch's autograd alone",
     )
     parser.add_argument(
         "--optimizer",
         choices=training.OPTIMIZERS,
         default="sgd",
-        help="what is made of the gradients; adam is not for --engine backprop",
+        help="what is made of the gradients; adam is for functions and autograd",
     )
     textbook = ", ".join(f"{rules.textbook_lr} for {loss}" for loss, rules in LOSSES.items())
     parser.add_argument(
@@ -55,8 +55,8 @@ def parser() -> ArgumentParser:
             type=float,
             default=0.0,
             metavar="P",
-            help=f"leave out so many of the {of}, anew for each example and step; not for --engine "
-            "backprop",
+            help=f"leave out so many of the {of}, anew for each example and step; for functions "
+            "and autograd",
         )
     parser.add_speed_options()
     resuming.add_options(parser)

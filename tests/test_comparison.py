@@ -154,9 +154,16 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
 
 def test_engines_in_the_graph_are_not_trained_side_by_side(digits):
     """They would be trained by another one, without their dropout."""
-    runs = comparison.make_runs([Settings(hidden=(8,), dropout=0.5)], digits)
+    whole, graph = Settings(hidden=(8,)), Settings(hidden=(8,), dropout=0.5)
+    runs = comparison.make_runs([whole, graph], digits)
     with pytest.raises(ValueError, match="side by side, got 'functions'"):
         comparison.SideBySide(runs, digits)
+
+
+def test_networks_in_turn_are_for_as_many_epochs(digits):
+    settings = [Settings(hidden=(8,), epochs=epochs) for epochs in (1, 2)]
+    with pytest.raises(ValueError, match="as many epochs"):
+        comparison.InTurn(settings, digits)
 
 
 def test_a_diverging_control_is_marked(digits):

@@ -8,7 +8,7 @@ import pytest
 import test_damaged_data as damaged
 from test_reproduction import ROW
 
-from nnce import data, training
+from nnce import data, loops, training
 from nnce.experiments import figures, published, reproduction
 from nnce.experiments.published import TABLES, Row, Table
 from nnce.training import Settings
@@ -185,6 +185,18 @@ def test_a_run_that_was_killed_before_it_wrote_its_results_writes_them(
     assert reproduce.main(["--resume", str(run_dir)]) == 0
     assert len(json.loads((run_dir / "results.json").read_text())["rows"]) == 1
     assert (run_dir / "results.md").exists() and (run_dir / "reproduced.png").exists()
+
+
+def test_an_engine_that_cannot_be_had_is_said_before_anything_is_trained(
+    reproduce, toy, tmp_path, monkeypatch, refused
+):
+    by_loops = Row("T3", Settings(hidden=(8,), epochs=1, engine="loops"))
+    more = dataclasses.replace(toy, rows=(*toy.rows, by_loops))
+    monkeypatch.setattr(published, "TABLES", {"toy": more})
+    monkeypatch.setattr(loops, "is_available", lambda: False)
+    line = ["toy", "--data", "digits", "--run-dir", str(tmp_path / "run")]
+    assert "expected Numba for engine 'loops'" in refused(reproduce.main, *line)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_table_of_other_seeds_is_another_protocol(reproduce, toy, tmp_path, monkeypatch, refused):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnce import data, loops, parallel, training
-from nnce.ensemble import Ensemble
+from nnce.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
     Difference,
     Estimate,
@@ -145,7 +145,8 @@ def check(
     """Raise what making networks from these seeds would, before any is made, be it in a list.
 
     Raises:
-        ValueError: a seed is none.
+        ValueError: a seed is none, or loops are asked for and cannot be had.
+        TypeError: loops are asked for, and do not know the dtype.
         MemoryError: so many would not fit; None for one for each seed.
         DataError: the data are no square images, and the settings distort them.
     """
@@ -155,6 +156,7 @@ def check(
         )
     dataclasses.replace(settings, seed=seeds.start)
     x = dataset.train.x
+    check_engine(training.ensemble_engine(settings.engine), x.device, x.dtype)
     if settings.distortion is not None:
         settings.distortion.check(x.shape[1])
     count = len(seeds) if networks is None else networks
@@ -198,11 +200,12 @@ class SideBySide:
         self.runs, self._world, self._train = runs, world, dataset.train
         self._share = list(runs[world.rank :: world.size])
         self._common = runs[0].settings
-        if self._common.engine not in training.WHOLE:
-            raise ValueError(
-                f"expected engine {' or '.join(map(repr, training.WHOLE))} for networks side by "
-                f"side, got {self._common.engine!r}"
-            )
+        for run in runs:
+            if run.settings.engine not in training.WHOLE:
+                raise ValueError(
+                    f"expected engine {' or '.join(map(repr, training.WHOLE))} for networks side "
+                    f"by side, got {run.settings.engine!r}"
+                )
         self._threads = threads or parallel.processors()
         measured = _measured(dataset)
         self._measured = {name: measured[name] for name in splits}
@@ -225,9 +228,14 @@ class SideBySide:
         self._drawn_from = self._drawing()
 
     @property
+    def finished(self) -> int:
+        """The last epoch that all of them have a record of."""
+        return self._recorded
+
+    @property
     def complete(self) -> bool:
         """Whether the last epoch is recorded."""
-        return self._recorded >= self._common.epochs
+        return self.finished >= self._common.epochs
 
     def _drawing(self) -> Tensor:
         """The states of the generators, [seeds, …]."""
@@ -455,10 +463,13 @@ class InTurn:
     Several processes share them out.
 
     Args:
-        settings: of each network.
+        settings: of each network; all for as many epochs.
         dataset: on one device, in one dtype. The records' "train" is as in `SideBySide`.
         world: the processes.
         splits: what the records are of; "validation" at least.
+
+    Raises:
+        ValueError: the numbers of epochs differ.
     """
 
     def __init__(
@@ -469,6 +480,8 @@ class InTurn:
         splits: Sequence[str] = data.SPLITS,
     ) -> None:
         """Make the networks."""
+        if len({of_one.epochs for of_one in settings}) > 1:
+            raise ValueError("expected as many epochs for each of the networks in turn")
         self._settings, self._dataset, self._world = settings, dataset, world
         measured = _measured(dataset)
         self._measured = {name: measured[name] for name in splits}

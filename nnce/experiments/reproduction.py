@@ -98,9 +98,9 @@ class Attempt:
             yield epoch
 
     @property
-    def records(self) -> int:
-        """How many there are of a network that has not been given up."""
-        return max(len(run.records) for run in self.runs)
+    def next_epoch(self) -> int:
+        """The first one that has not been yielded."""
+        return self._training.finished + 1
 
     @property
     def seconds(self) -> float:
@@ -283,17 +283,18 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
         f"λ = {settings.l2:g}" if settings.l2 else "",
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         f"dropout {settings.dropout:g}" if settings.dropout else "",
-        f"of inputs {settings.input_dropout:g}" if settings.input_dropout else "",
+        f"input dropout {settings.input_dropout:g}" if settings.input_dropout else "",
         "" if settings.schedule == CONSTANT else repr(settings.schedule),
-        _but_for_defaults(settings.distortion) if settings.distortion else "",
+        but_for_defaults(settings.distortion) if settings.distortion else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def _but_for_defaults(distortion: data.Distortion) -> str:
+def but_for_defaults(value: Settings | data.Distortion) -> str:
+    """As `repr`, without what is as usual."""
     changed = (
-        f"{field.name}={getattr(distortion, field.name):g}"
-        for field in dataclasses.fields(distortion)
-        if getattr(distortion, field.name) != field.default
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
     )
-    return f"Distortion({', '.join(changed)})"
+    return f"{type(value).__name__}({', '.join(changed)})"
