@@ -399,6 +399,21 @@ OURS = Table(
             ),
             published=0.9,
         ),
+        Row(
+            "O3",
+            Settings(
+                hidden=(800, 800),
+                loss="cross-entropy",
+                lr=0.3,
+                momentum=0.9,
+                batch_size=100,
+                epochs=80,
+                schedule=_warm(5, 80),
+                dropout=0.5,
+                input_dropout=0.2,
+            ),
+            published=1.35,
+        ),
     ),
 )
 
