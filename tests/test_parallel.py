@@ -112,7 +112,9 @@ def test_a_killed_worker_takes_the_job_down(tmp_path):
     assert any(run_dir.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)]
+)
 def test_a_job_that_is_asked_to_stop_saves_once_and_leaves(number, tmp_path):
     """Ctrl-C comes to all processes, and torchrun passes it on to them once more."""
     job, run_dir = begun(tmp_path, "--epochs", "100000", start_new_session=True)

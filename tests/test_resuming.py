@@ -196,11 +196,11 @@ def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
             shutil.rmtree(run_dir / "quadratic-lr99-autograd")
         assert killed.differences(expected, found) == []
         assert not (run_dir / "quadratic-lr99-autograd").exists()
-        # What is finished may be asked for once more, and is the same.
-        assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
-        again = killed.outcome(run_dir)
-        again["results"].pop("command", None)
-        assert killed.differences(expected, again) == []
+        if name == "t":  # what is finished may be asked for once more, and is the same
+            assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+            again = killed.outcome(run_dir)
+            again["results"].pop("command", None)
+            assert killed.differences(expected, again) == []
 
 
 @pytest.mark.parametrize("name", ["train", "compare"])
