@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnce import memory
+from nnce.modules import is_number
 
 # What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
 # 28 by 28 pixels in 10 classes.
@@ -176,6 +177,18 @@ def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu"
     return torch.randperm(n, generator=generator).to(device)
 
 
+def stream(seed: int, number: int) -> int:
+    """The seed of one of a seed's streams of random numbers, which have nothing to do with another.
+
+    Args:
+        seed: as `nnce.training.Settings` has it.
+        number: 0 for the start, 1 for the order, 2 for the distortions, and from 3 on for who is
+            left out, in each process.
+    """
+    parent = torch.Generator().manual_seed(seed)
+    return int(torch.randint(2**32, (number + 1,), generator=parent)[number])
+
+
 # -------------------------------------------------------------------------------------- distortions
 
 # So many examples are distorted at once, from a seed of their own.
@@ -227,8 +240,7 @@ class Distortion:
         """Check the values."""
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-            if not fits or not least <= value <= most:
+            if not is_number(value) or not least <= value <= most:
                 raise ValueError(f"expected {name} from {least:g} to {most:g}, got {value!r}")
 
     def check(self, features: int) -> None:
@@ -316,8 +328,7 @@ class Distorted:
     ) -> None:
         """Nothing is distorted yet."""
         self._x, self._order, self._distortion = x, order, distortion
-        parent = torch.Generator().manual_seed(seed)
-        parent.manual_seed(int(torch.randint(2**32, (3,), generator=parent)[2]) ^ epoch)
+        parent = torch.Generator().manual_seed(stream(seed, 2) ^ epoch)
         blocks = -(-len(order) // _AT_ONCE)
         self._seeds = torch.randint(2**32, (blocks,), generator=parent).tolist()
         self._block = functools.lru_cache(maxsize=1)(self._make)

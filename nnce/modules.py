@@ -6,7 +6,7 @@ The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ INITS: tuple[str, ...] = ("scaled", "large")
 
 def check_init(init: object) -> None:
     """Raise ValueError unless `init` is "scaled", "large" or a positive standard deviation."""
-    if isinstance(init, int | float) and not isinstance(init, bool):
-        fits = 0 < init < math.inf
-    else:
-        fits = init in INITS
+    fits = 0 < init < math.inf if is_number(init) else init in INITS
     if not fits:
         names = ", ".join(map(repr, INITS))
         raise ValueError(f"expected init {names} or a positive standard deviation, got {init!r}")
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number of Python's, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_size(value: object) -> bool:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from nnce.modules import is_size
+from nnce.modules import is_number, is_size
 
 
 class Schedule(Protocol):
@@ -146,5 +146,5 @@ def _check_epochs(name: str, value: object) -> None:
 
 
 def _check_factor(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"expected {name} in (0, 1], got {value!r}")

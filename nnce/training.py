@@ -26,7 +26,7 @@ from nnce.ensemble import Ensemble, How
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.memory import check_memory, shortage
-from nnce.modules import MLP, Init, check_init, is_size
+from nnce.modules import MLP, Init, check_init, is_number, is_size
 from nnce.parallel import ALONE, FlatGradients, World
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 from nnce.saturation import LayerFigures, layer_figures
@@ -102,7 +102,7 @@ class Settings:
             )
         for name in ("dropout", "input_dropout"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"expected {name} to be a number in [0, 1), got {value!r}")
         if self.engine is None:
             graph = self.optimizer != "sgd" or self.leaves_out
@@ -133,7 +133,7 @@ class Settings:
                 )
         for name in ("lr", "momentum", "l2"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not is_number(value):
                 raise ValueError(f"expected {name} to be a number, got {value!r}")
         if not 0 < self.rate < float("inf"):
             raise ValueError(f"expected a positive learning rate, got {self.lr}")
@@ -376,9 +376,8 @@ def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALON
 
 def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
     """The two streams of one seed: for the start, and for the order of the mini-batches."""
-    parent = torch.Generator().manual_seed(seed)
-    start_seed, order_seed = torch.randint(2**32, (2,), generator=parent).tolist()
-    return torch.Generator().manual_seed(start_seed), torch.Generator().manual_seed(order_seed)
+    start, order = (torch.Generator().manual_seed(data.stream(seed, number)) for number in (0, 1))
+    return start, order
 
 
 def set_back(generator: torch.Generator, state: Tensor) -> None:
@@ -392,6 +391,19 @@ def sizes(settings: Settings, dataset: data.Dataset) -> tuple[int, ...]:
     return (x.shape[1], *settings.hidden, y.shape[1])
 
 
+def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) -> None:
+    """Raise what making so many networks would, before any is made.
+
+    Raises:
+        MemoryError: they would not fit into memory; the sentence says how much they need.
+        DataError: the data are no square images, and the settings distort them.
+    """
+    x = dataset.train.x
+    if settings.distortion is not None:
+        settings.distortion.check(x.shape[1])
+    check_memory(sizes(settings, dataset), networks, dtype=x.dtype, device=x.device)
+
+
 def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
     """The network that the settings start from, for these data.
 
@@ -399,10 +411,8 @@ def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
         MemoryError: it would not fit into memory; the sentence says how much it needs.
         DataError: the data are no square images, and the settings distort them.
     """
+    check_suits(settings, dataset)
     x = dataset.train.x
-    if settings.distortion is not None:
-        settings.distortion.check(x.shape[1])
-    check_memory(sizes(settings, dataset), dtype=x.dtype, device=x.device)
     return MLP(
         sizes(settings, dataset),
         init=settings.init,
@@ -572,9 +582,7 @@ def _engine(state: State, settings: Settings) -> _Engine:
 
 def _with_dropout(layers: nn.Module, settings: Settings, world: World) -> WithDropout:
     """The network as it learns; each process leaves out others."""
-    number = 3 + world.rank  # of the seed's streams: the start, the order, the distortions
-    parent = torch.Generator().manual_seed(settings.seed)
-    stream = int(torch.randint(2**32, (number + 1,), generator=parent)[number])
+    stream = data.stream(settings.seed, 3 + world.rank)
     return WithDropout(layers, input=settings.input_dropout, hidden=settings.dropout, stream=stream)
 
 

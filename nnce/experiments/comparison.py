@@ -28,7 +28,6 @@ from nnce.experiments.estimates import (
     paired_difference,
 )
 from nnce.losses import LOSSES, Loss
-from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
 from nnce.parallel import ALONE, World
 from nnce.training import Engine, Record, Settings
@@ -157,10 +156,7 @@ def check(
     dataclasses.replace(settings, seed=seeds.start)
     x = dataset.train.x
     check_engine(training.ensemble_engine(settings.engine), x.device, x.dtype)
-    if settings.distortion is not None:
-        settings.distortion.check(x.shape[1])
-    count = len(seeds) if networks is None else networks
-    check_memory(training.sizes(settings, dataset), count, dtype=x.dtype, device=x.device)
+    training.check_suits(settings, dataset, len(seeds) if networks is None else networks)
 
 
 def make_runs(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
@@ -221,16 +217,12 @@ class SideBySide:
             )
         # So many epochs are finished and recorded; of the next one so many examples are behind.
         self._epoch = self._step = self._position = 0
-        self._recorded = -1
+        self.finished = -1
+        """The last epoch that all of them have a record of."""
         self._seconds = 0.0
         seeds = {run.settings.seed for run in runs}
         self._generators = {seed: training.generators(seed)[1] for seed in sorted(seeds)}
         self._drawn_from = self._drawing()
-
-    @property
-    def finished(self) -> int:
-        """The last epoch that all of them have a record of."""
-        return self._recorded
 
     @property
     def complete(self) -> bool:
@@ -248,7 +240,7 @@ class SideBySide:
             between: called between steps, where all networks are at the same one.
         """
         while True:
-            if self._recorded < self._epoch:
+            if self.finished < self._epoch:
                 self._record()
                 yield self._epoch
             if self.complete:
@@ -358,7 +350,7 @@ class SideBySide:
             # A weight whose input is always 0 may be NaN, and no loss would show it.
             run.stopped = run.stopped or not training.is_finite(run.network)
         _spread(self.runs, self._epoch, self._world)
-        self._recorded, self._seconds = self._epoch, 0.0
+        self.finished, self._seconds = self._epoch, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint; waits for all processes. The first one has it."""
@@ -396,9 +388,9 @@ class SideBySide:
             for generator, drawn in zip(self._generators.values(), self._drawn_from, strict=True):
                 training.set_back(generator, drawn)
             _set_records(self.runs, state, tuple(self._measured))
-            (self._recorded,) = {len(run.records) - 1 for run in self.runs}
-            if not self._epoch - 1 <= self._recorded <= self._epoch or self._position < 0:
-                raise ValueError(f"records of epoch {self._recorded} after epoch {self._epoch}")
+            (self.finished,) = {len(run.records) - 1 for run in self.runs}
+            if not self._epoch - 1 <= self.finished <= self._epoch or self._position < 0:
+                raise ValueError(f"records of epoch {self.finished} after epoch {self._epoch}")
 
 
 def _parameters(runs: Sequence[Run]) -> list[Tensor]:
