@@ -7,13 +7,18 @@ way to prevent neural networks from overfitting, JMLR 15, 2014.
 import torch
 from torch import Tensor, nn
 
+# p is a whole number of these: 16 bits decide on a neuron.
+_PARTS = 2**16
+_FOR_A_DRAW = 64 // 16
+
 
 class WithDropout(nn.Module):
     """A network in PyTorch's graph as it learns: each example sees a part of it, of its own.
 
     What goes into a layer, a_prev, is a_prev ∘ m / (1 − p), with m 0 with probability p and 1
     otherwise, drawn anew for each neuron, example and step. So what comes of it is on average what
-    it would be without, and the network that has learnt is used as it is.
+    it would be without, and the network that has learnt is used as it is. p is rounded to a whole
+    number of 65,536ths, 65,535 at most.
 
     Args:
         layers: a network of linear layers and sigmoids.
@@ -47,5 +52,10 @@ class WithDropout(nn.Module):
     def _thinned(self, a: Tensor, p: float) -> Tensor:
         if p == 0:
             return a
-        kept = torch.empty_like(a).bernoulli_(1 - p, generator=self._generator)
-        return a * kept.div_(1 - p)
+        # bernoulli_ takes as long for 800 neurons as a product with them, this a sixth of that.
+        parts = min(round(p * _PARTS), _PARTS - 1)
+        draws = -(-a.numel() // _FOR_A_DRAW)
+        drawn = torch.empty(draws, dtype=torch.int64, device=a.device)
+        drawn.random_(-(2**63), None, generator=self._generator)
+        kept = drawn.view(torch.int16)[: a.numel()].view(a.shape) >= parts - _PARTS // 2
+        return a * kept * (_PARTS / (_PARTS - parts))

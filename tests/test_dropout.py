@@ -32,10 +32,15 @@ def test_it_is_the_formula():
     thinned.at_step(5)
     z = thinned(x)
     generator = torch.Generator().manual_seed(77 ^ 5)
-    m1, m2, m3 = (
-        torch.empty(7, n, dtype=torch.float64).bernoulli_(1 - p, generator=generator) / (1 - p)
-        for n, p in ((6, 0.2), (5, 0.5), (4, 0.5))
-    )
+
+    def mask(n, p):
+        """A 16 bit number for each, four of them out of each draw, against p in 65,536ths."""
+        drawn = torch.empty(-(-7 * n // 4), dtype=torch.int64)
+        numbers = drawn.random_(-(2**63), None, generator=generator).view(torch.int16).int() + 2**15
+        kept = numbers[: 7 * n].view(7, n) >= round(p * 2**16)
+        return kept.double() / (1 - round(p * 2**16) / 2**16)
+
+    m1, m2, m3 = mask(6, 0.2), mask(5, 0.5), mask(4, 0.5)
     with torch.no_grad():
         z1 = rules.linear(m1 * x, W1, b1)
         z2 = rules.linear(m2 * z1.sigmoid(), W2, b2)
@@ -56,7 +61,7 @@ def test_it_is_the_formula():
             torch.testing.assert_close(b.grad, rules.db(dz), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.9])
 def test_on_average_nothing_changes(p):
     """A single layer: the mean of z is z, and the share of what is left out is p."""
     layer = network(1000, 1)
@@ -66,6 +71,17 @@ def test_on_average_nothing_changes(p):
     expected, sd = layer(x[:1]).item(), (layer[0].weight.norm() * (p / (1 - p)) ** 0.5).item()
     assert z.mean().item() == pytest.approx(expected, abs=5 * sd / 2000**0.5)
     assert z.std().item() == pytest.approx(sd, rel=0.1)
+
+
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_next_to_nothing_and_next_to_all(p):
+    """There is always one of 65,536 that may stay."""
+    x = torch.ones(1, 2**20, dtype=torch.float64)
+    with torch.no_grad():
+        thinned = WithDropout(network(1, 1), input=p, hidden=0.0, stream=1)._thinned(x, p)
+    kept = 1.0 if p < 0.5 else 2**16
+    assert set(thinned.unique().tolist()) <= {0.0, kept} and kept in thinned
+    assert thinned.count_nonzero() == pytest.approx(2**20 / kept, abs=20)
 
 
 def test_each_step_and_each_example_has_a_network_of_its_own():
