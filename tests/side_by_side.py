@@ -1,6 +1,7 @@
 """What the tests of networks side by side share: a mixture of settings, and the same alone."""
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -31,14 +32,13 @@ def make(settings, dataset, batch_size=10, engine=None):
 def train_alone(settings, dataset, orders, engine="autograd", nudged=False):
     """The network trained by one of PyTorch's engines, on mini-batches in a given order.
 
-    nudged: from a start whose every number is the next larger one.
+    nudged: each number is the next larger one at the start, and the next smaller or larger one by
+    turns after each step, as rounding has it: the start's alone can miss what is amplified later.
     """
     settings = dataclasses.replace(settings, engine=engine)
     state = training.initial_state(settings, dataset)
-    if nudged:
-        with torch.no_grad():
-            for parameter in state.network.parameters():
-                parameter.copy_(parameter.nextafter(torch.full_like(parameter, math.inf)))
+    sides = itertools.cycle((math.inf, -math.inf)) if nudged else None
+    _nudge(state.network, sides)
     forward, criterion = training.with_graph(state.network, settings)
     x, y = dataset.train
     for order in orders:
@@ -46,7 +46,17 @@ def train_alone(settings, dataset, orders, engine="autograd", nudged=False):
             state.optimizer.zero_grad()
             criterion(forward(x[batch]), y[batch]).backward()
             state.optimizer.step()
+            _nudge(state.network, sides)
     return state.network
+
+
+def _nudge(network, sides):
+    if sides is None:
+        return
+    side = next(sides)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.nextafter(torch.full_like(parameter, side)))
 
 
 def largest_difference(one, two):

@@ -24,9 +24,10 @@ def test_every_engine_trains_as_autograd_does(mnist_like, hidden, batch_size, ze
     """200 steps in float64, the last of a shorter mini-batch; losses, rates, momentum and decay
     mixed; an example that is all zeros among the inputs that have some.
 
-    At rates where it can be told: autograd itself must move by at most 1e-13 if its start moves by
-    one unit in the last place. A tenth or a hundredth of the textbook's rate is taken where
-    training amplifies more (up to 2e-7 at mini-batch 1 without a hidden layer).
+    At rates where it can be told: autograd itself must move by at most 1e-13 if its numbers move by
+    one unit in the last place, at the start and after each step. A tenth or a hundredth of the
+    textbook's rate is taken where training amplifies more (up to 2e-7 at mini-batch 1 without a
+    hidden layer).
     """
     (x, y), *others = mnist_like
     if not zeros:
