@@ -37,8 +37,9 @@ def train_alone(settings, dataset, orders, engine="autograd", nudged=False):
     """
     settings = dataclasses.replace(settings, engine=engine)
     state = training.initial_state(settings, dataset)
-    sides = itertools.cycle((math.inf, -math.inf)) if nudged else None
-    _nudge(state.network, sides)
+    sides = itertools.cycle((math.inf, -math.inf))
+    if nudged:
+        _nudge(state.network, next(sides))
     forward, criterion = training.with_graph(state.network, settings)
     x, y = dataset.train
     for order in orders:
@@ -46,14 +47,12 @@ def train_alone(settings, dataset, orders, engine="autograd", nudged=False):
             state.optimizer.zero_grad()
             criterion(forward(x[batch]), y[batch]).backward()
             state.optimizer.step()
-            _nudge(state.network, sides)
+            if nudged:
+                _nudge(state.network, next(sides))
     return state.network
 
 
-def _nudge(network, sides):
-    if sides is None:
-        return
-    side = next(sides)
+def _nudge(network, side):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(parameter.nextafter(torch.full_like(parameter, side)))
