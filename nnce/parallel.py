@@ -21,8 +21,10 @@ from nnce.algorithm import deltas
 from nnce.losses import Loss
 from nnce.modules import MLP
 
-# Seconds that the first process waits for the others.
+# Seconds that the first process waits for the others, and that these wait for it to say what is
+# wrong.
 _PATIENCE = 300
+_MOMENT = 10.0
 
 
 class World(NamedTuple):
@@ -155,6 +157,16 @@ def processes_here() -> int:
 def processors() -> int:
     """How many of the machine's there are for each of them."""
     return max(1, (os.cpu_count() or 1) // processes_here())
+
+
+def after_the_first() -> None:
+    """Wait, in a process that fails and is not the first, for that one to fail and say why.
+
+    Else `torchrun` would end the first one before it has. It ends this one instead, in here. Where
+    nothing is wrong with the first one, this one waits in vain, and has to say it itself.
+    """
+    if not is_first():
+        time.sleep(_MOMENT)
 
 
 def exit_at_once(status: int) -> NoReturn:

@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 command_line.announce_threads(options)
                 run(state, settings, dataset, so_far, path, config)
     except training.Diverged as error:
-        if world.rank == 0:
-            print(f"{options_parser.prog}: {error}", file=sys.stderr)
+        parallel.after_the_first()
+        print(f"{options_parser.prog}: {error}", file=sys.stderr)
         return 1
     finally:
         parallel.leave()

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 from nnce import parallel
+from nnce.experiments.command_line import ArgumentParser
 from nnce.parallel import ALONE
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -137,6 +138,33 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert job.returncode != 0
     assert err.count("train.py: error: ") == 1
     assert "expected another engine than 'loops' for several processes" in err
+
+
+def test_the_first_process_has_the_time_to_say_what_is_wrong(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time\n"
+        "from nnce import parallel\n"
+        "from nnce.experiments import command_line\n"
+        "def main():\n"
+        "    if parallel.is_first():\n"
+        "        time.sleep(2)\n"
+        "    command_line.ArgumentParser(None).error('expected something else')\n"
+        "command_line.run_script(main)\n"
+    )
+    job = torchrun(2, script, stderr=subprocess.PIPE)
+    _, err = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert re.findall(r"late.py: error: .*", err) == ["late.py: error: expected something else"]
+
+
+def test_what_is_wrong_with_another_process_alone_is_said_by_it(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(parallel, "_MOMENT", 0.0)
+    with pytest.raises(SystemExit, match="2"):
+        ArgumentParser(None).error("no such folder")
+    assert capsys.readouterr().err.endswith("error: process 1: no such folder\n")
 
 
 def test_one_process_alone_asks_nobody():

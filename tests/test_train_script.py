@@ -50,8 +50,8 @@ def test_a_run(train, tmp_path, capsys, digits):
 @pytest.mark.parametrize("engine", training.ENGINES)
 def test_tensorboard_tags(train, tmp_path, engine):
     train.main(["--epochs", "2", "--engine", engine, "--run-dir", str(tmp_path)])
-    curves, closing = sorted(tmp_path.glob("events.out.tfevents.*"))
-    assert closing.name.endswith(".closing") and not curves.name.endswith(".closing")
+    files = list(tmp_path.glob("events.out.tfevents.*"))
+    assert sorted(path.suffix == ".closing" for path in files) == [False, True]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # no stray runs
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     splits = ("train", "validation", "test")

@@ -52,8 +52,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line, of several processes once."""
-        line = f"{self.prog}: error: {' '.join(message.split())}\n"
-        self.exit(2, line if parallel.is_first() else None)
+        parallel.after_the_first()
+        where = "" if parallel.is_first() else f"process {os.environ['RANK']}: "
+        self.exit(2, f"{self.prog}: error: {where}{' '.join(message.split())}\n")
 
     def add_common_options(self) -> None:
         """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
