@@ -77,3 +77,13 @@ def test_a_reproduced_table_is_drawn():
     assert points["median"] == [(pytest.approx(95.09), 0), (96.0, 1)]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["A", "B", "C"]
     assert panel.get_title() == "accuracy"
+
+
+@pytest.mark.parametrize("ours", [[], [95.0], [95.0, 95.0], [95.0, 96.0]])
+def test_a_reproduced_table_of_few_starts_has_all_its_points(ours):
+    (panel,) = figures.reproduced([("A", None, ours)], "accuracy").axes
+    left, right = panel.get_xlim()
+    assert left < right and all(left < value < right for value in ours)
+    assert sum(len(line.get_xdata()) for line in panel.lines if line.get_label() == "ours") == len(
+        ours
+    )
