@@ -295,6 +295,7 @@ SIMARD = Table(
         _simard("S3", "quadratic", GENTLE, 0.9),
         _simard("S4a", "cross-entropy", GENTLE, 0.7),
         _simard("S4b", "cross-entropy", GENTLE, 0.7, epochs=250),
+        _simard("S4c", "cross-entropy", MIDDLING, 0.7, epochs=400),
         _simard("S5", "quadratic", None, note="Not in their table."),
         _simard("S6", "quadratic", AFFINE, note="Not in their table."),
     ),
