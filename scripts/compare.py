@@ -106,15 +106,16 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             findings = comparison.conclude(runs, training.controls.runs, dataset)
 
             def write() -> None:
+                seconds = costs.total
                 report.write_results(
                     run_dir,
                     config=vars(options),
                     device=dataset.train.x.device,
-                    seconds=costs.total,
+                    seconds=seconds,
                     rows=[report.summary_row(summary) for summary in findings.summaries],
                     command=command,
                     interrupted=stopped is not None,
-                    seconds_of=costs.by_part(runs, log),
+                    seconds_of=costs.by_part(seconds, runs, log),
                     **report.more_results(findings),
                 )
 
@@ -134,8 +135,10 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             write()
     if log.finished >= 1:
         print(f"\n{page}\n")
-        parts = ", ".join(f"{name} {s:.1f}" for name, s in costs.by_part(runs, log).items())
-        print(f"{costs.total:.1f} s: {parts}")
+        seconds = costs.total
+        by_part = costs.by_part(seconds, runs, log)
+        parts = ", ".join(f"{name} {s:.1f}" for name, s in by_part.items())
+        print(f"{seconds:.1f} s: {parts}")
         print(f"Tables, every epoch of every network, and a picture: {run_dir}")
         print(f"Curves: {report.tensorboard_command(run_dir)}")
     if isinstance(stopped, KeyboardInterrupt):
@@ -283,8 +286,8 @@ class Costs:
         finally:
             self._parts[part] += beside_logging() - began
 
-    def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
-        """The total in parts."""
+    def by_part(self, total: float, runs: Sequence[Run], log: Log) -> dict[str, float]:
+        """The total, taken just before, in parts."""
         training = sum(record.seconds for run in runs for record in run.records) / self._processes
         side_by_side, control = self._parts.values()
         logging = self._logging + log.seconds
@@ -292,7 +295,7 @@ class Costs:
             "training": training,
             "evaluation": side_by_side - training,
             "logging": logging,
-            "tables and pictures": self.total - side_by_side - logging - control,
+            "tables and pictures": total - side_by_side - logging - control,
             "control": control,
         }
 

@@ -3,6 +3,8 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
+import matplotlib.font_manager  # noqa: F401  makes its cache; scripts would say that they make it
 import pytest
 import torch
 
@@ -15,6 +17,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # The networks here are small: one thread is as fast, and stays so beside another busy program.
 torch.set_num_threads(1)
+# The same examples everywhere, however long one of them takes beside another busy program.
+hypothesis.settings.register_profile("nnce", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("nnce")
 
 
 # The files that take longest, first, so that none of them is begun when the others are done.

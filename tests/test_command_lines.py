@@ -155,13 +155,7 @@ def test_a_wrong_command_line_is_one_line(name, trials, somewhere, monkeypatch, 
         monkeypatch.setattr(module, function, begins)
     found = Counter()
 
-    @settings(
-        max_examples=trials,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=trials, suppress_health_check=list(HealthCheck))
     @given(line=command_lines(module.parser()))
     def tried(line):
         found[outcome(module, name, line, somewhere)] += 1

@@ -122,7 +122,7 @@ def test_examples_in_blocks_too(kind):
         hold(ours, theirs, problem.inputs)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     n=st.integers(1, 6), features=st.integers(1, 4), labels=st.integers(4, 40), k=st.integers(1, 3),
     block=st.integers(1, 50), s=st.sampled_from([0, 0.05, 0.5]), seed=st.integers(0, 2**31),

@@ -199,19 +199,25 @@ def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
     x, y = drawn(n=200_000, n_in=100)
     some = networks(2, (100, 30, 3))
     before = copy.deepcopy(some)
-    order = orders(2, 200_000)
+    order = orders(2, 200_000).repeat(1, 10)  # so long that no computer is through it too early
     h = 2 * [Hyperparameters("cross-entropy", 0.5)]
     together = Ensemble(some, h, batch_size=10, engine="loops", threads=threads)
     together.train_epoch(x, y, order[:, :10])  # compiled, and the examples made
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    pressed = []
+
+    def press():
+        pressed.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
     try:
-        began = time.monotonic()
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer = threading.Timer(0.05, press)
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            for _ in range(1_000):
+            for _ in range(100):
                 together.train_epoch(x, y, order)
-        assert time.monotonic() - began < 0.05 + 0.5
+        # An epoch takes seconds; this is for a computer that does something else for a while.
+        assert time.monotonic() - pressed[0] < 1
     finally:
         timer.join()
         signal.signal(signal.SIGINT, handler)
@@ -219,7 +225,7 @@ def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
     again = Ensemble(before, h, batch_size=10, engine="loops", threads=1)
     again.train_epoch(x, y, order[:, :10])
     met = [False, False]
-    for begin in range(0, 200_000, 200):
+    for begin in range(0, order.shape[1], 200):
         for r in (0, 1):
             met[r] = met[r] or same_bits(before[r], some[r])
         if all(met):
@@ -245,7 +251,13 @@ print(sum(loops.train.stats.cache_hits.values()))
 INTERRUPTED = """
 import os, signal, threading
 before = [p.detach().clone() for p in network.parameters()]
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+loops._compile()
+compiled = loops.train
+def train(*arguments):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    loops.train = compiled
+    return compiled(*arguments)  # compiles for seconds
+loops.train = train
 try:
     together.train_epoch(*data)
     print("lost")

@@ -75,6 +75,13 @@ def begun(tmp_path, *options, **more):
     return job, run_dir
 
 
+def is_running(worker):
+    try:
+        return worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def workers(job):
     """The processes of a job, in the order of their ranks."""
     children = psutil.Process(job.pid).children()
@@ -93,8 +100,8 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path
     job, run_dir = begun(tmp_path, *options, restarts=1)
     first = workers(job)
     first[rank].kill()
-    deadline = time.monotonic() + 30
-    while any(worker.is_running() and worker.status() != "zombie" for worker in first):
+    deadline = time.monotonic() + 120
+    while any(map(is_running, first)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert job.wait(timeout=300) == 0, (tmp_path / "out").read_text()
@@ -107,7 +114,7 @@ def test_a_killed_worker_takes_the_job_down(tmp_path):
     """Without restarts, and it is said why."""
     job, run_dir = begun(tmp_path, "--epochs", "100000")
     workers(job)[1].kill()
-    assert job.wait(timeout=30) != 0
+    assert job.wait(timeout=120) != 0
     out = (tmp_path / "out").read_text()
     assert "rank      : 1" in out and "Signal 9" in out
     assert any(run_dir.glob("checkpoint-*"))
@@ -120,7 +127,7 @@ def test_a_job_that_is_asked_to_stop_saves_once_and_leaves(number, tmp_path):
     """Ctrl-C comes to all processes, and torchrun passes it on to them once more."""
     job, run_dir = begun(tmp_path, "--epochs", "100000", start_new_session=True)
     os.killpg(job.pid, number)
-    assert job.wait(timeout=60) != 0
+    assert job.wait(timeout=120) != 0
     out = (tmp_path / "out").read_text()
     assert out.count("Interrupted after step") == 1
     assert re.search(rf"torchrun --nproc-per-node 2 \S*train\.py --resume {run_dir}\n", out)
@@ -148,7 +155,7 @@ def test_the_first_process_has_the_time_to_say_what_is_wrong(tmp_path):
         "from nnce.experiments import command_line\n"
         "def main():\n"
         "    if parallel.is_first():\n"
-        "        time.sleep(2)\n"
+        "        time.sleep(1)\n"
         "    command_line.ArgumentParser(None).error('expected something else')\n"
         "command_line.run_script(main)\n"
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import os
 import random
 import re
@@ -546,12 +547,14 @@ def test_nothing_is_left_of_many_epochs_and_resumes(count, train, tmp_path, reco
     assert train.main([*options, "--epochs", "1", "--run-dir", run_dir]) == 0
     for number in range(2, 6):
         assert train.main(["--resume", run_dir, "--epochs", str(number)]) == 0
+    gc.collect()  # what earlier tests have left
     handles = len(os.listdir("/proc/self/fd"))
     threads, memory = threading.active_count(), peak.resident("VmRSS")
     for number in range(6, 6 + count):
         assert train.main(["--resume", run_dir, "--epochs", str(number)]) == 0
-    assert len(os.listdir("/proc/self/fd")) == handles
-    assert threading.active_count() == threads
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= handles
+    assert threading.active_count() <= threads
     grown = peak.resident("VmRSS") - memory
     record_property("trials", f"{count} resumes, {grown:.1f} MB more")
     assert grown < 5 + 0.1 * count

@@ -1,10 +1,14 @@
 """What is logged, read back; what it looks like is seen in the browser's test."""
 
+import itertools
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import nnce
 from nnce.experiments.tensorboard import Monitor, scalars
@@ -45,6 +49,27 @@ def test_one_network_has_curves_and_no_bands(tmp_path):
         (1, pytest.approx(0.9)),
     ]
     assert [e.step for e in events.Scalars("slowdown/layer1")] == [1]  # NaN is no point
+
+
+@pytest.mark.parametrize("number", [5, 9])
+def test_the_end_of_a_run_that_went_on_is_read_after_its_curves(
+    number, tmp_path, digits, monkeypatch
+):
+    """Also where its file is of the same second, and a name ends in 10 and the other in 9."""
+    with Monitor(tmp_path, {}) as monitor:
+        monitor.log(record(0, 0.1))
+    counter = SimpleNamespace(get=itertools.count(number).__next__)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
+    now = math.ceil(time.time())
+    monkeypatch.setattr(time, "time", lambda: now)
+    with Monitor(tmp_path, {}, first=1) as monitor:
+        monitor.log(record(1, 0.9))
+        monitor.log_images(nnce.MLP((64, 10)), digits.test, 1)
+    monkeypatch.undo()
+    events = read(tmp_path)
+    assert [e.step for e in events.Scalars("accuracy/test")] == [0, 1]
+    assert [e.step for e in events.Images("weights/layer1")] == [1]
+    assert sum(path.suffix == ".closing" for path in tmp_path.iterdir()) == 1
 
 
 def test_several_networks_have_their_mean_and_its_band(tmp_path):

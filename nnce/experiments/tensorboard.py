@@ -88,6 +88,17 @@ def _put_first(run_dir: Path) -> bool:
     return bool(files)
 
 
+def _put_last(run_dir: Path) -> None:
+    """See to it that TensorBoard reads the file of the end after the curves: see `_put_first`.
+
+    Else it would forget the end of a run that has gone on, as if that were of before.
+    """
+    files = sorted(run_dir.glob(_EVENTS))
+    for file in files[:-1]:
+        if file.suffix == _CLOSING:
+            file.rename(f"{files[-1]}{_CLOSING}")
+
+
 class Monitor:
     """Writes what there is to see of one variant into its directory.
 
@@ -218,3 +229,4 @@ class Monitor:
         self._writer.close()
         if "_closing" in vars(self):
             self._closing.close()
+            _put_last(self._run_dir)
