@@ -21,9 +21,9 @@ from nnce.algorithm import deltas
 from nnce.losses import Loss
 from nnce.modules import MLP
 
-# Seconds that the first process waits for the others, and that these wait for it to say what is
-# wrong.
+# Seconds that the first process waits for the others to come.
 _PATIENCE = 300
+# Seconds that these wait for the first one to say what is wrong.
 _MOMENT = 10.0
 
 

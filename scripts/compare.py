@@ -106,16 +106,16 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             findings = comparison.conclude(runs, training.controls.runs, dataset)
 
             def write() -> None:
-                seconds = costs.total
+                seconds_of = costs.by_part(runs, log)
                 report.write_results(
                     run_dir,
                     config=vars(options),
                     device=dataset.train.x.device,
-                    seconds=seconds,
+                    seconds=sum(seconds_of.values()),
                     rows=[report.summary_row(summary) for summary in findings.summaries],
                     command=command,
                     interrupted=stopped is not None,
-                    seconds_of=costs.by_part(seconds, runs, log),
+                    seconds_of=seconds_of,
                     **report.more_results(findings),
                 )
 
@@ -135,10 +135,9 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             write()
     if log.finished >= 1:
         print(f"\n{page}\n")
-        seconds = costs.total
-        by_part = costs.by_part(seconds, runs, log)
-        parts = ", ".join(f"{name} {s:.1f}" for name, s in by_part.items())
-        print(f"{seconds:.1f} s: {parts}")
+        seconds_of = costs.by_part(runs, log)
+        parts = ", ".join(f"{name} {s:.1f}" for name, s in seconds_of.items())
+        print(f"{sum(seconds_of.values()):.1f} s: {parts}")
         print(f"Tables, every epoch of every network, and a picture: {run_dir}")
         print(f"Curves: {report.tensorboard_command(run_dir)}")
     if isinstance(stopped, KeyboardInterrupt):
@@ -286,8 +285,8 @@ class Costs:
         finally:
             self._parts[part] += beside_logging() - began
 
-    def by_part(self, total: float, runs: Sequence[Run], log: Log) -> dict[str, float]:
-        """The total, taken just before, in parts."""
+    def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
+        """The total in parts."""
         training = sum(record.seconds for run in runs for record in run.records) / self._processes
         side_by_side, control = self._parts.values()
         logging = self._logging + log.seconds
@@ -295,7 +294,7 @@ class Costs:
             "training": training,
             "evaluation": side_by_side - training,
             "logging": logging,
-            "tables and pictures": total - side_by_side - logging - control,
+            "tables and pictures": self.total - side_by_side - logging - control,
             "control": control,
         }
 

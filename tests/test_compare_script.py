@@ -318,5 +318,4 @@ def test_the_default_comparison_stays_small(tmp_path):
     parts = results["seconds_of"]
     assert list(parts) == ["training", "evaluation", "logging", "tables and pictures", "control"]
     assert all(seconds > 0 for seconds in parts.values())
-    # Of a moment later than the total.
     assert sum(parts.values()) == pytest.approx(results["seconds"])
