@@ -23,7 +23,7 @@ from nnce.experiments.comparison import Run, SideBySide, Variant
 from nnce.experiments.report import Log
 from nnce.losses import LOSSES, Loss
 from nnce.parallel import World
-from nnce.training import Settings, nothing
+from nnce.training import Settings
 
 LRS = ("0.03", "0.1", "0.3", "1", "3", "10", "30")
 
@@ -233,7 +233,7 @@ class Training:
             bar.set_description("the control, by autograd")
             with self.costs.of("control", log):
                 # Several processes are not at the same step here: they stop after an epoch.
-                between = self.saver.between if self.world.size == 1 else nothing
+                between = self.saver.between if self.world.size == 1 else None
                 for epoch in self.controls.epochs(between):
                     if log:
                         going = [run for run in self.controls.runs if not run.stopped]

@@ -148,8 +148,8 @@ def go_on(state: training.State, found: Mapping[str, Any]) -> SoFar:
         records = training.unpack(found["records"])
         layers = len(state.network.sizes) - 1
         epochs = [record.epoch for record in records if len(record.layers) == layers]
-        if epochs != list(range(state.recorded + 1)):
-            raise ValueError(f"expected records up to epoch {state.recorded}")
+        if epochs != list(range(state.cursor.recorded + 1)):
+            raise ValueError(f"expected records up to epoch {state.cursor.recorded}")
         finished = copy.deepcopy(state.network)
         if found["finished"] is not None:
             finished.load_state_dict(found["finished"])
@@ -183,7 +183,7 @@ def run(
 
     def content() -> dict[str, Any]:
         """All that decides the rest; and the network of the last record, if it is another one."""
-        at_hand = state.position == 0 and state.recorded == state.epoch
+        at_hand = state.cursor.position == 0 and state.cursor.recorded == state.cursor.epoch
         finished = None if at_hand or not records else dict(nnce.load(network_path).state_dict())
         return {
             **header,
@@ -200,7 +200,7 @@ def run(
         )
         if so_far.finished:
             nnce.save(so_far.finished, network_path)
-        if not state.step:
+        if not state.cursor.step:
             saver.save()
         epochs = training.train(state, settings, dataset, between=saver.between)
         bar = tqdm(
@@ -261,7 +261,7 @@ def run(
         print(f"Curves: {report.tensorboard_command(run_dir)}")
     if isinstance(stopped, KeyboardInterrupt):
         last = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
-        print(f"Interrupted after step {state.step:,}; {last}to go on:", file=sys.stderr)
+        print(f"Interrupted after step {state.cursor.step:,}; {last}to go on:", file=sys.stderr)
         print(resuming.command_to_resume(run_dir, state.world), file=sys.stderr)
     if stopped is not None:
         raise stopped
@@ -275,7 +275,7 @@ def introduce(
 ) -> None:
     """Say what is going to be trained."""
     processes = f", {state.world.size} processes" if state.world.joined else ""
-    after = f"\ngoing on after step {state.step:,}" if state.step else ""
+    after = f"\ngoing on after step {state.cursor.step:,}" if state.cursor.step else ""
     print(
         f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "
         f"validation and {len(dataset.test.x):,} test examples\n"

@@ -38,7 +38,7 @@ def test_takes_tensors():
     assert list(without_bias.gradients) == ["0.weight", "2.weight"]
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatch_is_value_error_is_refused():
     network = nnce.MLP((4, 3, 2))
     x, y = torch.rand(6, 4), torch.rand(6, 2)
     with pytest.raises(ValueError, match="'quadratic' or 'cross-entropy', got 'hinge'"):

@@ -337,16 +337,21 @@ def test_an_error_of_ours_still_has_its_traceback(tmp_path):
 def test_divergence_keeps_the_epochs_before_it(script, tmp_path, monkeypatch, capsys):
     from nnce import training
 
-    whole = training._train_epoch
+    initial_state, run_epoch = training.initial_state, training.Cursor.run_epoch
+    states = []
 
-    def diverges(state, *rest):
-        losses = whole(state, *rest)
-        if state.epoch == 3:
+    def remembered(*arguments):
+        states.append(initial_state(*arguments))
+        return states[0]
+
+    def diverges(cursor, *rest, **options):
+        run_epoch(cursor, *rest, **options)
+        if cursor.epoch == 3:
             with torch.no_grad():
-                state.network[0].weight.fill_(torch.nan)
-        return losses
+                states[0].network[0].weight.fill_(torch.nan)
 
-    monkeypatch.setattr(training, "_train_epoch", diverges)
+    monkeypatch.setattr(training, "initial_state", remembered)
+    monkeypatch.setattr(training.Cursor, "run_epoch", diverges)
     assert script("train").main(["--run-dir", str(tmp_path / "run")]) == 1
     assert "no longer a finite number after epoch 3" in capsys.readouterr().err
     recorded = results(tmp_path / "run")

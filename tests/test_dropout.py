@@ -127,7 +127,7 @@ def test_seeds_and_processes_leave_out_others():
     drawn = set()
     for seed in (0, 1):
         for world in (World(0, 2), World(1, 2)):
-            one = training._with_dropout(layers, dataclasses.replace(SETTINGS, seed=seed), world)
+            one = training.with_dropout(layers, dataclasses.replace(SETTINGS, seed=seed), world)
             one.at_step(0)
             drawn.add(one(x).item())
     assert len(drawn) == 4
@@ -135,7 +135,7 @@ def test_seeds_and_processes_leave_out_others():
 
 def test_what_makes_no_sense_is_refused():
     assert Settings(dropout=0.5).engine == Settings(input_dropout=0.5).engine == "functions"
-    for engine in training.WHOLE:
+    for engine in training.ENSEMBLE_ENGINES:
         with pytest.raises(ValueError, match=f"no dropout for engine '{engine}'.*'functions'"):
             Settings(engine=engine, dropout=0.5)
     for name in ("dropout", "input_dropout"):

@@ -221,7 +221,7 @@ def test_threads_by_size():
     assert ensemble.threads((784, 800, 10), 128) == all_threads
 
 
-def test_what_does_not_fit_is_refused(digits):
+def test_mismatch_is_value_error_is_refused(digits):
     network, other = nnce.MLP((64, 9, 10)), nnce.MLP((64, 8, 10))
     one = Hyperparameters("cross-entropy", 0.5)
     frozen = nnce.MLP((64, 9, 10)).requires_grad_(False)

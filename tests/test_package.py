@@ -29,7 +29,11 @@ ORDER = (
     ),
     *("ensemble", "checkpoint", "parallel"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
-    *("schedules", "dropout", "training"),
+    *("schedules", "dropout"),
+    *(
+        f"training.{name}"
+        for name in ("settings", "cursor", "state", "evaluation", "steppers", "loop", "__init__")
+    ),
     *(
         f"experiments.{name}"
         for name in ("__init__", "command_line", "estimates", "comparison", "figures")

@@ -67,9 +67,9 @@ DROPOUT = {"dropout": 0.5, "input_dropout": 0.2}
 @pytest.mark.parametrize("engine", training.ENGINES)
 def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, more, digits, tmp_path):
     """Between any two steps, through a file: before the first one, within and between epochs."""
-    if optimizer == "adam" and engine in training.WHOLE:
+    if optimizer == "adam" and engine in training.ENSEMBLE_ENGINES:
         pytest.skip("engines without a graph know SGD alone")
-    if more == DROPOUT and (engine in training.WHOLE or optimizer == "adam"):
+    if more == DROPOUT and (engine in training.ENSEMBLE_ENGINES or optimizer == "adam"):
         pytest.skip("engines without a graph know no dropout; Adam is nothing new to it")
     settings = Settings(
         hidden=(9, 8),
@@ -117,7 +117,7 @@ def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, more, digits,
         ]
         for a, b in zip(state.network.parameters(), alone.network.parameters(), strict=True):
             assert torch.equal(a, b)
-        assert state.step == alone.step == 2 * 3
+        assert state.cursor.step == alone.cursor.step == 2 * 3
 
 
 def plain(value):
@@ -343,7 +343,7 @@ def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(train, tmp_pat
         os._exit(9)
 
     with monkeypatch.context() as change:
-        change.setattr(training, "records", goes)
+        change.setattr(training.loop, "records", goes)
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException):

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nnce
 from nnce import training
+from nnce.saturation import LayerFigures
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_tensorboard_tags(train, tmp_path, engine):
     splits = ("train", "validation", "test")
     expected = {
         *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits),
-        *(f"{what}/layer{n}" for what in training.LayerFigures._fields for n in (1, 2)),
+        *(f"{what}/layer{n}" for what in LayerFigures._fields for n in (1, 2)),
     }
     assert set(events.Tags()["scalars"]) == expected
     results = json.loads((tmp_path / "results.json").read_text())
@@ -109,7 +110,7 @@ def test_default_run_directory_has_a_telling_name(train, tmp_path, monkeypatch, 
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--threads", "0"], "1 to 1,024 --threads, got 0"),
         (["--matmul-precision", "low"], "invalid choice: 'low'"),
-        (["--engine", "backprop", "--optimizer", "adam"], "engine 'functions' knows it"),
+        (["--engine", "backprop", "--optimizer", "adam"], "use engine 'functions'"),
         (["--optimizer", "adam", "--momentum", "0.9"], "no momentum for optimizer 'adam'"),
         (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, and cpu has"),
         (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
@@ -165,14 +166,14 @@ def test_divergence_is_one_line_and_leaves_nothing(engine, train, tmp_path, caps
 
 
 def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys):
-    whole = training._train_epoch
+    run_epoch = training.Cursor.run_epoch
 
-    def third_epoch_is_stopped(state, *rest):
-        if state.epoch == 2:
+    def third_epoch_is_stopped(cursor, *rest, **options):
+        if cursor.epoch == 2:
             raise KeyboardInterrupt
-        return whole(state, *rest)
+        run_epoch(cursor, *rest, **options)
 
-    monkeypatch.setattr(training, "_train_epoch", third_epoch_is_stopped)
+    monkeypatch.setattr(training.Cursor, "run_epoch", third_epoch_is_stopped)
     run_dir = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train.main(["--run-dir", str(run_dir)])

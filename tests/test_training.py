@@ -34,7 +34,7 @@ def test_engines_agree_over_200_steps(mnist_like, loss, momentum, share, l2):
         run(dataclasses.replace(settings, engine=engine), mnist_like)[0]
         for engine in training.ENGINES
     )
-    assert trained.step == 200 and all(other.step == 200 for other in others)
+    assert trained.cursor.step == 200 and all(other.cursor.step == 200 for other in others)
     start = training.initial_state(settings, mnist_like).network
     for ours, *theirs, before in zip(
         *(state.network.parameters() for state in (trained, *others)),
@@ -68,13 +68,14 @@ def test_a_step_is_the_textbooks(digits, engine, loss):
         loss=loss, engine=engine, epochs=2, lr=0.1, momentum=0.5, l2=3.0, hidden=(6,)
     )
     trained, records = run(settings, dataset)
-    assert trained.step == records[-1].step == 6  # 10 + 10 + 5, twice
+    assert trained.cursor.step == records[-1].step == 6  # 10 + 10 + 5, twice
 
     state = training.initial_state(settings, dataset)
     velocity = {name: torch.zeros_like(p) for name, p in state.network.named_parameters()}
     x, y = dataset.train
+    generator = training.generators(0)[1]
     for _ in range(2):
-        for batch in data.order(25, state.generator).split(10):
+        for batch in data.order(25, generator).split(10):
             gradients = backprop(state.network, x[batch], y[batch], loss=loss).gradients
             with torch.no_grad():
                 for name, p in state.network.named_parameters():
@@ -107,7 +108,11 @@ def test_starts_are_paired(digits):
         quadratic.network.parameters(), cross_entropy.network.parameters(), strict=True
     ):
         assert torch.equal(a, b)
-    orders = [data.order(100, state.generator) for state in (quadratic, cross_entropy, wide)]
+    orders = [
+        order
+        for state in (quadratic, cross_entropy, wide)
+        for order in state.cursor.orders(100, torch.device("cpu")).values()
+    ]
     assert torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
 
 
@@ -140,7 +145,7 @@ def test_digits_defaults_reach_95_percent(digits):
 @pytest.mark.parametrize("engine", training.ENGINES)
 def test_divergence_says_when_and_with_what(digits, engine):
     settings = Settings(engine=engine, lr=1e38)
-    when = "after epoch 1" if engine in training.WHOLE else r"in epoch 1, step \d+"
+    when = "after epoch 1" if engine in training.ENSEMBLE_ENGINES else r"in epoch 1, step \d+"
     with pytest.raises(Diverged, match=rf"{when}, with loss=cross-entropy, lr=1e\+38, momentum=0"):
         run(settings, digits)
 
@@ -153,7 +158,7 @@ def test_adam_is_pytorchs(digits, engine):
     state = training.initial_state(settings, digits)
     twin = reference.torch_twin(state.network)
     adam = torch.optim.Adam(twin.parameters())
-    for batch in data.order(1197, state.generator).split(10):
+    for batch in data.order(1197, training.generators(0)[1]).split(10):
         adam.zero_grad()
         reference.BUILT_IN_LOSSES["cross-entropy"](
             twin(digits.train.x[batch]), digits.train.y[batch]

@@ -44,7 +44,7 @@ def dataset():
 def trained(settings, world):
     state = training.initial_state(settings, dataset(), world)
     records = list(training.train(state, settings, dataset()))
-    assert state.step == 100 and len(records) == EPOCHS + 1
+    assert state.cursor.step == 100 and len(records) == EPOCHS + 1
     return dict(state.network.state_dict())
 
 

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -197,10 +196,11 @@ class SideBySide:
         self._share = list(runs[world.rank :: world.size])
         self._common = runs[0].settings
         for run in runs:
-            if run.settings.engine not in training.WHOLE:
+            if run.settings.engine not in training.ENSEMBLE_ENGINES:
+                engines = " or ".join(map(repr, training.ENSEMBLE_ENGINES))
                 raise ValueError(
-                    f"expected engine {' or '.join(map(repr, training.WHOLE))} for networks side "
-                    f"by side, got {run.settings.engine!r}"
+                    f"expected engine {engines} for networks side by side, got "
+                    f"{run.settings.engine!r}"
                 )
         self._threads = threads or parallel.processors()
         measured = _measured(dataset)
@@ -215,84 +215,69 @@ class SideBySide:
                 engine=training.ensemble_engine(self._common.engine),
                 threads=self._threads,
             )
-        # So many epochs are finished and recorded; of the next one so many examples are behind.
-        self._epoch = self._step = self._position = 0
-        self.finished = -1
-        """The last epoch that all of them have a record of."""
-        self._seconds = 0.0
-        seeds = {run.settings.seed for run in runs}
-        self._generators = {seed: training.generators(seed)[1] for seed in sorted(seeds)}
-        self._drawn_from = self._drawing()
+        self._cursor = training.Cursor.at_start(run.settings.seed for run in runs)
+
+    @property
+    def finished(self) -> int:
+        """The last epoch that all networks have a record of; −1 for none."""
+        return self._cursor.recorded
 
     @property
     def complete(self) -> bool:
         """Whether the last epoch is recorded."""
         return self.finished >= self._common.epochs
 
-    def _drawing(self) -> Tensor:
-        """The states of the generators, [seeds, …]."""
-        return torch.stack([generator.get_state() for generator in self._generators.values()])
-
-    def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
+    def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
         """Train, yielding each epoch once every run has its record of it.
 
         Args:
             between: called between steps, where all networks are at the same one.
         """
+        cursor = self._cursor
         while True:
-            if self.finished < self._epoch:
+            if cursor.recorded < cursor.epoch:
                 self._record()
-                yield self._epoch
+                yield cursor.epoch
             if self.complete:
                 return
             self._train_epoch(between)
-
-    def _train_epoch(self, between: Callable[[], None]) -> None:
-        x, y = self._train
-        if self._position == 0:
-            self._drawn_from = self._drawing()
-        else:  # the same orders again
-            for generator, state in zip(self._generators.values(), self._drawn_from, strict=True):
-                training.set_back(generator, state)
-        orders = {
-            seed: data.order(len(x), generator, x.device)
-            for seed, generator in self._generators.items()
-        }
-        by_run = [orders[run.settings.seed] for run in self._share]
-        order = torch.stack(by_run) if by_run else None
-        images = self._distorted(orders)
-        if self._together is not None:
-            self._together.set_lrs([run.settings.rate_of(self._epoch) for run in self._share])
-        stretch = self._stretch()
-        began = time.perf_counter() - self._seconds
-        while self._position < len(x):
-            end = min(self._position + stretch, len(x))
-            if self._together is not None and order is not None:
-                if images:
-                    self._train_on(images, orders, self._position, end)
-                else:
-                    self._together.train_epoch(x, y, order[:, self._position : end])
-            self._step += -(-(end - self._position) // self._common.batch_size)
-            self._position = end
-            paused = time.perf_counter()
-            self._seconds = paused - began
-            if end < len(x):
+            if between is not None:
                 between()
-            began += time.perf_counter() - paused
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        self._seconds = time.perf_counter() - began
-        self._epoch += 1
-        self._position = 0
-        between()
+
+    def _train_epoch(self, between: Callable[[], None] | None) -> None:
+        x, y = self._train
+        cursor = self._cursor
+        orders = cursor.orders(len(x), x.device)
+        images = self._distorted(orders)
+        together = self._together
+        if together is not None:
+            by_run = torch.stack([orders[run.settings.seed] for run in self._share])
+            together.set_lrs([run.settings.rate_of(cursor.epoch) for run in self._share])
+
+        def train_on(begin: int, end: int) -> None:
+            if together is None:
+                return
+            if images:
+                self._train_on(images, orders, begin, end)
+            else:
+                together.train_epoch(x, y, by_run[:, begin:end])
+
+        cursor.run_epoch(
+            len(x),
+            train_on,
+            between,
+            chunk=self._chunk(),
+            batch_size=self._common.batch_size,
+            device=x.device,
+        )
 
     def _distorted(self, orders: Mapping[int, Tensor]) -> dict[int, data.Distorted]:
-        """The images of an epoch, by seed; none if they are not distorted."""
+        """The distorted images of the current epoch, by seed; empty without distortion."""
         x, distortion = self._train.x, self._common.distortion
         if distortion is None:
             return {}
         return {
-            seed: data.Distorted(x, orders[seed], distortion, seed, self._epoch)
+            seed: data.Distorted(x, orders[seed], distortion, seed, self._cursor.epoch)
             for seed in {run.settings.seed: None for run in self._share}
         }
 
@@ -314,8 +299,8 @@ class SideBySide:
         )
         self._together.train_epoch(new, y, order)
 
-    def _stretch(self) -> int:
-        """The same for all processes, so that they are between steps together."""
+    def _chunk(self) -> int:
+        """Examples between two pauses, equal for all processes so that they pause together."""
         networks = -(-len(self.runs) // self._world.size)
         most = None
         if self._common.distortion is not None:
@@ -326,6 +311,7 @@ class SideBySide:
     def _record(self) -> None:
         """What there is to know of each network, after an epoch."""
         records: list[Record] = []
+        cursor = self._cursor
         if self._together is not None:
             # A thread a network is faster than several for one, whose products are small; but where
             # there is little to measure they wait for each other's Python.
@@ -339,9 +325,9 @@ class SideBySide:
                     self._together.networks,
                     [run.settings.loss for run in self._share],
                     self._measured,
-                    epoch=self._epoch,
-                    step=self._step,
-                    seconds=self._seconds / len(self._share),
+                    epoch=cursor.epoch,
+                    step=cursor.step,
+                    seconds=cursor.seconds / len(self._share),
                     threads=at_once,
                 )
         # Appended together, so that whoever interrupts finds them all equally long.
@@ -349,19 +335,15 @@ class SideBySide:
             run.records.append(record)
             # A weight whose input is always 0 may be NaN, and no loss would show it.
             run.stopped = run.stopped or not training.is_finite(run.network)
-        _spread(self.runs, self._epoch, self._world)
-        self.finished, self._seconds = self._epoch, 0.0
+        _spread(self.runs, cursor.epoch, self._world)
+        cursor.recorded, cursor.seconds = cursor.epoch, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint; waits for all processes. The first one has it."""
         own = {} if self._together is None else self._together.state_dict()
         by_rank = self._world.gather((own, _parameters(self._share)))
         return {
-            "epoch": self._epoch,
-            "step": self._step,
-            "position": self._position,
-            "seconds": self._seconds,
-            "generators": self._drawn_from if self._position else self._drawing(),
+            "cursor": self._cursor.state_dict(),
             "ensembles": [ensemble for ensemble, _ in by_rank],
             "parameters": [parameters for _, parameters in by_rank],
             "records": [training.pack(run.records) for run in self.runs],
@@ -374,23 +356,16 @@ class SideBySide:
         Raises:
             ValueError: it does not fit.
         """
-        with training.what_does_not_fit():
+        with training.mismatch_is_value_error():
             _check_processes(len(state["parameters"]), self._world)
             for rank, parameters in enumerate(state["parameters"]):
                 _set_parameters(self.runs[rank :: self._world.size], parameters)
             if self._together is not None:
                 self._together.load_state_dict(state["ensembles"][self._world.rank])
-            self._epoch, self._step, self._position = (
-                int(state[name]) for name in ("epoch", "step", "position")
-            )
-            self._seconds = float(state["seconds"])
-            self._drawn_from = state["generators"]
-            for generator, drawn in zip(self._generators.values(), self._drawn_from, strict=True):
-                training.set_back(generator, drawn)
+            self._cursor.load_state_dict(state["cursor"])
             _set_records(self.runs, state, tuple(self._measured))
-            (self.finished,) = {len(run.records) - 1 for run in self.runs}
-            if not self._epoch - 1 <= self.finished <= self._epoch or self._position < 0:
-                raise ValueError(f"records of epoch {self.finished} after epoch {self._epoch}")
+            if {len(run.records) - 1 for run in self.runs} != {self.finished}:
+                raise ValueError(f"expected records up to epoch {self.finished} of all networks")
 
 
 def _parameters(runs: Sequence[Run]) -> list[Tensor]:
@@ -484,7 +459,7 @@ class InTurn:
         self.finished = -1
         """The last epoch that all of them have a record of, but those that have stopped."""
 
-    def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
+    def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
         """Train, yielding each epoch: through all of them, so their curves have one point an epoch.
 
         Args:
@@ -530,7 +505,7 @@ class InTurn:
         Raises:
             ValueError: it does not fit.
         """
-        with training.what_does_not_fit():
+        with training.mismatch_is_value_error():
             _check_processes(len(state["states"]), self._world)
             for rank, of_rank in enumerate(state["states"]):
                 own = self._states[rank :: self._world.size]
@@ -589,7 +564,9 @@ def engine_differences(
         for engine, state in trained.items():
             pairs = zip(state.network.parameters(), control.network.parameters(), strict=True)
             difference = max((a - b).abs().max().item() for a, b in pairs)
-            differences.append(EngineDifference(of_loss.loss, engine, state.step, difference))
+            differences.append(
+                EngineDifference(of_loss.loss, engine, state.cursor.step, difference)
+            )
     return differences
 
 

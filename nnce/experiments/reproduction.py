@@ -77,7 +77,7 @@ class Attempt:
         seen = dataset if self._shown else without_test(dataset)
         splits = ("validation", "test") if self._shown else ("validation",)
         self._training: SideBySide | InTurn
-        if settings.engine in training.WHOLE:
+        if settings.engine in training.ENSEMBLE_ENGINES:
             runs = comparison.make_runs(by_seed, seen)
             self._training = SideBySide(runs, seen, threads, splits=splits)
         else:
@@ -85,7 +85,7 @@ class Attempt:
         self.runs: Sequence[Run] = self._training.runs
         self._chosen = [_parameters(run.network) for run in self.runs]
 
-    def epochs(self, between: Callable[[], None] = training.nothing) -> Iterator[int]:
+    def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
         """Train, yielding each epoch when it is recorded.
 
         Args:
@@ -122,7 +122,7 @@ class Attempt:
             ValueError: it does not fit.
         """
         self._training.load_state_dict(state["training"])
-        with training.what_does_not_fit():
+        with training.mismatch_is_value_error():
             for run, chosen in zip(self.runs, state["chosen"], strict=True):
                 for name, parameter in run.network.state_dict().items():
                     training.check_fits(name, chosen[name], parameter)
@@ -246,7 +246,7 @@ class Outcome:
         Raises:
             ValueError: it is none.
         """
-        with training.what_does_not_fit():
+        with training.mismatch_is_value_error():
             trained = [Trained(**one) for one in plain["trained"]]
             return Outcome(
                 str(plain["row"]),

@@ -20,7 +20,7 @@ from nnce.checkpoint import CheckpointError
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.parallel import World
-from nnce.training import what_does_not_fit
+from nnce.training import mismatch_is_value_error
 
 # What does not change the numbers, or only by rounding, may be another on resuming.
 _MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
@@ -256,7 +256,7 @@ def warn(found: Mapping[str, Any], world: World) -> None:
 def loading() -> Iterator[None]:
     """Around what takes a run to where its checkpoint is: one sentence for what does not fit."""
     try:
-        with what_does_not_fit():
+        with mismatch_is_value_error():
             yield
     except ValueError as error:
         why = textwrap.shorten(str(error), 200)  # what does not fit may be long

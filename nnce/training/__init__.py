@@ -1,0 +1,64 @@
+"""Training of one network, or of many side by side: settings, state, one loop for every engine.
+
+`initial_state` makes the state, `train` moves it and yields a record per epoch. The engines differ
+only in who computes the gradients; evaluation is the same for all of them.
+
+May import the notes' files, `engines`, `monitoring` and `data`; not `experiments`.
+"""
+
+from nnce.training.cursor import Cursor, generators, restore_generator
+from nnce.training.evaluation import Evaluation, Record, evaluate, pack, records, unpack
+from nnce.training.loop import Diverged, train
+from nnce.training.settings import (
+    ENGINES,
+    ENSEMBLE_ENGINES,
+    OPTIMIZERS,
+    Engine,
+    Optimizer,
+    Settings,
+    ensemble_engine,
+    hyperparameters,
+)
+from nnce.training.state import (
+    State,
+    check_fits,
+    check_suits,
+    initial_state,
+    is_finite,
+    make_network,
+    mismatch_is_value_error,
+    sizes,
+)
+from nnce.training.steppers import with_dropout, with_graph
+
+__all__ = [
+    "ENGINES",
+    "ENSEMBLE_ENGINES",
+    "OPTIMIZERS",
+    "Cursor",
+    "Diverged",
+    "Engine",
+    "Evaluation",
+    "Optimizer",
+    "Record",
+    "Settings",
+    "State",
+    "check_fits",
+    "check_suits",
+    "ensemble_engine",
+    "evaluate",
+    "generators",
+    "hyperparameters",
+    "initial_state",
+    "is_finite",
+    "make_network",
+    "mismatch_is_value_error",
+    "pack",
+    "records",
+    "restore_generator",
+    "sizes",
+    "train",
+    "unpack",
+    "with_dropout",
+    "with_graph",
+]

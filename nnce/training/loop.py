@@ -1,0 +1,135 @@
+"""The loop over epochs and steps, the same one for every engine."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from nnce import data
+from nnce.ensemble import Ensemble
+from nnce.training.evaluation import Record, records
+from nnce.training.settings import Settings
+from nnce.training.state import State, is_finite
+from nnce.training.steppers import Stepper, make_stepper
+
+
+class Diverged(ArithmeticError):
+    """The loss or a parameter is not finite."""
+
+
+def train(
+    state: State,
+    settings: Settings,
+    dataset: data.Dataset,
+    *,
+    measured: Mapping[str, data.Split] | None = None,
+    between: Callable[[], None] | None = None,
+) -> Iterator[Record]:
+    """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
+
+    Args:
+        state: from `initial_state`; changed in place, so `state.network` is the trained network.
+        settings: the settings that the state was made with.
+        dataset: training data, on one device, in one floating-point dtype.
+        measured: splits to evaluate, "validation" at least; None for all of the dataset.
+        between: called between steps, where the state is whole: after each step in PyTorch's graph,
+            and every few tenths of a second without. It may save the state, or raise.
+
+    Raises:
+        Diverged: the loss of a step, or a loss at an epoch's end, is infinite or NaN. Engines
+            without a graph, and several processes, compute no losses of steps, so they raise at the
+            epoch's end. An infinite or NaN parameter counts as well, even if no loss shows it.
+    """
+    measured = dataset.splits() if measured is None else measured
+    stepper, cursor = make_stepper(state, settings), state.cursor
+    while True:
+        if cursor.recorded < cursor.epoch:
+            yield _record(state, settings, measured)
+        if cursor.epoch >= settings.epochs:
+            return
+        _train_epoch(state, settings, dataset.train, stepper, between)
+        _check_losses(state, settings)
+        if between is not None:
+            between()
+
+
+def _record(state: State, settings: Settings, measured: Mapping[str, data.Split]) -> Record:
+    cursor = state.cursor
+    (record,) = records(
+        [state.network],
+        [state.network],
+        [settings.loss],
+        measured,
+        epoch=cursor.epoch,
+        step=cursor.step,
+        seconds=cursor.seconds,
+    )
+    finite = all(map(math.isfinite, record.loss.values())) and is_finite(state.network)
+    if cursor.epoch and not finite:
+        raise Diverged(_diverged(f"after epoch {cursor.epoch}", settings))
+    cursor.recorded, cursor.seconds = cursor.epoch, 0.0
+    return record
+
+
+def _train_epoch(
+    state: State,
+    settings: Settings,
+    split: data.Split,
+    stepper: Stepper,
+    between: Callable[[], None] | None,
+) -> None:
+    """Train on one epoch, or on the rest of it after resuming."""
+    x, y = split
+    cursor = state.cursor
+    (order,) = cursor.orders(len(x), x.device).values()
+    _set_rate(state.optimizer, settings.rate_of(cursor.epoch))
+    images = None
+    if settings.distortion is not None:
+        images = data.Distorted(x, order, settings.distortion, settings.seed, cursor.epoch)
+
+    def train_on(begin: int, end: int) -> None:
+        rows = order[begin:end]
+        if images is None:
+            loss = stepper.step(x, y, rows)
+        else:
+            every = torch.arange(len(rows), device=x.device)
+            loss = stepper.step(images[begin:end], y[rows], every)
+        if loss is not None:
+            state.losses.append(loss)
+
+    cursor.run_epoch(
+        len(x),
+        train_on,
+        between,
+        chunk=stepper.chunk,
+        batch_size=settings.batch_size,
+        device=x.device,
+    )
+
+
+def _set_rate(optimizer: torch.optim.Optimizer | Ensemble, rate: float) -> None:
+    if isinstance(optimizer, Ensemble):
+        optimizer.set_lrs([rate] * len(optimizer.networks))
+    else:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def _check_losses(state: State, settings: Settings) -> None:
+    """Raise Diverged if the loss of one of the epoch's steps is not finite."""
+    losses: list[Tensor] = state.losses
+    state.losses = []
+    if losses:
+        wrong = (~torch.stack(losses).isfinite()).nonzero()
+        if len(wrong):
+            step = state.cursor.step - len(losses) + int(wrong[0]) + 1
+            raise Diverged(_diverged(f"in epoch {state.cursor.epoch}, step {step}", settings))
+
+
+def _diverged(when: str, settings: Settings) -> str:
+    return (
+        f"the loss is no longer a finite number {when}, with loss={settings.loss}, "
+        f"lr={settings.lr}, momentum={settings.momentum}, l2={settings.l2}, "
+        f"init={settings.init}, seed={settings.seed}; try a smaller learning rate"
+    )

@@ -1,0 +1,207 @@
+"""Settings of a training run, each value checked when they are made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from nnce import data
+from nnce.algorithm import Hyperparameters
+from nnce.ensemble import How
+from nnce.losses import LOSSES, Loss, check_loss
+from nnce.modules import Init, check_init, is_number, is_size
+from nnce.schedules import CONSTANT, Schedule, check_schedule
+
+Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+ENSEMBLE_ENGINES: tuple[Engine, ...] = ("backprop", "loops", "products")
+"""Engines that train by an `Ensemble`, without a graph."""
+Optimizer = Literal["sgd", "adam"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+
+# torch.optim.Adam's default.
+_ADAM_LR = 1e-3
+# A schedule is checked for at most this many epochs, and for the last one.
+_EPOCHS_CHECKED = 10_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a training run depends on, except for the data.
+
+    The same settings on the same machine produce the same bits. Raises ValueError, with the name
+    of the value, for a value or a combination that makes no sense.
+    """
+
+    hidden: tuple[int, ...] = (30,)
+    """Neurons of each hidden layer; empty for a single layer."""
+    loss: Loss = "cross-entropy"
+    engine: Engine | None = None
+    """What computes the gradients: "backprop", the revised algorithm without a graph, as "loops" or
+    as "products", whichever suits the sizes, or either of those by name; "functions", nnce's
+    Functions in PyTorch's graph; "autograd", PyTorch alone. None for "backprop" where the optimizer
+    and dropout allow it, else "functions"."""
+    optimizer: Optimizer = "sgd"
+    """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which requires a graph."""
+    epochs: int = 30
+    batch_size: int = 10
+    lr: float | None = None
+    """Learning rate η; None for the textbook's (0.5 for cross-entropy, 3.0 for quadratic), or for
+    Adam's 0.001."""
+    momentum: float = 0.0
+    """Momentum μ of SGD, in [0, 1)."""
+    l2: float = 0.0
+    """λ of the notes: weights (not biases) decay by λ / n_train, as in the textbook."""
+    schedule: Schedule = CONSTANT
+    """Factor of the learning rate for each epoch, one of `nnce.schedules`."""
+    distortion: data.Distortion | None = None
+    """Random distortion of the training images, drawn for each epoch."""
+    dropout: float = 0.0
+    """Probability with which a hidden neuron is left out of an example and step, in [0, 1).
+    Requires an engine in PyTorch's graph; several processes draw different neurons than one."""
+    input_dropout: float = 0.0
+    """Probability with which an input is left out, in [0, 1)."""
+    init: Init = "scaled"
+    seed: int = 0
+    """Random seed, 0 to 2³² − 1, of the start, the order of the mini-batches, the distortions and
+    dropout. Each has a stream of its own, so networks of different shape see the same
+    mini-batches."""
+
+    def __post_init__(self) -> None:
+        """Fill in the engine and the rate, and check every value."""
+        check_loss(self.loss)
+        check_init(self.init)
+        check_schedule(self.schedule)
+        _check(self, _CHECKS_BEFORE_DEFAULTS)
+        if self.engine is None:
+            graph = self.optimizer != "sgd" or self.has_dropout
+            object.__setattr__(self, "engine", "functions" if graph else "backprop")
+        if self.lr is None:
+            lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
+            object.__setattr__(self, "lr", lr)
+        _check(self, _CHECKS)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate with its default filled in, before the schedule's factor."""
+        assert self.lr is not None
+        return self.lr
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether hidden neurons or inputs are left out."""
+        return self.dropout > 0 or self.input_dropout > 0
+
+    def rate_of(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        return self.rate * self.schedule.factor(epoch)
+
+
+_Check = tuple[Callable[[Settings], bool], Callable[[Settings], str]]
+"""A condition that settings must meet, and the sentence where they do not."""
+
+
+def _check(settings: Settings, checks: tuple[_Check, ...]) -> None:
+    for is_met, sentence in checks:
+        if not is_met(settings):
+            raise ValueError(f"expected {sentence(settings)}")
+
+
+def _field(name: str, is_right: Callable[[Any], bool], expected: str) -> _Check:
+    return (
+        lambda settings: is_right(getattr(settings, name)),
+        lambda settings: f"{expected}, got {getattr(settings, name)!r}",
+    )
+
+
+def _number(name: str, is_right: Callable[[float], bool], expected: str) -> tuple[_Check, _Check]:
+    return (
+        _field(name, is_number, f"{name} to be a number"),
+        _field(name, is_right, expected),
+    )
+
+
+def _one_of(name: str, values: tuple[str, ...]) -> _Check:
+    return _field(name, lambda value: value in values, f"{name} {' or '.join(map(repr, values))}")
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1
+
+
+def _is_seed(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**32
+
+
+def _keeps_a_positive_rate(settings: Settings) -> bool:
+    changing = settings.schedule != CONSTANT
+    first = range(min(settings.epochs, _EPOCHS_CHECKED) if changing else 0)
+    return all(settings.rate_of(epoch) > 0 for epoch in (*first, settings.epochs - 1))
+
+
+_CHECKS_BEFORE_DEFAULTS: tuple[_Check, ...] = (
+    _one_of("optimizer", OPTIMIZERS),
+    _field("dropout", _is_share, "dropout to be a number in [0, 1)"),
+    _field("input_dropout", _is_share, "input_dropout to be a number in [0, 1)"),
+)
+_CHECKS: tuple[_Check, ...] = (
+    _one_of("engine", ENGINES),
+    (
+        lambda s: s.optimizer == "sgd" or s.engine not in ENSEMBLE_ENGINES,
+        lambda s: (
+            f"optimizer 'sgd' for engine {s.engine!r}, got {s.optimizer!r}; use engine 'functions'"
+        ),
+    ),
+    (
+        lambda s: not s.has_dropout or s.engine not in ENSEMBLE_ENGINES,
+        lambda s: (
+            f"no dropout for engine {s.engine!r}, got dropout={s.dropout} and "
+            f"input_dropout={s.input_dropout}; use engine 'functions'"
+        ),
+    ),
+    _field(
+        "hidden",
+        lambda hidden: isinstance(hidden, tuple) and all(map(is_size, hidden)),
+        "positive hidden sizes",
+    ),
+    _field("epochs", is_size, "epochs of at least 1, a whole number"),
+    _field("batch_size", is_size, "batch_size of at least 1, a whole number"),
+    *_number("lr", lambda lr: 0 < lr < float("inf"), "a positive learning rate"),
+    *_number("momentum", lambda momentum: 0 <= momentum < 1, "momentum in [0, 1)"),
+    *_number("l2", lambda l2: 0 <= l2 < float("inf"), "l2 of at least 0"),
+    (
+        lambda s: not s.momentum or s.optimizer == "sgd",
+        lambda s: f"no momentum for optimizer {s.optimizer!r}, which has its own, got {s.momentum}",
+    ),
+    (
+        lambda s: not s.dropout or bool(s.hidden),
+        lambda s: (
+            f"hidden neurons for dropout to leave out, got hidden={s.hidden}; use input_dropout to "
+            f"leave out inputs"
+        ),
+    ),
+    _field(
+        "distortion",
+        lambda value: value is None or isinstance(value, data.Distortion),
+        "an nnce.data.Distortion",
+    ),
+    (
+        _keeps_a_positive_rate,
+        lambda s: (
+            f"a schedule that leaves a positive rate for all {s.epochs} epochs, got {s.schedule}"
+        ),
+    ),
+    # PyTorch's CPU generator uses 32 bits of a seed.
+    _field("seed", _is_seed, "a seed from 0 to 2**32 - 1"),
+)
+
+
+def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
+    """The settings as an ensemble takes them, with λ divided by the number of training examples."""
+    return Hyperparameters(
+        settings.loss, settings.rate, settings.momentum, weight_decay=settings.l2 / n_train
+    )
+
+
+def ensemble_engine(engine: Engine | None) -> How | None:
+    """The `engine` argument of an `Ensemble`: "loops", "products", or None for whichever suits."""
+    return engine if engine == "loops" or engine == "products" else None
