@@ -168,8 +168,8 @@ def _parse(lines: Iterable[bytes]) -> tuple[Examples, int, int]:
         raise _BadLine(number, f"expected {n:,} examples, but the file ends after {read:,}")
     matrix = scipy.sparse.csr_array((values, columns, starts), shape=(n, features))
     matrix.sort_indices()
-    pairs = (torch.tensor(numbers, dtype=torch.int64) for numbers in (examples, positives))
-    return Examples(matrix, Positives.from_coo(*pairs, n)), features, labels
+    rows, col = (torch.tensor(numbers, dtype=torch.int64) for numbers in (examples, positives))
+    return Examples(matrix, Positives.from_coo(rows, col, n)), features, labels
 
 
 def _sizes(header: bytes) -> list[int]:
