@@ -6,9 +6,11 @@ floating-point dtype. Values are checked here, once; nothing after this looks at
 
 import contextlib
 import functools
+import hashlib
 import io
 import math
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,17 @@ _FILES = [
     f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 ]
 DATASETS = ("digits", *_TORCHVISION)
+# Of the unpacked files, which torchvision, whose sums are those of the packed ones, does not check.
+_MD5 = {
+    "6bbc9ace898e44ae57da46a324031adb": "mnist",
+    "a25bea736e30d166cdddb491f175f624": "mnist",
+    "2646ac647ad5339dbf082846283269ea": "mnist",
+    "27ae3e4e09519cfbb04c329615203637": "mnist",
+    "f4a8712d7a061bf5bd6d2ca38dc4d50a": "fashion-mnist",
+    "9018921c3c673c538a1fc5bad174d6f9": "fashion-mnist",
+    "8181f5470baa50b63fa0f6fddb340f0a": "fashion-mnist",
+    "15d484375f8d13e6eb1aabb0c3f46965": "fashion-mnist",
+}
 
 # The last 10,000 of the 60,000 training images: where Nielsen's book takes its validation set.
 _VALIDATION_SIZE = 10_000
@@ -438,7 +451,37 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
     if not 0 <= dataset.targets.min() <= dataset.targets.max() <= 9:
         why = f"expected labels from 0 to 9, got {dataset.targets.min()} to {dataset.targets.max()}"
         raise DataError(_damaged(name, folder, train, why))
+    if folder is not older:
+        _check_sums(dict(loader.resources), name, folder, train)
     return dataset.data.flatten(1) / 255, dataset.targets
+
+
+def _check_sums(packed_md5: dict[str, str], name: str, folder: Path, train: bool) -> None:
+    """Raise DataError if a half's files belong to a different set or differ from their packed form.
+
+    A file of which neither its own sum is known nor the packed one is there passes.
+    """
+    for file in _FILES[:2] if train else _FILES[2:]:
+        content = (folder / file).read_bytes()
+        of = _MD5.get(_md5(content))
+        packed = folder / f"{file}.gz"
+        if of == name or (of is None and not packed.is_file()):
+            continue
+        if of is not None:
+            raise DataError(_damaged(name, folder, train, f"{file} is of {of}"))
+        if _md5(packed.read_bytes()) != packed_md5[packed.name]:
+            why = f"{packed.name} does not have the MD5 sum that torchvision expects"
+            raise DataError(_damaged(name, folder, train, why))
+        # A gzip file ends in the CRC-32 and the length of what it holds.
+        ends = zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little")
+        if not packed.read_bytes().endswith(ends):
+            raise DataError(
+                _damaged(name, folder, train, f"{file} is not what {packed.name} holds")
+            )
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _short(reason: str) -> str:

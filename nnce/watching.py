@@ -8,6 +8,7 @@ import dataclasses
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ def watch(
     *,
     every: int = 100,
     logits: bool | None = None,
+    name: str | None = None,
 ) -> "Watcher":
     """Log how the sigmoid layers of any model learn, while your own loop trains it.
 
@@ -46,7 +48,9 @@ def watch(
 
     A step is a forward pass in training mode with gradients on. A model that calls itself makes
     one, the outermost call; threads that share a model make one each. What is logged needs its
-    backward pass too; a step without one leaves a gap. The gradients are looked at and not touched.
+    backward pass too; a step without one leaves a gap. Two backward passes through one forward pass
+    (retain_graph=True) log two points at its step, each with the figures of its own gradient, not
+    of their sum. The gradients are looked at and not touched.
 
     Rows of a sigmoid's input are examples, as everywhere in nnce, but a one-dimensional input is
     taken for one neuron's, an example each. An output layer is one whose a the model returns, alone
@@ -74,13 +78,16 @@ def watch(
         every: steps from one point of the curves to the next, at least 1.
         logits: whether the model's output is z of sigmoid neurons, whose sigmoid is in the loss,
             as for `BCEWithLogitsLoss` and nnce's; None for yes if it is an `nnce.MLP`.
+        name: tells the model's curves from those of others on the same writer, in their tags:
+            dz_norm/NAME/layer1; None for dz_norm/layer1.
 
     Returns:
         The watcher; its `remove()`, or the end of its with-block, ends the watch.
 
     Raises:
-        TypeError: model or writer is none.
-        ValueError: `every` is no whole number of at least 1, or the model is compiled.
+        TypeError: model is not a Module, writer has no add_scalar, or name is not a string.
+        ValueError: `every` is not a whole number of at least 1, the model is compiled, or the
+            writer is taken already, under the same name.
         ValueError: at the first step, if the forward pass came by no sigmoid.
     """
     if not isinstance(model, nn.Module):
@@ -94,18 +101,32 @@ def watch(
             "expected a model that is not compiled, whose layers can be seen; train the module it "
             "was made from while you watch"
         )
-    return Watcher(model, writer, every, isinstance(model, MLP) if logits is None else logits)
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"expected name to be a string or None, got {type(name).__name__}")
+    if any(other.logs_to(writer, name) for other in list(_WATCHERS)):
+        raise ValueError(
+            f"expected a name of its own for each model watched on one writer, got a second one "
+            f"with name={name!r}"
+        )
+    return Watcher(model, writer, every, isinstance(model, MLP) if logits is None else logits, name)
 
 
 class Watcher:
     """What `watch` has attached to a model."""
 
-    def __init__(self, model: nn.Module, writer: ScalarWriter, every: int, logits: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        writer: ScalarWriter,
+        every: int,
+        logits: bool,
+        name: str | None = None,
+    ) -> None:
         """Attach the hooks; `watch` checks the arguments."""
         self.step = 0
         """Steps seen so far."""
-        self._writer, self._every, self._logits = writer, every, logits
-        self._name = type(model).__name__
+        self._writer, self._every, self._logits, self._name = writer, every, logits, name
+        self._model, self._kind = weakref.ref(model), type(model).__name__
         self._removed = False
         self._call = _Call()
         self._lock = threading.Lock()
@@ -122,10 +143,16 @@ class Watcher:
             # Called after a forward that raised, too.
             model.register_forward_hook(self._after, always_call=True),
         ]
+        _WATCHERS.add(self)
 
     def __reduce__(self) -> Any:
         """A copy of a watched model, deep or pickled, is not watched."""
         return _unwatching, ()
+
+    def logs_to(self, writer: ScalarWriter, name: str | None) -> bool:
+        """Whether it logs to this writer under this name."""
+        ended = self._removed or self._model() is None
+        return not ended and self._writer is writer and self._name == name
 
     def remove(self) -> None:
         """End the watch: no hook is left on the model.
@@ -206,14 +233,14 @@ class Watcher:
         if self._logits:
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"expected {self._name} to give one tensor of logits, got "
+                    f"expected {self._kind} to give one tensor of logits, got "
                     f"{type(output).__name__}"
                 )
             watched.add(watched.layer(output), None)
         if not watched.layers:
             self.remove()
             raise ValueError(
-                f"expected a model with sigmoids, but the forward pass of {self._name} came by "
+                f"expected a model with sigmoids, but the forward pass of {self._kind} came by "
                 f"none; if its loss has the sigmoid, as BCEWithLogitsLoss has, watch with "
                 f"logits=True"
             )
@@ -242,9 +269,13 @@ class Watcher:
             figures = saturation.output_layer(z, dz, y)
         else:
             figures = saturation.hidden_layer(z, dz, pull)
+        name = "" if self._name is None else f"/{self._name}"
         for what, value in figures._asdict().items():
             if math.isfinite(value):
-                self._writer.add_scalar(f"{what}/layer{layer.number}", value, layer.step)
+                self._writer.add_scalar(f"{what}{name}/layer{layer.number}", value, layer.step)
+
+
+_WATCHERS: "weakref.WeakSet[Watcher]" = weakref.WeakSet()
 
 
 def _unwatching() -> Watcher:

@@ -5,20 +5,22 @@ if __name__ == "__main__":
 
 
 import argparse
+import codecs
 import gzip
 import itertools
 import math
+import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import psutil
 import scipy.sparse
 import torch
-from sklearn.datasets import load_svmlight_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -32,7 +34,8 @@ BEST = (1, 3, 5)
 # What Python, PyTorch's threads and the allocator may take besides what is counted.
 SLACK_MB = 100
 LARGEST = 2**31 - 1
-"""Features, and labels, that a file may have; scikit-learn counts in 32 bits."""
+"""The most examples, features and labels that a file may have."""
+LARGEST_VALUE = torch.finfo(torch.float32).max
 PLANTED_LABELS = 2**24
 """The most that `torch.multinomial` draws from."""
 
@@ -111,45 +114,108 @@ def planted(
 
 
 def read(path: Path) -> tuple[Examples, int, int]:
-    """A file in the XMC repository's sparse text format; also its features' and labels' number.
+    """Read a file in the XMC repository's sparse text format.
 
-    The first line says how many examples, features and labels there are; each other line is one
-    example: its labels, separated by commas, a blank, and feature:value pairs.
+    The first line holds the numbers of examples, features and labels. Each other line is one
+    example: its labels, separated by commas, a blank, and feature:value pairs in any order. An
+    example may lack labels, features, or both.
+
+    Returns:
+        The examples, the number of features, and the number of labels.
 
     Raises:
-        ValueError: the file cannot be read, or is no such file.
+        ValueError: the file cannot be read or a line is not in this format.
     """
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            header = lines.readline().split()
-            try:
-                n, features, labels = map(int, header)
-                if not 0 < min(features, labels) <= max(features, labels) <= LARGEST:
-                    raise ValueError
-            except ValueError:
-                begins = b" ".join(header)[:60].decode(errors="replace")
-                raise ValueError(
-                    f"{path}: expected a first line of three whole numbers, examples, features and "
-                    f"labels, the latter from 1 to {LARGEST:,}, got {begins!r}"
-                ) from None
-            try:
-                matrix, lists = load_svmlight_file(
-                    lines, n_features=features, multilabel=True, zero_based=True
-                )
-            except (ValueError, OverflowError) as error:
-                raise ValueError(f"{path}: expected labels feature:value …, but {error}") from error
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as lines:
+            return _parse(lines)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}") from error
-    if len(lists) != n or n == 0:
-        raise ValueError(f"{path}: expected {n:,} examples, got {len(lists):,}")
-    if any(label % 1 or not 0 <= label < labels for each in lists for label in each):
-        raise ValueError(f"{path}: expected whole label numbers from 0 to {labels - 1:,}")
-    try:
-        positives = Positives.from_lists([[int(label) for label in each] for each in lists])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Examples(scipy.sparse.csr_array(matrix), positives), features, labels
+    except _BadLine as error:
+        number, sentence = error.args
+        raise ValueError(f"{path}, line {number:,}: {sentence}") from error
+
+
+class _BadLine(Exception):
+    """The number of a line, from 1, and what is wrong with it."""
+
+
+# At most 18 digits, which fit into 64 bits.
+_WHOLE = re.compile(rb"\d{1,18}")
+_PAIR = re.compile(rb"\d{1,18}:[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def _parse(lines: Iterable[bytes]) -> tuple[Examples, int, int]:
+    numbered = enumerate(lines, start=1)
+    n, features, labels = _sizes(next(numbered, (1, b""))[1])
+    starts, columns, values = array("q", [0]), array("q"), array("f")
+    examples, positives = array("q"), array("q")
+    number = 1
+    for number, line in numbered:
+        if number > n + 1:
+            if line.strip():
+                raise _BadLine(number, f"expected the file to end after {n:,} examples")
+            continue
+        its_labels, its_features, its_values = _example(number, line, features, labels)
+        columns.extend(its_features)
+        values.extend(its_values)
+        starts.append(len(columns))
+        examples.extend([number - 2] * len(its_labels))
+        positives.extend(its_labels)
+    read = len(starts) - 1
+    if read < n:
+        raise _BadLine(number, f"expected {n:,} examples, but the file ends after {read:,}")
+    matrix = scipy.sparse.csr_array((values, columns, starts), shape=(n, features))
+    matrix.sort_indices()
+    rows, col = (torch.tensor(numbers, dtype=torch.int64) for numbers in (examples, positives))
+    return Examples(matrix, Positives.from_coo(rows, col, n)), features, labels
+
+
+def _sizes(header: bytes) -> list[int]:
+    """The numbers of examples, features and labels, from the first line."""
+    words = header.removeprefix(codecs.BOM_UTF8).split()
+    sizes = [int(word) for word in words if _WHOLE.fullmatch(word)]
+    if not len(sizes) == len(words) == 3 or not 0 < min(sizes) <= max(sizes) <= LARGEST:
+        raise _BadLine(
+            1,
+            f"expected three whole numbers from 1 to {LARGEST:,}, the numbers of examples, "
+            f"features and labels, got {_shown(b' '.join(words))}",
+        )
+    return sizes
+
+
+def _example(
+    number: int, line: bytes, features: int, labels: int
+) -> tuple[list[int], list[int], list[float]]:
+    """The labels, features and values of one line, checked."""
+    tokens = line.split()
+    first = tokens.pop(0).split(b",") if tokens and b":" not in tokens[0] else []
+    for expected, pattern, found in (
+        ("whole label numbers", _WHOLE, first),
+        ("feature:value", _PAIR, tokens),
+    ):
+        for wrong in itertools.filterfalse(pattern.fullmatch, found):
+            raise _BadLine(number, f"expected {expected}, got {_shown(wrong)}")
+    pairs = b" ".join(tokens).replace(b":", b" ").split()
+    its_labels, its_features = list(map(int, first)), list(map(int, pairs[::2]))
+    for kind, its, size in (("label", its_labels, labels), ("feature", its_features, features)):
+        if its and max(its) >= size:
+            raise _BadLine(
+                number, f"expected {kind} numbers from 0 to {size - 1:,}, got {max(its):,}"
+            )
+        if len(set(its)) < len(its):
+            twice = next(i for i in its if its.count(i) > 1)
+            raise _BadLine(number, f"expected each {kind} once, got {kind} {twice:,} twice")
+    its_values = list(map(float, pairs[1::2]))
+    largest = max(its_values, key=abs, default=0.0)
+    if abs(largest) > LARGEST_VALUE:
+        raise _BadLine(number, f"expected values within float32's range, got {largest:g}")
+    return its_labels, its_features, its_values
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:60].decode(errors="replace"))
 
 
 # ------------------------------------------------------------------------------------- figures
@@ -277,16 +343,24 @@ def load(
                 f"{options.test_file}: expected {inputs:,} features and {num_labels:,} labels like "
                 f"--data-file, got {sizes[0]:,} and {sizes[1]:,}"
             )
-        return examples, test, inputs, num_labels
-    n = len(examples.positives)
-    if n < 2:
-        raise ValueError(f"{options.data_file}: expected two examples at least, one for the test")
-    order = torch.randperm(n, generator=generator)
-    matrix = cast(scipy.sparse.csr_array, examples.features)
-    test, train = (
-        Examples(matrix[chosen.numpy()], examples.positives[chosen])
-        for chosen in order.tensor_split([max(n // 10, 1)])
-    )
+        train = examples
+    else:
+        n = len(examples.positives)
+        if n < 2:
+            raise ValueError(
+                f"{options.data_file}: expected two examples at least, one for the test"
+            )
+        order = torch.randperm(n, generator=generator)
+        matrix = cast(scipy.sparse.csr_array, examples.features)
+        test, train = (
+            Examples(matrix[chosen.numpy()], examples.positives[chosen])
+            for chosen in order.tensor_split([max(n // 10, 1)])
+        )
+    if not len(test.positives.col):
+        source = options.test_file or f"the tenth of {options.data_file} that --seed draws"
+        raise ValueError(
+            f"expected a test set with labels, got none in {source}: choose a different one"
+        )
     return train, test, inputs, num_labels
 
 
@@ -339,9 +413,9 @@ def learn(
                     total += C.item() * len(positives)
                     writer.add_scalar("loss/step", C.item(), (epoch - 1) * steps + step)
                     bar.update()
-                if not math.isfinite(total):
-                    raise command_line.Failed(f"the loss is no number in epoch {epoch}")
+                check_loss(total, "training", epoch)
                 found = evaluate(model, test, num_labels, options.batch_size)
+                check_loss(found["loss"], "test", epoch)
                 with command_line.undisturbed():
                     rows.append(
                         {
@@ -384,6 +458,15 @@ def learn(
     if stopped is not None:
         print(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.", file=sys.stderr)
         raise stopped
+
+
+def check_loss(loss: float, examples: str, epoch: int) -> None:
+    """Raise Failed unless it is finite."""
+    if not math.isfinite(loss):
+        raise command_line.Failed(
+            f"the loss of the {examples} examples is {loss} in epoch {epoch}: lower --lr, or scale "
+            f"the features"
+        )
 
 
 def warm_up() -> None:

@@ -509,3 +509,37 @@ def test_a_directory_goes_until_something_is_finished(error, tmp_path):
             raise error
         assert (tmp_path / "new" / "run" / "half").exists() == finished
         assert (tmp_path / "new").exists() == finished
+
+
+def test_files_that_systems_leave_do_not_fill_a_folder(tmp_path):
+    (tmp_path / ".DS_Store").write_text("mine")
+    (tmp_path / "lost+found").mkdir()
+    with (
+        pytest.raises(ZeroDivisionError),
+        command_line.run_directory(tmp_path, "run") as run_dir,
+    ):
+        (run_dir / "half").write_text("")
+        raise ZeroDivisionError
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "lost+found"]
+    assert (tmp_path / ".DS_Store").read_text() == "mine"
+
+
+@posix
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("Grüße".encode(), "locale's encoding (ascii) cannot represent: set PYTHONUTF8=1"),
+        (b"Gr\xfc\xdfe", "expected a run directory whose name is UTF-8"),
+    ],
+)
+def test_a_name_under_an_ascii_locale(name, sentence, tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    path = os.fsencode(tmp_path) + b"/" + name
+    done = subprocess.run(
+        [*command("slowdown"), "--run-dir", path],
+        env={**os.environ, **ascii_only},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 import gzip
+import hashlib
 import http.server
 import os
+import pathlib
 import shutil
 import sys
 import threading
@@ -171,6 +173,37 @@ def test_damaged_files_are_named(fake_mnist, damage):
     message = str(error.value)
     assert "\n" not in message
     assert str(fake_mnist / "MNIST" / "raw") in message
+
+
+def test_files_of_another_set_are_refused(mnist, tmp_path):
+    """Right in size, and labels from 0 to 9: only their sums tell."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in pathlib.Path(os.environ["NNCE_DATA"], "MNIST", "raw").iterdir():
+        (raw / file.name).symlink_to(file.resolve())
+    with pytest.raises(
+        DataError, match=r"not fashion-mnist's: train-images-idx3-ubyte is of mnist"
+    ):
+        data.load("fashion-mnist", data_dir=tmp_path)
+
+
+def test_packed_files_are_checked_where_they_are(fake_mnist, monkeypatch):
+    raw = fake_mnist / "MNIST" / "raw"
+    packed = raw / "t10k-labels-idx1-ubyte.gz"
+    packed.write_bytes(gzip.compress((raw / packed.stem).read_bytes()))
+    with pytest.raises(DataError, match=r"t10k-labels\S+gz does not have the MD5 sum that torchv"):
+        data.load("mnist", data_dir=fake_mnist)
+    right = hashlib.md5(packed.read_bytes()).hexdigest()
+    resources = [
+        (name, right if name == packed.name else md5) for name, md5 in datasets.MNIST.resources
+    ]
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    assert len(data.load("mnist", data_dir=fake_mnist).test.x) == 10_000
+    content = bytearray((raw / packed.stem).read_bytes())
+    content[-1] = 7
+    (raw / packed.stem).write_bytes(content)
+    with pytest.raises(DataError, match=r"t10k-labels\S+ubyte is not what t10k-labels\S+gz holds"):
+        data.load("mnist", data_dir=fake_mnist)
 
 
 def test_download_is_asked_for(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg, retrieval_precision
 
 from nnce import Positives
+from nnce.experiments import command_line
 
 SMALL = ("--labels", "300", "--examples", "400", "--features", "16", "--epochs", "3")
 FILE = b"""6 5 4
@@ -99,9 +100,39 @@ def test_a_file(labels, tmp_path, zipped):
     assert examples.positives.to_dense(4).tolist() == expected
     for more in ((), ("--test-file", str(path))):
         run = tmp_path / f"run{len(more)}"
-        options = ("--features", "3", "--batch-size", "2", "--epochs", "2", "--run-dir", str(run))
-        assert labels.main(["--data-file", str(path), *more, *options]) == 0
+        # With seed 0 the test set would be the one example that has no label.
+        options = ("--features", "3", "--batch-size", "2", "--epochs", "2", "--seed", "1")
+        assert labels.main(["--data-file", str(path), *more, *options, "--run-dir", str(run)]) == 0
         assert len(results(run)["rows"]) == 3
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.gz", "DATA.GZ"])
+def test_a_file_as_other_programs_write_it(labels, tmp_path, name):
+    """A byte-order mark, blank lines for empty examples and at the end, numbers in any order."""
+    content = b"\xef\xbb\xbf4 5 4\r\n2,0 3:0.5 0:1\r\n\r\n1\r\n4:1.5e-3\t1:-.5\r\n\n \n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    examples, *sizes = labels.read(path)
+    assert sizes == [5, 4]
+    expected = np.zeros((4, 5), dtype=np.float32)
+    expected[0, [0, 3]], expected[3, [1, 4]] = (1, 0.5), (-0.5, 1.5e-3)
+    assert (examples.features.toarray() == expected).all()
+    assert examples.positives.to_dense(4).tolist() == [
+        *([1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0])
+    ]
+    rows = examples.features
+    assert all(
+        (np.diff(rows.indices[rows.indptr[i] : rows.indptr[i + 1]]) > 0).all() for i in (0, 3)
+    )
+
+
+def test_a_test_set_whose_loss_is_not_a_number(labels, tmp_path):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("2 2 2\n0 0:1\n1 1:1\n")
+    test.write_text("1 2 2\n0 0:3e38 1:3e38\n")
+    options = ("--features", "64", "--epochs", "1", "--run-dir", str(tmp_path / "run"))
+    with pytest.raises(command_line.Failed, match=r"loss of the test examples is (nan|inf) in"):
+        labels.main(["--data-file", str(train), "--test-file", str(test), *options])
 
 
 def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
@@ -117,25 +148,54 @@ def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "labels, the latter from 1 to 2,147,483,647, got ''"),
-        (b"6 5\n", "first line of three whole numbers"),
-        (b"2 5 4\n0 1:1\n", "expected 2 examples, got 1"),
-        (b"1 5 4\n9 1:1\n", "whole label numbers from 0 to 3"),
-        (b"1 5 4\n0.5 1:1\n", "whole label numbers from 0 to 3"),
-        (b"1 5 4\n0,0 1:1\n", "label 0 twice in example 0"),
-        (b"1 5 4\n0 7:1\n", "n_features was set to 5"),
-        (b"1 5 4\nx 1:1\n", "could not convert string to float"),
+        (b"", "line 1: expected three whole numbers from 1 to 2,147,483,647, the numbers of "),
+        (b"6 5\n", "line 1: expected three whole numbers"),
+        (b"6 5 4 3\n", "line 1: expected three whole numbers"),
+        (b"0 5 4\n", "line 1: expected three whole numbers"),
+        (b"1_0 5 4\n", "line 1: expected three whole numbers"),
+        (b"2 5 99999999999999999999\n0 0:1\n1 1:1\n", "line 1: expected three whole numbers"),
+        (b"2 -5 4\n0 0:1\n1 1:1\n", "line 1: expected three whole numbers"),
+        (b"2 5 4\n0 1:1\n", "line 2: expected 2 examples, but the file ends after 1"),
+        (b"2 5 4\n0 1:1\n\n0 2:1\n", "line 4: expected the file to end after 2 examples"),
+        (b"1 5 4\n9 1:1\n", "line 2: expected label numbers from 0 to 3, got 9"),
+        (b"2 5 4\n\n0.5 1:1\n", "line 3: expected whole label numbers, got '0.5'"),
+        (b"1 5 4\n1e0 1:1\n", "line 2: expected whole label numbers, got '1e0'"),
+        (b"1 5 20\n1_0 1:1\n", "line 2: expected whole label numbers, got '1_0'"),
+        (b"1 5 4\n-1 1:1\n", "line 2: expected whole label numbers, got '-1'"),
+        (b"1 5 4\n0, 1:1\n", "line 2: expected whole label numbers, got ''"),
+        (b"1 5 4\nx 1:1\n", "line 2: expected whole label numbers, got 'x'"),
+        (b"2 5 4\ninf 1:1\n1 1:1\n", "line 2: expected whole label numbers, got 'inf'"),
+        (b"1 5 4\n0,1,0 1:1\n", "line 2: expected each label once, got label 0 twice"),
+        (b"2 5 4\n1 0:1\n0 7:1\n", "line 3: expected feature numbers from 0 to 4, got 7"),
+        (b"1 5 4\n0 3:1 1:1 3:2\n", "line 2: expected each feature once, got feature 3 twice"),
+        (b"1 5 4\n0 4294967296:1\n", "line 2: expected feature numbers from 0 to 4, got 4,294"),
+        (b"1 5 4\n0 " + b"9" * 5_000 + b":1\n", "line 2: expected feature:value, got '99999"),
+        (b"1 5 4\n0 -1:1\n", "line 2: expected feature:value, got '-1:1'"),
+        (b"1 5 4\n0 1:nan\n", "line 2: expected feature:value, got '1:nan'"),
+        (b"1 5 4\n0 1:inf\n", "line 2: expected feature:value, got '1:inf'"),
+        (b"1 5 4\n0 1:1_0\n", "line 2: expected feature:value, got '1:1_0'"),
+        (b"1 5 4\n0 1:0x1\n", "line 2: expected feature:value, got '1:0x1'"),
+        (b"1 5 4\n0 1:1e400\n", "line 2: expected values within float32's range, got inf"),
+        (b"1 5 4\n0 1:-1e39\n", "line 2: expected values within float32's range, got -1e+39"),
+        (b"1 5 4\n0 qid:7 1:1\n", "line 2: expected feature:value, got 'qid:7'"),
+        (b"1 5 4\n0 1:1 # a note\n", "line 2: expected feature:value, got '#'"),
+        (b"1 5 4\n0 1 2:1\n", "line 2: expected feature:value, got '1'"),
         (b"1 5 4\n0 1:1\n", "expected two examples at least"),
-        (b"2 5 4\ninf 1:1\n1 1:1\n", "whole label numbers from 0 to 3"),
-        (b"2 5 4\n0 4294967296:1\n1 1:1\n", "value too large"),
-        (b"2 5 99999999999999999999\n0 0:1\n1 1:1\n", "labels, the latter from 1 to 2,147,483,647"),
-        (b"2 -5 4\n0 0:1\n1 1:1\n", "labels, the latter from 1 to 2,147,483,647"),
+        (b"9 5 4\n" + b"0:1\n" * 9, "expected a test set with labels, got none in the tenth of "),
     ],
 )
 def test_a_bad_file_is_one_sentence(labels, refused, tmp_path, content, sentence):
     path = tmp_path / "data.txt"
     path.write_bytes(content)
     assert sentence in refused(labels.main, "--data-file", str(path))
+
+
+def test_a_test_file_without_labels_is_one_sentence(labels, refused, tmp_path):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_bytes(FILE)
+    test.write_text("2 5 4\n0:1\n\n")
+    line = refused(labels.main, "--data-file", str(train), "--test-file", str(test))
+    assert f"expected a test set with labels, got none in {test}" in line
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,7 @@ def test_watch_refuses_a_model_without_sigmoids(examples, logged):
         (("model", "writer", {"every": 0}), ValueError, "at least 1, got 0"),
         (("model", "writer", {"every": 2.5}), ValueError, "whole number of at least 1, got 2.5"),
         ((lambda x: x, "writer", {}), TypeError, "torch.nn.Module to watch, got function"),
+        (("model", "writer", {"name": 3}), TypeError, "name to be a string or None, got int"),
         (("model", "runs/mine", {}), TypeError, "expected a writer with add_scalar, got str"),
     ],
 )
@@ -757,6 +758,61 @@ def test_two_watches_of_one_model_see_the_same(examples):
     assert_clean(model)
     expected, _ = curves(ordinary, x, lambda a: half_squares(a, y))
     assert recorders[0].curves == recorders[1].curves == expected
+
+
+def test_two_models_on_one_writer_have_names(examples, logged):
+    x, y = examples
+    writer, read = logged
+    models = {"student": Model(ordinary), "teacher": Model(in_place)}
+    for scale, model in enumerate(models.values(), start=1):
+        for p in model.parameters():
+            p.data.mul_(scale)
+    expected = []
+    for model in models.values():
+        alone, recorder = copy.deepcopy(model), Recorder()
+        with watch(alone, recorder, every=1):
+            step(alone, half_squares, x, y)
+        expected.append(recorder.curves)
+    assert expected[0] != expected[1]
+    with contextlib.ExitStack() as stack:
+        for name, model in models.items():
+            stack.enter_context(watch(model, writer, every=1, name=name))
+        for model in models.values():
+            step(model, half_squares, x, y)
+    found = read()
+    assert len(found) == 2 * len(expected[0])
+    for name, curves_of_model in zip(models, expected, strict=True):
+        for tag, ((at, value),) in curves_of_model.items():
+            figure, layer = tag.split("/")
+            assert found[f"{figure}/{name}/{layer}"] == [(at, pytest.approx(value, rel=1e-6))]
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_a_second_model_under_the_same_name_is_refused(name):
+    recorder = Recorder()
+    held = watch(Model(ordinary), recorder, name=name)
+    assert held.step == 0  # its model is gone
+    model = Model(ordinary)
+    with watch(model, recorder, name=name):
+        with pytest.raises(ValueError, match=f"a name of its own .* with name={name!r}"):
+            watch(Model(ordinary), recorder, name=name)
+        with watch(Model(ordinary), recorder, name="another"), watch(model, Recorder(), name=name):
+            pass
+    watch(Model(ordinary), recorder, name=name).remove()
+
+
+def test_two_backward_passes_through_one_forward_pass_log_two_points(examples):
+    """As the docstring says: each is the figure of its own gradient."""
+    x, y = examples
+    once, _ = curves(ordinary, x, lambda a: half_squares(a, y))
+    model, recorder = Model(ordinary), Recorder()
+    with watch(model, recorder, every=1) as watcher:
+        C = half_squares(model(x), y)
+        C.backward(retain_graph=True)
+        (3 * C).backward()
+    assert watcher.step == 1
+    ((_, first),) = once["dz_norm/layer1"]
+    assert recorder.curves["dz_norm/layer1"] == [(0, first), (0, pytest.approx(3 * first))]
 
 
 def test_a_sigmoid_module_alone_can_be_watched(examples):

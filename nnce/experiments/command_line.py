@@ -27,6 +27,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 # Lies in a run's directory for as long as nothing there is worth keeping.
 _NOTHING_YET = ".nothing-finished-yet"
+# Put into folders by file managers and file systems; a folder with nothing else is empty.
+_NOT_OURS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini", "lost+found")
 # PyTorch counts in 64 bits, and multiplies what it is given.
 _LARGEST = 10**15
 
@@ -528,17 +530,12 @@ def run_directory(
     path = chosen or _new_directory(Path("runs"), f"{name}-{date_and_time()}")
     if path.exists() and not path.is_dir():
         raise ValueError(f"the run directory {path} is a file; choose a folder")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the run directory {path}: its name is no UTF-8, which TensorBoard needs"
-        ) from error
+    _check_name(path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     mark = path / _NOTHING_YET
     with contextlib.ExitStack() as stack:
         try:
-            if not resumed and path.is_dir() and any(path.iterdir()):
+            if not resumed and path.is_dir() and _content(path):
                 raise ValueError(f"the run directory {path} is already used; choose a new one")
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_for_this_process(path))
@@ -566,6 +563,28 @@ def run_directory(
                     folder.rmdir()
 
 
+def _check_name(path: Path) -> None:
+    """Raise ValueError unless TensorBoard can write to a folder of this name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        try:
+            os.fsencode(path).decode()
+        except UnicodeError:
+            raise ValueError(
+                f"expected a run directory whose name is UTF-8, which TensorBoard needs, got {path}"
+            ) from error
+        raise ValueError(
+            f"the run directory {path} has a name that this locale's encoding "
+            f"({sys.getfilesystemencoding()}) cannot represent: set PYTHONUTF8=1 and run again"
+        ) from error
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder, but for the files that systems put into every folder."""
+    return [path for path in folder.iterdir() if path.name not in _NOT_OURS]
+
+
 @contextlib.contextmanager
 def _for_this_process(path: Path) -> Iterator[None]:
     """The folder is this process's as long as it lives, where the system knows such locks."""
@@ -589,7 +608,7 @@ def _for_this_process(path: Path) -> Iterator[None]:
 
 def clear(run_dir: Path) -> None:
     """Take away what a run has left."""
-    for leftover in run_dir.iterdir():
+    for leftover in _content(run_dir):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
