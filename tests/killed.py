@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -225,9 +224,7 @@ def main(name, folder, kills, seed, *options):
         run_dir = folder / f"chain-{chains}"
         chains += 1
         while True:
-            if run_dir.exists() and not any(run_dir.glob("checkpoint-*")):
-                shutil.rmtree(run_dir)  # it had not begun
-            begun = run_dir.exists()
+            begun = any(run_dir.glob("checkpoint-*"))  # or the same command begins again
             arguments = (
                 ["--resume", str(run_dir)] if begun else [*options, "--run-dir", str(run_dir)]
             )
