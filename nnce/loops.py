@@ -579,7 +579,7 @@ def _subnormals_are_0() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block.
+    """Ctrl-C, SIGTERM and SIGHUP wait for the end of the block.
 
     Raised inside a compiler's callback they would be lost, and while parameters are written these
     would be of two different steps.
@@ -588,7 +588,8 @@ def _interrupts_wait() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = [
         signal.signal(number, lambda number, frame: came.append(number)) for number in numbers
     ]

@@ -154,6 +154,15 @@ def processes_here() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
 
 
+def restarts_left() -> int:
+    """How many times `torchrun` would still restart the job."""
+    most, done = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+        for name in ("MAX_RESTARTS", "RESTART_COUNT")
+    )
+    return max(0, most - done)
+
+
 def processors() -> int:
     """How many of the machine's there are for each of them."""
     return max(1, (os.cpu_count() or 1) // processes_here())

@@ -71,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"compare-{options.data}-{dashed(sizes)}-{options.init}-seeds{options.seeds}"
     with command_line.undisturbed(), contextlib.ExitStack() as stack:
         stack.callback(parallel.leave)
+        path = stack.enter_context(
+            options_parser.run_directory(
+                run_dir or options.run_dir, name, resumed=found is not None, world=world
+            )
+        )
         if world.rank:
             training.run(None, command)
             return 0
-        path = stack.enter_context(
-            options_parser.run_directory(
-                run_dir or options.run_dir, name, resumed=found is not None
-            )
-        )
         introduce(options, dataset, training)
         run(training, path, command if found is None else found["command"])
     return 0
@@ -143,7 +143,7 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
     if isinstance(stopped, KeyboardInterrupt):
         kept = "what was finished is in the table; " if log.finished >= 1 else ""
         print(f"Interrupted; {kept}to go on:", file=sys.stderr)
-        print(resuming.command_to_resume(run_dir, training.world), file=sys.stderr)
+        print(command_line.command_to_resume(run_dir), file=sys.stderr)
     if stopped is not None:
         raise stopped
 
@@ -238,7 +238,6 @@ class Training:
                     if log:
                         going = [run for run in self.controls.runs if not run.stopped]
                         log.epoch(going, self.dataset)
-                        log.controls_finished = epoch
                     self.saver.after(epoch, epochs)
                     bar.update((epoch + 1) * len(self.controls.runs) - bar.n)
 

@@ -212,7 +212,8 @@ def run(work: Work, run_dir: Path, command: str) -> None:
                 work.attempt = work.begin(row)
             attempt = work.attempt
             config = {"row": row.name, **vars(settings), "data": options.data}
-            with Monitor(run_dir / row.name, config, attempt.next_epoch) as monitor:
+            so_far = [attempt.records(epoch) for epoch in range(attempt.next_epoch)]
+            with Monitor(run_dir / row.name, config, so_far) as monitor:
                 train(attempt, settings, monitor, saver)
                 split = None if work.table.validation_only else work.dataset.test
                 work.outcomes[row.name] = attempt.finish(split)
@@ -229,7 +230,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
         saver.save()
         command_line.keep(run_dir)
         print("Interrupted; to go on:", file=sys.stderr)
-        print(resuming.command_to_resume(run_dir, ALONE), file=sys.stderr)
+        print(command_line.command_to_resume(run_dir), file=sys.stderr)
         raise
     write(work, run_dir, command)  # once more: a run may have been killed before the last time
     print(f"\n{page(work, command)}\n")
@@ -246,8 +247,7 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
     ) as bar:
         bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
-            new = [run.last for run in attempt.runs if run.last.epoch == epoch]
-            if new:
+            if new := attempt.records(epoch):
                 monitor.log(*new)
             saver.after(epoch, settings.epochs)
             bar.update(epoch + 1 - bar.n)

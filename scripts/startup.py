@@ -12,6 +12,9 @@ for number in range(3):
         os.open(os.devnull, os.O_RDONLY)
 
 # Until `command_line.run_script` takes over there is nothing to keep and nothing to say.
-for number in (signal.SIGINT, signal.SIGTERM):
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    if not hasattr(signal, name):  # SIGHUP on Windows
+        continue
+    number = getattr(signal, name)
     if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
         signal.signal(number, lambda number, _: os._exit(128 + number))

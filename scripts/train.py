@@ -82,18 +82,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command_line.announce_compilation(options, state.network.sizes, settings.engine)
             so_far = go_on(state, found) if found else SoFar([])
         config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
-        with command_line.undisturbed():
-            if world.rank:
-                follow(state, settings, dataset, options.checkpoint_every)
-                return 0
-            with options_parser.run_directory(
+        with (
+            command_line.undisturbed(),
+            options_parser.run_directory(
                 run_dir or options.run_dir,
                 run_name(options, settings),
                 dry_run=options.dry_run,
                 resumed=found is not None,
-            ) as path:
-                command_line.announce_threads(options)
-                run(state, settings, dataset, so_far, path, config)
+                world=world,
+            ) as path,
+        ):
+            if world.rank:
+                follow(state, settings, dataset, options.checkpoint_every)
+                return 0
+            command_line.announce_threads(options)
+            run(state, settings, dataset, so_far, path, config)
     except training.Diverged as error:
         parallel.after_the_first()
         print(f"{options_parser.prog}: {error}", file=sys.stderr)
@@ -194,7 +197,7 @@ def run(
         }
 
     stopped: BaseException | None = None
-    with Monitor(run_dir, config, first=len(records)) as monitor:
+    with Monitor(run_dir, config, [[record] for record in records]) as monitor:
         saver = resuming.Saver(
             run_dir, config["checkpoint_every"], content, monitor.flush, state.world
         )
@@ -262,7 +265,7 @@ def run(
     if isinstance(stopped, KeyboardInterrupt):
         last = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
         print(f"Interrupted after step {state.cursor.step:,}; {last}to go on:", file=sys.stderr)
-        print(resuming.command_to_resume(run_dir, state.world), file=sys.stderr)
+        print(command_line.command_to_resume(run_dir), file=sys.stderr)
     if stopped is not None:
         raise stopped
 

@@ -5,8 +5,8 @@ A process of its own, which imports everything once and then forks a process for
     python tests/killed.py SCRIPT FOLDER KILLS SEED OPTIONS…
 
 prints how many kills there were, at how many of them something was being written, and how often the
-run was asked to stop between (SIGINT, SIGTERM). It fails unless what comes out in the end is, bit
-for bit, what a run comes to that is left alone.
+run was asked to stop between (SIGINT, SIGTERM, SIGHUP). It fails unless what comes out in the end
+is, bit for bit, what a run comes to that is left alone.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -25,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # What differs from run to run: how long it took, and where it was.
-POLITE = (signal.SIGINT, signal.SIGTERM)
+POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A signal may also come before there is anything that listens, or when all is done.
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+STOPPED = {128 + number for number in POLITE} | {-number for number in POLITE}
 TIMES = ("minutes", "seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
 
 
@@ -225,9 +224,7 @@ def main(name, folder, kills, seed, *options):
         run_dir = folder / f"chain-{chains}"
         chains += 1
         while True:
-            if run_dir.exists() and not any(run_dir.glob("checkpoint-*")):
-                shutil.rmtree(run_dir)  # it had not begun
-            begun = run_dir.exists()
+            begun = any(run_dir.glob("checkpoint-*"))  # or the same command begins again
             arguments = (
                 ["--resume", str(run_dir)] if begun else [*options, "--run-dir", str(run_dir)]
             )

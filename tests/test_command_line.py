@@ -2,13 +2,16 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ QUICK = {
     "compare": ["--epochs", "3", "--seeds", "2", "--lrs", "1", "--control-seeds", "0"],
 }
 ENDLESS = {name: [*options, "--epochs", "100000"] for name, options in QUICK.items()}
+ACKNOWLEDGED = "stopping after this step ... (Ctrl-C again exits at once)"
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits and streams of POSIX")
 
 
@@ -80,7 +84,10 @@ def begun(name, run_dir, change=""):
 
 
 @posix
-@pytest.mark.parametrize(("name", "first"), [("train", signal.SIGINT), ("compare", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("train", signal.SIGINT), ("compare", signal.SIGTERM), ("train", signal.SIGHUP)],
+)
 def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
     """And a SIGTERM after it, as from a shell that leaves, takes nothing away."""
     run_dir = tmp_path / "run"
@@ -92,8 +99,9 @@ def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
                 process.kill()
             time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
-        first_line, how_to_go_on = process.stderr.read().splitlines()
+        at_once, first_line, how_to_go_on = process.stderr.read().splitlines()
     assert process.returncode == 128 + first and first_line.startswith("Interrupted")
+    assert at_once == ACKNOWLEDGED
     assert how_to_go_on.endswith(f"--resume {run_dir}")
     recorded = results(run_dir)
     assert recorded["interrupted"]
@@ -125,7 +133,7 @@ nnce.experiments.comparison.conclude = for_ever
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert process.stderr.read() == ""
+        assert process.stderr.read() == f"{ACKNOWLEDGED}\n"
     assert not (run_dir / "results.json").exists()
     assert nnce.checkpoint.latest_checkpoint(run_dir).damaged == []
 
@@ -156,7 +164,9 @@ def disturbed(*arguments, **more):
     done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
     assert done.returncode == 130
     assert ("Interrupted after step 0; epochs 0 to 0 are kept;" in done.stderr) == interrupted
-    assert ("--resume" in done.stderr) == interrupted and done.stderr.count("\n") == 2 * interrupted
+    assert done.stderr.startswith(f"{ACKNOWLEDGED}\n")
+    assert ("--resume" in done.stderr) == interrupted
+    assert done.stderr.count("\n") == 1 + 2 * interrupted
     recorded = results(tmp_path / "run")
     assert recorded["interrupted"] == interrupted
     assert [record["epoch"] for record in recorded["epochs"]] == list(range(epochs + 1))
@@ -164,32 +174,78 @@ def disturbed(*arguments, **more):
     assert b"confusion" in next((tmp_path / "run").glob("events*.closing")).read_bytes()
 
 
-def test_a_signal_waits_for_the_end_of_an_undisturbed_block():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    signals = command_line._Signals()
-    try:
-        signals.listen()
-        done = []
-        with pytest.raises(KeyboardInterrupt), signals.undisturbed():
-            signal.raise_signal(signal.SIGTERM)
-            with signals.undisturbed():
-                pass  # within another one, which has not ended
-            done.append(1)
-        signal.raise_signal(signal.SIGTERM)  # finds a script that is closing
-        assert signals.came == signal.SIGTERM
-        again = command_line._Signals()
-        again.listen()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert done == [1]
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+def scripted(main, before=""):
+    """A script whose main() has these lines, in a process of its own."""
+    lines = "\n    ".join(main.strip().splitlines())
+    code = "import hashlib, os, signal, sys, time\nfrom nnce.experiments import command_line\n"
+    code += f"def main():\n    {lines}\n    return 0\n{before}\ncommand_line.run_script(main)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_the_end_of_an_undisturbed_block(number):
+    process = scripted(f"""
+try:
+    with command_line.undisturbed():
+        signal.raise_signal({int(number)})
+        with command_line.undisturbed():
+            pass  # within another one, which has not ended
+        print("undisturbed")
+    print("not reached")
+finally:
+    signal.raise_signal(signal.SIGTERM)  # of a script that is closing
+    print("closed")
+""")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, "undisturbed\nclosed\n")
+    assert err == f"{ACKNOWLEDGED}\n"
+
+
+@posix
+@pytest.mark.parametrize("held", [True, False])
+def test_a_signal_is_acknowledged_while_the_main_thread_is_in_compiled_code(held):
+    """As Numba's compiler is for seconds, where no handler of Python's can run."""
+    where = "command_line.undisturbed()" if held else "open(os.devnull)"
+    process = scripted(f"""
+with {where}:
+    print("at it")
+    hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)  # minutes, with the GIL released
+""")
+    with process:
+        try:
+            assert process.stdout.readline() == "at it\n"
+            process.send_signal(signal.SIGINT)
+            expected = ACKNOWLEDGED if held else "stopping ... (Ctrl-C again exits at once)"
+            assert process.stderr.readline() == f"{expected}\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
+
+
+@posix
+def test_signals_that_are_ignored_stay_ignored():
+    """As under nohup, also where a block of nnce's has a handler of its own for a moment."""
+    process = scripted(
+        """
+from nnce import loops
+for _ in range(2):
+    with loops._interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+time.sleep(0.1)
+print("still here")
+""",
+        before="signal.signal(signal.SIGINT, signal.SIG_IGN)",
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "still here\n", "")
 
 
 @posix
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_during_the_imports_it_is_quiet(name, number, tmp_path):
     for module in ("torch", "numpy"):  # whichever is first
         (tmp_path / f"{module}.py").write_text(
@@ -487,11 +543,113 @@ def test_no_whole_number_is_said_as_before(script, refused):
 def test_two_runs_cannot_take_the_same_directory(tmp_path):
     with (
         command_line.run_directory(tmp_path / "run", "run") as run_dir,
-        pytest.raises(ValueError, match="already used"),
+        pytest.raises(ValueError, match="in use by another process"),
         command_line.run_directory(run_dir, "run"),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    """Also where both find a name free before either has taken it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_line, "date_and_time", lambda: "now")
+    whole, other = Path.mkdir, []
+
+    def late(path, *arguments, **more):
+        if path.name == "run-now" and not other:
+            other.append(path)
+            whole(path, parents=True)  # the other run is first
+        return whole(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with (
+        command_line.run_directory(None, "run") as first,
+        command_line.run_directory(None, "run") as second,
+    ):
+        assert (str(first), str(second)) == ("runs/run-now-2", "runs/run-now-3")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run-now"]
+
+
+def test_a_stopped_run_leaves_the_folder_that_another_one_has_begun_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        command_line.run_directory(None, "run") as run_dir,
+    ):
+        (tmp_path / "runs" / "another").mkdir()
+        raise KeyboardInterrupt
+    assert not run_dir.exists() and (tmp_path / "runs" / "another").exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_deleted_directory_is_not_called_kept(finished, dry_run, tmp_path):
+    with (
+        pytest.raises(command_line.Failed) as failed,
+        command_line.run_directory(tmp_path / "run", "run", dry_run=dry_run) as run_dir,
+    ):
+        if finished:
+            command_line.keep(run_dir)
+        shutil.rmtree(run_dir)
+        (run_dir / "results.json").write_text("")
+    assert str(failed.value) == f"the run directory {run_dir} was deleted during the run"
+
+
+def killed_in(path, *names):
+    """What a run leaves that is killed outright before anything is finished, and its checkpoint."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"""
+import os
+from pathlib import Path
+from nnce.experiments import command_line
+with command_line.run_directory(Path({str(path)!r}), "run") as run_dir:
+    for name in {names!r}:
+        (run_dir / name).touch()
+    os._exit(9)
+""",
+        ]
+    )
+    assert done.returncode == 9 and path.is_dir()
+
+
+def test_a_run_begins_again_where_one_was_killed_before_its_first_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    killed_in(run_dir, "events.out.tfevents.1")
+    with command_line.run_directory(run_dir, "run"):
+        assert [path.name for path in run_dir.iterdir()] == [command_line._NOTHING_YET]
+        command_line.keep(run_dir)
+    assert run_dir.is_dir()
+
+
+def test_where_no_lock_says_that_it_was_killed_there_is_advice(tmp_path, monkeypatch):
+    import fcntl
+
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    killed_in(tmp_path / "run")
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with (
+        pytest.raises(ValueError, match="killed before its first checkpoint; delete it, or choose"),
+        command_line.run_directory(tmp_path / "run", "run"),
+    ):
+        pass
+    assert (tmp_path / "run").is_dir()
+
+
+def test_where_there_is_a_checkpoint_the_advice_is_to_resume(tmp_path):
+    run_dir = tmp_path / "run"
+    killed_in(run_dir, "checkpoint-000001")
+    with (
+        pytest.raises(ValueError, match=f"already used; resume it with --resume {run_dir}, or"),
+        command_line.run_directory(run_dir, "run"),
+    ):
+        pass
+    assert (run_dir / "checkpoint-000001").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, ZeroDivisionError])

@@ -106,6 +106,7 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path
         time.sleep(0.05)
     assert job.wait(timeout=300) == 0, (tmp_path / "out").read_text()
     assert "going on after step" in (tmp_path / "out").read_text()
+    assert "--resume" not in (tmp_path / "out").read_text()
     expected, found = killed.outcome(tmp_path / "alone"), killed.outcome(run_dir)
     assert killed.differences(expected, found) == []
 
@@ -118,6 +119,8 @@ def test_a_killed_worker_takes_the_job_down(tmp_path):
     out = (tmp_path / "out").read_text()
     assert "rank      : 1" in out and "Signal 9" in out
     assert any(run_dir.glob("checkpoint-*"))
+    command = rf"torchrun --nproc-per-node 2 \S*train\.py --resume {run_dir}\n"
+    assert re.search(rf"process 0 has lost another one: .*; to go on:\n\S*{command}", out)
 
 
 @pytest.mark.parametrize(

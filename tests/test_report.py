@@ -1,9 +1,11 @@
 import json
 import math
+import subprocess
 
 import pytest
 import torch
 
+import nnce
 from nnce.experiments import report
 from nnce.experiments.estimates import Estimate
 
@@ -37,6 +39,33 @@ def test_results_say_where_they_come_from(tmp_path):
     assert content["config"] == {"x": 1} and content["extra"] == [2]
     assert content["versions"]["torch"] == torch.__version__
     assert content["device"] == "cpu" and content["threads"] == torch.get_num_threads()
+
+
+def test_the_version_is_that_of_the_source_with_its_commit(tmp_path, monkeypatch):
+    """Not of the installed metadata, nor of a repository that a virtual environment lies in."""
+    monkeypatch.setattr(nnce, "__version__", "9.9")
+    assert report.versions()["nnce"] == "9.9"
+
+    def git(*arguments):
+        names = ("user.name=nnce", "user.email=nnce", "commit.gpgsign=false")
+        options = [option for name in names for option in ("-c", name)]
+        command = ["git", "-C", str(tmp_path), *options, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    inner = tmp_path / "site-packages"
+    inner.mkdir()
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "one")
+    git("tag", "-m", "a name", "v1")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert report._commit.__wrapped__(tmp_path) == commit
+    assert report._commit.__wrapped__(inner) is None
+    (tmp_path / "file").write_text("2")
+    assert report._commit.__wrapped__(tmp_path) == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")  # without git
+    assert report._commit.__wrapped__(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nnce import checkpoint, ensemble, products, training
+import nnce
+from nnce import checkpoint, ensemble, parallel, products, training
 from nnce.data import Distortion
-from nnce.experiments import command_line
+from nnce.experiments import command_line, report, resuming
 from nnce.schedules import StepLR
 from nnce.training import Settings
 
+VERSION = nnce.__version__
 TRAIN = ["--epochs", "3", "--train-size", "300", "--momentum", "0.5", "--l2", "1"]
 COMPARE = ["--epochs", "2", "--seeds", "2", "--lrs", "1", "--train-size", "300"]
 
@@ -362,6 +364,79 @@ def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
     assert err.startswith("Resumed with torch 2.99 (was 2.") and "the bits may differ" in err
     assert train.main(["--resume", str(begun / "train")]) == 0  # said again only if it is another
     assert "Resumed with" in capsys.readouterr().err
+
+
+def test_another_commit_or_version_is_said(begun, train, capsys, monkeypatch):
+    """Those of the running code, not of what was once installed."""
+    monkeypatch.setattr(nnce, "__version__", "9.9")
+    monkeypatch.setattr(report, "_commit", lambda root: "0123456789ab")
+    assert train.main(["--resume", str(begun / "train")]) == 0
+    err = capsys.readouterr().err
+    assert f"nnce 9.9 (was {VERSION})" in err and "commit 0123456789ab (was " in err
+    recorded = checkpoint.latest_checkpoint(begun / "train").content["circumstances"]
+    assert recorded["nnce"] == "9.9" and recorded["commit"] == "0123456789ab"
+
+
+def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / command_line._NOTHING_YET).touch()
+    line = refused(train.main, "--resume", str(run_dir))
+    assert "it was killed before its first checkpoint: start it again as at first" in line
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
+    """From the records in the checkpoint; histograms are not in there."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone[name], run_dir)
+    for events in run_dir.rglob("events.out.tfevents.*"):
+        events.unlink()
+    assert script(name).main(["--resume", str(run_dir)]) == 0
+    expected, found = killed.outcome(alone[name]), killed.outcome(run_dir)
+    for outcome in (expected, found):
+        outcome["results"].pop("command", None)
+        for place in [place for place in outcome if place[0] == "curves"]:
+            curves = outcome[place]
+            outcome[place] = {key: of for key, of in curves.items() if key[0] != "histogram"}
+    assert ("scalar", "loss/validation") in found["curves", Path()] or name == "compare"
+    assert killed.differences(expected, found) == []
+
+
+def test_a_directory_that_is_deleted_during_the_run_is_not_called_kept(
+    train, tmp_path, monkeypatch, capsys
+):
+    run_dir, whole = tmp_path / "run", training.records
+
+    def deleted(*arguments, epoch, **more):
+        if epoch == 2:
+            shutil.rmtree(run_dir)
+        return whole(*arguments, epoch=epoch, **more)
+
+    monkeypatch.setattr(training, "records", deleted)
+    with pytest.raises(command_line.Failed, match=f"{run_dir} was deleted during the run"):
+        train.main([*TRAIN, "--run-dir", str(run_dir)])
+    assert "Results" not in capsys.readouterr().out and not run_dir.exists()
+
+
+def test_a_restarted_job_finds_its_own_directory(train, tmp_path, monkeypatch):
+    """Among those of other jobs of the same second; what it left unfinished is removed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "launched", lambda: True)
+    monkeypatch.setattr(command_line, "date_and_time", lambda: "now")
+    jobs = {"a-now": "none 1-1.0", "a-now-2": "none 2-2.0", "a-now-3": "none 1-1.0"}
+    for name, job in jobs.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        checkpoint.write_checkpoint(tmp_path / "runs" / name, {"job": job})
+    options = train.parser().parse_args([])
+    monkeypatch.setattr(command_line, "job", lambda: "none 2-2.0")
+    assert resuming._begun_by_this_job(options) == Path("runs/a-now-2")
+    unfinished = tmp_path / "runs" / "a-now-4"
+    unfinished.mkdir()
+    (unfinished / command_line._NOTHING_YET).write_text("none 3-3.0")
+    monkeypatch.setattr(command_line, "job", lambda: "none 3-3.0")
+    assert resuming._begun_by_this_job(options) is None
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == list(jobs)
 
 
 def test_two_processes_cannot_be_at_work_in_one_folder(begun, train, refused):

@@ -62,7 +62,7 @@ def test_the_end_of_a_run_that_went_on_is_read_after_its_curves(
     monkeypatch.setattr(event_file_writer, "_global_uid", counter)
     now = math.ceil(time.time())
     monkeypatch.setattr(time, "time", lambda: now)
-    with Monitor(tmp_path, {}, first=1) as monitor:
+    with Monitor(tmp_path, {}, [[record(0, 0.1)]]) as monitor:
         monitor.log(record(1, 0.9))
         monitor.log_images(nnce.MLP((64, 10)), digits.test, 1)
     monkeypatch.undo()

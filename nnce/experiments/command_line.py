@@ -5,7 +5,9 @@ import ast
 import contextlib
 import functools
 import io
+import itertools
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -20,6 +22,7 @@ from typing import Any, NoReturn, cast
 import torch
 
 from nnce import checkpoint, data, ensemble, loops, memory, modules, parallel
+from nnce.parallel import ALONE, World
 from nnce.schedules import SCHEDULES
 from nnce.training import Engine, Settings
 
@@ -29,6 +32,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _NOTHING_YET = ".nothing-finished-yet"
 # Put into folders by file managers and file systems; a folder with nothing else is empty.
 _NOT_OURS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini", "lost+found")
+_CHECKPOINTS = "checkpoint-*"
 # PyTorch counts in 64 bits, and multiplies what it is given.
 _LARGEST = 10**15
 
@@ -142,13 +146,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def run_directory(
-        self, chosen: Path | None, name: str, *, dry_run: bool = False, resumed: bool = False
+        self,
+        chosen: Path | None,
+        name: str,
+        *,
+        dry_run: bool = False,
+        resumed: bool = False,
+        world: World = ALONE,
     ) -> Iterator[Path]:
-        """`run_directory`, where a directory that cannot be had is a user's error."""
+        """`run_directory`, where a directory that cannot be used is a user's error."""
         with contextlib.ExitStack() as stack:
             with self.user_errors():
                 path = stack.enter_context(
-                    run_directory(chosen, name, dry_run=dry_run, resumed=resumed)
+                    run_directory(chosen, name, dry_run=dry_run, resumed=resumed, world=world)
                 )
             yield path
 
@@ -223,11 +233,11 @@ def _checked(classes: Sequence[type], text: str) -> str:
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run a script's main() and leave with its status, quietly whatever stops it.
 
-    Ctrl-C and a polite kill (SIGTERM) raise KeyboardInterrupt, so that main() can keep what it has:
-    status 130 and 143. A second Ctrl-C leaves at once. Where nobody reads the output any more, as
-    behind `| head`, the status is 141. Where the output cannot be written, as on a full disk, the
-    script goes on without; a success is status 1 then. What main() cannot help, no memory or no
-    space, is one sentence and status 1.
+    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt, so that main() can save
+    its state: status 130, 143 and 129. A second Ctrl-C exits at once. Where nobody reads the output
+    any more, as behind `| head`, the status is 141. Where the output cannot be written, as on a
+    full disk, the script continues without it; a success is status 1 then. What main() cannot help,
+    no memory or no space, is one sentence and status 1.
     """
     program = Path(sys.argv[0]).name
     out, err = _Stream(1, stops=True), _Stream(2, stops=False)
@@ -305,38 +315,69 @@ def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
 
 
 class _Signals:
-    """Ctrl-C (SIGINT) and a polite kill (SIGTERM), as a script takes them.
+    """Ctrl-C (SIGINT), SIGTERM and SIGHUP, as a script handles them.
 
-    The first one raises KeyboardInterrupt, or waits for the end of an `undisturbed` block, or until
-    `let_through`. A second Ctrl-C leaves at once; other ones find a script that is closing, and
-    change nothing.
+    The first one raises KeyboardInterrupt, at the end of an `undisturbed` block if one is running,
+    or at `let_through`. A second Ctrl-C exits at once; other signals after the first are ignored.
+
+    Python runs handlers in the main thread only, which may be inside a compiler for many seconds.
+    So a second thread, which reads the signals' numbers from a pipe, acknowledges the first one and
+    exits at the second Ctrl-C.
     """
 
     def __init__(self) -> None:
         self._held = self._waiting = False
-        self._began = 0.0
+        self._numbers: list[int] = []
         self.came: int | None = None
         """The number of the first signal."""
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._take)
+        # As nohup and a shell's & ignore them.
+        self._numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        for number in self._numbers:
+            signal.signal(number, self._take)
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+        threading.Thread(target=self._answer, args=(read,), daemon=True).start()
 
     def ignore(self) -> None:
         # Not by a handler of Python's: those go before the process does.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.came is not None:
-            # torchrun passes on a Ctrl-C that its processes have had already.
-            again = time.monotonic() - self._began > (_SAME_PRESS if parallel.launched() else 0)
-            if number == signal.SIGINT and again:
+        if self.came is None:
+            self.stop(number)
+
+    def _answer(self, pipe: int) -> None:
+        # torchrun forwards a Ctrl-C that its processes have already received.
+        again_after = _SAME_PRESS if parallel.launched() else 0.0
+        began: float | None = None
+        while numbers := os.read(pipe, 1):
+            (number,) = numbers
+            if number not in self._numbers:  # ignored, but for a handler of someone else's
+                continue
+            if began is None:
+                began = time.monotonic()
+                self._acknowledge()
+            elif number == signal.SIGINT and time.monotonic() - began > again_after:
                 os._exit(128 + number)
+
+    def _acknowledge(self) -> None:
+        def write(text: str) -> None:
+            new_line = "\n" if os.isatty(2) else ""  # after a progress bar and ^C
+            with contextlib.suppress(OSError):
+                os.write(2, f"{new_line}{text} (Ctrl-C again exits at once)\n".encode())
+
+        if not parallel.is_first():
             return
-        self._began = time.monotonic()
-        self.stop(number)
+        if self._held:
+            write("stopping after this step ...")
+        else:  # at once, unless the main thread is in compiled code
+            slow = threading.Timer(_AT_ONCE, write, ["stopping ..."])
+            slow.daemon = True
+            slow.start()
 
     def stop(self, number: int) -> None:
         self.came, self._waiting = number, self._held
@@ -362,13 +403,19 @@ class _Signals:
             self.let_through()
 
 
+# (Windows has no SIGHUP.)
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 _signals = _Signals()
-# Seconds within which a second Ctrl-C is taken for the first one, passed on.
+# Seconds within which a second Ctrl-C is taken for the first one, forwarded.
 _SAME_PRESS = 1.0
+# Seconds within which a script that may stop anywhere does so without an acknowledgement.
+_AT_ONCE = 0.5
 
 
 def undisturbed() -> contextlib.AbstractContextManager[None]:
-    """For a block that writes what belongs together: Ctrl-C and SIGTERM wait until its end.
+    """For a block that writes what belongs together: Ctrl-C and the like wait until its end.
 
     In a block within another they wait for the outer one's end.
     """
@@ -513,54 +560,111 @@ def announce_compilation(
 
 @contextlib.contextmanager
 def run_directory(
-    chosen: Path | None, name: str, *, dry_run: bool = False, resumed: bool = False
+    chosen: Path | None,
+    name: str,
+    *,
+    dry_run: bool = False,
+    resumed: bool = False,
+    world: World = ALONE,
 ) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
-    If the block is left, by whatever error, before `keep` has said that something in there is
-    finished (`report.write_results` says so, too), the directory is removed again, so that no
-    half-written run stays behind; only a process that is killed outright leaves what it had written
-    by then. Of a dry run nothing stays. A chosen one that is resumed is there, and stays.
+    If the block is left, by whatever error, before `keep` has been called (`report.write_results`
+    calls it, too), the directory is removed again, so that no half-written run is left behind; only
+    a process that is killed outright leaves what it had written by then. A later run may begin in
+    such a directory unless it has a checkpoint. Of a dry run nothing is kept. A chosen directory
+    that is resumed exists, and is kept.
+
+    Rank 0 makes the directory; the other processes only learn its path.
 
     Raises:
-        ValueError: the chosen directory holds something, cannot be made or written, has no name in
-            UTF-8, or another process is at work in it.
-        Failed: memory or space ran out in the block, after there was something to keep.
+        ValueError: the directory has been used, cannot be made or written, has a name that is not
+            UTF-8, or another process is writing to it.
+        Failed: in the block memory or space ran out or another process was lost, after there was
+            something to keep; or the directory was deleted.
     """
-    path = chosen or _new_directory(Path("runs"), f"{name}-{date_and_time()}")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"the run directory {path} is a file; choose a folder")
-    _check_name(path)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    mark = path / _NOTHING_YET
+    if world.rank:
+        path: Path = world.broadcast(None)
+        with _failing(path, lambda: path.is_dir() and any(path.glob(_CHECKPOINTS))):
+            yield path
+        return
     with contextlib.ExitStack() as stack:
         try:
-            if not resumed and path.is_dir() and _content(path):
-                raise ValueError(f"the run directory {path} is already used; choose a new one")
-            path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_for_this_process(path))
-            if resumed:
-                checkpoint.clear_unfinished(path)
-                keep(path)
-            else:
-                with mark.open("x") as file:
-                    file.write(job())
+            path, made = _directory(chosen, name)
+            _begin(path, resumed, locked=stack.enter_context(_for_this_process(path)))
         except OSError as error:
             raise ValueError(
-                f"the run directory {path} cannot be written: {error.strerror}"
+                f"the run directory {chosen or name} cannot be written: {error.strerror}"
             ) from error
+        mark = path / _NOTHING_YET
         try:
-            yield path
-        except Exception as error:
-            sentence = _beyond_us(error)
-            if sentence is None or dry_run or mark.exists():
-                raise
-            raise Failed(f"{sentence}; what was finished is kept in {path}") from error
+            with _failing(path, lambda: not dry_run and not mark.exists()):
+                world.broadcast(path)
+                yield path
         finally:
             if dry_run or mark.exists():
                 clear(path)
-                for folder in made:
-                    folder.rmdir()
+                # Another run may have begun in the same place meanwhile.
+                with contextlib.suppress(OSError):
+                    for folder in made:
+                        folder.rmdir()
+
+
+def _directory(chosen: Path | None, name: str) -> tuple[Path, list[Path]]:
+    """The directory, which exists from now on, and the folders that were made for it."""
+    if chosen is None:
+        return _new_directory(Path("runs"), f"{name}-{date_and_time()}")
+    if chosen.exists() and not chosen.is_dir():
+        raise ValueError(f"the run directory {chosen} is a file; choose a folder")
+    _check_name(chosen)
+    made = _missing(chosen)
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen, made
+
+
+def _missing(path: Path) -> list[Path]:
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def _new_directory(parent: Path, name: str) -> tuple[Path, list[Path]]:
+    """A directory that no other process has made, nor will take for its own."""
+    for number in itertools.count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        made = _missing(path)
+        with contextlib.suppress(FileExistsError):  # two runs within one second
+            path.mkdir(parents=True)
+            return path, made
+    raise AssertionError("unreachable")
+
+
+def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
+    """Mark the directory as one in which nothing is finished yet, or resume in it.
+
+    Raises:
+        ValueError: it has been used.
+    """
+    if resumed:
+        checkpoint.clear_unfinished(path)
+        keep(path)
+        return
+    if _content(path):
+        if is_without_result(path):
+            if not locked:
+                raise ValueError(
+                    f"the run directory {path} is of a run that was killed before its first "
+                    f"checkpoint; delete it, or choose a new one"
+                )
+            clear(path)
+        else:
+            advice = f"resume it with --resume {path}, or " if any(path.glob(_CHECKPOINTS)) else ""
+            raise ValueError(f"the run directory {path} is already used; {advice}choose a new one")
+    with (path / _NOTHING_YET).open("x") as file:
+        file.write(job())
+
+
+def is_without_result(path: Path) -> bool:
+    """Whether a run has begun in the directory that has neither finished anything nor saved it."""
+    return (path / _NOTHING_YET).exists() and not any(path.glob(_CHECKPOINTS))
 
 
 def _check_name(path: Path) -> None:
@@ -586,22 +690,61 @@ def _content(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _for_this_process(path: Path) -> Iterator[None]:
-    """The folder is this process's as long as it lives, where the system knows such locks."""
+def _failing(path: Path, keeps: Callable[[], bool]) -> Iterator[None]:
+    """Raise Failed for what no script can help, if there is something to keep."""
+    try:
+        yield
+    except Exception as error:
+        sentence = _beyond_us(error)
+        if sentence is None:
+            raise
+        if parallel.is_first() and not path.is_dir():
+            raise Failed(f"the run directory {path} was deleted during the run") from error
+        if not keeps():
+            raise
+        how = f"; to go on:\n{command_to_resume(path)}" if _must_be_resumed(error) else ""
+        raise Failed(f"{sentence}; what was finished is kept in {path}{how}") from error
+
+
+def _must_be_resumed(error: Exception) -> bool:
+    """Whether a job has lost a process, and torchrun will not restart it."""
+    return parallel.lost(error) and not parallel.restarts_left()
+
+
+def command_to_resume(run_dir: Path) -> str:
+    """The command that resumes a run."""
+    python = [from_here(Path(sys.executable))]
+    if parallel.launched():
+        torchrun = Path(sys.executable).with_name("torchrun")
+        python = [from_here(torchrun), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    return shlex.join([*python, from_here(Path(sys.argv[0])), "--resume", from_here(run_dir)])
+
+
+def from_here(path: Path) -> str:
+    """A path as it is typed in the working directory."""
+    with contextlib.suppress(ValueError):
+        path = path.absolute().relative_to(Path.cwd())
+    return str(path)
+
+
+@contextlib.contextmanager
+def _for_this_process(path: Path) -> Iterator[bool]:
+    """Lock the folder as long as this process lives; False where the system has no such locks."""
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     folder = os.open(path, os.O_RDONLY)
     try:
+        locked = True
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"the run directory {path} is in use by another process") from error
         except OSError:  # a file system without locks
-            pass
-        yield
+            locked = False
+        yield locked
     finally:
         os.close(folder)
 
@@ -649,17 +792,9 @@ def is_this_job(name: str) -> bool:
     return bool(job()) and (now[-1] == then[-1] or now[0] == then[0] != "none")
 
 
-def clear_what_this_job_left(run_dir: Path) -> None:
-    """Take it away if this job has begun it and there is nothing yet in there."""
+def remove_what_this_job_left(run_dir: Path) -> None:
+    """Remove a directory that this job has begun, if nothing in it is finished."""
     mark = run_dir / _NOTHING_YET
     if mark.is_file() and is_this_job(mark.read_text()):
         clear(run_dir)
-
-
-def _new_directory(parent: Path, name: str) -> Path:
-    path = parent / name
-    number = 2
-    while path.exists():  # two runs within one second
-        path = parent / f"{name}-{number}"
-        number += 1
-    return path
+        run_dir.rmdir()

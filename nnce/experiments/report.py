@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import importlib.metadata
 import io
 import json
@@ -11,6 +12,7 @@ import platform
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +22,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+import nnce
 from nnce import checkpoint, data
-from nnce.experiments.command_line import keep
+from nnce.experiments.command_line import from_here, keep
 from nnce.experiments.comparison import (
     CONTROL,
     MEASURES,
@@ -106,12 +109,31 @@ def write_results(
 
 
 def versions() -> dict[str, str]:
-    """The versions that results depend on, by package."""
+    """The versions that results depend on, by package, and the git commit of nnce's source."""
     by_package = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("nnce", "torchvision", "numpy", "scikit-learn"):
+    # Not the installed metadata, which a `git pull` under `pip install -e` leaves as they are.
+    by_package["nnce"] = nnce.__version__
+    if commit := _commit(Path(nnce.__file__).parents[1]):
+        by_package["commit"] = commit
+    for package in ("torchvision", "numpy", "scikit-learn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             by_package[package] = importlib.metadata.version(package)
     return by_package
+
+
+@functools.cache
+def _commit(root: Path) -> str | None:
+    """The git commit of a checkout, with "-dirty" where files differ from it; None if it is not."""
+    if not (root / ".git").exists():
+        return None
+    describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *describe], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or hangs
+        return None
+    return done.stdout.strip() or None
 
 
 def device_name(device: torch.device) -> str:
@@ -158,13 +180,6 @@ def tensorboard_command(run_dir: Path) -> str:
     return shlex.join(
         [from_here(tensorboard), "--logdir", from_here(run_dir if here else run_dir.parent)]
     )
-
-
-def from_here(path: Path) -> str:
-    """A path as it is typed in the working directory."""
-    with contextlib.suppress(ValueError):
-        path = path.absolute().relative_to(Path.cwd())
-    return str(path)
 
 
 # ---------------------------------------------------------------------------------- one network
@@ -392,21 +407,17 @@ def page(findings: Findings, dtype: str) -> str:
 _EPOCHS = "epochs.csv"
 
 
-def _rows(run: Run, epoch: int) -> list[Row]:
-    """The row of an epoch; none where a run has not come so far."""
-    if epoch >= len(run.records):
-        return []
+def _row(run: Run, epoch: int) -> Row:
+    """The row of an epoch."""
     record = run.records[epoch]
-    return [
-        {
-            **run.variant._asdict(),
-            "seed": run.settings.seed,
-            "epoch": record.epoch,
-            "step": record.step,
-            "seconds": record.seconds,
-            **scalars(record),
-        }
-    ]
+    return {
+        **run.variant._asdict(),
+        "seed": run.settings.seed,
+        "epoch": record.epoch,
+        "step": record.step,
+        "seconds": record.seconds,
+        **scalars(record),
+    }
 
 
 def _as_csv(rows: Sequence[Row], *, header: bool) -> str:
@@ -442,20 +453,21 @@ class Log:
         """What logging has cost."""
         self.finished = min((len(run.records) for run in runs), default=0) - 1
         """The last epoch that is logged of all networks side by side."""
-        self.controls_finished = controls_finished
-        """And of the controls."""
         self.run_dir, self._config = run_dir, config
         variants = {str(run.variant) for run in controls}
         for folder in run_dir.glob(f"*-{CONTROL}"):  # at a rate that was the best one once
             if folder.name not in variants:
                 shutil.rmtree(folder)
-        rows = [
-            row
-            for several, last in ((runs, self.finished), (controls, controls_finished))
-            for epoch in range(last + 1)
-            for run in several
-            for row in _rows(run, epoch)
-        ]
+        rows: list[Row] = []
+        # By variant, the records of each epoch that has been logged.
+        self._logged: dict[Variant, list[list[Record]]] = {}
+        for several, last in ((runs, self.finished), (controls, controls_finished)):
+            for epoch in range(last + 1):
+                of_epoch = [run for run in several if epoch < len(run.records)]
+                rows += [_row(run, epoch) for run in of_epoch]
+                for variant, of_variant in by_variant(of_epoch).items():
+                    records = [run.records[epoch] for run in of_variant]
+                    self._logged.setdefault(variant, []).append(records)
         write_text(run_dir / _EPOCHS, _as_csv(rows, header=True))
         self._stack = contextlib.ExitStack()
         self._file = self._stack.enter_context((run_dir / _EPOCHS).open("ab", buffering=0))
@@ -484,7 +496,7 @@ class Log:
     def epoch(self, runs: Sequence[Run], dataset: data.Dataset) -> None:
         """The last epoch of these runs."""
         with self._timed():
-            self._append([row for run in runs for row in _rows(run, run.last.epoch)])
+            self._append([_row(run, run.last.epoch) for run in runs])
             for variant, of_variant in by_variant(runs).items():
                 monitor = self.monitor(variant)
                 monitor.log(*(run.last for run in of_variant))
@@ -511,7 +523,7 @@ class Log:
                 Monitor(
                     self.run_dir / str(variant),
                     {**self._config, **variant._asdict()},
-                    first=1 + (self.controls_finished if variant.is_control else self.finished),
+                    self._logged.get(variant, ()),
                 )
             )
         return self._monitors[variant]

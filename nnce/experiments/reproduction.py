@@ -102,6 +102,10 @@ class Attempt:
         """The first one that has not been yielded."""
         return self._training.finished + 1
 
+    def records(self, epoch: int) -> list[training.Record]:
+        """The records of an epoch, of the networks that have reached it."""
+        return [run.records[epoch] for run in self.runs if len(run.records) > epoch]
+
     @property
     def seconds(self) -> float:
         """Of training alone, all networks together."""

@@ -5,7 +5,6 @@ import contextlib
 import math
 import os
 import re
-import shlex
 import sys
 import textwrap
 import time
@@ -124,15 +123,15 @@ def start(
 
 def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
     """The folder of a run that this job has begun, and torchrun has restarted."""
-    names = Path("runs").glob(f"*-{command_line.date_and_time()}")
-    run_dir: Path | None = options.run_dir or next(names, None)
-    if run_dir is None or not run_dir.is_dir():
-        return None
-    with contextlib.suppress(CheckpointError, OSError):
-        found = checkpoint.latest_checkpoint(run_dir)
-        if found is not None and command_line.is_this_job(str(found.content.get("job"))):
-            return run_dir
-    command_line.clear_what_this_job_left(run_dir)
+    by_name = Path("runs").glob(f"*-{command_line.date_and_time()}*")
+    for run_dir in [options.run_dir] if options.run_dir else sorted(by_name):
+        if not run_dir.is_dir():
+            continue
+        with contextlib.suppress(CheckpointError, OSError):
+            found = checkpoint.latest_checkpoint(run_dir)
+            if found is not None and command_line.is_this_job(str(found.content.get("job"))):
+                return Path(run_dir)
+        command_line.remove_what_this_job_left(run_dir)
     return None
 
 
@@ -153,11 +152,10 @@ def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any
     except OSError as error:
         return run_dir, {}, f"--resume {run_dir}: it cannot be read: {error.strerror}"
     if found is None:
-        return (
-            run_dir,
-            {},
-            (f"--resume {run_dir}: no run of {script} has left a checkpoint there"),
-        )
+        what = f"no run of {script} has left a checkpoint there"
+        if command_line.is_without_result(run_dir):
+            what = "it was killed before its first checkpoint: start it again as at first"
+        return run_dir, {}, f"--resume {run_dir}: {what}"
     of = found.content.get("script")
     if of != script:
         return run_dir, {}, f"--resume {run_dir}: that is a run of {of}, not of {script}"
@@ -244,9 +242,9 @@ def warn(found: Mapping[str, Any], world: World) -> None:
     """Say on standard error where something is not as it was, so that the bits may differ."""
     now, then = circumstances(world), found["circumstances"]
     changed = [
-        f"{what} {value} (was {then[what]})"
-        for what, value in now.items()
-        if then.get(what, value) != value
+        f"{what} {now.get(what, 'unknown')} (was {value})"
+        for what, value in then.items()
+        if now.get(what) != value
     ]
     if changed and world.rank == 0:
         print(f"Resumed with {', '.join(changed)}: the bits may differ.", file=sys.stderr)
@@ -261,16 +259,6 @@ def loading() -> Iterator[None]:
     except ValueError as error:
         why = textwrap.shorten(str(error), 200)  # what does not fit may be long
         raise ValueError(f"the checkpoint does not fit its configuration: {why}") from error
-
-
-def command_to_resume(run_dir: Path, world: World) -> str:
-    """The command that goes on with a run."""
-    python = [report.from_here(Path(sys.executable))]
-    if world.joined:
-        torchrun = Path(sys.executable).with_name("torchrun")
-        python = [report.from_here(torchrun), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    script = report.from_here(Path(sys.argv[0]))
-    return shlex.join([*python, script, "--resume", report.from_here(run_dir)])
 
 
 # ----------------------------------------------------------------------------------- when to save
@@ -308,7 +296,9 @@ class Saver:
         Args:
             ask: of several processes, how many steps they take before they ask each other.
         """
-        code = command_line.waiting() or int(self._is_time())
+        # 0 for nothing, 1 for a checkpoint, and more for a signal, of which SIGHUP is number 1.
+        number = command_line.waiting()
+        code = 1 + number if number else int(self._is_time())
         if self._world.size > 1:
             self._calls += 1
             if self._calls % ask:
@@ -316,8 +306,8 @@ class Saver:
             code = self._world.largest(code)
         if code == 1:
             self.save()
-        elif code:  # the number of a signal
-            command_line.stop(code)
+        elif code:
+            command_line.stop(code - 1)
             command_line.let_through()
 
     def after(self, epoch: int, last: int) -> None:

@@ -28,7 +28,7 @@ loop, under the same tags.
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,29 +102,37 @@ def _put_last(run_dir: Path) -> None:
 class Monitor:
     """Writes what there is to see of one variant into its directory.
 
-    The curves are in one file, and what belongs to the end in another, which goes when a run goes
-    on from there.
+    The curves are in one file, and what belongs to the end in another, which is deleted when a run
+    is resumed.
 
     Args:
         run_dir: where TensorBoard finds it.
         config: name and value of each option.
-        first: the first epoch to be logged. If there are points of it or later ones already, which
-            a run has left that was killed, TensorBoard forgets them.
+        so_far: the records of each epoch that has been logged, if a run is resumed. Points of later
+            epochs, which a killed run has left, are purged. Where the event files are gone, the
+            curves are written again (but not histograms, which records do not have).
     """
 
-    def __init__(self, run_dir: Path, config: Mapping[str, object], first: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, object],
+        so_far: Sequence[Sequence[Record]] = (),
+    ) -> None:
         """Open the log, and write the configuration where it begins."""
         self._run_dir = run_dir
-        for old in run_dir.glob(_EVENTS if first == 0 else f"{_EVENTS}{_CLOSING}"):
+        for old in run_dir.glob(f"{_EVENTS}{_CLOSING}" if so_far else _EVENTS):
             old.unlink()
+        exists = _put_first(run_dir)
         # (Texts would not be purged. And a purge where there is nothing has no sense.)
-        purge_step = first if _put_first(run_dir) else None
-        self._writer = SummaryWriter(str(run_dir), purge_step=purge_step)
+        self._writer = SummaryWriter(str(run_dir), purge_step=len(so_far) if exists else None)
         self._config = dict(config)
-        if first == 0:
+        if not exists:
             lines = ["| option | value |", "|---|---|"]
             lines += [f"| {name} | {value} |" for name, value in config.items()]
             self._writer.add_text("config", "\n".join(lines))
+            for records in so_far:
+                self.log(*records)
 
     @functools.cached_property
     def _closing(self) -> SummaryWriter:
