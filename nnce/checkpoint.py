@@ -9,6 +9,7 @@ what is parsed has no code in it.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -17,8 +18,10 @@ import os
 import pickletools
 import re
 import secrets
+import shutil
+import stat
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,14 +41,15 @@ _NAMES = re.compile(
 def save(network: MLP, path: str | os.PathLike[str]) -> None:
     """Save a network, so that `load` gives it back: sizes and parameters, each in its dtype.
 
-    The file appears whole or not at all: it is written beside its place and moved there, so a
-    process that is killed half-way leaves the one before it.
+    The file appears whole or not at all: it is written to a temporary file in the same folder,
+    which then replaces it, so a process that is killed leaves the previous file. A symbolic link
+    stays, and its target is written; an existing file keeps its mode.
 
     Raises:
         TypeError: the network is no MLP.
         ValueError: layers have been added to the MLP or taken out, or its parameters are not the
             weight and the bias of each layer and nothing else: `load` would not know them.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or what is there is not a regular file.
     """
     if not isinstance(network, MLP):
         raise TypeError(f"expected an nnce.MLP, got {type(network).__name__}")
@@ -153,26 +157,88 @@ def _check_names(archive: zipfile.ZipFile) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that appears at `path` whole or not at all, even if power fails.
+    """Write a file that appears at `path` whole or not at all, even if power fails.
+
+    A symbolic link stays, and its target is written. An existing file keeps its mode and, where
+    that is permitted, its owner. One with several hard links is overwritten in place after its new
+    content is complete in `.unfinished-…` next to it; should that fail, the latter stays.
 
     Raises:
-        OSError: the file cannot be written; nothing of it is left then.
+        OSError: the file cannot be written, or what is at `path` is not a regular file.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a file to write")
-    # A name that nobody else uses, nor can have laid a link at: "x" refuses what is there.
-    unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
-    file = unfinished.open("xb")
+    target = Path(os.path.realpath(path))
+    # A name that no other process uses, and where none can have placed a link: "x" refuses both.
+    unfinished = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    with _errors_name(path, instead_of=(unfinished, target)):
+        before = _regular_file(target)
+        linked = before is not None and before.st_nlink > 1
+        file = unfinished.open("xb")
+        try:
+            with file:
+                if before is not None:
+                    _copy_owner_and_mode(before, unfinished)
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not linked:
+                os.replace(unfinished, target)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        if linked:
+            _overwrite(target, unfinished)
+        to_disk(target.parent)
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path, instead_of: Sequence[Path]) -> Iterator[None]:
+    """Let an OSError name the path that the caller gave."""
     try:
-        with file:
-            write(file)
+        yield
+    except FileExistsError:  # the temporary file, in spite of its random name
+        raise
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, *map(str, instead_of)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _regular_file(path: Path) -> os.stat_result | None:
+    """The status of a regular file, None if nothing is there; raise OSError for anything else."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "expected a file to write, got a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "expected a regular file, got a device, pipe or socket")
+    return status
+
+
+def _copy_owner_and_mode(status: os.stat_result, path: Path) -> None:
+    if hasattr(os, "chown"):  # not on Windows
+        with contextlib.suppress(OSError):  # only root may give files away
+            os.chown(path, status.st_uid, status.st_gid)
+    path.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _overwrite(target: Path, complete: Path) -> None:
+    """Replace the content of a file, which its other hard links then show as well."""
+    try:
+        file = target.open("r+b")
+    except OSError:
+        complete.unlink()
+        raise
+    try:
+        with file, complete.open("rb") as content:
+            shutil.copyfileobj(content, file)
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        to_disk(path.parent)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (complete content: {complete})") from error
+    complete.unlink()
 
 
 _UNFINISHED = ".unfinished-"

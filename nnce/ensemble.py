@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nnce import loops
+from nnce import kernels, loops
 from nnce.algorithm import Hyperparameters
 from nnce.functional import check_alike
 from nnce.loops import Loops
@@ -357,7 +357,7 @@ def suits_loops(
         sizes, batch_size, dtype, device: of the networks.
         density: the share of the inputs that are not 0, in [0, 1].
     """
-    if device.type != "cpu" or dtype not in loops.DTYPES or not loops.is_available():
+    if device.type != "cpu" or dtype not in loops.DTYPES:
         return False
     layers = list(itertools.pairwise(sizes))
     first, *above = (n_in * loops.filled(n_out) for n_in, n_out in layers)
@@ -366,7 +366,8 @@ def suits_loops(
     weights = sum(n_in * n_out for n_in, n_out in layers)
     by_products = 1.2 * sizes[0] + 0.042 * weights
     by_products += (9_000 * len(layers) + 0.19 * weights) / batch_size
-    return by_loops < (by_products / 2 if _threads_pay(sizes, batch_size) else by_products)
+    faster = by_loops < (by_products / 2 if _threads_pay(sizes, batch_size) else by_products)
+    return faster and loops.is_available()
 
 
 def threads(sizes: Sequence[int], batch_size: int) -> int:
@@ -393,10 +394,9 @@ def check_engine(engine: str | None, device: torch.device, dtype: torch.dtype) -
         raise TypeError(f"expected float32 or float64 for engine 'loops', got {dtype}")
     if device.type != "cpu":
         raise ValueError(f"expected networks on the CPU for engine 'loops', got {device}")
-    if not loops.is_available():
-        raise ValueError(
-            "expected Numba for engine 'loops', which is not installed: pip install 'nnce[fast]'"
-        )
+    problem = kernels.numba_problem()
+    if problem is not None:
+        raise ValueError(f"expected a working Numba for engine 'loops', but {problem}")
 
 
 def _parameters(network: MLP) -> list[nn.Parameter]:

@@ -27,18 +27,18 @@ what the loops do to 32 numbers at once.
 
 import concurrent.futures
 import contextlib
-import importlib.util
 import math
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nnce import kernels
 from nnce.algorithm import Hyperparameters
 from nnce.losses import LOSSES
 from nnce.modules import MLP
@@ -75,8 +75,8 @@ def filled(n: int) -> int:
 
 
 def is_available() -> bool:
-    """Whether Numba is there to compile the loops."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether Numba can compile the loops."""
+    return kernels.numba_problem() is None
 
 
 # ------------------------------------------------------------------------- 32 numbers at once
@@ -532,19 +532,16 @@ def _compile() -> None:
     global update_first_layer, update_first_layer_dense, move, decay, outputs, train
     if train is not None:
         return
-    import numba
     import numpy
     from numba.extending import intrinsic
+
+    from nnce.kernels._numba import njit
 
     np = numpy
     add_row, add_rows = intrinsic(_lanes_add_row), intrinsic(_lanes_add_rows)
 
     def compiled(loop: Any, flags: set[str] = _FAST) -> Any:
-        options: Any = {"nogil": True, "error_model": "numpy", "fastmath": flags}
-        try:
-            return numba.njit(cache=True, **options)(loop)
-        except RuntimeError:  # "no locator available": there is nowhere to write
-            return numba.njit(**options)(loop)
+        return njit(fastmath=flags)(loop)
 
     sigmoids = compiled(_loop_sigmoids, _EXACT)
     list_inputs, read_ahead = compiled(_loop_list_inputs), compiled(_loop_read_ahead)
@@ -560,16 +557,17 @@ def _compile() -> None:
 
 def is_cached() -> bool:
     """Whether an earlier process has left the compiled loops on disk."""
+    from nnce.kernels import _numba
+
     _compile()
-    cache = getattr(train, "_cache", None)  # Numba has no public name for it
-    path = getattr(cache, "cache_path", None)
-    return path is not None and any(Path(path).glob("loops._loop_train-*.nbi"))
+    return _numba.is_cached(train)
 
 
 @contextlib.contextmanager
 def _subnormals_are_0() -> Iterator[None]:
     """In this thread. Deltas of saturated neurons are as small, and a hundred times as slow."""
-    before = float(torch.tensor(1e-38) * 0.1) == 0
+    # Of Python's own numbers: PyTorch's depend on the default dtype and device.
+    before = sys.float_info.min / 2 == 0
     torch.set_flush_denormal(True)
     try:
         yield

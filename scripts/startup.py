@@ -11,6 +11,10 @@ for number in range(3):
     except OSError:
         os.open(os.devnull, os.O_RDONLY)
 
+# Scripts draw into files only. Started from a notebook, they inherit the notebook's backend, which
+# need not be installed here: matplotlib would refuse to be imported.
+os.environ["MPLBACKEND"] = "agg"
+
 # Until `command_line.run_script` takes over there is nothing to keep and nothing to say.
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     if not hasattr(signal, name):  # SIGHUP on Windows

@@ -53,7 +53,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
 
 def test_an_edited_mlp_and_a_folder_are_refused(tmp_path):
     network = nnce.MLP((4, 3, 2))
-    with pytest.raises(IsADirectoryError, match="is a folder"):
+    with pytest.raises(IsADirectoryError, match=f"got a folder: {str(tmp_path)!r}"):
         nnce.save(network, tmp_path)
     network.append(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="some have been added"):
@@ -251,6 +251,83 @@ def test_permissions_are_those_that_open_gives(tmp_path, umask):
         os.umask(before)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and modes are POSIX's")
+def test_links_and_modes_are_kept(tmp_path):
+    """Symbolic ones (of links, relative, dangling) and hard ones: both names show the new file."""
+    (tmp_path / "elsewhere").mkdir()
+    target, hard = tmp_path / "elsewhere" / "network.pt", tmp_path / "hard.pt"
+    link, dangling = tmp_path / "link.pt", tmp_path / "dangling.pt"
+    (tmp_path / "first").symlink_to("elsewhere/network.pt")
+    link.symlink_to(tmp_path / "first")
+    dangling.symlink_to("elsewhere/new.pt")
+    for sizes in ((40, 30, 2), (4, 3, 2)):
+        nnce.save(nnce.MLP(sizes), link)
+        target.chmod(0o600)
+        nnce.save(nnce.MLP(sizes), link)
+        assert link.is_symlink() and nnce.load(target).sizes == sizes
+        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    nnce.save(nnce.MLP((4, 3, 2)), dangling)
+    assert dangling.is_symlink() and nnce.load(tmp_path / "elsewhere" / "new.pt").sizes == (4, 3, 2)
+    hard.hardlink_to(target)
+    for sizes in ((40, 30, 2), (5, 3, 2)):
+        nnce.save(nnce.MLP(sizes), hard)
+        assert hard.samefile(target) and nnce.load(target).sizes == sizes
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert sorted(path.name for path in target.parent.iterdir()) == ["network.pt", "new.pt"]
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_a_private_file_is_private_while_it_is_written(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("before")
+    path.chmod(0o600)
+
+    def write(file):
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+        file.write(b"after")
+
+    checkpoint.write_whole(path, write)
+    assert path.read_text() == "after"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and links are POSIX's")
+def test_only_a_regular_file_is_replaced(tmp_path):
+    fifo, link, loop = tmp_path / "fifo", tmp_path / "link", tmp_path / "loop"
+    os.mkfifo(fifo)
+    link.symlink_to(os.devnull)
+    loop.symlink_to(loop)
+    for path in (fifo, link, os.devnull):
+        with pytest.raises(OSError, match=f"expected a regular file, got .*: {str(path)!r}"):
+            nnce.save(nnce.MLP((4, 3, 2)), path)
+    assert stat.S_ISFIFO(fifo.stat().st_mode) and link.is_symlink()
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    (tmp_path / "file").write_text("")
+    for path in (loop, tmp_path / "nowhere" / "network.pt", tmp_path / "file" / "network.pt"):
+        with pytest.raises(OSError) as refused:
+            nnce.save(nnce.MLP((4, 3, 2)), path)
+        assert refused.value.filename == str(path) and ".unfinished" not in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "file", "link", "loop"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="hard links as POSIX has them")
+def test_content_that_cannot_be_copied_over_a_hard_link_stays(tmp_path, monkeypatch):
+    path = tmp_path / "network.pt"
+    nnce.save(nnce.MLP((4, 3, 2)), path)
+    (tmp_path / "hard.pt").hardlink_to(path)
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(OSError, match=r"No space left .*complete content: ") as refused:
+        nnce.save(nnce.MLP((5, 3, 2)), path)
+    (complete,) = tmp_path.glob(".unfinished-*")
+    assert str(complete) in str(refused.value) and refused.value.filename == str(path)
+    assert nnce.load(complete).sizes == (5, 3, 2)
 
 
 def test_the_longest_name_can_be_saved(tmp_path):

@@ -16,7 +16,7 @@ from conftest import ROOT
 from side_by_side import largest_difference
 
 import nnce
-from nnce import loops, precision
+from nnce import kernels, loops, precision
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import Ensemble
 from nnce.gradients import ulp, ulp_distance
@@ -269,9 +269,9 @@ print(any(map(torch.equal, before, network.parameters())))
 """
 
 
-def in_a_process(code, **environment):
+def in_a_process(code, begin=ONE_NETWORK, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", ONE_NETWORK + code],
+        [sys.executable, "-c", begin + code],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -287,32 +287,51 @@ def test_ctrl_c_during_compilation_is_answered_when_that_ends_and_never_lost(tmp
     assert said == ["answered", "1", "True", "False"]
 
 
-def test_what_is_compiled_is_found_again_by_a_second_process(tmp_path):
+def test_compiled_code_is_found_by_another_process(tmp_path):
     assert in_a_process(CACHED, NUMBA_CACHE_DIR=str(tmp_path)) == ["False", "0"]
     assert in_a_process(CACHED, NUMBA_CACHE_DIR=str(tmp_path)) == ["True", "1"]
 
 
-def test_where_nothing_can_be_written_they_are_compiled_all_the_same(monkeypatch):
-    numba = pytest.importorskip("numba")
-    whole = numba.njit
+DISABLED = """
+together = Ensemble([network], values, batch_size=2)
+together.train_epoch(*data)
+print(together.engine)
+try:
+    Ensemble([network], values, batch_size=2, engine="loops")
+except ValueError as error:
+    print(error)
+"""
 
-    def njit(**options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return whole(**options)
 
-    monkeypatch.setattr(numba, "njit", njit)
-    compiled = [name for name, value in vars(loops).items() if hasattr(value, "py_func")]
-    assert "train" in compiled
-    for name in compiled:
-        monkeypatch.setattr(loops, name, None)
+def test_with_numbas_compiler_switched_off_products_are_used_and_loops_refused():
+    disabled = {"NUMBA_DISABLE_JIT": "1"}
+    said = in_a_process(DISABLED, begin=ONE_NETWORK.replace('"loops"', "None"), **disabled)
+    assert " ".join(said) == (
+        "products expected a working Numba for engine 'loops', but its compiler is switched off: "
+        "unset NUMBA_DISABLE_JIT"
+    )
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("flushed", [False, True])
+def test_flush_to_zero_is_left_as_it_was(default, flushed):
+    """Whatever the default dtype and device."""
+    if not torch.set_flush_denormal(flushed):
+        pytest.skip("this processor does not flush to zero")
     x, y = drawn()
-    by_uncached, by_cached = networks(1), networks(1)
-    Ensemble(by_uncached, mixed(1), batch_size=10, engine="loops").train_epoch(x, y, orders(1))
-    assert not loops.is_cached()
-    monkeypatch.undo()
-    Ensemble(by_cached, mixed(1), batch_size=10, engine="loops").train_epoch(x, y, orders(1))
-    assert same_bits(by_uncached[0], by_cached[0])
+    before = torch.get_default_dtype()
+    together = Ensemble(networks(1), mixed(1), batch_size=10, engine="loops", threads=1)
+    order = orders(1)[0]
+    least = torch.finfo(torch.float32).smallest_normal
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            together.train_epoch(x, y, order)
+        tenth = torch.tensor(least, dtype=torch.float32) * torch.tensor(0.1, dtype=torch.float32)
+        assert (tenth == 0) == flushed
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_flush_denormal(False)
 
 
 def test_where_loops_cannot_be_had(monkeypatch):
@@ -323,7 +342,8 @@ def test_where_loops_cannot_be_had(monkeypatch):
         Ensemble(networks(1), h, batch_size=2, engine="loop")
     with pytest.raises(ValueError, match=r"on the CPU for engine 'loops', got meta"):
         Ensemble([networks(1)[0].to("meta")], h, batch_size=2, engine="loops")
-    monkeypatch.setattr(loops, "is_available", lambda: False)
+    missing = "Numba is not installed: pip install 'nnce[fast]'"
+    monkeypatch.setattr(kernels, "numba_problem", lambda: missing)
     with pytest.raises(ValueError, match=r"not installed: pip install 'nnce\[fast\]'"):
         Ensemble(networks(1), h, batch_size=2, engine="loops")
     together = Ensemble(networks(1), h, batch_size=2)

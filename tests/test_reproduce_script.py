@@ -8,7 +8,7 @@ import pytest
 import test_damaged_data as damaged
 from test_reproduction import ROW
 
-from nnce import data, loops, training
+from nnce import data, kernels, training
 from nnce.experiments import figures, published, reproduction
 from nnce.experiments.published import TABLES, Row, Table
 from nnce.training import Settings
@@ -193,9 +193,11 @@ def test_an_engine_that_cannot_be_had_is_said_before_anything_is_trained(
     by_loops = Row("T3", Settings(hidden=(8,), epochs=1, engine="loops"))
     more = dataclasses.replace(toy, rows=(*toy.rows, by_loops))
     monkeypatch.setattr(published, "TABLES", {"toy": more})
-    monkeypatch.setattr(loops, "is_available", lambda: False)
+    monkeypatch.setattr(kernels, "numba_problem", lambda: "Numba is not installed")
     line = ["toy", "--data", "digits", "--run-dir", str(tmp_path / "run")]
-    assert "expected Numba for engine 'loops'" in refused(reproduce.main, *line)
+    assert "expected a working Numba for engine 'loops', but Numba is not installed" in refused(
+        reproduce.main, *line
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,22 @@
+"""Compiled code. Each module here needs a package beyond torch, and is imported on first use."""
+
+from typing import Any
+
+
+def numba_problem() -> str | None:
+    """Why Numba cannot compile here, and what to do about it; None if it can.
+
+    Imports Numba, which takes some tenths of a second: ask this last.
+    """
+    try:
+        import numba
+    except ModuleNotFoundError as error:
+        if error.name == "numba":
+            return "Numba is not installed: pip install 'nnce[fast]'"
+        return f"Numba cannot be imported ({error}): reinstall it"
+    except ImportError as error:  # such as a version of NumPy that it does not support
+        return f"Numba cannot be imported ({error})"
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        return "its compiler is switched off: unset NUMBA_DISABLE_JIT"
+    return None

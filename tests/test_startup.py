@@ -1,0 +1,33 @@
+"""What is in place before a script imports anything else."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem != "startup")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_imports_it_first(script):
+    _, first, *_ = ast.parse(script.read_text(encoding="utf-8")).body
+    assert isinstance(first, ast.If) and ast.unparse(first.test) == "__name__ == '__main__'"
+    assert ast.unparse(first.body[0]) == "import startup"
+
+
+def test_a_notebooks_backend_is_not_inherited():
+    """matplotlib refuses to be imported where it is not installed, as with any unknown name."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--help"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "MPLBACKEND": "not_installed",
+        },
+    )
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
