@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnce import data
+from nnce._arguments import is_integer, is_number, is_size, plain
 from nnce.algorithm import Hyperparameters
 from nnce.dropout import WithDropout
 from nnce.ensemble import Ensemble, How
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.memory import check_memory, shortage
-from nnce.modules import MLP, Init, check_init, is_number, is_size
+from nnce.modules import MLP, Init, check_init
 from nnce.parallel import ALONE, FlatGradients, World
 from nnce.reference import BUILT_IN_LOSSES, torch_twin
 from nnce.saturation import LayerFigures, layer_figures
@@ -93,9 +94,9 @@ class Settings:
     mini-batches."""
 
     def __post_init__(self) -> None:
-        """Check every value, and fill in the rate."""
+        """Check every value, keep numbers as Python's, and fill in the rate."""
         check_loss(self.loss)
-        check_init(self.init)
+        object.__setattr__(self, "init", check_init(self.init))
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"expected optimizer {' or '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}"
@@ -104,6 +105,7 @@ class Settings:
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"expected {name} to be a number in [0, 1), got {value!r}")
+            object.__setattr__(self, name, plain(value))
         if self.engine is None:
             graph = self.optimizer != "sgd" or self.leaves_out
             object.__setattr__(self, "engine", "functions" if graph else "backprop")
@@ -125,16 +127,18 @@ class Settings:
             lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
             object.__setattr__(self, "lr", lr)
         if not isinstance(self.hidden, tuple) or not all(map(is_size, self.hidden)):
-            raise ValueError(f"expected positive hidden sizes, got {self.hidden}")
+            raise ValueError(f"expected positive hidden sizes, got {self.hidden!r}")
+        object.__setattr__(self, "hidden", tuple(map(int, self.hidden)))
         for name in ("epochs", "batch_size"):
-            if not is_size(getattr(self, name)):
-                raise ValueError(
-                    f"expected {name} of at least 1, a whole number, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if not is_size(value):
+                raise ValueError(f"expected {name} of at least 1, a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value))
         for name in ("lr", "momentum", "l2"):
             value = getattr(self, name)
             if not is_number(value):
                 raise ValueError(f"expected {name} to be a number, got {value!r}")
+            object.__setattr__(self, name, plain(value))
         if not 0 < self.rate < float("inf"):
             raise ValueError(f"expected a positive learning rate, got {self.lr}")
         if not 0 <= self.momentum < 1:
@@ -161,8 +165,9 @@ class Settings:
                 f"got {self.schedule}"
             )
         # PyTorch's CPU generator tells no more seeds apart.
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
-            raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
+        if not (is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
 
     @property
     def rate(self) -> float:
