@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnce import rules
-from nnce.functional import check_alike
+from nnce._arguments import check_alike
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.modules import MLP
 

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from nnce import memory
-from nnce.modules import MLP, is_size
+from nnce._arguments import is_size
+from nnce.modules import MLP
 
 _FORMAT = "nnce.MLP 1"
 # What a network's file may name: tensors of the usual kinds, and what they are kept in.

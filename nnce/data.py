@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnce import memory
-from nnce.modules import is_number
+from nnce._arguments import is_number, is_size, plain
 
 # What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
 # 28 by 28 pixels in 10 classes.
@@ -100,8 +100,8 @@ def load(
     """
     if name not in DATASETS:
         raise DataError(f"expected a data set out of {', '.join(DATASETS)}, got {name!r}")
-    if train_size is not None and not (isinstance(train_size, int) and train_size >= 1):
-        raise DataError(f"expected a train size of at least 1, a whole number, got {train_size}")
+    if train_size is not None and not is_size(train_size):
+        raise DataError(f"expected a train size of at least 1, a whole number, got {train_size!r}")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DataError(f"expected a floating-point torch.dtype, got {dtype!r}")
     if name == "digits":
@@ -250,11 +250,12 @@ class Distortion:
     """σ in pixels, a tenth at least."""
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values, and keep them as Python's numbers."""
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if not is_number(value) or not least <= value <= most:
                 raise ValueError(f"expected {name} from {least:g} to {most:g}, got {value!r}")
+            object.__setattr__(self, name, plain(value))
 
     def check(self, features: int) -> None:
         """Raise DataError unless so many features can be a square image."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nnce import kernels, loops
+from nnce._arguments import check_alike, check_size, is_integer, is_number, is_size, plain
 from nnce.algorithm import Hyperparameters
-from nnce.functional import check_alike
 from nnce.loops import Loops
 from nnce.losses import check_loss
 from nnce.memory import check_memory
-from nnce.modules import MLP, is_size
+from nnce.modules import MLP
 from nnce.products import Products, block_examples
 
 How = Literal["loops", "products"]
@@ -81,11 +81,9 @@ class Ensemble:
         if isinstance(networks, MLP):
             raise TypeError("expected a sequence of networks, got one nnce.MLP: put it in a list")
         self._networks = tuple(networks)
-        self._hyperparameters = tuple(hyperparameters)
-        self._batch_size = batch_size
-        _check(self.networks, self.hyperparameters, batch_size)
-        if threads is not None and not is_size(threads):
-            raise ValueError(f"expected threads to be a whole number of at least 1, got {threads}")
+        self._hyperparameters = _check(self._networks, tuple(hyperparameters), batch_size)
+        self._batch_size = int(batch_size)
+        threads = None if threads is None else check_size("threads", threads)
         processors = os.cpu_count() or 1
         if threads is not None and threads > processors:
             warnings.warn(
@@ -134,8 +132,7 @@ class Ensemble:
         old = self.hyperparameters
         if len(lrs) != len(old):
             raise ValueError(f"expected a rate for each of the {len(old)} networks, got {len(lrs)}")
-        new = tuple(h._replace(lr=lr) for h, lr in zip(old, lrs, strict=True))
-        _check_hyperparameters(new)
+        new = _check_hyperparameters([h._replace(lr=lr) for h, lr in zip(old, lrs, strict=True)])
         if new == old:
             return
         self._hyperparameters = new
@@ -276,8 +273,9 @@ class Ensemble:
             TypeError: x is no tensor, or of another dtype.
         """
         last = len(self.networks) - 1
-        if type(number) is not int or not 0 <= number <= last:
+        if not (is_integer(number) and 0 <= number <= last):
             raise IndexError(f"expected the number of a network, 0 to {last}, got {number!r}")
+        number = int(number)
         self._check_network(number)
         check_alike({"the parameters": self._parameters[0][0], "x": x})
         if x.dim() != 2 or x.shape[1] != self.sizes[0]:
@@ -440,7 +438,8 @@ def _check_network(network: MLP) -> None:
 
 def _check(
     networks: Sequence[MLP], hyperparameters: Sequence[Hyperparameters], batch_size: object
-) -> None:
+) -> tuple[Hyperparameters, ...]:
+    """The hyperparameters in Python's numbers."""
     if not networks:
         raise ValueError("expected at least one network, got none")
     for network in networks:
@@ -467,15 +466,18 @@ def _check(
             f"expected hyperparameters for each of the {len(networks)} networks, got "
             f"{len(hyperparameters)}"
         )
-    _check_hyperparameters(hyperparameters)
+    checked = _check_hyperparameters(hyperparameters)
     if not is_size(batch_size):
-        raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size}")
+        raise ValueError(f"expected a batch_size of at least 1, a whole number, got {batch_size!r}")
+    return checked
 
 
-def _check_hyperparameters(hyperparameters: Sequence[Hyperparameters]) -> None:
+def _check_hyperparameters(
+    hyperparameters: Sequence[Hyperparameters],
+) -> tuple[Hyperparameters, ...]:
     for h in hyperparameters:
         if not isinstance(h, Hyperparameters) or not all(
-            isinstance(value, int | float) for value in (h.lr, h.momentum, h.weight_decay)
+            map(is_number, (h.lr, h.momentum, h.weight_decay))
         ):
             raise TypeError(f"expected Hyperparameters of numbers for each network, got {h!r}")
         check_loss(h.loss)
@@ -483,3 +485,4 @@ def _check_hyperparameters(hyperparameters: Sequence[Hyperparameters]) -> None:
             raise ValueError(
                 f"expected lr > 0, momentum in [0, 1) and weight_decay of at least 0, got {h}"
             )
+    return tuple(Hyperparameters(h.loss, *map(plain, h[1:])) for h in hyperparameters)

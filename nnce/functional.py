@@ -25,6 +25,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nnce import rules
+from nnce._arguments import (
+    check_alike,
+    check_dense,
+    check_device,
+    check_ignore_index,
+    check_label_smoothing,
+    check_reduction,
+    shape_of,
+)
 from nnce.losses import Loss
 
 Reduction = Literal["none", "sum", "mean", "batchmean"]
@@ -272,16 +281,16 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     a_prev, W, b = _autocast(a_prev, W, b)
     check_alike({"a_prev": a_prev, "W": W}, {"b": b})
     if W.dim() != 2:
-        raise ValueError(f"expected W of shape (n_out, n_in), got {_shape(W)}")
+        raise ValueError(f"expected W of shape (n_out, n_in), got {shape_of(W)}")
     if a_prev.dim() == 0 or a_prev.shape[-1] != W.shape[1]:
         raise ValueError(
-            f"expected a_prev of shape (..., {W.shape[1]}) to go with W of shape {_shape(W)}, "
-            f"got {_shape(a_prev)}"
+            f"expected a_prev of shape (..., {W.shape[1]}) to go with W of shape {shape_of(W)}, "
+            f"got {shape_of(a_prev)}"
         )
     if b is not None and b.shape != W.shape[:1]:
         raise ValueError(
-            f"expected b of shape ({W.shape[0]},) to go with W of shape {_shape(W)}, "
-            f"got {_shape(b)}"
+            f"expected b of shape ({W.shape[0]},) to go with W of shape {shape_of(W)}, "
+            f"got {shape_of(b)}"
         )
     return _apply(LinearFunction, a_prev, W, b)
 
@@ -335,10 +344,11 @@ def sigmoid_quadratic(
             dtype, or ignore_index is no whole number.
         ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
     """
-    z, y = _float32_under_autocast(z, y)
-    _check_loss(z, y, ignore_index, reduction)
+    z, wide_y = _float32_under_autocast(z, y)
+    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
     counts = _counts(y, ignore_index)
-    return _reduce(_apply(SigmoidQuadraticFunction, *_masked(counts, z, y)), counts, reduction)
+    z, y = _masked(counts, z, wide_y)
+    return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
 
 
 def sigmoid_cross_entropy(
@@ -383,14 +393,14 @@ def sigmoid_cross_entropy(
         ValueError: shapes or devices do not fit, the reduction is unknown, label_smoothing is not
             in [0, 1), or ignore_index is 0 or 1.
     """
-    z, y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
-    check_label_smoothing(label_smoothing)
-    _check_loss(z, y, ignore_index, reduction)
+    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
     check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
     counts = _counts(y, ignore_index)
-    z, y = _masked(counts, z, y)
+    z, y = _masked(counts, z, wide_y)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
     if label_smoothing:
         at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
@@ -422,8 +432,20 @@ def _forward_mode_levels() -> int:
 
 
 def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Which components count; None for all."""
-    return None if ignore_index is None else y != ignore_index
+    """Which components count; None for all.
+
+    Compared in y's own dtype, in which a half-precision target was rounded; but an integer outside
+    the range of an integer dtype, which PyTorch would wrap around, is equal to no target.
+    """
+    if ignore_index is None:
+        return None
+    if y.dtype.is_floating_point:
+        return y != (ignore_index if abs(ignore_index) < 2**63 else float(ignore_index))
+    if y.dtype != torch.bool:
+        limits = torch.iinfo(y.dtype)
+        if limits.min <= ignore_index <= limits.max:
+            return y != ignore_index
+    return torch.ones_like(y, dtype=torch.bool)
 
 
 def _masked(counts: Tensor | None, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -452,100 +474,18 @@ def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
     return (C.sum(dtype=torch.promote_types(C.dtype, torch.float32)) / n).to(C.dtype)
 
 
-def check_reduction(reduction: str) -> None:
-    """Raise ValueError unless `reduction` is one of "none", "sum", "mean" and "batchmean"."""
-    if reduction not in ("none", "sum", "mean", "batchmean"):
-        raise ValueError(
-            f"expected reduction 'none', 'sum', 'mean' or 'batchmean', got {reduction!r}"
-        )
-
-
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raise TypeError unless it is a number, ValueError unless that is in [0, 1)."""
-    # Not int | float, nor tensor.is_floating_point() below: PyTorch 2.6's dynamo follows neither.
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        kind = type(label_smoothing).__name__
-        raise TypeError(f"expected label_smoothing to be a number, got {kind}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"expected label_smoothing in [0, 1), got {label_smoothing}")
-
-
-def check_ignore_index(ignore_index: int | None) -> None:
-    """Raise TypeError unless it is None or a whole number, ValueError if that is a target."""
-    if ignore_index is None:
-        return
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        kind = type(ignore_index).__name__
-        raise TypeError(f"expected ignore_index to be a whole number or None, got {kind}")
-    if ignore_index in (0, 1):
-        raise ValueError(f"expected ignore_index other than 0 and 1, got {ignore_index}")
-
-
-def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> None:
+def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> int | None:
     check_reduction(reduction)
-    check_ignore_index(ignore_index)
+    ignore_index = check_ignore_index(ignore_index)
     if not isinstance(y, Tensor) or y.dtype.is_floating_point or y.dtype.is_complex:
         check_alike({"z": z, "y": y})
     else:
         check_alike({"z": z})
         check_dense("y", y)
-        _check_device("y", y, "z", z)
+        check_device("y", y, z.device, like="z")
     if y.shape != z.shape:
-        raise ValueError(f"expected y of shape {_shape(z)} like z, got {_shape(y)}")
-
-
-def check_alike(
-    required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None
-) -> None:
-    """Hold tensors to the first one's dtype and device.
-
-    Args:
-        required: by name, for the sentences.
-        optional: likewise; what is None is passed over.
-
-    Raises:
-        TypeError: one is no tensor, or sparse or quantized, the first is not floating-point, or the
-            dtypes differ.
-        ValueError: the devices differ.
-    """
-    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
-    tensors = {**required, **given}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-        check_dense(name, tensor)
-    (first_name, first), *others = tensors.items()
-    if not first.dtype.is_floating_point:
-        raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
-    for name, tensor in others:
-        if tensor.dtype != first.dtype:
-            whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-            how = f"; {name}.to({first.dtype}) makes it so" if whole else ""
-            raise TypeError(
-                f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}{how}"
-            )
-        _check_device(name, tensor, first_name, first)
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for a sparse tensor or a quantized one."""
-    if torch.compiler.is_compiling():  # dynamo does not know these questions
-        return
-    if tensor.layout != torch.strided:
-        raise TypeError(
-            f"expected {name} to be dense, got {tensor.layout}; {name}.to_dense() makes it so"
-        )
-    if tensor.is_quantized:
-        raise TypeError(
-            f"expected {name} of plain numbers, got {tensor.dtype}; {name}.dequantize() makes it so"
-        )
-
-
-def _check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
-    if tensor.device != first.device:
-        raise ValueError(
-            f"expected {name} on device {first.device} like {first_name}, got {tensor.device}"
-        )
+        raise ValueError(f"expected y of shape {shape_of(z)} like z, got {shape_of(y)}")
+    return ignore_index
 
 
 def _expand(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
@@ -554,7 +494,8 @@ def _expand(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
     leading, shape = z.dim() - tensor.dim(), tensor.shape
     if leading < 0 or any(n not in (1, m) for n, m in zip(shape, z.shape[leading:], strict=True)):
         raise ValueError(
-            f"expected {name} of a shape that broadcasts to z's, {_shape(z)}, got {_shape(tensor)}"
+            f"expected {name} of a shape that broadcasts to z's, {shape_of(z)}, got "
+            f"{shape_of(tensor)}"
         )
     return tensor.expand_as(z)
 
@@ -586,7 +527,3 @@ def autocast_dtype(tensor: Any) -> torch.dtype | None:
         return None
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

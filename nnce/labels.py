@@ -16,18 +16,25 @@ from torch.autograd import Function
 from torch.nn.functional import embedding
 
 from nnce import rules
-from nnce.blocks import Options, Wants, default_block, examples_at_a_time, walk
-from nnce.functional import (
-    Reduction,
-    autocast_dtype,
+from nnce._arguments import (
     check_alike,
+    check_block,
     check_dense,
+    check_device,
     check_label_smoothing,
     check_reduction,
-    linear,
-    sigmoid_cross_entropy,
+    check_size,
+    check_whole,
+    in_unit_interval,
+    is_number,
+    is_size,
+    plain,
+    shape_of,
+    some_of,
 )
-from nnce.positives import Target, Targets, check_device, check_whole, shape_of, some_of, targets_of
+from nnce.blocks import Options, Wants, default_block, examples_at_a_time, walk
+from nnce.functional import Reduction, autocast_dtype, linear, sigmoid_cross_entropy
+from nnce.positives import Target, Targets, targets_of
 
 if TYPE_CHECKING:  # not every build of PyTorch has it
     from torch.distributed import ProcessGroup
@@ -55,11 +62,11 @@ class _Task(NamedTuple):
         """Look at the values: on a CPU always, on CUDA only if asked, without waiting.
 
         Raises:
-            ValueError: a label that is none, or a weight that is negative. (On CUDA a RuntimeError,
-                some time later.)
+            ValueError: a label is out of range, a target not in [0, 1] or a weight negative. (On
+                CUDA a RuntimeError, some time later.)
         """
         labels = self.targets.labels
-        if labels is not None and len(labels):
+        if labels is not None and len(labels) and self._looks_at(labels):
             there = ((labels >= -1) & (labels < self.num_labels)).all()
             self._hold(
                 there,
@@ -68,12 +75,23 @@ class _Task(NamedTuple):
                     f"{some_of(labels[(labels < -1) | (labels >= self.num_labels)])}"
                 ),
             )
+        for soft in (self.targets.dense, self.targets.values):
+            if soft is None or not soft.is_floating_point() or not soft.numel():
+                continue
+            if self._looks_at(soft):
+                least, most = soft.aminmax()  # NaN where there is one, and no memory
+                self._hold(
+                    (least >= 0) & (most <= 1),
+                    lambda soft=soft: (
+                        f"expected targets in [0, 1], got {some_of(soft[~in_unit_interval(soft)])}"
+                    ),
+                )
         for name, weight in (
             ("weight", self.options.weight),
             ("pos_weight", self.options.pos_weight),
             ("example_weight", self.example_weight),
         ):
-            if weight is not None:
+            if weight is not None and self._looks_at(weight):
                 self._hold(
                     (weight >= 0).all(),
                     lambda name=name, weight=weight: (
@@ -81,11 +99,13 @@ class _Task(NamedTuple):
                     ),
                 )
 
+    def _looks_at(self, tensor: Tensor) -> bool:
+        return bool(self.check_values) if tensor.is_cuda else self.check_values is not False
+
     def _hold(self, true: Tensor, sentence: Any) -> None:
         if true.is_cuda:
-            if self.check_values:
-                torch._assert_async(true)
-        elif self.check_values is not False and not bool(true):
+            torch._assert_async(true)
+        elif not bool(true):
             raise ValueError(sentence())
 
     def run(
@@ -365,8 +385,8 @@ def linear_sigmoid_cross_entropy(
             backward adds up, DDP's averaging gives the gradient of one process; where each process
             puts its own part into a gathered tensor without gradients, multiply by the world's
             size.
-        check_values: whether to look at label numbers and weights; by default on a CPU only. On
-            CUDA it is a device-side assertion, which does not wait.
+        check_values: whether to look at label numbers, targets and weights; by default on a CPU
+            only. On CUDA it is a device-side assertion, which does not wait.
 
     Returns:
         C: one number, or [n] for "none"; float32 at least, also under autocast, which does the
@@ -375,13 +395,14 @@ def linear_sigmoid_cross_entropy(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes or devices do not fit, an option makes no sense, a target or weight asks
-            for a gradient, a label is out of range, or a weight is negative.
+            for a gradient, a label is out of range, a target is not in [0, 1], or a weight is
+            negative.
         RuntimeError: in a second derivative.
     """
     check_reduction(reduction)
-    check_label_smoothing(label_smoothing)
+    label_smoothing = check_label_smoothing(label_smoothing)
     product_dtype = check_layer(input, linear_weight, linear_bias)
-    check_block(block)
+    block = check_block(block)
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = _shard(own_labels, input, group)
     targets = targets_of(target, n, num_labels, input.device)
@@ -434,7 +455,7 @@ def check_layer(
                     raise TypeError(
                         f"expected {name} in float32 or less under autocast, got {kind}"
                     )
-                check_device(name, t, x.device)
+                check_device(name, t, x.device, like=names[0])
     else:
         check_alike({names[0]: x, names[1]: W}, {names[2]: b})
     if x.dim() != 2:
@@ -446,20 +467,14 @@ def check_layer(
         )
     if b is not None and b.shape != W.shape[:1]:
         raise ValueError(
-            f"expected linear_bias of shape ({W.shape[0]},) to go with linear_weight of shape "
+            f"expected {names[2]} of shape ({W.shape[0]},) to go with {names[1]} of shape "
             f"{shape_of(W)}, got {shape_of(b)}"
         )
     return cast(torch.dtype, product_dtype) if under_autocast else x.dtype
 
 
-def check_block(block: int | None) -> None:
-    """Raise ValueError unless it is None or a whole number of at least 1."""
-    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-        raise ValueError(f"expected block to be a whole number of at least 1, got {block!r}")
-
-
 def _check_weight(
-    name: str, weight: Tensor | None, size: int, device: torch.device
+    name: str, weight: Tensor | None, size: int, device: torch.device, like: str = "input"
 ) -> Tensor | None:
     if weight is None:
         return None
@@ -468,7 +483,7 @@ def _check_weight(
     check_dense(name, weight)
     if not weight.dtype.is_floating_point:
         raise TypeError(f"expected {name} of a floating-point dtype, got {weight.dtype}")
-    check_device(name, weight, device)
+    check_device(name, weight, device, like=like)
     if weight.requires_grad:
         raise ValueError(f"expected {name} that needs no gradient: none is computed by it")
     if tuple(weight.shape) == (size,):
@@ -557,27 +572,29 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
     ) -> None:
         """Check the options, and make and draw the parameters."""
         super().__init__()
-        for name, size in (("in_features", in_features), ("num_labels", num_labels)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"expected {name} to be a whole number of at least 1, got {size}")
-        if prior is not None and not 0 < prior < 1:
-            raise ValueError(f"expected prior between 0 and 1, got {prior}")
-        check_label_smoothing(label_smoothing)
+        in_features = check_size("in_features", in_features)
+        num_labels = check_size("num_labels", num_labels)
+        if prior is not None:
+            if not (is_number(prior) and 0 < prior < 1):
+                raise ValueError(f"expected prior between 0 and 1, got {prior!r}")
+            prior = plain(prior)
         check_reduction(reduction)
-        check_block(block)
         self.in_features, self.num_labels, self.prior = in_features, num_labels, prior
-        self.label_smoothing, self.reduction = label_smoothing, reduction
-        self.block, self.group = block, group
+        self.label_smoothing, self.reduction = check_label_smoothing(label_smoothing), reduction
+        self.block, self.group = check_block(block), group
         self.weight = nn.Parameter(torch.empty(num_labels, in_features, device=device, dtype=dtype))
         self.register_parameter(
             "bias",
             nn.Parameter(torch.empty(num_labels, device=device, dtype=dtype)) if bias else None,
         )
-        for name, tensor in (("label_weight", weight), ("pos_weight", pos_weight)):
-            tensor = _check_weight(name, tensor, num_labels, self.weight.device)
+        for buffer, name, tensor in (
+            ("label_weight", "weight", weight),
+            ("pos_weight", "pos_weight", pos_weight),
+        ):
+            tensor = _check_weight(name, tensor, num_labels, self.weight.device, "the parameters")
             if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
                 raise ValueError(f"expected {name} of at least 0, got {some_of(tensor)}")
-            self.register_buffer(name, tensor)
+            self.register_buffer(buffer, tensor)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -620,10 +637,11 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: k is not from 1 to the number of labels.
         """
-        product_dtype = check_layer(input, self.weight, self.bias)
+        product_dtype = check_layer(input, self.weight, self.bias, ("input", "weight", "bias"))
         offset, num_labels = _shard(self.num_labels, input, self.group)
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_labels:
+        if not (is_size(k) and k <= num_labels):
             raise ValueError(f"expected k from 1 to the {num_labels} labels, got {k!r}")
+        k = int(k)
         with torch.no_grad():
             best = [
                 _topk(rows, self.weight, self.bias, k, self.block, product_dtype)
@@ -772,7 +790,7 @@ def sampled_sigmoid_cross_entropy(
     n, num_labels = len(input), len(linear_weight)
     for name, labels in (("positives", positives), ("negatives", negatives)):
         check_whole(name, labels)
-        check_device(name, labels, input.device)
+        check_device(name, labels, input.device, like="input")
         shared = name == "negatives" and labels.dim() == 1
         if not shared and (labels.dim() not in (1, 2) or labels.shape[0] != n):
             raise ValueError(

@@ -5,35 +5,35 @@ The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, Literal, TypeGuard
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nnce import functional
+from nnce._arguments import (
+    check_ignore_index,
+    check_label_smoothing,
+    check_reduction,
+    is_number,
+    is_size,
+    plain,
+)
 from nnce.functional import Reduction
 
 Init = Literal["scaled", "large"] | float
 INITS: tuple[str, ...] = ("scaled", "large")
 
 
-def check_init(init: object) -> None:
-    """Raise ValueError unless `init` is "scaled", "large" or a positive standard deviation."""
-    fits = 0 < init < math.inf if is_number(init) else init in INITS
-    if not fits:
+def check_init(init: Init) -> Init:
+    """Return "scaled", "large" or a positive standard deviation; raise ValueError for others."""
+    if is_number(init) and 0 < init < math.inf:
+        return plain(init)
+    if init not in INITS:
         names = ", ".join(map(repr, INITS))
         raise ValueError(f"expected init {names} or a positive standard deviation, got {init!r}")
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number of Python's, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_size(value: object) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return init
 
 
 class Linear(nn.Linear):
@@ -79,10 +79,11 @@ class Linear(nn.Linear):
         nn.Module.__init__(self)  # torch.nn.Linear's would draw from the global generator
         if not (is_size(in_features) and is_size(out_features)):
             raise ValueError(
-                f"expected positive whole sizes, got in_features={in_features}, "
-                f"out_features={out_features}"
+                f"expected positive whole sizes, got in_features={in_features!r}, "
+                f"out_features={out_features!r}"
             )
-        check_init(init)
+        in_features, out_features = int(in_features), int(out_features)
+        init = check_init(init)
         if not isinstance(dtype, torch.dtype | None):
             raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
         if not (dtype is None or dtype.is_floating_point):
@@ -167,11 +168,12 @@ class MLP(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Make and draw the layers."""
-        self.sizes = tuple(sizes) if isinstance(sizes, Sequence) else ()
-        if len(self.sizes) < 2 or not all(map(is_size, self.sizes)):
+        given = tuple(sizes) if isinstance(sizes, Iterable) else ()
+        if len(given) < 2 or not all(map(is_size, given)):
             raise ValueError(
-                f"expected at least two positive whole sizes, the input's first, got {sizes}"
+                f"expected at least two positive whole sizes, the input's first, got {sizes!r}"
             )
+        self.sizes = tuple(map(int, given))
         layers: list[nn.Module] = []
         for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True):
             layers += [
@@ -251,9 +253,8 @@ class SigmoidQuadraticLoss(nn.Module):
     ) -> None:
         """Check and keep the options."""
         super().__init__()
-        functional.check_reduction(reduction)
-        functional.check_ignore_index(ignore_index)
-        self.reduction, self.ignore_index = reduction, ignore_index
+        check_reduction(reduction)
+        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C of the weighted inputs z of the last layer and the targets y."""
@@ -302,11 +303,9 @@ class SigmoidCrossEntropyLoss(nn.Module):
     ) -> None:
         """Check and keep the options."""
         super().__init__()
-        functional.check_reduction(reduction)
-        functional.check_label_smoothing(label_smoothing)
-        functional.check_ignore_index(ignore_index)
-        self.reduction, self.ignore_index = reduction, ignore_index
-        self.label_smoothing = label_smoothing
+        check_reduction(reduction)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
+        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
         for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
             if not isinstance(tensor, Tensor | None):
                 raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")

@@ -11,16 +11,24 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from nnce.blocks import Options, Wants, default_block, walk
-from nnce.functional import Reduction, check_dense, check_reduction
-from nnce.labels import (
+from nnce._arguments import (
     check_block,
+    check_dense,
+    check_device,
+    check_reduction,
+    is_number,
+    plain,
+    shape_of,
+)
+from nnce.blocks import Options, Wants, default_block, walk
+from nnce.functional import Reduction
+from nnce.labels import (
     check_layer,
     gathered_sizes,
     handed_over,
     linear_sigmoid_cross_entropy,
 )
-from nnce.positives import Targets, check_device, shape_of
+from nnce.positives import Targets
 
 if TYPE_CHECKING:  # not every build of PyTorch has it
     from torch.distributed import ProcessGroup
@@ -66,7 +74,7 @@ def pair_sigmoid_cross_entropy(
         RuntimeError: in a second derivative.
     """
     check_reduction(reduction)
-    check_block(block)
+    block = check_block(block)
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape != y.shape:
         raise ValueError(f"expected x and y of one shape, got {shape_of(x)} and {shape_of(y)}")
     product_dtype = check_layer(x, y, None, names=("x", "y", "bias"))
@@ -92,8 +100,8 @@ def pair_sigmoid_cross_entropy(
 
 
 def _one_number(name: str, value: Any, like: Tensor) -> Tensor:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return like.new_tensor(value)
+    if is_number(value):
+        return like.new_tensor(plain(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a number or a tensor, got {type(value).__name__}")
     check_dense(name, value)
@@ -102,7 +110,7 @@ def _one_number(name: str, value: Any, like: Tensor) -> Tensor:
             f"expected {name} to be one floating-point number, got {value.dtype} of shape "
             f"{shape_of(value)}"
         )
-    check_device(name, value, like.device)
+    check_device(name, value, like.device, like="x")
     return value.reshape(())
 
 

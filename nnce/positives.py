@@ -4,15 +4,30 @@ A dense target is as large as the logits. Of a million labels an example has a h
 of these says as much: label numbers, compressed sparse rows, or pairs of example and label.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from nnce._arguments import (
+    check_dense,
+    check_device,
+    check_whole,
+    in_unit_interval,
+    is_integer,
+    shape_of,
+    some_of,
+)
 
 
 class Positives:
     """The positive labels of n examples, as compressed sparse rows: any number for each.
+
+    A data set of n examples: an index, a slice, indices or a mask select some of them, and
+    `torch.utils.data.DataLoader` joins them to a mini-batch.
 
     Args:
         crow: where each example's labels begin in col, and at last where they end, [n + 1].
@@ -20,15 +35,17 @@ class Positives:
         values: their targets in [0, 1], [crow[-1]]; None for 1.
 
     Raises:
-        TypeError: what is given is no tensor, or of the wrong kind of numbers.
-        ValueError: the three do not fit, a number is negative or stands twice in one example, or a
-            value is not in [0, 1].
+        TypeError: crow or col is not a tensor of integers, or values not a floating-point tensor.
+        ValueError: shapes or devices do not fit, a number is negative or stands twice in one
+            example, or a value is not in [0, 1].
     """
 
     def __init__(self, crow: Tensor, col: Tensor, values: Tensor | None = None) -> None:
         """Check and keep them. (The check waits for a CUDA device.)"""
-        check_whole("crow", crow)
-        check_whole("col", col)
+        for name, tensor in (("crow", crow), ("col", col)):
+            check_whole(name, tensor)
+            check_dense(name, tensor)
+        check_device("crow", crow, col.device, like="col")
         crow, col = crow.long(), col.long()
         if crow.dim() != 1 or col.dim() != 1 or not len(crow):
             raise ValueError(
@@ -41,19 +58,8 @@ class Positives:
             )
         if len(col) and col.min() < 0:
             raise ValueError(f"expected label numbers of at least 0, got {int(col.min())}")
+        _check_values(values, col, "col")
         self.crow, self.col, self.values = crow, col, values
-        if values is not None:
-            if not (isinstance(values, Tensor) and values.is_floating_point()):
-                kind = getattr(values, "dtype", type(values).__name__)
-                raise TypeError(f"expected values to be a floating-point tensor, got {kind}")
-            if values.shape != col.shape:
-                raise ValueError(
-                    f"expected values of shape {shape_of(col)} like col, got {shape_of(values)}"
-                )
-            if values.requires_grad:
-                raise ValueError("expected values that need no gradient: none is computed by them")
-            if not bool(((values >= 0) & (values <= 1)).all()):
-                raise ValueError(f"expected values in [0, 1], got {some_of(values)}")
         rows = self.rows()
         order = col.argsort(stable=True)
         order = order[rows[order].argsort(stable=True)]
@@ -73,17 +79,40 @@ class Positives:
         return self
 
     @classmethod
-    def from_lists(cls, labels: Sequence[Sequence[int]]) -> "Positives":
-        """Of a list of label numbers for each example."""
-        lengths = [0, *(len(each) for each in labels)]
-        flat = [label for each in labels for label in each]
-        return cls(torch.tensor(lengths).cumsum(0), torch.tensor(flat, dtype=torch.int64))
+    def from_lists(cls, labels: Iterable[Iterable[int]]) -> "Positives":
+        """From the label numbers of each example, in lists, arrays or tensors of integers.
+
+        Raises:
+            TypeError: they are not lists of integers.
+            ValueError: as for the class.
+        """
+        examples = [_integers(each, number) for number, each in enumerate(_listed(labels))]
+        crow = torch.tensor([0, *map(len, examples)]).cumsum(0)
+        flat = [label for each in examples for label in each]
+        if flat and max(flat) >= 2**63:
+            raise ValueError(f"expected label numbers below 2**63, got {max(flat)}")
+        return cls(crow, torch.tensor(flat, dtype=torch.int64))
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> "Positives":
-        """Of a SciPy sparse matrix or array [n, labels], whose values are the targets."""
+        """From a SciPy sparse matrix or array [n, labels], whose values are the targets.
+
+        Raises:
+            TypeError: it is not one, or its values are not real numbers of at most 64 bits.
+            ValueError: it is not two-dimensional, or as for the class.
+        """
+        if not hasattr(matrix, "tocsr"):
+            raise TypeError(f"expected a SciPy sparse matrix, got {type(matrix).__name__}")
+        if len(matrix.shape) != 2:
+            raise ValueError(f"expected a matrix of shape (n, labels), got {matrix.shape}")
+        if matrix.dtype.kind not in "biuf" or matrix.dtype.itemsize > 8:
+            raise TypeError(
+                f"expected a matrix of real numbers of at most 64 bits, got {matrix.dtype}"
+            )
         csr = matrix.tocsr()
-        values = torch.from_numpy(csr.data.astype("float64")).float()
+        values = torch.from_numpy(csr.data.astype("float64"))
+        if not (matrix.dtype.kind == "f" and matrix.dtype.itemsize == 8):
+            values = values.float()
         crow, col = (torch.from_numpy(t.astype("int64")) for t in (csr.indptr, csr.indices))
         return cls(crow, col, None if bool((values == 1).all()) else values)
 
@@ -91,43 +120,94 @@ class Positives:
     def from_coo(
         cls, rows: Tensor, labels: Tensor, n: int, values: Tensor | None = None
     ) -> "Positives":
-        """Of the number of the example and the label of each positive, in any order; n examples."""
-        check_whole("rows", rows)
+        """From the number of the example and the label of each positive, in any order.
+
+        Args:
+            rows: numbers of examples from 0 to n − 1, of one dimension.
+            labels: label numbers, of rows' shape.
+            n: how many examples there are.
+            values: targets in [0, 1], of rows' shape; None for 1.
+
+        Raises:
+            TypeError: rows or labels is not a tensor of integers, n not an integer, or values not a
+                floating-point tensor.
+            ValueError: as for the class.
+        """
+        for name, tensor in (("rows", rows), ("labels", labels)):
+            check_whole(name, tensor)
+            check_dense(name, tensor)
+        if not is_integer(n):
+            raise TypeError(f"expected n to be a whole number, got {type(n).__name__}")
+        if n < 0:
+            raise ValueError(f"expected n of at least 0, got {n}")
+        if rows.dim() != 1:
+            raise ValueError(f"expected rows of one dimension, got {shape_of(rows)}")
         if len(rows) and (rows.min() < 0 or rows.max() >= n):
             raise ValueError(f"expected rows from 0 to {n - 1}, got {some_of(rows)}")
         if rows.shape != labels.shape:
             raise ValueError(
                 f"expected labels of shape {shape_of(rows)} like rows, got {shape_of(labels)}"
             )
+        check_device("labels", labels, rows.device, like="rows")
+        _check_values(values, rows, "rows")
         order = rows.argsort(stable=True)
-        return cls(_starts(rows, n), labels[order], None if values is None else values[order])
+        return cls(_starts(rows, int(n)), labels[order], None if values is None else values[order])
 
     def __len__(self) -> int:
         """The number of examples."""
         return len(self.crow) - 1
 
     def __getitem__(self, examples: "int | slice | Tensor | Sequence[int]") -> "Positives":
-        """The positives of some examples: a number, a slice, numbers, or a mask.
+        """The positives of some examples: an index, a slice, indices, or a mask [n].
 
         Raises:
-            IndexError: there is no such example.
+            TypeError: an index is not an integer, and not a mask.
+            IndexError: there is no such example, or indices or a mask of another shape.
         """
-        numbers = torch.arange(len(self), device=self.crow.device)
-        if isinstance(examples, int):
-            if not -len(self) <= examples < len(self):
-                raise IndexError(f"expected one of {len(self)} examples, got {examples}")
-            chosen = numbers[examples, None]
-        elif isinstance(examples, slice):
-            chosen = numbers[examples]
-        else:
-            asked = torch.as_tensor(examples, device=numbers.device)
-            chosen = numbers[asked if asked.dtype == torch.bool else asked.long()]
+        chosen = self._chosen(examples)
         begin, counts = self.crow[chosen], self.crow.diff()[chosen]
         crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         within = torch.arange(int(crow[-1]), device=crow.device)
         at = within + (begin - crow[:-1]).repeat_interleave(counts)
         values = None if self.values is None else self.values[at]
         return self._trusted(crow, self.col[at], values)
+
+    def _chosen(self, examples: Any) -> Tensor:
+        """The numbers from 0 of the examples that an index selects, [chosen]."""
+        device = self.crow.device
+        if isinstance(examples, slice):
+            chosen = range(*examples.indices(len(self)))  # torch slices only forward
+            return torch.arange(len(chosen), device=device) * chosen.step + chosen.start
+        if is_integer(examples):
+            index = torch.tensor(int(examples), device=device)
+        elif isinstance(examples, list | tuple) and not examples:
+            index = torch.tensor([], dtype=torch.int64, device=device)
+        else:
+            try:
+                index = torch.as_tensor(examples, device=device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                kind = type(examples).__name__
+                raise TypeError(
+                    f"expected the numbers of examples or a mask [n], got {kind}"
+                ) from error
+        if index.dtype == torch.bool and index.dim() == 1:
+            if len(index) != len(self):
+                raise IndexError(f"expected a mask of {len(self)} examples, got {len(index)}")
+            return index.nonzero()[:, 0]
+        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+            raise TypeError(f"expected the numbers of examples or a mask [n], got {index.dtype}")
+        if index.dim() > 1:
+            raise IndexError(
+                f"expected one number of an example or one dimension of them, got shape "
+                f"{shape_of(index)}"
+            )
+        index = index.long().reshape(-1)
+        wrong = (index < -len(self)) | (index >= len(self))
+        if bool(wrong.any()):
+            raise IndexError(
+                f"expected numbers of {len(self)} examples, got {some_of(index[wrong])}"
+            )
+        return index.where(index >= 0, index + len(self))
 
     def rows(self) -> Tensor:
         """The number of the example of each positive, as long as col."""
@@ -143,6 +223,25 @@ class Positives:
         )
         return self._trusted(cast(Tensor, crow), cast(Tensor, col), values)
 
+    @classmethod
+    def _joined(cls, parts: Sequence["Positives"]) -> "Positives":
+        """The examples of all parts, one part after the other."""
+        ends = itertools.accumulate(len(part.col) for part in parts)
+        begins = (end - len(part.col) for end, part in zip(ends, parts, strict=True))
+        crows = [part.crow[1:] + begin for part, begin in zip(parts, begins, strict=True)]
+        values = None
+        if any(part.values is not None for part in parts):
+            values = torch.cat(
+                [
+                    torch.ones_like(part.col, dtype=torch.get_default_dtype())
+                    if part.values is None
+                    else part.values
+                    for part in parts
+                ]
+            )
+        crow = torch.cat([parts[0].crow[:1], *crows])
+        return cls._trusted(crow, torch.cat([part.col for part in parts]), values)
+
     def to_dense(self, num_labels: int, dtype: torch.dtype | None = None) -> Tensor:
         """The targets as a tensor [n, num_labels]."""
         dense = torch.zeros(len(self), num_labels, dtype=dtype, device=self.col.device)
@@ -153,6 +252,14 @@ class Positives:
         """How many."""
         soft = "" if self.values is None else ", soft"
         return f"Positives({len(self.col)} labels in {len(self)} examples{soft})"
+
+
+def _collate(batch: Sequence[Positives], *, collate_fn_map: object = None) -> Positives:
+    return Positives._joined(batch)
+
+
+# PyTorch's documented way to extend `torch.utils.data.default_collate`.
+default_collate_fn_map[Positives] = _collate
 
 
 Target = Tensor | Positives
@@ -192,13 +299,13 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
             raise ValueError(
                 f"expected positives of the input's {n} examples, got crow for {len(target)}"
             )
-        check_device("target", target.col, device)
+        check_device("target", target.col, device, like="input")
         return Targets(None, target.rows(), target.col, target.values, once=True)
     if not isinstance(target, Tensor):
         raise TypeError(
             f"expected target to be a tensor or nnce.Positives, got {type(target).__name__}"
         )
-    check_device("target", target, device)
+    check_device("target", target, device, like="input")
     if target.layout != torch.strided:
         raise TypeError(f"expected a dense, CSR or COO target, got {target.layout}")
     if target.dtype.is_complex:
@@ -249,27 +356,43 @@ def _soft(values: Tensor) -> Tensor:
     return values if values.is_floating_point() else values.float()
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless the tensor is on the device, which is the input's."""
-    if tensor.device != device:
-        raise ValueError(f"expected {name} on device {device} like input, got {tensor.device}")
+def _check_values(values: Any, like: Tensor, name: str) -> None:
+    """Raise unless values are None or targets in [0, 1], one for each element of `like`."""
+    if values is None:
+        return
+    if not (isinstance(values, Tensor) and values.is_floating_point()):
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"expected values to be a floating-point tensor, got {kind}")
+    check_dense("values", values)
+    if values.shape != like.shape:
+        raise ValueError(
+            f"expected values of shape {shape_of(like)} like {name}, got {shape_of(values)}"
+        )
+    check_device("values", values, like.device, like=name)
+    if values.requires_grad:
+        raise ValueError("expected values that need no gradient: none is computed by them")
+    if not bool(in_unit_interval(values).all()):
+        raise ValueError(f"expected values in [0, 1], got {some_of(values)}")
 
 
-def check_whole(name: str, tensor: Any) -> None:
-    """Raise TypeError unless it is a tensor of whole numbers."""
-    kind = getattr(tensor, "dtype", type(tensor).__name__)
-    if not isinstance(tensor, Tensor) or tensor.dtype not in (
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-    ):
-        raise TypeError(f"expected {name} to be a tensor of whole numbers, got {kind}")
+def _listed(labels: Any) -> list[Any]:
+    """The elements of an iterable other than text, in a list; arrays' as Python's numbers."""
+    if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
+        kind = type(labels).__name__
+        raise TypeError(f"expected a list of label numbers for each example, got {kind}")
+    found = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    return found if isinstance(found, list) else [found]
 
 
-def shape_of(tensor: Tensor) -> str:
-    """For a sentence."""
-    return str(tuple(tensor.shape))
-
-
-def some_of(tensor: Tensor) -> str:
-    """The first few of its values, for a sentence."""
-    values = tensor.flatten()[:4].tolist()
-    return f"{values}"[:-1] + (", …]" if tensor.numel() > 4 else "]")
+def _integers(labels: Any, example: int) -> list[int]:
+    """The label numbers of one example as integers of Python."""
+    found = _listed(labels)
+    if set(map(type, found)) <= {int}:  # at once: there may be millions
+        return found
+    found = [label.tolist() if isinstance(label, Tensor) else label for label in found]
+    wrong = [label for label in found if not is_integer(label)]
+    if wrong:
+        raise TypeError(
+            f"expected label numbers that are whole numbers, got {wrong[0]!r} in example {example}"
+        )
+    return [int(label) for label in found]

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from nnce.modules import is_number, is_size
+from nnce._arguments import is_number, is_size, plain
 
 
 class Schedule(Protocol):
@@ -41,8 +41,8 @@ class StepLR:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_epochs("step_size", self.step_size)
-        _check_factor("gamma", self.gamma)
+        _keep(self, step_size=_check_epochs("step_size", self.step_size))
+        _keep(self, gamma=_check_factor("gamma", self.gamma))
 
     def factor(self, epoch: int) -> float:
         """gamma ^ ⌊epoch / step_size⌋."""
@@ -62,7 +62,7 @@ class CosineAnnealingLR:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_epochs("T_max", self.T_max)
+        _keep(self, T_max=_check_epochs("T_max", self.T_max))
 
     def factor(self, epoch: int) -> float:
         """(1 + cos(π epoch / T_max)) / 2."""
@@ -83,8 +83,8 @@ class LinearLR:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_epochs("total_iters", self.total_iters)
-        _check_factor("start_factor", self.start_factor)
+        _keep(self, total_iters=_check_epochs("total_iters", self.total_iters))
+        _keep(self, start_factor=_check_factor("start_factor", self.start_factor))
 
     def factor(self, epoch: int) -> float:
         """start_factor + (1 − start_factor) epoch / total_iters, 1 at most."""
@@ -110,11 +110,10 @@ class SequentialLR:
             value = getattr(self, name)
             if not isinstance(value, list | tuple):
                 raise ValueError(f"expected a tuple of {name}, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
         for schedule in self.schedules:
             check_schedule(schedule)
-        for milestone in self.milestones:
-            _check_epochs("each milestone", milestone)
+        milestones = tuple(_check_epochs("each milestone", m) for m in self.milestones)
+        _keep(self, schedules=tuple(self.schedules), milestones=milestones)
         rising = sorted(set(self.milestones)) == list(self.milestones)
         if not (rising and len(self.milestones) == len(self.schedules) - 1 >= 1):
             raise ValueError(
@@ -140,11 +139,19 @@ def check_schedule(value: object) -> None:
         raise ValueError(f"expected a schedule out of nnce.schedules, got {value!r}")
 
 
-def _check_epochs(name: str, value: object) -> None:
+def _keep(schedule: object, **values: object) -> None:
+    """Set fields of a frozen dataclass to their checked values."""
+    for name, value in values.items():
+        object.__setattr__(schedule, name, value)
+
+
+def _check_epochs(name: str, value: object) -> int:
     if not is_size(value):
         raise ValueError(f"expected {name} of at least 1, a whole number of epochs, got {value!r}")
+    return int(value)
 
 
-def _check_factor(name: str, value: object) -> None:
+def _check_factor(name: str, value: object) -> float:
     if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"expected {name} in (0, 1], got {value!r}")
+    return plain(value)

@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from nnce import modules, saturation
+from nnce._arguments import check_size
 from nnce.modules import MLP
 
 
@@ -94,8 +95,7 @@ def watch(
         raise TypeError(f"expected a torch.nn.Module to watch, got {type(model).__name__}")
     if not callable(getattr(writer, "add_scalar", None)):
         raise TypeError(f"expected a writer with add_scalar, got {type(writer).__name__}")
-    if not modules.is_size(every):
-        raise ValueError(f"expected every to be a whole number of at least 1, got {every!r}")
+    every = check_size("every", every)
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "expected a model that is not compiled, whose layers can be seen; train the module it "

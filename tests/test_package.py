@@ -14,6 +14,7 @@ PACKAGE = ROOT / "nnce"
 # Whoever stands here may import what stands above it.
 ORDER = (
     *(
+        "_arguments",
         "rules",
         "losses",
         "functional",
@@ -163,7 +164,7 @@ def test_every_file_has_its_test():
     """test_X.py for nnce/X.py, test_X_script.py for scripts/X.py."""
     tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     names = {name.split(".")[-1] for name in FILES} - {"__init__"}
-    assert {f"test_{name}" for name in names} <= tests
+    assert {f"test_{name.lstrip('_')}" for name in names} <= tests
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"startup"}
     assert {f"test_{name}_script" for name in scripts} <= tests
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nnce import data, loops, parallel, training
+from nnce._arguments import is_size
 from nnce.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
     Difference,
@@ -27,7 +28,7 @@ from nnce.experiments.estimates import (
     paired_difference,
 )
 from nnce.losses import LOSSES, Loss
-from nnce.modules import MLP, is_size
+from nnce.modules import MLP
 from nnce.parallel import ALONE, World
 from nnce.training import Engine, Record, Settings
 
@@ -120,7 +121,8 @@ def plan(
         MemoryError: so many networks would not fit; the sentence says how much they need.
     """
     if not is_size(seeds):
-        raise ValueError(f"expected at least 1 seed, a whole number, got {seeds}")
+        raise ValueError(f"expected at least 1 seed, a whole number, got {seeds!r}")
+    seeds = int(seeds)
     for loss in LOSSES:
         if not lrs.get(loss):
             raise ValueError(f"expected at least one learning rate for loss {loss!r}, got none")

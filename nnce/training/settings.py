@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from nnce import data
+from nnce._arguments import is_integer, is_number, is_size, plain
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import How
 from nnce.losses import LOSSES, Loss, check_loss
-from nnce.modules import Init, check_init, is_number, is_size
+from nnce.modules import Init, check_init
 from nnce.schedules import CONSTANT, Schedule, check_schedule
 
 Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
@@ -67,9 +68,9 @@ class Settings:
     mini-batches."""
 
     def __post_init__(self) -> None:
-        """Fill in the engine and the rate, and check every value."""
+        """Fill in the engine and the rate, check every value, and keep numbers as Python's."""
         check_loss(self.loss)
-        check_init(self.init)
+        object.__setattr__(self, "init", check_init(self.init))
         check_schedule(self.schedule)
         _check(self, _CHECKS_BEFORE_DEFAULTS)
         if self.engine is None:
@@ -79,6 +80,9 @@ class Settings:
             lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
             object.__setattr__(self, "lr", lr)
         _check(self, _CHECKS)
+        object.__setattr__(self, "hidden", tuple(map(int, self.hidden)))
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
     @property
     def rate(self) -> float:
@@ -129,7 +133,10 @@ def _is_share(value: Any) -> bool:
 
 
 def _is_seed(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**32
+    return is_integer(value) and 0 <= value < 2**32
+
+
+_NUMBERS = ("epochs", "batch_size", "lr", "momentum", "l2", "dropout", "input_dropout", "seed")
 
 
 def _keeps_a_positive_rate(settings: Settings) -> bool:

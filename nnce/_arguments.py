@@ -1,0 +1,166 @@
+"""Argument checks shared by the whole package: numbers, tensors, devices and options of losses.
+
+A check raises TypeError for a non-tensor or a wrong dtype and ValueError for shapes, devices and
+values. Checks of numbers accept those of other libraries, NumPy's for one, and return Python's.
+"""
+
+import numbers
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+# -------------------------------------------------------------------------------------- numbers
+
+# Python's own types first, one isinstance for each kind: PyTorch 2.6's dynamo does not follow
+# `int | float`, and so does not reach the abstract types.
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an integer, of Python or another library, and not a bool."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or isinstance(value, numbers.Integral)  # noqa: SIM101
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a real number, of Python or another library, and not a bool."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float)) or isinstance(value, numbers.Real)  # noqa: SIM101
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether it is an integer of at least 1."""
+    return is_integer(value) and value >= 1
+
+
+def plain(value: float) -> int | float:
+    """The same number as an int or a float of Python: what is kept, saved and shown."""
+    return int(value) if is_integer(value) else float(value)
+
+
+def check_size(name: str, value: object) -> int:
+    """Return an integer of at least 1 as Python's; raise ValueError for anything else."""
+    if not is_size(value):
+        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def check_block(block: int | None) -> int | None:
+    """Return None, or a number of labels as `check_size` does."""
+    return None if block is None else check_size("block", block)
+
+
+# ----------------------------------------------------------------------------- options of losses
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError unless `reduction` is one of "none", "sum", "mean" and "batchmean"."""
+    if reduction not in ("none", "sum", "mean", "batchmean"):
+        raise ValueError(
+            f"expected reduction 'none', 'sum', 'mean' or 'batchmean', got {reduction!r}"
+        )
+
+
+def check_label_smoothing(label_smoothing: float) -> int | float:
+    """Return it as a number of Python; TypeError for a non-number, ValueError outside [0, 1)."""
+    if not is_number(label_smoothing):
+        kind = type(label_smoothing).__name__
+        raise TypeError(f"expected label_smoothing to be a number, got {kind}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"expected label_smoothing in [0, 1), got {label_smoothing}")
+    return plain(label_smoothing)
+
+
+def check_ignore_index(ignore_index: int | None) -> int | None:
+    """Return None or an integer as Python's; TypeError for others, ValueError for 0 and 1."""
+    if ignore_index is None:
+        return None
+    if not is_integer(ignore_index):
+        kind = type(ignore_index).__name__
+        raise TypeError(f"expected ignore_index to be a whole number or None, got {kind}")
+    if ignore_index in (0, 1):
+        raise ValueError(f"expected ignore_index other than 0 and 1, got {ignore_index}")
+    return int(ignore_index)
+
+
+# -------------------------------------------------------------------------------------- tensors
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as it stands in a sentence: (32, 10)."""
+    return str(tuple(tensor.shape))
+
+
+def some_of(tensor: Tensor) -> str:
+    """The first four values as they stand in a sentence: [1, 2, 3, 4, …]."""
+    values = tensor.flatten()[:4].tolist()
+    return f"{values}"[:-1] + (", …]" if tensor.numel() > 4 else "]")
+
+
+def in_unit_interval(tensor: Tensor) -> Tensor:
+    """Where the values are in [0, 1]; NaN is not."""
+    return (tensor >= 0) & (tensor <= 1)
+
+
+def check_alike(
+    required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None
+) -> None:
+    """Raise unless all are dense tensors of the first one's floating-point dtype and device.
+
+    Args:
+        required: tensors by the names that the sentences give them.
+        optional: more of them; None is skipped.
+
+    Raises:
+        TypeError: one is not a tensor, or sparse or quantized, the first is not floating-point, or
+            the dtypes differ.
+        ValueError: the devices differ.
+    """
+    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    tensors = {**required, **given}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
+    (first_name, first), *others = tensors.items()
+    if not first.dtype.is_floating_point:
+        raise TypeError(f"expected {first_name} of a floating-point dtype, got {first.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+            how = f"; {name}.to({first.dtype}) makes it so" if whole else ""
+            raise TypeError(
+                f"expected {name} of dtype {first.dtype} like {first_name}, got {tensor.dtype}{how}"
+            )
+        check_device(name, tensor, first.device, like=first_name)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a sparse or quantized tensor."""
+    if torch.compiler.is_compiling():  # dynamo does not know these questions
+        return
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"expected {name} to be dense, got {tensor.layout}; {name}.to_dense() makes it so"
+        )
+    if tensor.is_quantized:
+        raise TypeError(
+            f"expected {name} of plain numbers, got {tensor.dtype}; {name}.dequantize() makes it so"
+        )
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, *, like: str) -> None:
+    """Raise ValueError unless the tensor is on the device, which is that of the argument `like`."""
+    if tensor.device != device:
+        raise ValueError(f"expected {name} on device {device} like {like}, got {tensor.device}")
+
+
+def check_whole(name: str, tensor: Any) -> None:
+    """Raise TypeError unless it is a tensor of integers."""
+    kind = getattr(tensor, "dtype", type(tensor).__name__)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ):
+        raise TypeError(f"expected {name} to be a tensor of whole numbers, got {kind}")
