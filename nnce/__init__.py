@@ -7,8 +7,6 @@ it there, and all but `experiments/` needs torch alone.
 
 from nnce.algorithm import Hyperparameters as Hyperparameters
 from nnce.algorithm import backprop as backprop
-from nnce.checkpoint import load as load
-from nnce.checkpoint import save as save
 from nnce.composability import check_composability as check_composability
 from nnce.ensemble import Ensemble as Ensemble
 from nnce.functional import linear as linear
@@ -24,8 +22,10 @@ from nnce.modules import Linear as Linear
 from nnce.modules import Sigmoid as Sigmoid
 from nnce.modules import SigmoidCrossEntropyLoss as SigmoidCrossEntropyLoss
 from nnce.modules import SigmoidQuadraticLoss as SigmoidQuadraticLoss
+from nnce.monitoring.watching import watch as watch
 from nnce.pairs import pair_sigmoid_cross_entropy as pair_sigmoid_cross_entropy
 from nnce.positives import Positives as Positives
-from nnce.watching import watch as watch
+from nnce.saving import load as load
+from nnce.saving import save as save
 
 __version__ = "0.1.0"

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from nnce import kernels, loops
 from nnce._arguments import check_alike, check_size, is_integer, is_number, is_size, plain
+from nnce._memory import check_memory
 from nnce.algorithm import Hyperparameters
 from nnce.loops import Loops
 from nnce.losses import check_loss
-from nnce.memory import check_memory
 from nnce.modules import MLP
 from nnce.products import Products, block_examples
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnce import functional
 from nnce.gradients import ulp
-from nnce.reference import CONTENDERS, LossFunction
+from nnce.training.twin import CONTENDERS, LossFunction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -51,14 +51,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from nnce import blocks, data, ensemble, functional, loops, memory, training
+from nnce import _memory, blocks, data, ensemble, functional, loops, training
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import Ensemble, How
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.labels import linear_sigmoid_cross_entropy
 from nnce.modules import MLP
-from nnce.reference import BUILT_IN_LOSSES, torch_twin
+from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
 
 EXAMPLES = 50_000
 LR = 0.5
@@ -177,7 +177,7 @@ def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch,
     if work.own_orders:
         raise Missing("networks with orders of their own share no product")
     # As many networks at a time as the ensemble takes, since more would leave the cache.
-    size = max(1, CACHE_BYTES // memory.bytes_of(work.sizes, torch.float32))
+    size = max(1, CACHE_BYTES // _memory.bytes_of(work.sizes, torch.float32))
     groups = [networks[i : i + size] for i in range(0, len(networks), size)]
     products: dict[int, list[Products]] = {}
 
@@ -576,7 +576,7 @@ def peak(device: torch.device, peaks: list[int]) -> Iterator[None]:
 
 def fresh_networks(work: Work, networks: int, device: torch.device) -> list[MLP]:
     """The networks every peer starts from."""
-    memory.check_memory(work.sizes, networks, device=device)
+    _memory.check_memory(work.sizes, networks, device=device)
     return [
         MLP(work.sizes, generator=torch.Generator().manual_seed(seed), device=device)
         for seed in range(networks)

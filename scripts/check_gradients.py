@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nnce import composability, data, memory, precision, reference
+from nnce import _memory, composability, data, precision
 from nnce.algorithm import backprop
 from nnce.experiments import command_line, figures, report
 from nnce.experiments.command_line import ArgumentParser
@@ -25,6 +25,7 @@ from nnce.gradients import check_gradients
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
 from nnce.precision import Measured
+from nnce.training import twin
 
 # What gradients in float32 may differ by, in norm: rounding, and no more.
 SAME_IN_NORM = 1e-6
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dataset = command_line.load_data(options)
         x, y = dataset.train
         sizes = (x.shape[1], *options.hidden, y.shape[1])
-        memory.check_memory(sizes, dtype=x.dtype, device=device)
+        _memory.check_memory(sizes, dtype=x.dtype, device=device)
         network = MLP(
             sizes,
             generator=torch.Generator().manual_seed(options.seed),
@@ -163,7 +164,7 @@ def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[Gradien
     x, y = split.x[:1000], split.y[:1000]
     by_hand = backprop(network, x, y, loss=loss).gradients
     names, parameters = zip(*network.named_parameters(), strict=True)
-    C = reference.BUILT_IN_LOSSES[loss](reference.torch_twin(network)(x), y)
+    C = twin.BUILT_IN_LOSSES[loss](twin.torch_twin(network)(x), y)
     differences = []
     for name, gradient in zip(names, torch.autograd.grad(C, parameters), strict=True):
         difference = (by_hand[name] - gradient).abs()

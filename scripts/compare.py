@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nnce import data, ensemble, parallel
+from nnce import data, ensemble
 from nnce.experiments import command_line, comparison, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.comparison import Run, SideBySide, Variant
 from nnce.experiments.report import Log
 from nnce.losses import LOSSES, Loss
-from nnce.parallel import World
-from nnce.training import Settings
+from nnce.training import Settings, parallel
+from nnce.training.parallel import World
 
 LRS = ("0.03", "0.1", "0.3", "1", "3", "10", "30")
 

@@ -18,7 +18,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nnce import parallel
 from nnce.experiments import (
     command_line,
     comparison,
@@ -32,8 +31,8 @@ from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
 from nnce.experiments.reproduction import Attempt, Outcome, Spread
 from nnce.experiments.tensorboard import Monitor
-from nnce.parallel import ALONE
-from nnce.training import Settings
+from nnce.training import Settings, parallel
+from nnce.training.parallel import ALONE
 
 
 def parser() -> ArgumentParser:

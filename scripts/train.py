@@ -17,11 +17,12 @@ import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import data, ensemble, parallel, training
+from nnce import data, ensemble, training
 from nnce.experiments import command_line, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.tensorboard import Monitor
 from nnce.losses import LOSSES
+from nnce.training import parallel
 
 
 def parser() -> ArgumentParser:

@@ -93,7 +93,7 @@ def outcome(run_dir):
     if (run_dir / "epochs.csv").exists():
         found["csv"] = rows(run_dir / "epochs.csv")
         found["picture"] = (run_dir / "learning-curves.png").read_bytes()
-    content = nnce.checkpoint.latest_checkpoint(run_dir).content
+    content = nnce.training.checkpoints.latest_checkpoint(run_dir).content
 
     def plain(value):
         if isinstance(value, torch.Tensor):

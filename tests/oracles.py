@@ -8,9 +8,9 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import nnce
-from nnce import reference
 from nnce.algorithm import backprop
 from nnce.losses import LOSSES
+from nnce.training import twin
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 HAND_WRITTEN = {
@@ -122,7 +122,7 @@ def check_network():
         network = nnce.MLP((4, 4, 4, 4), dtype=torch.float64, generator=_generator())
         names, parameters = zip(*network.named_parameters(), strict=True)
         x, y = random(6, 4).detach().sigmoid(), targets(6, 4).detach()
-        oracle = reduce(BUILT_IN[loss][-1](reference.torch_twin(network)(x), y), "batchmean")
+        oracle = reduce(BUILT_IN[loss][-1](twin.torch_twin(network)(x), y), "batchmean")
         by_autograd = grad(oracle, parameters)
         by_functions = grad(HAND_WRITTEN[loss](network(x), y), parameters)
         by_algorithm = backprop(network, x, y, loss=loss).gradients

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import nnce
-from nnce import _arguments, data, schedules
+from nnce import _arguments, data
 from nnce.data import DataError
 from nnce.ensemble import Ensemble
 from nnce.experiments import comparison
-from nnce.training import Settings
+from nnce.training import Settings, schedules
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import nnce
-from nnce import reference
+from nnce.training import twin
 
 # PyTorch's own warnings, of its old quantisation, and in 2.11 of what dynamo itself looks at.
 pytestmark = [
@@ -181,5 +181,5 @@ def test_quantisation_goes_by_the_exact_type(generator):
     x = torch.rand(4, 6, generator=generator)
     # Its way round: PyTorch's own layers with these parameters.
     network = nnce.MLP((6, 5, 3), generator=generator)
-    twin = torch.ao.quantization.quantize_dynamic(reference.torch_twin(network), {nn.Linear})
-    assert_close(twin(x), network(x), rtol=0.1, atol=0.1)
+    quantized = torch.ao.quantization.quantize_dynamic(twin.torch_twin(network), {nn.Linear})
+    assert_close(quantized(x), network(x), rtol=0.1, atol=0.1)

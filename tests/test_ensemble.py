@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import nnce
-from nnce import data, ensemble, reference, training
+from nnce import data, ensemble, training
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import HOWS, Ensemble
 from nnce.losses import LOSSES
-from nnce.training import Settings
+from nnce.training import Settings, twin
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -125,7 +125,7 @@ def compare_with_sgd(sizes, batch_size, R, seed, engine, own):
     for order in orders:
         together.train_epoch(x, y, order if own else order[0])
     for r, (network, copied, h) in enumerate(zip(networks, alone, values, strict=True)):
-        twin, criterion = reference.torch_twin(copied), reference.BUILT_IN_LOSSES[h.loss]
+        built_in, criterion = twin.torch_twin(copied), twin.BUILT_IN_LOSSES[h.loss]
         weights = [linear.weight for linear in copied.linears()]
         biases = [linear.bias for linear in copied.linears()]
         groups = [{"params": weights, "weight_decay": h.weight_decay}, {"params": biases}]
@@ -133,7 +133,7 @@ def compare_with_sgd(sizes, batch_size, R, seed, engine, own):
         for order in orders:
             for batch in order[r].split(batch_size):
                 optimizer.zero_grad()
-                criterion(twin(x[batch]), y[batch]).backward()
+                criterion(built_in(x[batch]), y[batch]).backward()
                 optimizer.step()
         assert largest_difference(network, copied) <= 1e-13
     return R

@@ -1,6 +1,7 @@
-"""The wall: what may import what, and what must do without the extras."""
+"""Package layout: which package may import which, and what runs with torch alone."""
 
 import ast
+import graphlib
 import importlib.metadata
 import os
 import re
@@ -11,84 +12,94 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "nnce"
-# Whoever stands here may import what stands above it.
-ORDER = (
-    *(
-        "_arguments",
-        "rules",
-        "losses",
-        "functional",
-        "positives",
-        "blocks",
-        "labels",
-        "pairs",
-        "modules",
-        "memory",
-        "algorithm",
-        "loops",
-        "products",
-    ),
-    *("ensemble", "checkpoint", "parallel"),
-    *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
-    *("schedules", "dropout"),
-    *(
-        f"training.{name}"
-        for name in ("settings", "cursor", "state", "evaluation", "steppers", "loop", "__init__")
-    ),
-    *(
-        f"experiments.{name}"
-        for name in ("__init__", "command_line", "estimates", "comparison", "figures")
-    ),
-    *("experiments.tensorboard", "experiments.report", "experiments.resuming"),
-    *("experiments.published", "experiments.reproduction"),
-    "__init__",
-)
+_BASE = {"_arguments", "_memory", "_torch_private"}
+_NOTES = {*_BASE, "rules", "losses", "functional", "modules", "algorithm", "saving", "kernels"}
+# What a file or package may import, besides itself. Kernels are imported on first use.
+ALLOWED = {
+    "_arguments": set(),
+    "_memory": set(),
+    "_torch_private": set(),
+    "rules": set(),
+    "losses": {"rules"},
+    "kernels": {*_BASE, "rules", "losses"},
+    "functional": {*_BASE, "rules", "losses", "kernels"},
+    "modules": {*_BASE, "rules", "losses", "functional"},
+    "algorithm": {*_BASE, "rules", "losses", "functional", "modules"},
+    "saving": {*_BASE, "modules"},
+    "engines": _NOTES,
+    "labels": _NOTES,
+    "checks": set(),
+    "monitoring": _NOTES,
+    "data": _NOTES,
+    "training": {*_NOTES, "engines", "monitoring", "data"},
+    "experiments": {
+        *(*_NOTES, "engines", "monitoring", "data", "training", "labels", "checks", "nnce"),
+    },
+    "__init__": {*_NOTES, "engines", "monitoring", "labels", "checks"},
+}
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-OUTSIDE = [name for name in ORDER if not name.startswith("experiments")]
+OUTSIDE = [name for name in FILES if not name.startswith("experiments")]
+
+
+def part(name):
+    """The file or package of nnce that a module belongs to."""
+    return name.split(".")[0]
 
 
 def imported(path):
-    """The files of nnce that a file imports, and the names that it imports from the package."""
-    modules, names = set(), set()
+    """The modules of nnce that a file imports, anywhere in it, by name without "nnce."."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            modules |= {a.name for a in node.names if a.name.split(".")[0] == "nnce"}
+            modules |= {a.name for a in node.names if part(a.name) == "nnce"}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative imports hide the order"
-            if node.module and node.module.split(".")[0] == "nnce":
+            assert node.level == 0, f"{path.name}: relative imports hide the direction"
+            if node.module and part(node.module) == "nnce":
                 for alias in node.names:
                     name = f"{node.module}.{alias.name}".removeprefix("nnce.")
                     if name in FILES or f"{name}.__init__" in FILES:
                         modules.add(f"nnce.{name}")
-                    elif node.module == "nnce":
-                        names.add(alias.name)
                     else:
                         modules.add(node.module)
-    return {module.removeprefix("nnce.") for module in modules}, names
+    return {module.removeprefix("nnce.") for module in modules}
 
 
-def test_the_order_names_every_file():
-    assert set(ORDER) == set(FILES) and len(ORDER) == len(FILES)
+def test_every_part_has_its_place():
+    assert {part(name) for name in FILES} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_what_stands_above_it(name):
-    modules, names = imported(FILES[name])
-    above = ORDER[: ORDER.index(name)]
-    top = {"experiments", "nnce"} if name.startswith("experiments") else set()
-    assert modules - top <= set(above)
-    assert not names, "a name of nnce/__init__.py"
+def test_the_architecture_fits_on_one_screen():
+    entries = [path for path in PACKAGE.iterdir() if not path.name.startswith("__")]
+    assert len([path for path in entries if path.suffix == ".py"]) <= 9
+    assert len([path for path in entries if path.is_dir()]) <= 8
 
 
-def test_an_import_from_below_is_seen(tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name):
+    others = {part(module) for module in imported(FILES[name])} - {part(name)}
+    assert others <= ALLOWED[part(name)]
+
+
+def test_no_two_files_import_each_other():
+    graph = {}
+    for name, path in FILES.items():
+        found = imported(path)
+        graph[name] = {
+            module if module in FILES else f"{module}.__init__" for module in found - {"nnce"}
+        }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_an_import_from_above_is_seen(tmp_path):
     path = tmp_path / "rules.py"
     path.write_text(
-        "from nnce import training, MLP\nfrom nnce.data import load\nimport nnce.memory"
+        "from nnce import training, MLP\ndef f():\n    from nnce.data import load\n"
+        "import nnce._memory"
     )
-    assert imported(path) == ({"training", "data", "memory"}, {"MLP"})
+    assert imported(path) == {"training", "nnce", "data", "_memory"}
 
 
 def required(distribution, seen):
@@ -160,13 +171,18 @@ def test_the_wall_holds():
     assert done.returncode == 1 and "No module named" in done.stderr
 
 
-def test_every_file_has_its_test():
-    """test_X.py for nnce/X.py, test_X_script.py for scripts/X.py."""
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    names = {name.split(".")[-1] for name in FILES} - {"__init__"}
-    assert {f"test_{name.lstrip('_')}" for name in names} <= tests
+def test_every_part_has_its_tests():
+    """tests/test_X.py for nnce/X.py, tests/X/ for nnce/X/, test_X_script.py for scripts/X.py."""
+    tests = ROOT / "tests"
+    parts = {part(name) for name in FILES} - {"__init__", "_torch_private"}
+    for name in parts:
+        if (PACKAGE / name).is_dir():
+            assert list((tests / name).glob("test_*.py")), name
+        else:
+            assert (tests / f"test_{name.lstrip('_')}.py").exists(), name
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"startup"}
-    assert {f"test_{name}_script" for name in scripts} <= tests
+    found = {path.stem for path in (tests / "scripts").glob("test_*.py")}
+    assert {f"test_{name}_script" for name in scripts} <= found
 
 
 def test_a_function_of_the_face_shadows_no_file():

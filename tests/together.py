@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from nnce import data, parallel, training
-from nnce.training import Settings
+from nnce import data, training
+from nnce.training import Settings, parallel
 
 # 100 steps of 7, of which the last one of an epoch has 2, fewer than three processes.
 EXAMPLES, EPOCHS, BATCH_SIZE = 170, 4, 7

@@ -21,10 +21,10 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from nnce import checkpoint, data, ensemble, loops, memory, modules, parallel
-from nnce.parallel import ALONE, World
-from nnce.schedules import SCHEDULES
-from nnce.training import Engine, Settings
+from nnce import _memory, data, ensemble, loops, modules
+from nnce.training import Engine, Settings, checkpoints, parallel
+from nnce.training.parallel import ALONE, World
+from nnce.training.schedules import SCHEDULES
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -449,7 +449,7 @@ def _beyond_us(error: BaseException) -> str | None:
     if parallel.lost(error):
         return f"process {os.environ.get('RANK')} has lost another one: {_first_line(error)}"
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
-        return memory.shortage(error)
+        return _memory.shortage(error)
     where = "" if error.filename is None else f": {error.filename}"
     return f"{error.strerror}{where}" if error.strerror else str(error)
 
@@ -644,7 +644,7 @@ def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
         ValueError: it has been used.
     """
     if resumed:
-        checkpoint.clear_unfinished(path)
+        checkpoints.clear_unfinished(path)
         keep(path)
         return
     if _content(path):

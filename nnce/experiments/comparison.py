@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnce import data, loops, parallel, training
+from nnce import data, loops, training
 from nnce._arguments import is_size
 from nnce.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
@@ -29,8 +29,8 @@ from nnce.experiments.estimates import (
 )
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
-from nnce.parallel import ALONE, World
-from nnce.training import Engine, Record, Settings
+from nnce.training import Engine, Record, Settings, parallel
+from nnce.training.parallel import ALONE, World
 
 # Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
 _MEASURED = 5_000
@@ -306,7 +306,7 @@ class SideBySide:
         networks = -(-len(self.runs) // self._world.size)
         most = None
         if self._common.distortion is not None:
-            most = data.A_STRETCH // len({run.settings.seed for run in self.runs})
+            most = data.MAX_CHUNK // len({run.settings.seed for run in self.runs})
         own = self._together.stretch(networks, most) if self._together is not None else 0
         return self._world.largest(own)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from nnce.data import Distortion
 from nnce.losses import Loss
-from nnce.schedules import CosineAnnealingLR, LinearLR, Schedule, SequentialLR
 from nnce.training import Settings
+from nnce.training.schedules import CosineAnnealingLR, LinearLR, Schedule, SequentialLR
 
 Of = Literal["test", "best test epoch", "best validation epoch"]
 """What a figure is of: the last epoch or the one chosen on validation, as measured on the test set;

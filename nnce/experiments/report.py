@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 import nnce
-from nnce import checkpoint, data
+from nnce import data
 from nnce.experiments.command_line import from_here, keep
 from nnce.experiments.comparison import (
     CONTROL,
@@ -38,6 +38,7 @@ from nnce.experiments.comparison import (
 from nnce.experiments.estimates import Estimate
 from nnce.experiments.tensorboard import Monitor, scalars
 from nnce.losses import Loss
+from nnce.saving import write_whole
 from nnce.training import Record
 
 RESULTS = "results.json"
@@ -55,12 +56,12 @@ def write_json(path: Path, content: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_figure(path: Path, figure: Any, dpi: int) -> None:
     """Write a picture of matplotlib's as PNG, whole or not at all."""
-    checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def _plain(value: Any) -> Any:

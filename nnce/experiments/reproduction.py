@@ -20,8 +20,8 @@ from nnce.experiments import comparison, estimates
 from nnce.experiments.comparison import InTurn, Run, SideBySide
 from nnce.experiments.published import Row, Table
 from nnce.modules import MLP
-from nnce.schedules import CONSTANT
 from nnce.training import Settings
+from nnce.training.schedules import CONSTANT
 
 
 def protocol(row: Row, *, epochs: int | None = None) -> Settings:

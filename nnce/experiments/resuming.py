@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nnce import checkpoint, parallel
-from nnce.checkpoint import CheckpointError
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
-from nnce.parallel import World
-from nnce.training import mismatch_is_value_error
+from nnce.training import checkpoints, mismatch_is_value_error, parallel
+from nnce.training.checkpoints import CheckpointError
+from nnce.training.parallel import World
 
 # What does not change the numbers, or only by rounding, may be another on resuming.
 _MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
@@ -128,7 +127,7 @@ def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
         if not run_dir.is_dir():
             continue
         with contextlib.suppress(CheckpointError, OSError):
-            found = checkpoint.latest_checkpoint(run_dir)
+            found = checkpoints.latest_checkpoint(run_dir)
             if found is not None and command_line.is_this_job(str(found.content.get("job"))):
                 return Path(run_dir)
         command_line.remove_what_this_job_left(run_dir)
@@ -146,7 +145,7 @@ def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any
     try:
         if not run_dir.is_dir():
             return run_dir, {}, f"--resume {run_dir}: there is no such folder"
-        found = checkpoint.latest_checkpoint(run_dir)
+        found = checkpoints.latest_checkpoint(run_dir)
     except CheckpointError as error:
         return run_dir, {}, f"--resume {run_dir}: {error}"
     except OSError as error:
@@ -326,5 +325,5 @@ class Saver:
         content = self._content()
         if self._run_dir is not None:
             self._flush()
-            checkpoint.write_checkpoint(self._run_dir, content)
+            checkpoints.write_checkpoint(self._run_dir, content)
         self._saved = time.monotonic()

@@ -38,11 +38,12 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from nnce import checkpoint, data
+from nnce import data
 from nnce.algorithm import backprop
 from nnce.experiments import estimates, figures
 from nnce.losses import Loss
 from nnce.modules import MLP
+from nnce.saving import to_disk
 from nnce.training import Record
 
 # Histograms are worth most in the first epochs; more of them would only make the files large.
@@ -142,7 +143,7 @@ class Monitor:
         """Wait until everything is on the disk, so that a checkpoint is never ahead of it."""
         self._writer.flush()
         for path in self._run_dir.glob(_EVENTS):
-            checkpoint.to_disk(path)
+            to_disk(path)
 
     def log(self, *records: Record) -> None:
         """Add an epoch to the curves: of one network, or the mean of several and its band."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from nnce import data
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
-from nnce.saturation import LayerFigures, layer_figures
+from nnce.monitoring.saturation import LayerFigures, layer_figures
 
 # Validation examples from which the figures of the layers are computed.
 _LAYER_EXAMPLES = 1_000

@@ -10,7 +10,7 @@ from nnce.algorithm import Hyperparameters
 from nnce.ensemble import How
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.modules import Init, check_init
-from nnce.schedules import CONSTANT, Schedule, check_schedule
+from nnce.training.schedules import CONSTANT, Schedule, check_schedule
 
 Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -53,7 +53,7 @@ class Settings:
     l2: float = 0.0
     """λ of the notes: weights (not biases) decay by λ / n_train, as in the textbook."""
     schedule: Schedule = CONSTANT
-    """Factor of the learning rate for each epoch, one of `nnce.schedules`."""
+    """Factor of the learning rate for each epoch, one of `nnce.training.schedules`."""
     distortion: data.Distortion | None = None
     """Random distortion of the training images, drawn for each epoch."""
     dropout: float = 0.0

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nnce import data
+from nnce._memory import check_memory, shortage
 from nnce.ensemble import Ensemble
-from nnce.memory import check_memory, shortage
 from nnce.modules import MLP
-from nnce.parallel import ALONE, World
 from nnce.training.cursor import Cursor, generators
+from nnce.training.parallel import ALONE, World
 from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, hyperparameters
 
 

@@ -4,18 +4,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnce import data
-from nnce.dropout import WithDropout
+from nnce import data, rules
+from nnce.algorithm import deltas
 from nnce.ensemble import Ensemble
 from nnce.functional import LOSS_FUNCTIONS
+from nnce.losses import Loss
 from nnce.modules import MLP
-from nnce.parallel import FlatGradients, World
-from nnce.reference import BUILT_IN_LOSSES, torch_twin
+from nnce.training.dropout import WithDropout
+from nnce.training.parallel import World
 from nnce.training.settings import ENSEMBLE_ENGINES, Settings
 from nnce.training.state import State
+from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
 
 
 class Stepper(NamedTuple):
@@ -41,7 +43,7 @@ def _by_ensemble(ensemble: Ensemble, settings: Settings) -> Stepper:
     def step(x: Tensor, y: Tensor, rows: Tensor) -> None:
         ensemble.train_epoch(x, y, rows)
 
-    most = None if settings.distortion is None else data.A_STRETCH
+    most = None if settings.distortion is None else data.MAX_CHUNK
     return Stepper(step, ensemble.stretch(most=most))
 
 
@@ -98,3 +100,40 @@ def with_graph(
     if settings.engine == "autograd":
         return torch_twin(network), BUILT_IN_LOSSES[settings.loss]
     return network, LOSS_FUNCTIONS[settings.loss]
+
+
+class FlatGradients:
+    """Gradients of a network by the rules, in one tensor, summed over all processes.
+
+    Args:
+        network: the `grad` of its parameters become views of the tensor, for an optimizer.
+    """
+
+    def __init__(self, network: MLP) -> None:
+        """Allocate the tensor."""
+        self._layers = [(W.detach(), b.detach()) for W, b in network.weights_and_biases()]
+        parameters = [p for pair in network.weights_and_biases() for p in pair]
+        like = parameters[0]
+        self._flat = like.new_zeros(sum(p.numel() for p in parameters))
+        places = self._flat.split([p.numel() for p in parameters])
+        self._places = [place.view_as(p) for place, p in zip(places, parameters, strict=True)]
+        for parameter, place in zip(parameters, self._places, strict=True):
+            parameter.grad = place
+
+    @torch.no_grad()
+    def fill(self, x: Tensor, y: Tensor, loss: Loss, n: int) -> None:
+        """The gradient of C, averaged over the n examples of a mini-batch; waits for all processes.
+
+        Args:
+            x: inputs of this process's share, [share, n_in].
+            y: their targets, [share, n_out].
+            loss: "quadratic" or "cross-entropy".
+            n: number of examples in all shares.
+        """
+        _, a, dz = deltas(self._layers, x, y, loss)
+        places = iter(self._places)
+        for of_layer, a_prev in zip(dz, [x, *a[:-1]], strict=True):
+            next(places).copy_(rules.dW(of_layer, a_prev))  # (6), summed over the share
+            next(places).copy_(rules.db(of_layer))  # (6)
+        self._flat.div_(n)
+        distributed.all_reduce(self._flat)

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
 import nnce
-from nnce import rules, saturation
+from nnce import rules
 from nnce.algorithm import backprop
-from nnce.watching import watch
+from nnce.monitoring import saturation
+from nnce.monitoring.watching import watch
 
 FIGURES = ("dz_norm", "sigmoid_prime", "saturated", "slowdown")
 

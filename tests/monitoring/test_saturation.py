@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import nnce
-from nnce import rules, saturation
+from nnce import rules
 from nnce.algorithm import backprop
+from nnce.monitoring import saturation
 
 
 def column(*values):

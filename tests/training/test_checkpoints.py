@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import nnce
-from nnce import checkpoint
+from nnce import saving
+from nnce.training import checkpoints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -162,7 +163,7 @@ def test_what_a_parametrisation_leaves_behind_is_saved(tmp_path):
 
 
 def claim(path, sizes, state):
-    torch.save({"format": checkpoint._FORMAT, "sizes": sizes, "state_dict": state}, path)
+    torch.save({"format": saving._FORMAT, "sizes": sizes, "state_dict": state}, path)
 
 
 def test_a_small_file_cannot_claim_a_large_network(tmp_path, monkeypatch):
@@ -174,7 +175,7 @@ def test_a_small_file_cannot_claim_a_large_network(tmp_path, monkeypatch):
         "0.weight": torch.zeros(1, 1).expand(20_000, 20_000),
         "0.bias": torch.zeros(1).expand(20_000),
     }
-    monkeypatch.setattr(checkpoint, "MLP", lambda *sizes, **more: pytest.fail("was made"))
+    monkeypatch.setattr(saving, "MLP", lambda *sizes, **more: pytest.fail("was made"))
     for state in (small, strided):
         claim(path, sizes, state)
         assert path.stat().st_size < 10_000
@@ -231,11 +232,11 @@ def test_two_that_save_at_once_do_not_meet(tmp_path):
 
     def outer(file):
         file.write(b"outer, ")
-        checkpoint.write_whole(path, lambda file: file.write(b"inner"))
+        saving.write_whole(path, lambda file: file.write(b"inner"))
         assert path.read_bytes() == b"inner"
         file.write(b"whole")
 
-    checkpoint.write_whole(path, outer)
+    saving.write_whole(path, outer)
     assert path.read_bytes() == b"outer, whole"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
@@ -289,7 +290,7 @@ def test_a_private_file_is_private_while_it_is_written(tmp_path):
         assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
         file.write(b"after")
 
-    checkpoint.write_whole(path, write)
+    saving.write_whole(path, write)
     assert path.read_text() == "after"
 
 
@@ -347,13 +348,13 @@ def test_a_disk_that_fills_up_is_an_os_error(tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(content)
 
-    monkeypatch.setattr(checkpoint.Path, "open", lambda path, mode: Small(path, mode))
+    monkeypatch.setattr(checkpoints.Path, "open", lambda path, mode: Small(path, mode))
     with pytest.raises(OSError, match="No space left"):
         nnce.save(nnce.MLP((784, 300, 10)), tmp_path / "network.pt")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", [(torch, "load"), (checkpoint, "MLP")])
+@pytest.mark.parametrize("where", [(torch, "load"), (saving, "MLP")])
 def test_no_memory_is_not_taken_for_damage(tmp_path, monkeypatch, where):
     def no_memory(*arguments, **more):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -409,7 +410,7 @@ def test_a_network_that_names_more_than_tensors_is_refused(tmp_path, monkeypatch
             return bytearray, (10**12,)
 
     network = nnce.MLP((4, 3, 2))
-    content = {"format": checkpoint._FORMAT, "sizes": (4, 3, 2), "state_dict": network.state_dict()}
+    content = {"format": saving._FORMAT, "sizes": (4, 3, 2), "state_dict": network.state_dict()}
     torch.save({**content, "more": Huge()}, tmp_path / "network.pt")
     monkeypatch.setattr(torch, "load", None)  # is not asked
     with pytest.raises(ValueError, match="damaged or no network that nnce saved") as refused:
@@ -448,30 +449,30 @@ def same(a, b):
 
 
 def test_a_checkpoint_gives_back_what_was_written(tmp_path):
-    path = checkpoint.write_checkpoint(tmp_path, content_of(0))
-    assert same(checkpoint.read_checkpoint(path), content_of(0))
-    found = checkpoint.latest_checkpoint(tmp_path)
+    path = checkpoints.write_checkpoint(tmp_path, content_of(0))
+    assert same(checkpoints.read_checkpoint(path), content_of(0))
+    found = checkpoints.latest_checkpoint(tmp_path)
     assert found.path == path and same(found.content, content_of(0)) and found.damaged == []
     first_line = path.read_bytes().splitlines()[0].decode()
-    assert re.fullmatch(r"nnce checkpoint 1 [0-9a-f]{64} \d{20}", first_line)
+    assert re.fullmatch(r"nnce checkpoint 2 [0-9a-f]{64} \d{20}", first_line)
 
 
 def test_the_newest_two_are_kept(tmp_path):
-    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert checkpoints.latest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-of-mine").write_text("precious")
     for seed in range(4):
-        checkpoint.write_checkpoint(tmp_path, content_of(seed))
+        checkpoints.write_checkpoint(tmp_path, content_of(seed))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-000003", "checkpoint-000004", "checkpoint-of-mine"]
-    assert same(checkpoint.latest_checkpoint(tmp_path).content, content_of(3))
+    assert same(checkpoints.latest_checkpoint(tmp_path).content, content_of(3))
 
 
 def test_a_checkpoint_that_does_not_read_back_takes_nothing_away(tmp_path, monkeypatch):
     """As on a disk that says yes and loses it."""
     for seed in range(2):
-        checkpoint.write_checkpoint(tmp_path, content_of(seed))
+        checkpoints.write_checkpoint(tmp_path, content_of(seed))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    whole = checkpoint.write_whole
+    whole = checkpoints.write_whole
 
     def loses_a_bit(path, write):
         whole(path, write)
@@ -479,9 +480,9 @@ def test_a_checkpoint_that_does_not_read_back_takes_nothing_away(tmp_path, monke
         content[1000] ^= 1
         path.write_bytes(content)
 
-    monkeypatch.setattr(checkpoint, "write_whole", loses_a_bit)
+    monkeypatch.setattr(checkpoints, "write_whole", loses_a_bit)
     with pytest.raises(OSError, match="its checksum is wrong: it was just written"):
-        checkpoint.write_checkpoint(tmp_path, content_of(2))
+        checkpoints.write_checkpoint(tmp_path, content_of(2))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -500,10 +501,10 @@ def test_files_and_folders_are_on_the_disk_before_they_count(tmp_path, monkeypat
         return call
 
     for seed in range(2):
-        checkpoint.write_checkpoint(tmp_path, content_of(seed))
+        checkpoints.write_checkpoint(tmp_path, content_of(seed))
     for name in ("fsync", "replace", "unlink"):
         monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
-    checkpoint.write_checkpoint(tmp_path, content_of(2))
+    checkpoints.write_checkpoint(tmp_path, content_of(2))
     written, renamed, in_folder, gone = calls
     assert written == ("fsync", "file") and renamed[0] == "replace"
     assert in_folder == ("fsync", "folder") and gone[0] == "unlink"
@@ -519,7 +520,7 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-def with_checksum(data, version=b"1"):
+def with_checksum(data, version=b"2"):
     """Any data as a checkpoint whose checksum is right."""
     length = b" %020d\n" % len(data)
     digest = hashlib.sha256(b"nnce checkpoint " + version + length + data).hexdigest()
@@ -565,7 +566,7 @@ def damages(good, folder, chance, count):
     for name, foreign in (("pickle", code), ("torch.save", zipped.getvalue())):
         yield name, foreign
         yield f"{name} with a checksum", with_checksum(foreign)
-    for version in (b"0", b"2", b"10"):
+    for version in (b"0", b"1", b"10"):
         yield "another version's", with_checksum(good[HEADER:], version)
     for number, claim in enumerate(claims()):
         yield f"claim {number}", with_checksum(claim)
@@ -588,7 +589,7 @@ def damages(good, folder, chance, count):
         yield f"bit {bit}", bytes(flipped)
 
 
-HEADER = checkpoint._HEADER
+HEADER = checkpoints._HEADER
 
 
 @pytest.mark.parametrize(
@@ -600,7 +601,7 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_used(
     """With a sentence, no code run, no wrong number, and no memory for what they claim."""
     run = tmp_path / "run"
     run.mkdir()
-    good = [checkpoint.write_checkpoint(run, content_of(seed)) for seed in range(2)]
+    good = [checkpoints.write_checkpoint(run, content_of(seed)) for seed in range(2)]
     newest = good[1].read_bytes()
     chance = random.Random(0)
     peaks = pathlib.Path("/proc/self/clear_refs")
@@ -612,10 +613,10 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_used(
         if data == newest:  # a hole where there were zeros
             continue
         good[1].write_bytes(data)
-        with pytest.raises(checkpoint.CheckpointError) as refused:
-            checkpoint.read_checkpoint(good[1])
+        with pytest.raises(checkpoints.CheckpointError) as refused:
+            checkpoints.read_checkpoint(good[1])
         assert str(refused.value).startswith(f"{good[1]} ") and len(str(refused.value)) < 400, name
-        found = checkpoint.latest_checkpoint(run)
+        found = checkpoints.latest_checkpoint(run)
         assert found.path == good[0] and found.damaged == [str(refused.value)]
         assert same(found.content, content_of(0)), name
         kinds.add(name.split()[0])
@@ -623,20 +624,20 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_used(
     if peaks.exists():
         assert peak.resident("VmHWM") - before < len(newest) / 1e6 + 100
     good[0].write_bytes(b"")
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint-000001 is empty"):
-        checkpoint.latest_checkpoint(run)
+    with pytest.raises(checkpoints.CheckpointError, match=r"checkpoint-000001 is empty"):
+        checkpoints.latest_checkpoint(run)
     record_property("trials", count)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_the_end(tmp_path):
-    checkpoint.write_checkpoint(tmp_path, content_of(0))
+    checkpoints.write_checkpoint(tmp_path, content_of(0))
     (tmp_path / "checkpoint-000002").mkdir()
-    found = checkpoint.latest_checkpoint(tmp_path)
+    found = checkpoints.latest_checkpoint(tmp_path)
     assert same(found.content, content_of(0)) and "cannot be read" in found.damaged[0]
 
 
 def test_what_was_left_half_written_is_cleared(tmp_path):
     (tmp_path / ".unfinished-0123").write_bytes(b"half")
     (tmp_path / "mine").write_bytes(b"precious")
-    checkpoint.clear_unfinished(tmp_path)
+    checkpoints.clear_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -12,7 +12,7 @@ from tensorboard.summary.writer import event_file_writer
 
 import nnce
 from nnce.experiments.tensorboard import Monitor, scalars
-from nnce.saturation import LayerFigures
+from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record
 
 

@@ -9,8 +9,8 @@ from nnce import data, training
 from nnce.data import Distortion
 from nnce.experiments import reproduction
 from nnce.experiments.published import Row, Table
-from nnce.schedules import CosineAnnealingLR
 from nnce.training import Settings
+from nnce.training.schedules import CosineAnnealingLR
 
 ROW = Row(
     "T1",

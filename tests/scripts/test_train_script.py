@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nnce
 from nnce import training
-from nnce.saturation import LayerFigures
+from nnce.monitoring.saturation import LayerFigures
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 
 import nnce
 from nnce import rules, training
-from nnce.dropout import WithDropout
-from nnce.parallel import World
 from nnce.training import Settings
+from nnce.training.dropout import WithDropout
+from nnce.training.parallel import World
 
 SETTINGS = Settings((9, 8), engine="functions", lr=0.3, epochs=2, dropout=0.5, input_dropout=0.2)
 

@@ -19,11 +19,11 @@ import torch
 from conftest import ROOT
 
 import nnce
-from nnce import checkpoint, ensemble, parallel, products, training
+from nnce import ensemble, products, training
 from nnce.data import Distortion
 from nnce.experiments import command_line, report, resuming
-from nnce.schedules import StepLR
-from nnce.training import Settings
+from nnce.training import Settings, checkpoints, parallel
+from nnce.training.schedules import StepLR
 
 VERSION = nnce.__version__
 TRAIN = ["--epochs", "3", "--train-size", "300", "--momentum", "0.5", "--l2", "1"]
@@ -103,10 +103,10 @@ def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, more, digits,
     whole = go(alone)
     first = training.initial_state(settings, short)
     records = go(first, stop)
-    checkpoint.write_checkpoint(
+    checkpoints.write_checkpoint(
         tmp_path, {"state": first.state_dict(), "records": training.pack(records)}
     )
-    content = checkpoint.latest_checkpoint(tmp_path).content
+    content = checkpoints.latest_checkpoint(tmp_path).content
     second = training.initial_state(settings, short)
     second.load_state_dict(content["state"])
     # Saved again before anything has happened, it is the same still.
@@ -373,7 +373,7 @@ def test_another_commit_or_version_is_said(begun, train, capsys, monkeypatch):
     assert train.main(["--resume", str(begun / "train")]) == 0
     err = capsys.readouterr().err
     assert f"nnce 9.9 (was {VERSION})" in err and "commit 0123456789ab (was " in err
-    recorded = checkpoint.latest_checkpoint(begun / "train").content["circumstances"]
+    recorded = checkpoints.latest_checkpoint(begun / "train").content["circumstances"]
     assert recorded["nnce"] == "9.9" and recorded["commit"] == "0123456789ab"
 
 
@@ -427,7 +427,7 @@ def test_a_restarted_job_finds_its_own_directory(train, tmp_path, monkeypatch):
     jobs = {"a-now": "none 1-1.0", "a-now-2": "none 2-2.0", "a-now-3": "none 1-1.0"}
     for name, job in jobs.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        checkpoint.write_checkpoint(tmp_path / "runs" / name, {"job": job})
+        checkpoints.write_checkpoint(tmp_path / "runs" / name, {"job": job})
     options = train.parser().parse_args([])
     monkeypatch.setattr(command_line, "job", lambda: "none 2-2.0")
     assert resuming._begun_by_this_job(options) == Path("runs/a-now-2")
@@ -462,8 +462,8 @@ def test_no_number_of_epochs_or_seconds(text, train, refused):
 def test_checkpoints_are_written_when_they_are_due(every, expected, train, tmp_path, monkeypatch):
     """At the start, after each so many epochs, and after the last one."""
     written = []
-    whole = checkpoint.write_checkpoint
-    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *a: (written.append(a), whole(*a)))
+    whole = checkpoints.write_checkpoint
+    monkeypatch.setattr(checkpoints, "write_checkpoint", lambda *a: (written.append(a), whole(*a)))
     options = ["--epochs", "3", "--checkpoint-every", every, "--run-dir", str(tmp_path / "run")]
     assert train.main(options) == 0
     assert len(written) == expected
@@ -506,14 +506,14 @@ def test_a_strangers_checkpoint_is_a_sentence_or_a_run(
     """Its checksum right and anything in it: never a traceback."""
     module, chance = script(name), random.Random(0)
     run_dir = begun / name
-    content = checkpoint.latest_checkpoint(run_dir).content
+    content = checkpoints.latest_checkpoint(run_dir).content
     went_on = 0
     for _ in range(trials):
         for path in run_dir.glob("checkpoint-*"):
             path.unlink()
         for leftover in run_dir.rglob("events.*"):
             leftover.unlink()
-        checkpoint.write_checkpoint(run_dir, mutated(content, chance))
+        checkpoints.write_checkpoint(run_dir, mutated(content, chance))
         capsys.readouterr()
         try:
             went_on += module.main(["--resume", str(run_dir)]) == 0
@@ -531,7 +531,7 @@ def full_after(calls):
     """Every write of a file fails from the so-manieth on."""
     return f"""
 import errno, io, os
-import nnce.checkpoint, tensorboard.summary.writer.record_writer as records
+import nnce.training.checkpoints, tensorboard.summary.writer.record_writer as records
 count = iter(range({calls}))
 def full(whole):
     def call(*arguments, **more):
@@ -606,7 +606,7 @@ def test_a_lost_permission_is_one_sentence(tmp_path):
     done = subprocess.run(process, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "denied" in done.stderr
     if run_dir.exists():
-        assert checkpoint.latest_checkpoint(run_dir).damaged == []
+        assert checkpoints.latest_checkpoint(run_dir).damaged == []
 
 
 # -------------------------------------------------------------------------- nothing is left behind

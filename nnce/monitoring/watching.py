@@ -1,7 +1,6 @@
 """Watch any PyTorch model learn: the figures of its sigmoid layers, through hooks.
 
-What is seen of a layer is `nnce.saturation`'s; what becomes of it is the business of any writer
-that has `add_scalar`.
+The figures are those of `nnce.monitoring.saturation`; any writer with `add_scalar` takes them.
 """
 
 import dataclasses
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from nnce import modules, saturation
+from nnce import modules
 from nnce._arguments import check_size
 from nnce.modules import MLP
+from nnce.monitoring import saturation
 
 
 class ScalarWriter(Protocol):
@@ -43,7 +43,7 @@ def watch(
     At every so many steps, from the first one on, four curves per sigmoid layer, numbered as the
     forward pass comes by: dz_norm/layer1 (the mean over the examples of ‖dC/dz‖, of C as your code
     averages and scales it), sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see
-    `nnce.saturation.slowdown`). The slowdown of the output layer is that of the examples that are
+    `nnce.monitoring.slowdown`). The slowdown of the output layer is that of the examples that are
     wrong by more than ½, ‖dz quadratic‖ / ‖dz cross-entropy‖; the targets, which a model does not
     see, are read from the sign of the gradient, as if they were 0 or 1.
 

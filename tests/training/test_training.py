@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nnce import data, reference, training
+from nnce import data, training
 from nnce.algorithm import backprop
 from nnce.losses import LOSSES
-from nnce.training import Diverged, Settings
+from nnce.training import Diverged, Settings, twin
 
 
 def run(settings, dataset):
@@ -156,15 +156,15 @@ def test_adam_is_pytorchs(digits, engine):
     assert Settings(optimizer="adam").engine == "functions" and settings.lr == 1e-3
     trained, _ = run(settings, digits)
     state = training.initial_state(settings, digits)
-    twin = reference.torch_twin(state.network)
-    adam = torch.optim.Adam(twin.parameters())
+    built_in = twin.torch_twin(state.network)
+    adam = torch.optim.Adam(built_in.parameters())
     for batch in data.order(1197, training.generators(0)[1]).split(10):
         adam.zero_grad()
-        reference.BUILT_IN_LOSSES["cross-entropy"](
-            twin(digits.train.x[batch]), digits.train.y[batch]
+        twin.BUILT_IN_LOSSES["cross-entropy"](
+            built_in(digits.train.x[batch]), digits.train.y[batch]
         ).backward()
         adam.step()
-    for ours, theirs in zip(trained.network.parameters(), twin.parameters(), strict=True):
+    for ours, theirs in zip(trained.network.parameters(), built_in.parameters(), strict=True):
         assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnce import checkpoint, data, training
+from nnce import data, training
 from nnce.experiments import estimates
+from nnce.training import checkpoints
 
 VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
 EPOCHS = 3
@@ -276,7 +277,7 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
     out, err = capsys.readouterr()
     assert "test %" not in out and not (run_dir / "results.json").exists()
     assert err.splitlines()[0] == "Interrupted; to go on:"
-    assert checkpoint.latest_checkpoint(run_dir).content["side by side"]["epoch"] == 0
+    assert checkpoints.latest_checkpoint(run_dir).content["side by side"]["epoch"] == 0
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ SCHEDULES = (ConstantLR, StepLR, CosineAnnealingLR, LinearLR, SequentialLR)
 def check_schedule(value: object) -> None:
     """Raise ValueError unless it is a schedule."""
     if isinstance(value, type) or not callable(getattr(value, "factor", None)):
-        raise ValueError(f"expected a schedule out of nnce.schedules, got {value!r}")
+        raise ValueError(f"expected a schedule out of nnce.training.schedules, got {value!r}")
 
 
 def _keep(schedule: object, **values: object) -> None:

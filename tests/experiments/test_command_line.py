@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import nnce
-from nnce import memory
+from nnce import _memory
 from nnce.experiments import command_line, report
 
 SCRIPTS = ROOT / "scripts"
@@ -135,7 +135,7 @@ nnce.experiments.comparison.conclude = for_ever
         assert process.wait(timeout=30) == 130
         assert process.stderr.read() == f"{ACKNOWLEDGED}\n"
     assert not (run_dir / "results.json").exists()
-    assert nnce.checkpoint.latest_checkpoint(run_dir).damaged == []
+    assert nnce.training.checkpoints.latest_checkpoint(run_dir).damaged == []
 
 
 @posix
@@ -145,7 +145,7 @@ nnce.experiments.comparison.conclude = for_ever
         ("nnce.experiments.tensorboard.Monitor.log_images", 3, False),
         ("nnce.experiments.report.write_json", 3, False),
         ("nnce.save", 0, True),
-        ("nnce.checkpoint.write_checkpoint", 0, True),
+        ("nnce.training.checkpoints.write_checkpoint", 0, True),
     ],
 )
 def test_what_is_being_written_is_written_whole(where, epochs, interrupted, tmp_path):
@@ -153,7 +153,7 @@ def test_what_is_being_written_is_written_whole(where, epochs, interrupted, tmp_
     target, function = where.rsplit(".", 1)
     change = f"""
 import os, signal, nnce
-import nnce.checkpoint, nnce.experiments.report, nnce.experiments.tensorboard
+import nnce.training.checkpoints, nnce.experiments.report, nnce.experiments.tensorboard
 whole, numbers = {where}, [signal.SIGINT, signal.SIGTERM]
 def disturbed(*arguments, **more):
     while numbers:
@@ -270,7 +270,7 @@ def test_stopped_during_the_imports_it_is_quiet(name, number, tmp_path):
 
 FULL = """
 import errno, tensorboard.summary.writer.record_writer as records
-import nnce.checkpoint
+import nnce.training.checkpoints
 from nnce.experiments.tensorboard import Monitor
 
 def full(*arguments, **more):
@@ -289,7 +289,8 @@ def full_after(whole, calls):
         ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
         ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
         (
-            "nnce.checkpoint.write_checkpoint = full_after(nnce.checkpoint.write_checkpoint, 2)",
+            "import nnce.training.checkpoints as c\n"
+            "c.write_checkpoint = full_after(c.write_checkpoint, 2)",
             3,
         ),
         # While closing.
@@ -312,9 +313,7 @@ def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_
 def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     run_dir = tmp_path / "run"
     change = FULL + "nnce.experiments.report.write_json = full"
-    change = change.replace(
-        "import nnce.checkpoint", "import nnce.experiments.report, nnce.checkpoint"
-    )
+    change = change.replace("import nnce.", "import nnce.experiments.report, nnce.", 1)
     done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "what was finished is kept in" in done.stderr
@@ -453,7 +452,7 @@ def test_a_shortage_of_memory_is_told_from_other_errors():
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("out of memory"), None),
     ):
-        assert memory.shortage(error) == sentence
+        assert _memory.shortage(error) == sentence
 
 
 def test_no_memory_while_preparing_is_the_options_fault(script, refused, monkeypatch):

@@ -15,9 +15,9 @@ import together
 import torch
 from conftest import ROOT
 
-from nnce import parallel
 from nnce.experiments.command_line import ArgumentParser
-from nnce.parallel import ALONE
+from nnce.training import parallel
+from nnce.training.parallel import ALONE
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun and signals of POSIX")

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 import nnce
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES
-from nnce.reference import BUILT_IN_LOSSES, CONTENDERS, torch_twin
+from nnce.training.twin import BUILT_IN_LOSSES, CONTENDERS, torch_twin
 
 
 def test_twin_shares_its_parameters():

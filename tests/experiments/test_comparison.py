@@ -6,7 +6,7 @@ import torch
 from nnce import training
 from nnce.experiments import comparison
 from nnce.experiments.comparison import Run, Variant
-from nnce.saturation import LayerFigures
+from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record, Settings
 
 BASE = Settings(hidden=(8,), epochs=2)

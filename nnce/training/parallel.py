@@ -10,16 +10,10 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
-
-from nnce import rules
-from nnce.algorithm import deltas
-from nnce.losses import Loss
-from nnce.modules import MLP
+from torch import Tensor, distributed
 
 # Seconds that the first process waits for the others to come.
 _PATIENCE = 300
@@ -183,44 +177,3 @@ def exit_at_once(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-class FlatGradients:
-    """The gradients of a network by the rules, in one piece of memory, summed over all processes.
-
-    Args:
-        network: whose parameters' `grad` become views of it, for an optimizer.
-    """
-
-    def __init__(self, network: MLP) -> None:
-        """Make the memory."""
-        self._layers = [(W.detach(), b.detach()) for W, b in network.weights_and_biases()]
-        parameters = [p for pair in network.weights_and_biases() for p in pair]
-        like = parameters[0]
-        self._flat = like.new_zeros(sum(p.numel() for p in parameters))
-        places = self._flat.split([p.numel() for p in parameters])
-        self._places = [place.view_as(p) for place, p in zip(places, parameters, strict=True)]
-        _point_at(parameters, self._places)
-
-    @torch.no_grad()
-    def fill(self, x: Tensor, y: Tensor, loss: Loss, n: int) -> None:
-        """The gradient of C, averaged over the n examples of a mini-batch; waits for all processes.
-
-        Args:
-            x: inputs of this process's share, [share, n_in].
-            y: their targets, [share, n_out].
-            loss: "quadratic" or "cross-entropy".
-            n: how many examples all shares have.
-        """
-        _, a, dz = deltas(self._layers, x, y, loss)
-        places = iter(self._places)
-        for of_layer, a_prev in zip(dz, [x, *a[:-1]], strict=True):
-            next(places).copy_(rules.dW(of_layer, a_prev))  # (6), summed over the share
-            next(places).copy_(rules.db(of_layer))  # (6)
-        self._flat.div_(n)
-        distributed.all_reduce(self._flat)
-
-
-def _point_at(parameters: Sequence[nn.Parameter], places: Sequence[Tensor]) -> None:
-    for parameter, place in zip(parameters, places, strict=True):
-        parameter.grad = place

@@ -10,7 +10,8 @@ from nnce import data, training
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import HOWS, Ensemble
 from nnce.modules import MLP
-from nnce.schedules import (
+from nnce.training import Settings
+from nnce.training.schedules import (
     CONSTANT,
     SCHEDULES,
     ConstantLR,
@@ -19,7 +20,6 @@ from nnce.schedules import (
     SequentialLR,
     StepLR,
 )
-from nnce.training import Settings
 
 
 def torchs(schedule, optimizer):
@@ -171,12 +171,18 @@ def test_wrong_rates_are_named(lrs, error, sentence):
         (lambda: SequentialLR((StepLR(1),), ()), "two schedules at least"),
         (lambda: SequentialLR((StepLR(1), StepLR(2)), (5, 7)), "two schedules at least"),
         (lambda: SequentialLR((StepLR(1),) * 3, (5, 5)), "a rising milestone between"),
-        (lambda: SequentialLR((StepLR(1), 0.5), (5,)), "a schedule out of nnce.schedules, got 0.5"),
+        (
+            lambda: SequentialLR((StepLR(1), 0.5), (5,)),
+            "a schedule out of nnce.training.schedules, got 0.5",
+        ),
         (lambda: SequentialLR((StepLR(1), StepLR(2)), (0,)), "each milestone of at least 1"),
         (lambda: SequentialLR((StepLR(1), StepLR(2)), 5), "expected a tuple of milestones, got 5"),
         (lambda: SequentialLR(StepLR(1), (5,)), "expected a tuple of schedules, got StepLR"),
-        (lambda: Settings(schedule=StepLR), "a schedule out of nnce.schedules, got <class"),
-        (lambda: Settings(schedule=0.5), "a schedule out of nnce.schedules, got 0.5"),
+        (
+            lambda: Settings(schedule=StepLR),
+            "a schedule out of nnce.training.schedules, got <class",
+        ),
+        (lambda: Settings(schedule=0.5), "a schedule out of nnce.training.schedules, got 0.5"),
         (
             lambda: Settings(epochs=9, schedule=CosineAnnealingLR(5)),
             "leaves a positive rate for all 9 epochs",
