@@ -28,12 +28,13 @@ ORDER = (
         "products",
     ),
     *("ensemble", "checkpoint", "parallel"),
-    *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
+    *(f"checks.{name}" for name in ("_torch_private", "_subject", "_derivatives", "_numerical")),
+    *("checks._variations", "checks.gradients", "checks.composability", "checks.__init__"),
+    *("reference", "data", "saturation", "watching"),
     *("schedules", "dropout", "training"),
-    *(
-        f"experiments.{name}"
-        for name in ("__init__", "command_line", "estimates", "comparison", "figures")
-    ),
+    *(f"experiments.{name}" for name in ("__init__", "command_line", "estimates", "comparison")),
+    *(f"experiments.proof.{name}" for name in ("__init__", "contenders", "precision", "table")),
+    "experiments.figures",
     *("experiments.tensorboard", "experiments.report", "experiments.resuming"),
     *("experiments.published", "experiments.reproduction"),
     "__init__",
@@ -58,6 +59,8 @@ def imported(path):
                     name = f"{node.module}.{alias.name}".removeprefix("nnce.")
                     if name in FILES or f"{name}.__init__" in FILES:
                         modules.add(f"nnce.{name}")
+                    elif node.module != "nnce" and f"{node.module[5:]}.__init__" in FILES:
+                        modules.add(f"{node.module}.__init__")
                     elif node.module == "nnce":
                         names.add(alias.name)
                     else:
@@ -73,8 +76,15 @@ def test_the_order_names_every_file():
 def test_a_file_imports_only_what_stands_above_it(name):
     modules, names = imported(FILES[name])
     above = ORDER[: ORDER.index(name)]
-    assert modules - {"experiments"} <= set(above)
+    assert modules - {"experiments", "experiments.proof"} <= set(above)
     assert not names, "a name of nnce/__init__.py"
+
+
+def test_the_checks_import_nothing_of_nnce():
+    for name, path in FILES.items():
+        if name.startswith("checks."):
+            modules, names = imported(path)
+            assert all(module.startswith("checks.") for module in modules) and not names
 
 
 def test_an_import_from_below_is_seen(tmp_path):
@@ -137,6 +147,7 @@ def test_torch_is_all_that_is_needed():
         for file in importlib.metadata.files(distribution) or ()
     }
     modules = ["nnce" if name == "__init__" else f"nnce.{name}" for name in OUTSIDE]
+    modules = [module.removesuffix(".__init__") for module in modules]
     done = subprocess.run(
         [sys.executable, "-c", ALONE, ",".join(sorted(allowed)), *modules],
         capture_output=True,
@@ -156,8 +167,8 @@ def test_the_wall_holds():
 
 def test_every_file_has_its_test():
     """test_X.py for nnce/X.py, test_X_script.py for scripts/X.py."""
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    names = {name.split(".")[-1] for name in FILES} - {"__init__"}
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {name.split(".")[-1] for name in FILES if not name.split(".")[-1].startswith("_")}
     assert {f"test_{name}" for name in names} <= tests
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"startup"}
     assert {f"test_{name}_script" for name in scripts} <= tests
