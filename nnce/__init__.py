@@ -7,13 +7,13 @@ it there, and all but `experiments/` needs torch alone.
 
 from nnce.algorithm import Hyperparameters as Hyperparameters
 from nnce.algorithm import backprop as backprop
-from nnce.composability import check_composability as check_composability
+from nnce.checks import check_composability as check_composability
+from nnce.checks import check_gradients as check_gradients
 from nnce.ensemble import Ensemble as Ensemble
 from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy
 from nnce.functional import sigmoid_quadratic as sigmoid_quadratic
-from nnce.gradients import check_gradients as check_gradients
 from nnce.labels import LinearSigmoidCrossEntropyLoss as LinearSigmoidCrossEntropyLoss
 from nnce.labels import linear_sigmoid_cross_entropy as linear_sigmoid_cross_entropy
 from nnce.labels import sampled_sigmoid_cross_entropy as sampled_sigmoid_cross_entropy

@@ -17,14 +17,16 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nnce import _memory, composability, data, precision
+from nnce import _memory, data
 from nnce.algorithm import backprop
+from nnce.checks import Cell, check_gradients
+from nnce.checks.composability import COLUMNS
 from nnce.experiments import command_line, figures, report
 from nnce.experiments.command_line import ArgumentParser
-from nnce.gradients import check_gradients
+from nnce.experiments.proof import precision, table
+from nnce.experiments.proof.precision import Measured
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
-from nnce.precision import Measured
 from nnce.training import twin
 
 # What gradients in float32 may differ by, in norm: rounding, and no more.
@@ -89,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for loss in LOSSES
             for difference in compare_network(network, dataset.train, loss)
         ]
-        cells = matrix(composability.rows()) if options.matrix else []
-        walked = matrix(composability.walked_rows()) if options.matrix else []
-        checked = derivatives({**composability.rows(), **composability.walked_rows()})
+        cells = matrix(table.rows()) if options.matrix else []
+        walked = matrix(table.walked_rows()) if options.matrix else []
+        checked = derivatives({**table.rows(), **table.walked_rows()})
         broken = broken_promises(measured, differences, checked)
 
         rows = [row._asdict() for row in measured]
@@ -194,7 +196,7 @@ def readable_difference(difference: GradientDifference) -> report.Row:
     }
 
 
-def derivatives(functions: Mapping[str, composability.Row]) -> list[report.Row]:
+def derivatives(functions: Mapping[str, table.Row]) -> list[report.Row]:
     """What `nnce.check_gradients` says of each function beside PyTorch's way to the same."""
     rows: list[report.Row] = []
     for name, row in functions.items():
@@ -214,7 +216,7 @@ def derivatives(functions: Mapping[str, composability.Row]) -> list[report.Row]:
     return rows
 
 
-def matrix(functions: Mapping[str, composability.Row]) -> list[report.Row]:
+def matrix(functions: Mapping[str, table.Row]) -> list[report.Row]:
     """What works together: a row for each way, a column for each function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own, of its own code
@@ -223,16 +225,16 @@ def matrix(functions: Mapping[str, composability.Row]) -> list[report.Row]:
         }
     return [
         {"": way, **{name: cell(name, way, of[way]) for name, of in found.items()}}
-        for way in composability.COLUMNS
+        for way in COLUMNS
     ]
 
 
-def cell(name: str, way: str, found: composability.Cell) -> str:
+def cell(name: str, way: str, found: Cell) -> str:
     """What is in a cell."""
-    if found.verdict == "fails" and name in composability.walked_rows():
-        return f"refused: {composability.REFUSED.get(way, found.detail)}"
-    if found.verdict == "fails" and way in composability.INSIDE_PYTORCH:
-        return composability.INSIDE_PYTORCH[way]
+    if found.verdict == "fails" and name in table.walked_rows():
+        return f"refused: {table.REFUSED.get(way, found.detail)}"
+    if found.verdict == "fails" and way in table.INSIDE_PYTORCH:
+        return table.INSIDE_PYTORCH[way]
     return f"{found.verdict}: {found.detail}" if found.detail else found.verdict
 
 

@@ -16,10 +16,11 @@ from conftest import ROOT
 from side_by_side import largest_difference
 
 import nnce
-from nnce import kernels, loops, precision
+from nnce import kernels, loops
 from nnce.algorithm import Hyperparameters
 from nnce.ensemble import Ensemble
-from nnce.gradients import ulp, ulp_distance
+from nnce.experiments.proof import precision
+from nnce.experiments.proof.precision import ulp, ulp_distance
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 

@@ -10,7 +10,9 @@ from conftest import ROOT
 from zoo import ZOO
 
 import nnce
-from nnce import composability, rules
+from nnce import rules
+from nnce.checks import composability
+from nnce.experiments.proof import table
 
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
@@ -135,7 +137,7 @@ def test_the_matrix_is_the_one_that_is_tested():
     assert [name for name, _ in rows] == list(composability.COLUMNS)
     # What the newest PyTorch cannot do; older ones can do some of it.
     not_possible = {"compile, double backward", "compile(vmap(grad))", "compile(hessian)"}
-    assert set(composability.INSIDE_PYTORCH) <= not_possible
+    assert set(table.INSIDE_PYTORCH) <= not_possible
     for name, cells in rows:
         assert ("works" in cells) == (name not in not_possible and "CUDA" not in name)
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from nnce import rules
-from nnce.gradients import ulp_distance
+from nnce.experiments.proof.precision import ulp_distance
 
 
 def tensor(*values, dtype=torch.float64):

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import nnce
-from nnce.gradients import ulp_distance
+from nnce.experiments.proof.precision import ulp_distance
 
 SHAPE = (6, 4)
 IGNORED = -100

@@ -13,8 +13,8 @@ from torch import Tensor
 from nnce import data, rules
 from nnce.experiments.comparison import Run, Variant, by_variant
 from nnce.experiments.estimates import estimate
+from nnce.experiments.proof.precision import Curve
 from nnce.losses import Loss
-from nnce.precision import Curve
 from nnce.training import Record
 
 

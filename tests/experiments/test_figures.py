@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from nnce import data, precision
+from nnce import data
 from nnce.experiments import figures
+from nnce.experiments.proof import precision
 
 
 def test_the_atlas_marks_where_bce_loss_ends():

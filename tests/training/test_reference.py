@@ -5,7 +5,7 @@ from torch.testing import assert_close
 import nnce
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES
-from nnce.training.twin import BUILT_IN_LOSSES, CONTENDERS, torch_twin
+from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
 
 
 def test_twin_shares_its_parameters():
@@ -23,10 +23,3 @@ def test_built_in_losses_are_the_notes_c(loss):
     expected = LOSSES[loss].value(z, y).sum() / 7
     assert_close(BUILT_IN_LOSSES[loss](z, y), expected)
     assert_close(LOSS_FUNCTIONS[loss](z, y), expected)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_contenders_compute_the_same_where_nothing_is_saturated(loss):
-    z, y = torch.randn(7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
-    for contender in CONTENDERS[loss].values():
-        assert_close(contender(z, y), LOSSES[loss].value(z, y))

@@ -6,7 +6,6 @@ from torch.autograd import Function, gradcheck
 from zoo import ZOO, SinOnce
 
 import nnce
-from nnce.gradients import ulp_distance
 
 # How many elements the functions of the zoo are tried with.
 SOME_SIZES = (1, 6, 33)
@@ -144,10 +143,10 @@ def test_a_double_backward_wrong_by_the_upstream_gradient_is_seen():
         assert report.first.verdict == "right" and report.second.verdict == "wrong"
 
 
-def test_a_second_derivative_that_is_refused_is_not_there():
+def test_a_second_derivative_that_is_refused_is_unsupported():
     for reference in (None, torch.sin):
         report = nnce.check_gradients(SinOnce.apply, column(1.0, 2.0), reference=reference)
-        assert report.second.verdict == "not there" and "once_differentiable" in str(report)
+        assert report.second.verdict == "unsupported" and "once_differentiable" in str(report)
         assert report.right
 
 
@@ -172,7 +171,7 @@ def test_a_jvp_that_fails_is_wrong_and_none_at_all_is_not(reference):
         assert report.forward_mode.verdict == "wrong" and words in report.forward_mode.detail
         assert not report.right
     report = nnce.check_gradients(ZeroInSaturation.apply, column(1.0), reference=_exact_sigmoid)
-    assert report.forward_mode.verdict == "not there" and report.right
+    assert report.forward_mode.verdict == "unsupported" and report.right
 
 
 @pytest.mark.parametrize(
@@ -307,7 +306,7 @@ def test_a_wrong_second_derivative_is_seen():
     report = nnce.check_gradients(WrongSecond.apply, column(1.0, 2.0))
     assert report.first.verdict == "right"
     assert report.second.verdict == "wrong"
-    assert report.forward_mode.verdict == "not there"
+    assert report.forward_mode.verdict == "unsupported"
     against = nnce.check_gradients(WrongSecond.apply, column(1.0, 2.0), reference=lambda z: z**2)
     assert against.first.verdict == "right" and against.second.verdict == "wrong"
 
@@ -360,7 +359,7 @@ def test_bad_functions_are_named():
     z = column(1.0, 2.0)
     with pytest.raises(ValueError, match=r"backward of the function failed.*number of gradients"):
         nnce.check_gradients(WrongNumber.apply, z, z)
-    with pytest.raises(TypeError, match=r"differentiate by, got torch.int64"):
+    with pytest.raises(TypeError, match=r"with respect to, got torch.int64"):
         nnce.check_gradients(nnce.sigmoid, torch.tensor([1, 2]))
     with pytest.raises(TypeError, match=r"return a floating-point tensor, got torch.int64"):
         nnce.check_gradients(lambda z: z.long(), z)
@@ -368,11 +367,11 @@ def test_bad_functions_are_named():
         nnce.check_gradients(nnce.sigmoid, column())
     with pytest.raises(TypeError, match=r"return a floating-point tensor, got tuple"):
         nnce.check_gradients(lambda z: (z, z), z)
-    with pytest.raises(ValueError, match="does not depend on its floating-point inputs"):
+    with pytest.raises(ValueError, match="in a way that autograd can follow"):
         nnce.check_gradients(lambda z: z.detach().sin(), z)
     with pytest.raises(ValueError, match=r"^the function failed in float64: RuntimeError: mat1"):
         nnce.check_gradients(torch.nn.Linear(2, 3), z)
-    with pytest.raises(ValueError, match=r"gives the same each time, got two outputs"):
+    with pytest.raises(ValueError, match=r"to be deterministic, got two different"):
         nnce.check_gradients(lambda z: z * torch.rand_like(z), z)
     for elements in (0, -1, 2.0, True, "some"):
         with pytest.raises(ValueError, match=r"^expected elements 'all' or a number of at least 1"):
@@ -404,16 +403,6 @@ def test_the_report_is_readable():
     assert text.splitlines()[1].startswith("first        cannot tell the numerical derivative")
 
 
-def test_ulp_distance():
-    one = torch.tensor([1.0])
-    assert ulp_distance(one, column(1.0 + 2**-23)).item() == 1
-    assert ulp_distance(one, column(1.0 - 2**-24)).item() == 1  # units of the exact value's binade
-    assert ulp_distance(torch.tensor([2.0**-149]), column(0.0)).item() == 1
-    values = torch.tensor([math.inf, math.nan, math.nan, math.inf])
-    distances = ulp_distance(values, column(math.inf, math.nan, 1.0, 1.0))
-    assert distances.tolist() == [0, 0, math.inf, math.inf]
-
-
 def test_an_operation_without_a_second_derivative_is_judged_by_its_first():
     report = nnce.check_gradients(torch.nn.functional.hardsigmoid, column(0.5, -1.0))
-    assert report.first.verdict == "right" and report.second.verdict == "not there"
+    assert report.first.verdict == "right" and report.second.verdict == "unsupported"

@@ -1,9 +1,12 @@
 """What nnce promises of its elementwise rules, at every z, in every dtype, against mpmath."""
 
+import math
+
 import pytest
 import torch
 
-from nnce import precision
+from nnce.experiments.proof import precision
+from nnce.experiments.proof.precision import ulp_distance
 
 LIMITS = {
     "cross-entropy, dC/dz": 3,
@@ -72,3 +75,17 @@ def test_linear_layer(dtype):
     rows = precision.measure_linear(dtype)
     assert [row.by for row in rows].count("nnce") == 4
     assert all(0 < row.ulps <= precision.LINEAR_PROMISED_ULPS for row in rows), rows
+
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_ulp_distance():
+    one = torch.tensor([1.0])
+    assert ulp_distance(one, column(1.0 + 2**-23)).item() == 1
+    assert ulp_distance(one, column(1.0 - 2**-24)).item() == 1  # units of the exact value's binade
+    assert ulp_distance(torch.tensor([2.0**-149]), column(0.0)).item() == 1
+    values = torch.tensor([math.inf, math.nan, math.nan, math.inf])
+    distances = ulp_distance(values, column(math.inf, math.nan, 1.0, 1.0))
+    assert distances.tolist() == [0, 0, math.inf, math.inf]

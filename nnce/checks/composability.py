@@ -1,10 +1,8 @@
-"""Where a function works: with what else of PyTorch it can be put together.
+"""Which PyTorch features a function works with.
 
-`check_composability` is for a `torch.autograd.Function` of your own, or any function of tensors.
-Each check computes something both ways and holds the two together; the plain way is the function
-itself, called eagerly and differentiated once by `backward`, which `check_gradients` is for. nnce's
-own table is the same, applied to its four functions: the tests run every cell, and
-`scripts/check_gradients.py` prints it.
+`check_composability` is for a custom `torch.autograd.Function`, or any function of tensors. Each
+check computes something in two ways and compares them; the plain way is the function itself, called
+eagerly and differentiated once by `backward`, which `check_gradients` is for.
 """
 
 import contextlib
@@ -18,35 +16,32 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from nnce import functional
-from nnce.labels import linear_sigmoid_cross_entropy
-from nnce.pairs import pair_sigmoid_cross_entropy
-
-_F = torch.nn.functional
+from nnce.checks._subject import Subject, alike, copied
+from nnce.checks._torch_private import Unavailable, compile_counter
 
 Verdict = Literal["works", "wrong", "fails", "not tried"]
 
 
 class Cell(NamedTuple):
-    """What came of one check."""
+    """The result of one check."""
 
     verdict: Verdict
-    """"wrong" is a result that differs, of which PyTorch says nothing; "fails" an exception."""
+    """"wrong" is a result that differs without an error; "fails" an exception."""
     detail: str = ""
     """Where and by how much it differs, PyTorch's reason, or why it was not tried."""
 
 
 class Composability(dict[str, Cell]):
-    """What `check_composability` found: a `Cell` for each of PyTorch's ways, by its name."""
+    """The report of `check_composability`: a `Cell` for each PyTorch feature, by its name."""
 
     @property
     def wrong(self) -> list[str]:
-        """The names of what is silently wrong."""
+        """The names of the features with which the function is silently wrong."""
         return [name for name, cell in self.items() if cell.verdict == "wrong"]
 
     @property
     def right(self) -> bool:
-        """Whether nothing is silently wrong; what fails with an exception says so itself."""
+        """Whether nothing is silently wrong; a failure raises an exception of its own."""
         return not self.wrong
 
     def __bool__(self) -> bool:
@@ -54,10 +49,18 @@ class Composability(dict[str, Cell]):
         return self.right
 
     def __str__(self) -> str:
-        """A line for each."""
-        return "\n".join(
-            f"{name:<30}{cell.verdict:<11}{cell.detail}".rstrip() for name, cell in self.items()
+        """The verdict in words, then one line per feature."""
+        verdicts = [cell.verdict for cell in self.values()]
+        counts = ", ".join(
+            f"{verdicts.count(verdict)} {words}"
+            for verdict, words in (("works", "work"), ("fails", "fail"), ("not tried", "not tried"))
+            if verdict in verdicts
         )
+        first = f"wrong: {', '.join(self.wrong)}" if self.wrong else "right: nothing silently wrong"
+        lines = [
+            f"{name:<30}{cell.verdict:<11}{cell.detail}".rstrip() for name, cell in self.items()
+        ]
+        return "\n".join([f"{first}; {counts or 'nothing else'}", *lines])
 
 
 def check_composability(
@@ -65,45 +68,52 @@ def check_composability(
     *inputs: Any,
     reference: Callable[..., Tensor] | None = None,
     examples: Sequence[bool] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Composability:
-    """Try a function with all that PyTorch puts together with one, and hold each to the plain way.
+    """Use a function with PyTorch's features, and compare each result with the plain way.
 
     Tried are double backward, `torch.func`'s transforms and forward mode in forward mode,
     per-sample gradients, `torch.compile` (with aot_eager, inductor, dynamic shapes, and over
     transforms), autocast, export, other strides and leading dimensions, several threads,
-    checkpoints, inference mode, frozen inputs, the meta device, and whether anything is changed in
-    place. All in float64, but autocast.
+    checkpoints, inference mode, frozen inputs, the meta device, and whether the function overwrites
+    its inputs. All of them in float64, except for autocast.
 
-    Without a reference second derivatives are held to central differences of the first ones. It
-    goes by the first derivatives of the plain way: whether these are right, `check_gradients` says.
+    Without a reference second derivatives are compared with central differences of the first ones.
+    First derivatives are taken to be right: `check_gradients` checks those.
 
     Args:
-        function: takes the inputs and returns a tensor; a Function's `apply`, for instance.
-        inputs: floating-point tensors are differentiated by; all else is handed on as it is. Small
-            ones will do, away from kinks.
-        reference: computes the same by means that are trusted, PyTorch's own functions, say.
+        function: takes the inputs and returns a tensor; a Function's `apply`, for instance. It is
+            passed copies, and so may work in place.
+        inputs: the function is differentiated with respect to the floating-point tensors that
+            require a gradient, or to all of them where none does; all else is passed as it is.
+            Small ones suffice, away from kinks.
+        reference: a trusted implementation of the same function, PyTorch's own, for instance.
         examples: for each input, whether its first dimension numbers examples, whose number does
-            not matter to the function; what wants to know is not tried if it is not said.
+            not matter to the function; checks that need this are not tried without it.
+        only: the names of the checks to run (default: all).
 
     Returns:
-        What came of each: it works; it is wrong, with where and by how much; it fails, with
-        PyTorch's reason; or it was not tried, with ours.
+        One cell per feature: the function works with it; is wrong, with where and by how much;
+        fails, with PyTorch's reason; or was not tried, with why.
 
     Raises:
-        TypeError: the function is none, no input is a floating-point tensor, or the output is not
-            a floating-point tensor.
+        TypeError: the function is not callable, no input is a floating-point tensor, or the output
+            is not a floating-point tensor.
         ValueError: the function or the reference cannot be called with these inputs in float64, or
-            they give outputs of two shapes; the function is random, or does not depend on them
-            differentiably; an input is empty; or there are not as many `examples` as inputs.
+            their outputs have different shapes; the function is random, or does not depend on its
+            inputs differentiably; an input is empty, sparse or on the meta device; gradients are
+            disabled; there is not one of `examples` per input; or a name in `only` is unknown.
     """
-    if not callable(function):
-        raise TypeError(f"expected a function of tensors, got {type(function).__name__}")
+    unknown = sorted(set(only or ()) - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"expected only names of checks ({', '.join(COLUMNS)}), got {unknown}")
     case = _Case(function, inputs, reference, examples)
-    return Composability({name: _try(check, case) for name, check in COLUMNS.items()})
+    names = COLUMNS if only is None else [name for name in COLUMNS if name in only]
+    return Composability({name: _try(COLUMNS[name], case) for name in names})
 
 
 class _Differs(Exception):
-    """A result that is another than the plain one."""
+    """A result that differs from the plain one."""
 
 
 class _NotTried(Exception):
@@ -113,7 +123,7 @@ class _NotTried(Exception):
 def _try(check: "Check", case: "_Case") -> Cell:
     try:
         check(case)
-    except _NotTried as reason:
+    except (_NotTried, Unavailable) as reason:
         return Cell("not tried", str(reason))
     except _Differs as difference:
         return Cell("wrong", str(difference))
@@ -123,8 +133,8 @@ def _try(check: "Check", case: "_Case") -> Cell:
 
 
 def _first_sentence(words: str) -> str:
-    """The first line, and the one after what only announces it ("backend='inductor' raised:")."""
-    lines = [line.strip() for line in words.splitlines() if line.strip()] or ["without a word"]
+    """The first line, and the next if it ends in a colon ("backend='inductor' raised:")."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()] or ["no message"]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
@@ -132,7 +142,7 @@ def _first_sentence(words: str) -> str:
 
 
 class _Case:
-    """A function of the inputs that are differentiated by, made one number, and the plain way."""
+    """The function as one number, and the plain way to its derivatives."""
 
     def __init__(
         self,
@@ -141,88 +151,60 @@ class _Case:
         reference: Callable[..., Tensor] | None,
         examples: Sequence[bool] | None,
     ) -> None:
-        self._whole = [_wide(value) for value in inputs]
-        self._places = [i for i, value in enumerate(self._whole) if _is_real(value)]
-        if not self._places:
-            kinds = ", ".join(_kind(value) for value in inputs) or "no inputs"
-            raise TypeError(f"expected a floating-point tensor to differentiate by, got {kinds}")
+        self.subject = Subject(function, inputs, "the function")
+        self.inputs = self.subject.inputs
+        if not all(t.numel() for t in self.inputs):
+            raise ValueError(
+                "expected elements to differentiate with respect to, got an empty tensor"
+            )
         if examples is not None and (
             not isinstance(examples, Sequence) or len(examples) != len(inputs)
         ):
             raise ValueError(
                 f"expected examples for each of the {len(inputs)} inputs, got {examples!r}"
             )
-        self.inputs = tuple(self._whole[i] for i in self._places)
-        if not all(t.numel() for t in self.inputs):
-            raise ValueError("expected something to differentiate by, got an empty tensor")
-        # What is handed on as it is has no part in batches.
-        fixed = len(self._places) < len(inputs)
+        # An argument that is passed as it is has no part in batches.
+        fixed = len(self.inputs) < len(inputs)
         self.examples = None if examples is None or fixed else tuple(map(bool, examples))
-        self._function, self._reference = function, reference
+        value = self.subject.observe()
         self.has_reference = reference is not None
-        self._look(function)
-
-    def _look(self, function: Callable[..., Tensor]) -> None:
-        """Whether it is a function that anything can be said of."""
-        outputs = []
-        for _ in range(2):
-            leaves = self.leaves()
-            try:
-                output = function(*self._arguments(leaves))
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise ValueError(f"expected a function of these inputs, got {reason}") from error
-            if not _is_real(output):
-                raise TypeError(f"expected a floating-point tensor for output, got {_kind(output)}")
-            if not output.requires_grad:
-                raise ValueError("expected a function that depends differentiably on its inputs")
-            outputs.append(output.detach())
-        if not torch.equal(*(output.nan_to_num() for output in outputs)):
-            raise ValueError("expected a function that gives the same each time, got two outputs")
-        if self._reference is None:
-            return
-        try:
-            expected = self._reference(*self._arguments(self.leaves()))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"expected a reference of these inputs, got {reason}") from error
-        if not _is_real(expected) or expected.shape != outputs[0].shape:
-            kind = tuple(expected.shape) if _is_real(expected) else _kind(expected)
-            raise ValueError(
-                f"expected a reference whose output is a tensor of the function's shape, "
-                f"{tuple(outputs[0].shape)}, got {kind}"
-            )
-
-    def _arguments(self, inputs: Sequence[Tensor]) -> list[Any]:
-        given = iter(inputs)
-        return [next(given) if _is_real(value) else value for value in self._whole]
+        self._plain = self.subject
+        if reference is not None:
+            self._plain = Subject(reference, inputs, "the reference")
+            expected = self._plain.observe()
+            if expected.shape != value.shape:
+                raise ValueError(
+                    f"expected a reference whose output has the function's shape, "
+                    f"{tuple(value.shape)}, got {tuple(expected.shape)}"
+                )
 
     def call(self, *inputs: Tensor) -> Tensor:
-        """The function's output."""
-        return self._function(*self._arguments(inputs))
+        """The function's output; what it raises is PyTorch's reason, and not caught."""
+        return self.subject.function(*self.subject.fill(inputs))
 
     def number(self, *inputs: Tensor) -> Tensor:
-        """The function's output as one number; one that is not pulls at no two elements alike."""
+        """The function's output as one number, with a different gradient at each element."""
         return _one_number(self.call(*inputs))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The inputs and, among them, the tensors that are handed on as they are."""
-        return tuple(value for value in self._whole if isinstance(value, Tensor))
+        """All tensors among the arguments."""
+        return tuple(value for value in self.subject.arguments if isinstance(value, Tensor))
 
     def number_of_tensors(self, *tensors: Tensor) -> Tensor:
         """The function's output as one number, of all tensors."""
-        given = iter(tensors)
-        whole = [next(given) if isinstance(value, Tensor) else value for value in self._whole]
-        return _one_number(self._function(*whole))
+        given = iter(map(copied, tensors) if self.subject.writes else tensors)
+        arguments = [
+            next(given) if isinstance(value, Tensor) else value for value in self.subject.arguments
+        ]
+        return _one_number(self.subject.function(*arguments))
 
     def plain(self, *inputs: Tensor) -> Tensor:
-        """The same by the reference, or by the function itself."""
-        function = self._function if self._reference is None else self._reference
-        return _one_number(function(*self._arguments(inputs)))
+        """The same number by the reference, or by the function itself."""
+        return _one_number(self._plain.function(*self._plain.fill(inputs)))
 
     def leaves(self) -> list[Tensor]:
-        """Copies of the inputs to differentiate by."""
+        """Copies of the inputs that require a gradient."""
         return [t.clone().requires_grad_() for t in self.inputs]
 
     @property
@@ -269,20 +251,8 @@ class _Case:
         return {} if self.has_reference else {"rtol": 1e-6, "atol": 1e-7}
 
 
-def _kind(value: Any) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
 def _one_number(output: Tensor) -> Tensor:
     return output if output.dim() == 0 else (output + 0.5 * output * output).sum()
-
-
-def _wide(value: Any) -> Any:
-    return value.detach().double() if _is_real(value) else value
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -319,7 +289,7 @@ def _same(what: str, got: Any, expected: Any, *, rtol: float = 1e-10, atol: floa
             raise _Differs(f"{what}{of}: expected shape {tuple(b.shape)}, got {shape}")
         a, b = a.detach().double(), b.detach().double()
         off = (a - b).abs()
-        wrong = ~((off <= atol + rtol * b.abs()) | (a == b) | (a.isnan() & b.isnan()))
+        wrong = ~((off <= atol + rtol * b.abs()) | alike(a, b))
         if wrong.any():
             at = tuple(int(i) for i in torch.nonzero(wrong)[off[wrong].nan_to_num().argmax()])
             difference = f"expected at {at}, got {a[at]:.6g}, off by {off[at]:.1e}"
@@ -483,7 +453,7 @@ def _wants_examples(case: _Case) -> tuple[bool, ...]:
 def _dynamic_shapes(case: _Case) -> None:
     """One compilation serves batches of every size."""
     examples = _wants_examples(case)
-    counter = _compile_counter()
+    counter = compile_counter()
     after: list[int] = []  # dynamo may begin anew within the first call, and counts that
     with _fresh_compiler():
         compiled = torch.compile(case.number, fullgraph=True, backend=counter, dynamic=True)
@@ -620,15 +590,29 @@ def _threads(case: _Case) -> None:
 
 
 def _untouched(case: _Case) -> None:
-    """Neither the inputs nor the upstream gradient are changed in place."""
-    leaves = case.leaves()
-    output = case.call(*leaves)
-    _same("input after the call", leaves, case.inputs)
+    """Neither the inputs nor the upstream gradient are overwritten.
+
+    A function may work in place where it tells autograd, as by `mark_dirty`: then the input's
+    history is the function's own.
+    """
+    arguments = case.subject.fresh()
+    history = [case.subject.history(value) for value in arguments]
+    output = case.subject.function(*arguments)
+
+    def compare(when: str) -> None:
+        triples = zip(arguments, case.subject.arguments, history, strict=True)
+        for i, (got, expected, before) in enumerate(triples):
+            if isinstance(got, Tensor) and case.subject.history(got) is before:
+                _same(f"input {i} {when}", got, expected)
+
+    compare("after the call")
     upstream = _random(*output.shape, seed=3).to(output.dtype)
     before = upstream.clone()
-    torch.autograd.grad(output, leaves, upstream, allow_unused=True)
+    inputs = [arguments[i] for i in case.subject.places]
+    roots = [t for t in inputs if case.subject.history(t) is not None]
+    torch.autograd.grad(output, roots, upstream, allow_unused=True)
     _same("upstream gradient after the backward", upstream, before)
-    _same("input after the backward", leaves, case.inputs)
+    compare("after the backward")
 
 
 def _checkpoint(case: _Case) -> None:
@@ -703,113 +687,3 @@ COLUMNS: dict[str, Check] = {
     "meta device": _meta,
 }
 """A check for each column."""
-
-
-# --------------------------------------------------------------------- PyTorch's private parts
-
-
-def _compile_counter() -> Any:
-    """A backend that counts compilations, which PyTorch has for its own tests."""
-    try:
-        from torch._dynamo.testing import CompileCounterWithBackend
-    except ImportError as error:
-        raise _NotTried("this PyTorch has no torch._dynamo.testing") from error
-    counter: Any = CompileCounterWithBackend
-    return counter("aot_eager")
-
-
-# ------------------------------------------------------------------------------ nnce's own rows
-
-
-class Row(NamedTuple):
-    """A function of nnce, what PyTorch has for it, and inputs for both."""
-
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
-    """In float64; examples are rows."""
-    examples: tuple[bool, ...]
-    """Which of the inputs have a row for each example."""
-
-    def check(self) -> Composability:
-        """All cells of the row."""
-        return check_composability(
-            self.function, *self.inputs, reference=self.reference, examples=self.examples
-        )
-
-
-def rows() -> dict[str, Row]:
-    """The four functions."""
-    z, y = _random(5, 3, seed=0), _random(5, 3, seed=1).sigmoid()
-    a_prev, W, b = _random(5, 4, seed=2), _random(3, 4, seed=3), _random(3, seed=4)
-    return {
-        "linear": Row(functional.linear, _F.linear, (a_prev, W, b), (True, False, False)),
-        "sigmoid": Row(functional.sigmoid, torch.sigmoid, (z,), (True,)),
-        "sigmoid_quadratic": Row(
-            lambda z, y: functional.sigmoid_quadratic(z, y, reduction="sum"),
-            lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="sum"),
-            (z, y),
-            (True, True),
-        ),
-        "sigmoid_cross_entropy": Row(
-            lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="sum"),
-            lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
-            (z, y),
-            (True, True),
-        ),
-    }
-
-
-def walked_rows() -> dict[str, Row]:
-    """The two functions that go block by block, and refuse what they have no derivatives for."""
-    x, W, b = _random(3, 2, seed=2), _random(4, 2, seed=3), _random(4, seed=4)
-    scale, bias = _random(seed=5), _random(seed=6)
-
-    def positives(x: Tensor) -> Tensor:
-        # −1 and 0, 1 and 2, 3 and −1, …; not a constant, of which PyTorch before 2.9 exports none.
-        return torch.arange(2 * len(x), device=x.device).view(-1, 2) % 5 - 1
-
-    def targets(x: Tensor) -> Tensor:
-        return _F.one_hot(positives(x) % 5, 5).sum(1)[:, :4].to(x.dtype)
-
-    def all_pairs(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        z, positive = scale * x @ y.mT + bias, torch.eye(len(x), dtype=x.dtype, device=x.device)
-        return _F.binary_cross_entropy_with_logits(z, positive, reduction="sum") / len(x)
-
-    return {
-        "linear_sigmoid_cross_entropy": Row(
-            lambda x, W, b: linear_sigmoid_cross_entropy(
-                x, W, positives(x), linear_bias=b, block=3, reduction="sum"
-            ),
-            lambda x, W, b: _F.binary_cross_entropy_with_logits(
-                _F.linear(x, W, b), targets(x), reduction="sum"
-            ),
-            (x, W, b),
-            (True, False, False),
-        ),
-        "pair_sigmoid_cross_entropy": Row(
-            lambda x, y, scale, bias: pair_sigmoid_cross_entropy(x, y, scale, bias, block=2),
-            all_pairs,
-            (x, _random(3, 2, seed=7), scale, bias),
-            (True, True, False, False),
-        ),
-    }
-
-
-REFUSED = {
-    **dict.fromkeys(
-        ("double backward", "compile, double backward", "func.hessian", "compile(hessian)"),
-        "no second derivatives",
-    ),
-    **dict.fromkeys(("func.jvp", "forward mode in forward mode"), "no forward mode"),
-    **dict.fromkeys(("func.vmap", "per-sample vmap(grad)", "compile(vmap(grad))"), "no vmap"),
-    "leading dimensions": "examples are rows",
-}
-"""Columns in which `walked_rows` fail, by intention, and why."""
-INSIDE_PYTORCH = {
-    "compile, double backward": "aot_autograd has no double backward",
-}
-"""Columns of nnce's own table where PyTorch itself stands in the way, and how."""
-if torch.torch_version.TorchVersion(torch.__version__) >= "2.15":  # 2.6 to 2.14 could do these
-    INSIDE_PYTORCH["compile(vmap(grad))"] = "dynamo's stand-in for a Function has no vmap rule"
-    INSIDE_PYTORCH["compile(hessian)"] = "dynamo cannot trace forward mode over its stand-in"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nnce import functional
-from nnce.gradients import ulp
-from nnce.training.twin import CONTENDERS, LossFunction
+from nnce.experiments.proof.contenders import CONTENDERS
+from nnce.training.twin import LossFunction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -325,3 +325,30 @@ def _right_at_infinity(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def ulp_distance(value: Tensor, exact: Tensor) -> Tensor:
+    """|value − exact| in units in the last place that `exact` has in the dtype of `value`.
+
+    Below the smallest normal number the unit is that of the subnormal numbers. Equal infinities are
+    0 apart, and so are two NaNs; a NaN beside a number is infinitely far from it.
+
+    Args:
+        value: computed, of any floating-point dtype.
+        exact: the truth in float64, of value's shape.
+
+    Returns:
+        float64, value's shape, at least 0.
+    """
+    wide = value.double()
+    distance = (wide - exact).abs() / ulp(exact, value.dtype)
+    same = (wide == exact) | (wide.isnan() & exact.isnan())
+    return torch.where(same, 0.0, distance).nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """One unit in the last place, in dtype, at the place of `exact` (float64); float64."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact).exponent - 1
+    binade = torch.ldexp(torch.ones_like(exact), exponent)
+    return torch.where(exact == 0, 0.0, binade).clamp(min=info.smallest_normal) * info.eps

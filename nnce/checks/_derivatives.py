@@ -1,0 +1,198 @@
+"""The derivatives that a function computes: by backward, by double backward and in forward mode."""
+
+import copy
+import warnings
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from nnce.checks._subject import Subject, sentence
+from nnce.checks._torch_private import NO_DERIVATIVE, NO_FORWARD_MODE, refuses_derivative
+
+Arrange = Callable[[Tensor], Tensor]
+"""Makes a tensor of the same shape, in another layout, say, of the one that is passed."""
+
+
+class Unsupported(Exception):
+    """The function has no such derivative, and raises an error that says so."""
+
+
+class Broken(Exception):
+    """A derivative cannot be computed; the message says why."""
+
+
+class Recorded(NamedTuple):
+    """A call with autograd's graph."""
+
+    leaves: list[Tensor]
+    output: Tensor
+
+
+class Derivatives:
+    """The derivatives of a subject with respect to all of its inputs, laid out in one vector x."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.shapes = [t.shape for t in subject.inputs]
+        self.sizes = [t.numel() for t in subject.inputs]
+        self.x = torch.cat([t.flatten() for t in subject.inputs])
+
+    def at(self, x: Tensor) -> "Derivatives":
+        """The same function at another x."""
+        moved = copy.copy(self)
+        moved.x = x
+        return moved
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The inputs that a vector like x is made of."""
+        parts = x.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def call(self, parts: Iterable[Tensor]) -> Tensor:
+        """The output for these inputs, which the function may overwrite."""
+        return self.subject.call(list(parts)).double()
+
+    def value(self, arrange: Arrange = torch.clone) -> Tensor:
+        """The output, without a graph."""
+        with torch.no_grad():
+            return self.call(arrange(part) for part in self.parts(self.x)).clone()
+
+    def record(
+        self,
+        *,
+        wanted: Container[int] | None = None,
+        arrange: Arrange = torch.clone,
+        shared: tuple[int, int] | None = None,
+    ) -> Recorded:
+        """Call the function with a graph.
+
+        Args:
+            wanted: which inputs require a gradient (default: all).
+            arrange: what a leaf passes through on its way to the function.
+            shared: two inputs; the first is passed in place of the second, too.
+        """
+        leaves = [
+            part.clone().requires_grad_(wanted is None or i in wanted)
+            for i, part in enumerate(self.parts(self.x))
+        ]
+        passed = [arrange(leaf) for leaf in leaves]
+        if shared:
+            passed[shared[1]] = passed[shared[0]]
+        return Recorded(leaves, self.call(passed))
+
+    def pull(self, recorded: Recorded, upstream: Tensor, **options: Any) -> Tensor:
+        """The gradient with respect to x, 0 where none is required."""
+        leaves, output = recorded
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if not output.requires_grad:
+            return torch.zeros_like(self.x)
+        gradients = iter(self._differentiate(output, wanted, upstream, **options))
+        return torch.cat(
+            [
+                (next(gradients) if leaf.requires_grad else torch.zeros_like(leaf)).flatten()
+                for leaf in leaves
+            ]
+        )
+
+    def first(self, upstream: Tensor, **options: Any) -> Tensor:
+        """The gradient with respect to x, of a call of its own; options as of `record`."""
+        return self.pull(self.record(**options), upstream)
+
+    def second(
+        self, upstream: Tensor, along: Tensor, arrange: Arrange = torch.clone, times: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of the slope along a direction, with respect to x and upstream gradient.
+
+        Args:
+            upstream: the gradient with respect to the output.
+            along: the direction, as long as x.
+            arrange: what inputs and upstream gradient pass through.
+            times: how often to differentiate over the same graph; returned is the last time.
+        """
+        leaves, output = self.record(arrange=arrange)
+        upstream = upstream.clone().requires_grad_()
+        gradients = self._differentiate(output, leaves, arrange(upstream), create_graph=True)
+        slope = (torch.cat([gradient.flatten() for gradient in gradients]) * along).sum()
+        if not slope.requires_grad:  # the backward hides from autograd
+            return torch.zeros_like(self.x), torch.zeros_like(upstream)
+        if refuses_derivative(slope):
+            raise Unsupported("marked with @once_differentiable")
+        try:
+            for _ in range(times):
+                *by_x, by_upstream = self._differentiate(
+                    slope, [*leaves, upstream], None, retain_graph=times > 1
+                )
+        except Broken as error:
+            if NO_DERIVATIVE.search(str(error)):
+                raise Unsupported(str(error)) from error
+            raise
+        return torch.cat([gradient.flatten() for gradient in by_x]), by_upstream
+
+    def second_as_one(
+        self, upstream: Tensor, along: Tensor, arrange: Arrange = torch.clone, times: int = 1
+    ) -> Tensor:
+        """The same as one vector."""
+        by_x, by_upstream = self.second(upstream, along, arrange, times)
+        return torch.cat([by_x, by_upstream.flatten()])
+
+    def tangent(
+        self,
+        along: Tensor,
+        arrange: Arrange = torch.clone,
+        *,
+        wanted: Container[int] | None = None,
+        arrange_tangent: Arrange | None = None,
+    ) -> Tensor:
+        """The derivative of the output along a direction, in forward mode.
+
+        Args:
+            along: the direction, as long as x.
+            arrange: what the inputs pass through.
+            wanted: which inputs have a tangent (default: all).
+            arrange_tangent: what the tangents pass through (default: arrange).
+        """
+        arrange_tangent = arrange_tangent or arrange
+        try:
+            with warnings.catch_warnings(), fwAD.dual_level():
+                # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
+                warnings.filterwarnings("ignore", message="`torch.jit.script")
+                pairs = zip(self.parts(self.x), self.parts(along), strict=True)
+                output = self.call(
+                    fwAD.make_dual(arrange(part), arrange_tangent(dx))
+                    if wanted is None or i in wanted
+                    else arrange(part)
+                    for i, (part, dx) in enumerate(pairs)
+                )
+                tangent = fwAD.unpack_dual(output).tangent
+                return torch.zeros_like(output) if tangent is None else tangent.clone()
+        except Exception as error:  # whatever the user's jvp raises
+            cause = error.__cause__ or error
+            if str(cause).startswith(NO_FORWARD_MODE):
+                raise Unsupported(sentence(cause)) from error
+            name = self.subject.name
+            raise Broken(f"the jvp of {name} failed: {sentence(cause)}") from error
+
+    def jacobian_along(self, along: Tensor) -> Tensor:
+        """The same as `tangent`, output by output, by backward."""
+        recorded = self.record()
+        output = recorded.output
+        rows = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
+        slopes = [
+            (self.pull(recorded, row.view(output.shape), retain_graph=True) * along).sum()
+            for row in rows
+        ]
+        return torch.stack(slopes).view(output.shape)
+
+    def _differentiate(
+        self, output: Tensor, inputs: Sequence[Tensor], upstream: Tensor | None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        try:
+            return torch.autograd.grad(
+                output, inputs, upstream, allow_unused=True, materialize_grads=True, **options
+            )
+        except Exception as error:  # whatever the user's backward raises
+            name = self.subject.name
+            raise Broken(f"the backward of {name} failed: {sentence(error)}") from error

@@ -1,0 +1,166 @@
+"""Numerical derivatives, and how many of their digits are known.
+
+Differences are taken over a ladder of steps, each a quarter of the one before, for several *cells*
+at once: a cell is a number whose derivative is wanted, such as one element of the output.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+# Values count as right to this many units in the last place; worse ones are seen by their scatter.
+VALUE_ULPS = 8
+# A value may move in jumps, as where a function computes in float32; up to this share of it.
+COARSEST_JUMP = 2.0**-7
+
+
+class Ladder(NamedTuple):
+    """Differences over shrinking steps, the largest first; all [steps, cells] but for `step`."""
+
+    step: Tensor
+    """[steps, 1]."""
+    rise_up: Tensor
+    """f(x + step) − f(x)."""
+    rise_down: Tensor
+    """f(x) − f(x − step)."""
+    up: Tensor
+    """The step taken upwards, after rounding."""
+    down: Tensor
+    """The step taken downwards, after rounding."""
+    size: Tensor
+    """The magnitude of f, as far as it moves."""
+
+    @property
+    def taken(self) -> Tensor:
+        """Where rounding left something of the step."""
+        return (self.up > 0) & (self.down > 0)
+
+
+class Slopes(NamedTuple):
+    """Numerical derivatives, one for each cell."""
+
+    derivative: Tensor
+    uncertainty: Tensor
+    below: Tensor
+    """The derivative from below."""
+    above: Tensor
+    """The derivative from above."""
+    kinked: Tensor
+    """Where those two differ however small the step."""
+    zero: Tensor
+    """Where the values show a derivative of exactly 0."""
+
+
+class _Estimates(NamedTuple):
+    """Richardson's extrapolation from each two successive steps, [steps − 1, cells]."""
+
+    slope: Tensor
+    kink: Tensor
+    """The difference of the one-sided slopes; of a smooth function it shrinks with the third power
+    of the step."""
+
+
+def slopes(ladder: Ladder, rtol: float) -> Slopes:
+    """Derivatives from a ladder of differences, cell by cell.
+
+    How uncertain an estimate is shows from the two estimates after it, from how much the estimates
+    at still smaller steps scatter, and from the rounding of the values. Then from the smallest step
+    on, as long as everything is consistent, the most certain estimate is taken: a derivative is
+    what there is at small steps, and large ones may reach beyond a kink or a pole.
+
+    Args:
+        ladder: the differences.
+        rtol: how much the derivatives from below and above may differ.
+    """
+    estimates = _richardson(ladder)
+    noise = _noise(ladder, estimates.slope)
+    gaps = _gaps(estimates.slope)
+    uncertainty = torch.maximum(gaps[:-1], _gaps(estimates.slope, 2)) + noise
+    best, row = _most_certain(estimates.slope, uncertainty)
+    known = row >= 0
+
+    def at_best(table: Tensor) -> Tensor:
+        return table.gather(0, row.clamp(min=0).unsqueeze(0)).squeeze(0)
+
+    below = at_best((ladder.rise_down / ladder.down)[1:])
+    above = at_best((ladder.rise_up / ladder.up)[1:])
+    steep = torch.maximum(above.abs(), below.abs())
+    return Slopes(
+        derivative=torch.where(known, at_best(estimates.slope), math.nan),
+        uncertainty=best,
+        below=below,
+        above=above,
+        kinked=known & _kinked(estimates.kink, noise, row, rtol * steep),
+        zero=known & _zero(ladder, row),
+    )
+
+
+def _richardson(ladder: Ladder) -> _Estimates:
+    slope = (ladder.rise_up + ladder.rise_down) / (ladder.up + ladder.down)
+    bend = ladder.rise_up / ladder.up - ladder.rise_down / ladder.down
+    slope, bend = (torch.where(ladder.taken, t, math.nan) for t in (slope, bend))
+    return _Estimates((16 * slope[1:] - slope[:-1]) / 15, (4 * bend[1:] - bend[:-1]).abs() / 3)
+
+
+def _gaps(estimate: Tensor, distance: int = 1) -> Tensor:
+    """How far each estimate is from a later one."""
+    return (estimate[:-distance] - estimate[distance:]).abs()
+
+
+def _rounding(ladder: Ladder) -> Tensor:
+    """What rounding adds to a slope at each step; so does the smallest jump of a staircase."""
+    jumps = torch.stack([ladder.rise_up.abs(), ladder.rise_down.abs()])
+    jump = torch.where(jumps > 0, jumps, math.inf).amin((0, 1))
+    jump = torch.minimum(jump, COARSEST_JUMP * ladder.size.nan_to_num(nan=math.inf).amin(0))
+    tiny = torch.finfo(torch.float64).tiny
+    return (VALUE_ULPS * EPS * ladder.size + 4 * jump + tiny) / ladder.step
+
+
+def _noise(ladder: Ladder, estimate: Tensor) -> Tensor:
+    """The noise in an estimate, which grows as 1 / step: what smaller steps show of it."""
+    step = ladder.step[1:]
+    seen = (_gaps(estimate) * step[:-1]).nan_to_num(0.0, 0.0, 0.0)
+    largest_below = seen.flip(0).cummax(0).values.flip(0)
+    return largest_below[1:] / step[:-2] + _rounding(ladder)[1:-2]
+
+
+def _most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest uncertainty among consistent estimates, from the smallest step on; its row."""
+    low = torch.full_like(estimate[0], -math.inf)
+    high, best = -low, -low
+    best_row = torch.full_like(low, -1, dtype=torch.long)
+    fits, begun = (torch.full_like(low, value, dtype=torch.bool) for value in (True, False))
+    for row in range(len(uncertainty) - 1, -1, -1):
+        middle, width = estimate[row], uncertainty[row]
+        seen = middle.isfinite() & width.isfinite()
+        # Rounding may leave nothing of the smallest steps.
+        fits &= torch.where(seen, (middle + width >= low) & (middle - width <= high), ~begun)
+        begun |= seen
+        low = torch.where(fits & seen, torch.maximum(low, middle - width), low)
+        high = torch.where(fits & seen, torch.minimum(high, middle + width), high)
+        better = fits & seen & (width < best)
+        best = torch.where(better, width, best)
+        best_row = torch.where(better, row, best_row)
+    return best, best_row
+
+
+def _kinked(kink: Tensor, noise: Tensor, best_row: Tensor, bound: Tensor) -> Tensor:
+    """Whether the one-sided slopes differ by the same at every step that is free of noise."""
+    kink = kink[: len(noise)]
+    rows = torch.arange(len(noise), device=kink.device).unsqueeze(1)
+    telling = (rows >= best_row) & (16 * noise <= bound)
+    least = torch.where(telling, kink, math.inf).amin(0)
+    most = torch.where(telling, kink, 0.0).amax(0)
+    return (telling.sum(0) > 1) & (least > bound) & (least >= most / 2)
+
+
+def _zero(ladder: Ladder, best_row: Tensor) -> Tensor:
+    """Whether the values show a derivative of exactly 0."""
+    rise = ladder.rise_up + ladder.rise_down
+    rows = torch.arange(len(rise), device=rise.device).unsqueeze(1)
+    flat = (rise.abs() <= VALUE_ULPS * EPS * ladder.size) | ~ladder.taken
+    constant = (ladder.size == 0) | ~ladder.taken | (rows <= best_row)
+    return flat.all(0) | constant.all(0)

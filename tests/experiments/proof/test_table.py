@@ -1,0 +1,205 @@
+"""Every cell of the compatibility table of nnce's own functions."""
+
+import re
+
+import pytest
+import torch
+from conftest import missing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnce import functional, rules
+from nnce.checks import check_composability
+from nnce.checks.composability import COLUMNS
+from nnce.experiments.proof.table import INSIDE_PYTORCH, REFUSED, rows, walked_rows
+
+ROWS = rows()
+WALKED = walked_rows()
+
+
+def cell(row, column, of=ROWS):
+    """One cell of the table."""
+    return of[row].check(only=[column])[column]
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("column", [c for c in COLUMNS if c not in INSIDE_PYTORCH])
+def test_cell(row, column):
+    found = cell(row, column)
+    if found.verdict == "not tried" and "inductor" in column:
+        missing("compiler", found.detail)
+    if found.verdict == "not tried" and "CUDA" in column and not torch.cuda.is_available():
+        pytest.skip(found.detail)
+    assert found.verdict == "works", found.detail
+
+
+TARGETS = torch.tensor([[0, 1, -100], [1, 1, 0], [-100, -100, -100], [0, 0, 1], [1, -100, 0]])
+
+
+def with_options(z, y):
+    return functional.sigmoid_cross_entropy(
+        z, y, label_smoothing=0.1, ignore_index=-100, reduction="mean"
+    )
+
+
+def with_options_by_pytorch(z, y):
+    counts = y != -100
+    y = y.where(counts, 0).to(z.dtype) * 0.9 + 0.05
+    C = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none")
+    return (C * counts).sum() / counts.sum()
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_losss_options_go_with_all_that_the_loss_goes_with(column):
+    """But with vmap under torch.compile, where PyTorch wants nothing before a Function."""
+    z = ROWS["sigmoid_cross_entropy"].inputs[0]
+    if column in ("meta device", "autocast (CUDA)"):
+        pytest.skip("the targets are on the CPU")
+    report = check_composability(
+        with_options, z, TARGETS, reference=with_options_by_pytorch, only=[column]
+    )
+    found = report[column]
+    if column in INSIDE_PYTORCH or column in ("compile(vmap(grad))", "compile(hessian)"):
+        assert found.verdict == "fails"
+    elif column in ("leading dimensions", "compile, dynamic shapes"):
+        assert found.verdict == "not tried"  # the targets are of one shape
+    elif found.verdict == "not tried" and "inductor" in column:
+        missing("compiler", found.detail)
+    else:
+        assert found.verdict == "works", found.detail
+
+
+@pytest.mark.parametrize("row", WALKED)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_walked_cell(row, column):
+    """Of the functions that go block by block: they work, or refuse by intention."""
+    found = cell(row, column, WALKED)
+    if found.verdict == "not tried" and "inductor" in column:
+        missing("compiler", found.detail)
+    if found.verdict == "not tried" and "CUDA" in column and not torch.cuda.is_available():
+        pytest.skip(found.detail)
+    assert found.verdict == ("fails" if column in REFUSED else "works"), found.detail
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("column", INSIDE_PYTORCH)
+def test_where_pytorch_stands_in_the_way(row, column):
+    """Fails as soon as PyTorch is repaired: then the cell is to be moved to the others."""
+    found = cell(row, column)
+    assert found.verdict == "fails"
+    assert re.search("double backward|vmap|Observed exception", found.detail)
+
+
+def _detached(backward):
+    """A backward that autograd cannot see through: second derivatives lose their terms."""
+
+    def wrong(ctx, upstream):
+        gradients = backward(ctx, upstream)
+        if isinstance(gradients, torch.Tensor):
+            return gradients.detach()
+        return tuple(None if g is None else g.detach() for g in gradients)
+
+    return staticmethod(wrong)
+
+
+def _negated(jvp):
+    return staticmethod(lambda ctx, *tangents: -jvp(ctx, *tangents))
+
+
+FUNCTIONS = {
+    "linear": (functional.LinearFunction, functional.LinearWithJvp),
+    "sigmoid": (functional.SigmoidFunction, functional.SigmoidWithJvp),
+    "sigmoid_quadratic": (
+        functional.SigmoidQuadraticFunction,
+        functional.SigmoidQuadraticWithJvp,
+    ),
+    "sigmoid_cross_entropy": (
+        functional.SigmoidCrossEntropyFunction,
+        functional.SigmoidCrossEntropyWithJvp,
+    ),
+}
+WRONG_RULES = {
+    "linear": ("da_prev", lambda dz, W: -(dz @ W), ("linear", lambda a, W, b=None: a @ W.T)),
+    "sigmoid": (
+        "dz_hidden",
+        lambda da, z, sigmoid: da * sigmoid(z),
+        ("sigmoid", lambda z: 1 - z.sigmoid()),
+    ),
+    "sigmoid_quadratic": (
+        "dz_quadratic",
+        lambda z, y, sigmoid: sigmoid(z) - y,
+        ("quadratic", lambda z, y, sigmoid=None: (z.sigmoid() - y) ** 2),
+    ),
+    "sigmoid_cross_entropy": (
+        "dz_cross_entropy",
+        lambda z, y, sigmoid, pos_weight: y - sigmoid(z),
+        ("cross_entropy", lambda z, y, pos_weight, softplus=None: -y * z.sigmoid().log()),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_planted_wrong_second_derivative_is_refused(row, monkeypatch):
+    function = FUNCTIONS[row][0]
+    monkeypatch.setattr(function, "backward", _detached(function.backward))
+    assert cell(row, "double backward").verdict in ("wrong", "fails")
+    assert cell(row, "func.hessian").verdict == "wrong"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_planted_wrong_jvp_is_refused(row, monkeypatch):
+    function = FUNCTIONS[row][1]
+    monkeypatch.setattr(function, "jvp", _negated(function.jvp))
+    found = cell(row, "func.jvp")
+    assert found.verdict == "wrong" and found.detail.startswith("tangent: ")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_jvp_inside_forward_mode_is_refused(row, monkeypatch):
+    """PyTorch loses the outer tangent of a Function's jvp, in silence; so no Function is used."""
+    monkeypatch.setattr(functional, "_forward_mode_levels", lambda: 1)
+    assert cell(row, "forward mode in forward mode").verdict == "wrong"
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "column",
+    ["func.grad", "func.vjp", "per-sample vmap(grad)", "compile (aot_eager)", "checkpoint"],
+)
+def test_planted_wrong_backward_is_refused(row, column, monkeypatch):
+    name, wrong, _ = WRONG_RULES[row]
+    monkeypatch.setattr(rules, name, wrong)
+    found = cell(row, column)
+    assert found.verdict == "wrong" and found.detail.startswith("gradient")
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("column", ["func.vmap", "compile (aot_eager)", "export"])
+def test_planted_wrong_forward_is_refused(row, column, monkeypatch):
+    name, wrong = WRONG_RULES[row][2]
+    monkeypatch.setattr(rules, name, wrong)
+    found = cell(row, column)
+    assert found.verdict == "wrong" and found.detail.startswith("value")
+
+
+class CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if len(ROWS[row].inputs) > 1])
+def test_a_gradient_nobody_asked_for_costs_nothing(row):
+    """Fewer operations run for one of them than for all."""
+    function, _, inputs, _ = ROWS[row]
+
+    def operations(wanted):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        output = function(*leaves).sum()
+        with CountOperations() as counter:
+            output.backward()
+        return counter.count
+
+    everything = operations(range(len(inputs)))
+    assert all(operations((one,)) < everything for one in range(len(inputs)))
