@@ -32,10 +32,11 @@ ORDER = (
     *("schedules", "dropout", "training"),
     *(
         f"experiments.{name}"
-        for name in ("__init__", "command_line", "estimates", "comparison", "figures")
+        for name in ("__init__", "command_line", "timing", "estimates", "comparison", "figures")
     ),
     *("experiments.tensorboard", "experiments.report", "experiments.resuming"),
     *("experiments.published", "experiments.reproduction"),
+    *(f"experiments.benchmarks.{name}" for name in ("__init__", "peers", "networks", "labels")),
     "__init__",
 )
 FILES = {
@@ -73,7 +74,7 @@ def test_the_order_names_every_file():
 def test_a_file_imports_only_what_stands_above_it(name):
     modules, names = imported(FILES[name])
     above = ORDER[: ORDER.index(name)]
-    assert modules - {"experiments"} <= set(above)
+    assert modules - {"experiments", "experiments.benchmarks"} <= set(above)
     assert not names, "a name of nnce/__init__.py"
 
 
@@ -155,9 +156,10 @@ def test_the_wall_holds():
 
 
 def test_every_file_has_its_test():
-    """test_X.py for nnce/X.py, test_X_script.py for scripts/X.py."""
+    """test_X.py for nnce/X.py, test_X_script.py for scripts/X.py, and one for the benchmarks."""
     tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    names = {name.split(".")[-1] for name in FILES} - {"__init__"}
+    files = [name for name in FILES if not name.startswith("experiments.benchmarks.")]
+    names = {name.split(".")[-1] for name in files} - {"__init__"}
     assert {f"test_{name}" for name in names} <= tests
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"startup"}
     assert {f"test_{name}_script" for name in scripts} <= tests
