@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import psutil
 import scipy.sparse
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from nnce import LinearSigmoidCrossEntropyLoss, Positives, blocks
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.timing import resident
 
 BEST = (1, 3, 5)
 """How many of the best labels precision and nDCG look at."""
@@ -381,7 +381,7 @@ def learn(
     block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     warm_up()
-    before = resident()
+    before = resident() / 1e6
     bound = before + 3 * size + block + SLACK_MB
     print(
         f"{n:,} training and {len(test.positives):,} test examples, {num_labels:,} labels, "
@@ -437,7 +437,7 @@ def learn(
             if len(rows) == 1:
                 raise
             stopped = error
-    peak = resident(peak=True)
+    peak = resident(peak=True) / 1e6
     with command_line.undisturbed():
         report.write_results(
             run_dir,
@@ -475,21 +475,6 @@ def warm_up() -> None:
     tiny(torch.ones(1, 1), Positives.from_lists([[0]])).backward()
     torch.optim.Adam(tiny.parameters(), fused=True).step()
     tiny.labels.topk(torch.ones(1, 1), 1)
-
-
-def resident(*, peak: bool = False) -> float:
-    """Memory of this process in MB, now or the most so far."""
-    memory = psutil.Process().memory_info()
-    if not peak:
-        return float(memory.rss) / 1e6
-    if sys.platform == "win32":
-        return float(memory.peak_wset) / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss begins with what the parent process had
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
 
 
 def readable(row: report.Row) -> report.Row:

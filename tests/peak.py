@@ -4,19 +4,17 @@ Hooks on saved tensors would not see what a Function keeps on its context, and a
 done other things has memory at hand that does not show.
 """
 
-import re
 import sys
-from pathlib import Path
 
 import torch
 
 from nnce import linear_sigmoid_cross_entropy, pair_sigmoid_cross_entropy
+from nnce.experiments import timing
 
 
 def resident(which):
     """VmRSS or VmHWM, its peak, in MB of 10⁶ bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{which}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+    return timing.resident(peak=which == "VmHWM") / 1e6
 
 
 def labels(n, features, num_labels, k=5):
@@ -39,8 +37,6 @@ if __name__ == "__main__":
     _, warm_up = problem(*(min(int(size), 1024) for size in sizes))
     warm_up().backward()  # libraries, threads and their packing buffers
     tensors, loss = problem(*map(int, sizes))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    loss().backward()
-    gradients = sum(t.grad.numel() * t.grad.element_size() for t in tensors) / 1e6
-    print(resident("VmHWM") - before - gradients)
+    _, bytes_more = timing.peak_memory(lambda: loss().backward(), torch.device("cpu"))
+    gradients = sum(t.grad.numel() * t.grad.element_size() for t in tensors)
+    print((bytes_more - gradients) / 1e6)

@@ -27,7 +27,7 @@ WORK = {
     "compare": ("run",),
     "labels": ("learn",),
     "check_gradients": ("measure_everywhere",),
-    "benchmark": ("measure_all", "all_labels", "all_distortions"),
+    "benchmark": ("measure",),
     "reproduce": ("run",),
 }
 JUNK = ("", " ", "-", "--", "nan", "-inf", "1e400", "0x10", "½", "七", "a\nb", "1,2", "None", "%s")

@@ -16,10 +16,10 @@ import nnce
 from nnce import (
     LinearSigmoidCrossEntropyLoss,
     Positives,
-    composability,
     linear_sigmoid_cross_entropy,
     sampled_sigmoid_cross_entropy,
 )
+from nnce.checks import composability
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 

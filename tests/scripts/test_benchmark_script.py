@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import sys
 
@@ -8,19 +9,20 @@ from conftest import missing
 from torch.profiler import ProfilerActivity, profile
 
 from nnce import data, training
+from nnce.experiments.benchmarks import labels, networks, peers
+
+WORKS = (
+    peers.Work((784, 5, 10), 10, (1, 3)),
+    peers.Work((784, 5, 10), 10, (3,), own_orders=True),
+)
 
 
 @pytest.fixture
 def benchmark(script, monkeypatch):
     """The script, with little to do."""
-    module = script("benchmark")
-    monkeypatch.setattr(module, "EXAMPLES", 1_000)
-    works = (
-        module.Work((784, 5, 10), 10, (1, 3)),
-        module.Work((784, 5, 10), 10, (3,), own_orders=True),
-    )
-    monkeypatch.setattr(module, "QUICK", works)
-    return module
+    monkeypatch.setattr(networks, "EXAMPLES", 1_000)
+    monkeypatch.setattr(networks, "QUICK", WORKS)
+    return script("benchmark")
 
 
 @pytest.fixture
@@ -46,18 +48,18 @@ def drawn():
         "NumPy, by example",
     ],
 )
-def test_every_peer_comes_to_the_same_loss(benchmark, drawn, peer):
+def test_every_peer_comes_to_the_same_loss(drawn, peer):
     """And has come a way: a comparison of speed is worth nothing where one does not learn."""
     if peer == "torch.compile" and not shutil.which("g++"):
         missing("compiler", "there is no g++")
-    work, _ = benchmark.QUICK
-    ours = benchmark.check("nnce", work, *drawn, 1)
+    work, _ = WORKS
+    ours = networks.check("nnce", work, *drawn, 1)
     try:
-        theirs = benchmark.check(peer, work, *drawn, 1)
-    except benchmark.Missing as reason:
+        theirs = networks.check(peer, work, *drawn, 1)
+    except peers.Missing as reason:
         pytest.skip(str(reason))
-    assert theirs == pytest.approx(ours, rel=benchmark.SAME_LOSS)
-    start = benchmark.fresh_networks(work, 1, torch.device("cpu"))[0]
+    assert theirs == pytest.approx(ours, rel=networks.SAME_LOSS)
+    start = networks.fresh_networks(work, 1, torch.device("cpu"))[0]
     before = training.evaluate(start, data.Split(*drawn), "cross-entropy")
     assert ours < 0.9 * before.loss
 
@@ -66,32 +68,32 @@ def test_every_peer_comes_to_the_same_loss(benchmark, drawn, peer):
     "peer",
     ["nnce", "nnce, products", "torch.func, vmap over networks", "JAX, vmap over networks"],
 )
-def test_an_order_for_each_network(benchmark, drawn, peer):
+def test_an_order_for_each_network(drawn, peer):
     """The first network's is that of one network alone, so it comes to the same loss."""
-    one, own = benchmark.QUICK
-    alone = benchmark.check("nnce", one, *drawn, 1)
+    one, own = WORKS
+    alone = networks.check("nnce", one, *drawn, 1)
     try:
-        beside = benchmark.check(peer, own, *drawn, 3)
-    except benchmark.Missing as reason:
+        beside = networks.check(peer, own, *drawn, 3)
+    except peers.Missing as reason:
         pytest.skip(str(reason))
-    assert beside == pytest.approx(alone, rel=benchmark.SAME_LOSS)
-    with pytest.raises(benchmark.Missing, match="share no product"):
-        benchmark.floor(own, *drawn, [])
+    assert beside == pytest.approx(alone, rel=networks.SAME_LOSS)
+    with pytest.raises(peers.Missing, match="share no product"):
+        peers.floor(own, *drawn, [])
 
 
 @pytest.mark.parametrize("R", [1, 3])
-def test_the_floor_is_five_products_a_step(benchmark, drawn, R):
-    work, _ = benchmark.QUICK
-    networks = benchmark.fresh_networks(work, R, torch.device("cpu"))
-    before = [p.clone() for p in networks[0].parameters()]
-    epoch, _ = benchmark.floor(work, *drawn, networks)
+def test_the_floor_is_five_products_a_step(drawn, R):
+    work, _ = WORKS
+    fresh = networks.fresh_networks(work, R, torch.device("cpu"))
+    before = [p.clone() for p in fresh[0].parameters()]
+    epoch, _ = peers.floor(work, *drawn, fresh)
     epoch(torch.arange(100))
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         epoch(torch.arange(100))
     products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
     assert sum(event.name in products for event in profiled.events()) == 10 * 5
     assert not any("sigmoid" in event.name for event in profiled.events())
-    assert all(torch.equal(a, b) for a, b in zip(before, networks[0].parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh[0].parameters(), strict=True))
 
 
 def test_a_run(benchmark, tmp_path, capsys):
@@ -122,11 +124,11 @@ def test_a_run(benchmark, tmp_path, capsys):
 
 
 def test_a_peer_that_goes_wrong_is_said(benchmark, tmp_path, capsys, monkeypatch):
-    def too_far(work, x, y, networks):
-        epoch, parameters = benchmark.eager(work, x, y, networks)
+    def too_far(work, x, y, fresh):
+        epoch, parameters = peers.eager(work, x, y, fresh)
         return epoch, lambda: [1.1 * p.detach() for p in parameters()]
 
-    monkeypatch.setitem(benchmark.PEERS, "torch.nn eager", too_far)
+    monkeypatch.setitem(peers.PEERS, "torch.nn eager", too_far)
     options = ["--quick", "--repetitions", "1", "--run-dir", str(tmp_path / "run")]
     assert benchmark.main(options) == 1
     assert "torch.nn eager: WRONG: C is" in capsys.readouterr().err
@@ -146,37 +148,51 @@ def test_bad_input_is_one_line(benchmark, options, message, refused):
 @pytest.mark.parametrize(
     "peer", ["nnce, dense targets", "PyTorch compiled", "PyTorch checkpointed"]
 )
-def test_peers_of_many_labels_come_to_the_same_gradients(benchmark, peer):
-    problem = benchmark.LabelProblem(benchmark.LabelWork(64, 16, 9_000), torch.device("cpu"))
+def test_peers_of_many_labels_come_to_the_same_gradients(peer):
+    problem = labels.Problem(labels.Work(64, 16, 9_000), torch.device("cpu"))
     found = []
     for name in ("nnce", "PyTorch eager", peer):
-        benchmark.LABEL_PEERS[name](problem)()
-        found.append(benchmark.label_gradients(problem))
+        labels.PEERS[name](problem)()
+        found.append(labels.gradients(problem))
     for gradients in found[1:]:
-        assert benchmark._difference(gradients, found[0]) < 1e-6
+        assert labels.difference(gradients, found[0]) < 1e-6
     wrong = [found[0][0] * 1.1, *found[0][1:]]
-    assert benchmark._difference(wrong, found[0]) > benchmark.SAME_GRADIENTS
+    assert labels.difference(wrong, found[0]) > labels.SAME_GRADIENTS
+    labels.products(problem)()
+    assert not labels.gradients(problem) and math.isnan(labels.difference([], found[0]))
+    (x, *_), (x_wrong, *_) = found[0], wrong
+    expected = (x_wrong - x).norm() / torch.cat([t.flatten() for t in found[0]]).norm()
+    assert labels.difference(wrong, found[0]) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_many_labels(benchmark, monkeypatch, tmp_path, capsys):
-    peers = {name: benchmark.LABEL_PEERS[name] for name in ("nnce", "PyTorch eager")}
-    monkeypatch.setattr(benchmark, "LABEL_PEERS", peers)
-    monkeypatch.setattr(benchmark, "QUICK_LABEL_WORKS", [benchmark.LabelWork(256, 8, 40_000)])
+    chosen = {name: labels.PEERS[name] for name in ("nnce", "PyTorch eager")}
+    monkeypatch.setattr(labels, "PEERS", chosen)
+    monkeypatch.setattr(labels, "QUICK", [labels.Work(256, 8, 40_000)])
     run = tmp_path / "run"
-    options = ["labels", "--quick", "--repetitions", "1", "--run-dir", str(run)]
+    options = ["labels", "--quick", "--repetitions", "2", "--run-dir", str(run)]
     assert benchmark.main(options) == 0
     ours, theirs = json.loads((run / "results.json").read_text())["rows"]
-    assert ours["ratio"] == 1 and theirs["difference"] < benchmark.SAME_GRADIENTS
+    assert ours["ratio"] == 1 and theirs["difference"] < labels.SAME_GRADIENTS
+    for row in (ours, theirs):
+        assert row["repetitions"] == 2
+        assert row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
     if sys.platform == "linux":
         assert theirs["peak_bytes"] > 80e6 > 40e6 > ours["peak_bytes"]
+    header, _, first, *_ = capsys.readouterr().out.splitlines()
+    columns = ["work", "peer", "seconds", "ratio", "peak MB", "difference"]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == columns
+    assert "| 1.00 (1.00–1.00) |" in first
 
 
-def test_distortions(benchmark, tmp_path, capsys):
-    run = tmp_path / "run"
-    options = ["distortions", "--quick", "--repetitions", "1", "--run-dir", str(run)]
-    assert benchmark.main(options) == 0
-    rows = {row["work"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
-    assert rows[benchmark.TRAINING]["ratio"] == 1
-    assert {"nnce, affine", "nnce, elastic", "nnce, both"} < set(rows)
-    assert all(row["seconds"] > 0 for row in rows.values())
-    assert "| nnce, elastic" in capsys.readouterr().out
+def test_a_wrong_gradient_is_said(benchmark, monkeypatch, tmp_path, capsys):
+    def doubled(problem):
+        return problem.step(lambda *inputs: 2 * labels.by_nnce(*inputs), problem.index)
+
+    monkeypatch.setattr(labels, "peak_in_a_process", lambda *_: math.nan)
+    chosen = {"nnce": labels.PEERS["nnce"], "PyTorch eager": doubled}
+    monkeypatch.setattr(labels, "PEERS", chosen)
+    monkeypatch.setattr(labels, "QUICK", [labels.Work(16, 4, 100)])
+    options = ["labels", "--quick", "--repetitions", "1", "--run-dir", str(tmp_path / "run")]
+    assert benchmark.main(options) == 1
+    assert "PyTorch eager: WRONG: gradients differ by" in capsys.readouterr().err

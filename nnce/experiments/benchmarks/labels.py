@@ -1,0 +1,218 @@
+"""Benchmark of many labels: value and gradients of a linear layer and its cross-entropy.
+
+All peers take the same tensors, in turns; `ratio` is a peer's time over nnce's. The floor is the
+three matrix products of nnce's blocks. The peak is the memory beyond inputs, parameters and their
+gradients, each in a process of its own.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nnce import blocks
+from nnce.experiments.timing import Timing, in_turns, peak_memory
+from nnce.labels import linear_sigmoid_cross_entropy
+
+
+class Work(NamedTuple):
+    """A linear layer and its loss; five positive labels for each example."""
+
+    n: int
+    features: int
+    labels: int
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.labels:,} labels, {self.features} features, n {self.n:,}"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of x, W and b, in float32."""
+        return 4 * (self.n * self.features + self.labels * (self.features + 1))
+
+
+WORKS = [
+    Work(1_024, 512, 1_000),
+    Work(1_024, 512, 16_384),
+    Work(1_024, 512, 131_072),
+    Work(512, 256, 1_000_000),
+]
+QUICK = WORKS[:2]
+# Gradients in float32 may differ by rounding, in norm.
+SAME_GRADIENTS = 1e-5
+
+
+Step = Callable[[], Tensor]
+
+
+class Problem:
+    """The same tensors for all; dense targets are made where a peer wants them, before its time."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        """Draw them."""
+        self.work = work
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(work.n, work.features, generator=generator)
+        W = torch.empty(work.labels, work.features)
+        W.normal_(0, work.features**-0.5, generator=generator)
+        index = torch.randint(work.labels, (work.n, 5), generator=generator)
+        self.x, self.W = x.to(device).requires_grad_(), W.to(device).requires_grad_()
+        self.b = torch.zeros(work.labels, device=device, requires_grad=True)
+        self.index = index.to(device)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The targets of all labels."""
+        y = torch.zeros(self.work.n, self.work.labels, dtype=dtype, device=self.x.device)
+        return y.scatter_(1, self.index, 1)
+
+    def clear(self) -> None:
+        """No gradients, as before a first backward."""
+        self.x.grad = self.W.grad = self.b.grad = None
+
+    def step(self, loss: Callable[..., Tensor], y: Tensor) -> Step:
+        """A function that computes the loss of x, W, b and y, and its gradients."""
+
+        def step() -> Tensor:
+            C = loss(self.x, self.W, self.b, y)
+            C.backward()
+            return C
+
+        return step
+
+
+def by_nnce(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Block by block."""
+    return linear_sigmoid_cross_entropy(x, W, y, linear_bias=b)
+
+
+def by_pytorch(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """`binary_cross_entropy_with_logits` of `linear`."""
+    z = nn.functional.linear(x, W, b)
+    return nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(x)
+
+
+def checkpointed(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """The same for 8,192 labels at a time, whose activations are computed again in the backward."""
+    parts = zip(W.split(8_192), b.split(8_192), y.split(8_192, dim=1), strict=True)
+    return torch.stack(
+        [checkpoint(by_pytorch, x, *part, use_reentrant=False) for part in parts]
+    ).sum()
+
+
+def products(problem: Problem) -> Step:
+    """The three matrix products of nnce's blocks, and nothing else."""
+    x, W, b = (t.detach() for t in (problem.x, problem.W, problem.b))
+    work = problem.work
+    block = blocks.default_block(work.n, work.labels, work.features, x.dtype)
+
+    def step() -> Tensor:
+        dx, dW = torch.zeros_like(x), torch.empty_like(W)
+        memory = x.new_empty(work.n * min(block, work.labels))
+        for first in range(0, work.labels, block):
+            W_block = W[first : first + block]
+            z = memory[: work.n * len(W_block)].view(work.n, len(W_block))
+            torch.addmm(b[first : first + block], x, W_block.mT, out=z)
+            dx.addmm_(z, W_block)
+            torch.mm(z.mT, x, out=dW[first : first + block])
+        return dx
+
+    return step
+
+
+NNCE = "nnce"
+PEERS: dict[str, Callable[[Problem], Step]] = {
+    NNCE: lambda problem: problem.step(by_nnce, problem.index),
+    "nnce, dense targets": lambda problem: problem.step(by_nnce, problem.dense(torch.bool)),
+    "floor: three products": products,
+    "PyTorch eager": lambda problem: problem.step(by_pytorch, problem.dense()),
+    "PyTorch compiled": lambda problem: problem.step(torch.compile(by_pytorch), problem.dense()),
+    "PyTorch checkpointed": lambda problem: problem.step(checkpointed, problem.dense()),
+}
+
+
+def gradients(problem: Problem) -> list[Tensor]:
+    """Of x, W and b, taken away."""
+    found = [t.grad for t in (problem.x, problem.W, problem.b) if t.grad is not None]
+    problem.clear()
+    return found
+
+
+def difference(found: Sequence[Tensor], usual: Sequence[Tensor]) -> float:
+    """‖found − usual‖ / ‖usual‖ of all together; NaN if there is none, as for the floor."""
+    if not found:
+        return math.nan
+    off = [(a - b).norm().item() for a, b in zip(found, usual, strict=True)]
+    return math.hypot(*off) / math.hypot(*(b.norm().item() for b in usual))
+
+
+def differences(problem: Problem) -> dict[str, float]:
+    """How far each peer's gradients are from nnce's."""
+    usual: list[Tensor] = []
+    found = {}
+    for name, peer in PEERS.items():
+        peer(problem)()
+        its = gradients(problem)
+        usual = usual or its
+        found[name] = difference(its, usual)
+    return found
+
+
+def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
+    """The rows of one work."""
+    problem = Problem(work, device)
+
+    def step_of(name: str) -> Step:
+        problem.clear()
+        return PEERS[name](problem)
+
+    off = differences(problem)  # and a first step of each, which is not timed
+    turns = {name: partial(step_of, name) for name in PEERS}
+    seconds = in_turns(turns, repetitions, device, str(work))
+    problem.clear()
+    return [
+        {
+            "work": str(work),
+            "peer": name,
+            "outcome": "wrong" if off[name] > SAME_GRADIENTS else "right",
+            "note": f"gradients differ by {off[name]:.1e}" if off[name] > SAME_GRADIENTS else "",
+            **Timing.of(seconds[name], seconds[NNCE])._asdict(),
+            "peak_bytes": peak_in_a_process(work, name, device),
+            "difference": off[name],
+            "threads": torch.get_num_threads(),
+        }
+        for name in PEERS
+    ]
+
+
+def peak_in_a_process(work: Work, name: str, device: torch.device) -> float:
+    """Bytes that a first step takes in a process of its own, which has done nothing else."""
+    command = [sys.executable, "-m", __name__, name, device.type, *map(str, work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else math.nan
+
+
+def peak_here(name: str, work: Work, device: torch.device) -> float:
+    """Bytes that a step takes beyond inputs, parameters and their gradients; NaN if unknown."""
+    warm_up = Problem(Work(*(min(size, 2_048) for size in work)), device)
+    PEERS[name](warm_up)()  # libraries, threads and what they keep
+    _, peak = peak_memory(PEERS[name](Problem(work, device)), device)
+    return peak - work.gradient_bytes
+
+
+def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """All rows."""
+    works = QUICK if options.quick else WORKS
+    return [row for work in works for row in measure(work, device, options.repetitions)]
+
+
+if __name__ == "__main__":
+    peer, kind, *sizes = sys.argv[1:]
+    print(peak_here(peer, Work(*map(int, sizes)), torch.device(kind)))
