@@ -380,10 +380,10 @@ class _RowsOfdW:
         self._unit = None if made.dW_unit is None else made.dW_unit[labels]
         self._sum, self._empty = self._rows, True
         wide = torch.promote_types(product_dtype, torch.float32)
-        if self._rows is not None and self._rows.dtype != wide:
-            # In half precision, a single product is stored as it is; a sum needs float32.
-            if many or self._rows.dtype != product_dtype:
-                self._sum = torch.empty_like(self._rows, dtype=wide)
+        # In half precision, a single product is stored as it is; a sum needs float32.
+        kept = (wide,) if many else (wide, product_dtype)
+        if self._rows is not None and self._rows.dtype not in kept:
+            self._sum = torch.empty_like(self._rows, dtype=wide)
 
     def add(self, dz: Tensor, x: Tensor, unit: Tensor | None) -> None:
         """Add a product of a block of examples; unit is that of dz."""
@@ -485,17 +485,18 @@ def memory(
     """Bytes that a loss takes beyond inputs, parameters and their gradients, on a CPU.
 
     dtype is that of input and parameters; product_dtype, by default the same, is autocast's. Not
-    counted are a sorted copy of the target's list, and what weights and dense targets add, some
-    chunks of 2¹⁸ numbers.
+    counted are a sorted copy of the target's list, and a few chunks of 2¹⁸ numbers for label
+    weights and dense targets.
     """
     product_dtype = product_dtype or dtype
-    wide, size = (max(t.itemsize, least) for t, least in ((product_dtype, 4), (product_dtype, 0)))
+    size = product_dtype.itemsize
+    wide = max(size, 4)
     block, rows = default_block(n, num_labels, features, product_dtype), examples_at_a_time(n)
     numbers = min(n, rows) * block
     total = wide * (numbers + 3 * min(numbers, max(_CHUNK, block))) + n * (16 + wide)
     of_dx = max(wide - dtype.itemsize, 0) * n * features  # in float32 until dC is known
-    if size == wide:
-        return total + of_dx
+    if size == wide:  # and MKL's packed factors, which it keeps
+        return total + of_dx + wide * (3 * rows * features // 2 + 300_000)
     total += size * numbers + 4 * _CHUNK  # the products' factor, and a chunk that is converted
     if dtype != product_dtype:
         total += size * features * (n + block)

@@ -264,7 +264,7 @@ def _operator(*arguments: Any) -> tuple[Tensor, ...]:
 
 @_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x, W, b = arguments[:3]
+    x, W = arguments[:2]
     task, upstream, wants = _task_of(arguments)
     if upstream is None and task.reduction == "none":
         wants = Wants(True, False, False, False)
@@ -800,7 +800,7 @@ def sampled_sigmoid_cross_entropy(
         z = linear(input, W) if labels.dim() == 1 else (W @ input[:, :, None])[:, :, 0]
         z = z.to(wide)  # float16 ends at 65,504, and sums are soon above it
         if linear_bias is not None:
-            z = z + (_Picked.apply(linear_bias, rows) if sparse else linear_bias[rows])
+            z = z + (_Picked.apply(linear_bias, rows) if sparse else linear_bias.to(wide)[rows])
         return z if log_q is None else z - log_q[rows]
 
     z = torch.cat([z_of(positives), z_of(negatives)], 1)
