@@ -16,7 +16,7 @@ No autograd, and no state.
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -197,17 +197,22 @@ def _block_of_dense(z: Tensor, y: Tensor, options: Options, how: _Rows) -> Tenso
 
 
 class Walk(NamedTuple):
-    """What comes of walking all blocks; None for what was not asked for."""
+    """Results of a walk over all blocks; None where not requested."""
 
     C: Tensor | None
-    """A number for each example, [n] in float64, before the examples' own factors."""
+    """One number per example, [n] in float64, before the example weights."""
     dx: Tensor | None
+    """[n, features], in float32 at least."""
     dW: Tensor | None
+    """[labels, features], in W's dtype and, where that is float16, in units of dW_unit."""
     db: Tensor | None
+    """[labels], in float32 at least."""
+    dW_unit: Tensor | None
+    """A power of two per row of a float16 dW, [labels] in float32; None otherwise."""
 
 
 class Wants(NamedTuple):
-    """What is asked for: C, and the gradients by x, W and b."""
+    """What to compute: C, and the gradients with respect to x, W and b."""
 
     value: bool
     dx: bool
@@ -227,72 +232,218 @@ def walk(
 ) -> Walk:
     """Value and gradients, block by block.
 
-    factor multiplies dz, a number for each example, [n].
+    factor multiplies dz, one number per example, [n].
     """
-    (n, features), num_labels = x.shape, W.shape[0]
+    n, num_labels = len(x), len(W)
     dtype = torch.promote_types(product_dtype, torch.float32)
-    same = dtype == product_dtype  # else: products in product_dtype, all else in float32
-    wants_dz = wants.dx or wants.dW or wants.db
-    C = x.new_zeros(n, dtype=torch.float64) if wants.value else None
-    dx = x.new_zeros(n, features, dtype=dtype) if wants.dx else None
-    dW = W.new_empty(W.shape) if wants.dW else None
-    db = W.new_zeros(num_labels, dtype=dtype) if wants.db else None
-    if dW is not None and n == 0:
-        dW.zero_()
+    made = _results(x, W, dtype, wants)
     examples = examples_at_a_time(n)
-    memory = x.new_empty(min(n, examples) * min(num_labels, block), dtype=dtype)
-    # On a CPU a chunk that fits its cache is done with all at once; on CUDA a call costs as much.
-    elements = memory.numel() if x.is_cuda else min(memory.numel(), max(_CHUNK, block))
-    room = _Room(elements, memory)
+    memory = _Memory(min(n, examples), min(num_labels, block), dtype, product_dtype, x.device)
     listed = _listed(targets, n, num_labels, block, examples)
     x, factor = x.to(product_dtype), factor[:, None].to(dtype)
     for first in range(0, num_labels, block):
         labels = slice(first, min(first + block, num_labels))
-        width = labels.stop - first
         W_block = W[labels].to(product_dtype)
         of_block = options.of(labels, dtype)
-        dW_block = None if dW is None else dW[labels]
-        if dW_block is not None and dW_block.dtype != dtype and n > examples:
-            dW_block = dW_block.new_empty(dW_block.shape, dtype=dtype)
+        dW = _RowsOfdW(made, labels, n > examples, product_dtype)
         for begin in range(0, n, examples):
             rows = slice(begin, min(begin + examples, n))
-            x_rows = x[rows]
-            z = memory[: len(x_rows) * width].view(len(x_rows), width)
-            if not same:
-                z.copy_(x_rows @ W_block.mT)
-                if of_block.b is not None:
-                    z += of_block.b
-            elif of_block.b is not None:
-                torch.addmm(of_block.b, x_rows, W_block.mT, out=z)  # (1)
-            else:
-                torch.mm(x_rows, W_block.mT, out=z)
-            how = _Rows(room, max(1, elements // width), factor[rows], wants.value, wants_dz)
+            z, half = memory.of(rows.stop - begin, labels.stop - first)
+            _z(x[rows], W_block, of_block.b, z, half)
+            chunk = max(1, memory.elements // z.shape[1])
+            how = _Rows(memory.room, chunk, factor[rows], wants.value, any(wants[1:]))
             if targets.dense is not None:
-                C_rows = _block_of_dense(z, targets.dense[rows, labels], of_block, how)
+                C = _block_of_dense(z, targets.dense[rows, labels], of_block, how)
             else:
-                C_rows = _block_of_list(z, *next(listed), of_block, how)
-            if C is not None and C_rows is not None:
-                C[rows] += C_rows
-            if not wants_dz:
-                continue
-            if db is not None:
-                db[labels] += z.sum(0)  # (6)
-            dz = z.to(product_dtype)
-            if dx is not None:
-                if same:
-                    dx[rows].addmm_(dz, W_block)  # (7)
-                else:
-                    dx[rows] += dz @ W_block
-            if dW_block is not None:
-                if begin:
-                    dW_block.add_(dz.mT @ x_rows) if not same else dW_block.addmm_(dz.mT, x_rows)
-                elif same:
-                    torch.mm(dz.mT, x_rows, out=dW_block)  # (6)
-                else:
-                    dW_block.copy_(dz.mT @ x_rows)
-        if dW is not None and dW_block is not None and dW_block.dtype != dW.dtype:
-            dW[labels] = dW_block
-    return Walk(C, dx, dW, db)
+                C = _block_of_list(z, *next(listed), of_block, how)
+            if made.C is not None and C is not None:
+                made.C[rows] += C
+            if made.db is not None:
+                made.db[labels] += z.sum(0)  # (6)
+            if made.dx is not None or made.dW is not None:
+                dz, unit = _dz(z, half, x[rows], W_block)
+                if made.dx is not None:
+                    _add_product(made.dx[rows], dz, W_block, unit)  # (7)
+                dW.add(dz, x[rows], unit)  # (6)
+        dW.finish()
+    return made
+
+
+def _results(x: Tensor, W: Tensor, dtype: torch.dtype, wants: Wants) -> Walk:
+    """Memory for the results, with zeros for what is added up."""
+    return Walk(
+        x.new_zeros(len(x), dtype=torch.float64) if wants.value else None,
+        x.new_zeros(x.shape, dtype=dtype) if wants.dx else None,
+        (W.new_empty if len(x) else W.new_zeros)(W.shape) if wants.dW else None,
+        W.new_zeros(len(W), dtype=dtype) if wants.db else None,
+        W.new_ones(len(W), dtype=torch.float32) if has_unit(W, wants) else None,
+    )
+
+
+def has_unit(W: Tensor, wants: Wants) -> bool:
+    """Whether the walk returns a dW_unit."""
+    return wants.dW and W.dtype == torch.float16
+
+
+class _Memory:
+    """Memory for one block, used again and again."""
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        product_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """dtype: of z, and of products unless product_dtype differs."""
+        self._z = torch.empty(rows * width, dtype=dtype, device=device)
+        self._half = None
+        if dtype != product_dtype:
+            self._half = torch.empty_like(self._z, dtype=product_dtype)
+        # A chunk that fits a CPU's cache goes through all steps at once; on CUDA a call costs as
+        # much.
+        numbers = self._z.numel()
+        self.elements = numbers if self._z.is_cuda else min(numbers, max(_CHUNK, width))
+        self.room = _Room(self.elements, self._z)
+
+    def of(self, rows: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """Memory for z, and for a copy of it in the products' dtype where that differs."""
+        z, half = (
+            None if memory is None else memory[: rows * width].view(rows, width)
+            for memory in (self._z, self._half)
+        )
+        return cast(Tensor, z), half
+
+
+def _z(x: Tensor, W: Tensor, b: Tensor | None, z: Tensor, half: Tensor | None) -> None:
+    """Equation 1, into z."""
+    if half is not None:
+        z.copy_(torch.mm(x, W.mT, out=half))
+        if b is not None:
+            z += b
+    elif b is not None:
+        torch.addmm(b, x, W.mT, out=z)
+    else:
+        torch.mm(x, W.mT, out=z)
+
+
+def _dz(z: Tensor, half: Tensor | None, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The factor dz of the products, and its unit, None for 1; z is overwritten.
+
+    float16 ranges from 6e-8 to 65,504. The unit is the power of two in which neither dz nor its
+    products exceed 2¹⁵, by |Σ dz W| ≤ Σ |dz| max |W|, so that only numbers that are negligible next
+    to these bounds are rounded to 0.
+    """
+    if half is None:
+        return z, None
+    if half.dtype != torch.float16 or not W.numel():
+        return half.copy_(z), None
+    norm = torch.linalg.vector_norm
+    bounds = [
+        norm(z, 1, dim).amax() * norm(factor, torch.inf).float().clamp(min=1)
+        for dim, factor in ((1, W), (0, x))
+    ]
+    unit = _unit(torch.stack(bounds).amax())
+    return half.copy_(z.div_(unit)), unit
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """The power of two in which a number is from 2¹⁴ to 2¹⁵; 1 for infinity and NaN."""
+    largest = largest.nan_to_num(nan=2.0**14, posinf=2.0**14).clamp(min=2.0**-80)
+    return largest / torch.frexp(largest).mantissa / 2**15
+
+
+def _add_product(
+    total: Tensor, a: Tensor, b: Tensor, unit: Tensor | None, *, first: bool = False
+) -> None:
+    """Add unit · a b to total, which holds nothing yet if first."""
+    if total.dtype == a.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+        return
+    product = a @ b
+    rows = _rows_of_a_chunk(total)
+    for part, of_product in zip(total.split(rows), product.split(rows), strict=True):
+        term = of_product if unit is None else of_product.to(total.dtype).mul_(unit)
+        part.copy_(term) if first else part.add_(term)
+
+
+class _RowsOfdW:
+    """dW of a block of labels, added up over the blocks of examples."""
+
+    def __init__(self, made: Walk, labels: slice, many: bool, product_dtype: torch.dtype) -> None:
+        """many: whether there is more than one block of examples."""
+        self._rows = None if made.dW is None else made.dW[labels]
+        self._unit = None if made.dW_unit is None else made.dW_unit[labels]
+        self._sum, self._empty = self._rows, True
+        wide = torch.promote_types(product_dtype, torch.float32)
+        # In half precision, a single product is stored as it is; a sum needs float32.
+        kept = (wide,) if many else (wide, product_dtype)
+        if self._rows is not None and self._rows.dtype not in kept:
+            self._sum = torch.empty_like(self._rows, dtype=wide)
+
+    def add(self, dz: Tensor, x: Tensor, unit: Tensor | None) -> None:
+        """Add a product of a block of examples; unit is that of dz."""
+        if self._sum is None:
+            return
+        _add_product(self._sum, dz.mT, x, unit, first=self._empty)
+        if self._sum is self._rows and self._unit is not None and unit is not None:
+            self._unit.copy_(unit)
+        self._empty = False
+
+    def finish(self) -> None:
+        """Round a sum to dW's dtype."""
+        if self._rows is None or self._sum is None or self._sum is self._rows or self._empty:
+            return
+        if self._unit is not None and self._sum.numel():
+            self._unit.copy_(_unit(torch.linalg.vector_norm(self._sum, torch.inf)))
+            self._sum.div_(self._unit[:, None])
+        self._rows.copy_(self._sum)
+
+
+# ---------------------------------------------------------------------------- upstream gradients
+
+
+def multiplied(
+    gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None = None
+) -> Tensor:
+    """gradient · dC, computed in float32 at least and rounded to dtype once.
+
+    A dC of None is 1. unit is that of each row.
+    """
+    product = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    if unit is not None:
+        product = product * unit[:, None]
+    if dC is not None:
+        product = product * dC.to(product.dtype)
+    return product.to(dtype)
+
+
+def multiply_inplace(
+    gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None = None
+) -> Tensor:
+    """`multiplied`, in the gradient's own memory where dtype is the gradient's."""
+    if gradient.dtype == torch.promote_types(gradient.dtype, torch.float32):
+        return (gradient if dC is None else gradient.mul_(dC.to(gradient.dtype))).to(dtype)
+    if dC is None and unit is None:
+        return gradient.to(dtype)
+    rows = _rows_of_a_chunk(gradient)
+    for begin in range(0, len(gradient), rows):
+        part = gradient[begin : begin + rows]
+        of_part = None if unit is None else unit[begin : begin + rows]
+        part.copy_(multiplied(part, part.dtype, dC, of_part))
+    return gradient.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def _rows_of_a_chunk(matrix: Tensor) -> int:
+    """The number of rows to convert at a time."""
+    return max(1, (2**24 if matrix.is_cuda else _CHUNK) // max(1, matrix.shape[1]))
 
 
 _CHUNK = 2**18
@@ -305,18 +456,56 @@ def examples_at_a_time(n: int) -> int:
 
 
 def default_block(n: int, num_labels: int, features: int, dtype: torch.dtype) -> int:
-    """As many labels as fit the larger of 16 MB and a twentieth of the parameters."""
-    size = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
-    numbers = max(2**24 // size, num_labels * features // 20)
-    block = numbers // examples_at_a_time(n)
+    """The number of labels whose memory fits the larger of 16 MB and a twentieth of the parameters.
+
+    dtype is that of the products.
+    """
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    limit = max(2**24, num_labels * features // 20 * wide)
+    block = limit // max(1, _bytes_of_a_label(n, features, dtype))
     return max(1, min(block // 256 * 256 or block, num_labels))
 
 
-def memory(n: int, num_labels: int, features: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that a walk takes beyond inputs, parameters and their gradients, on a CPU."""
-    size = torch.finfo(torch.promote_types(dtype, torch.float32)).bits // 8
-    numbers = default_block(n, num_labels, features, dtype) * min(n, examples_at_a_time(n))
-    return size * (numbers + 3 * min(numbers, _CHUNK) + n * features)
+def _bytes_of_a_label(n: int, features: int, product_dtype: torch.dtype) -> int:
+    """Bytes of z and of the parameters' and products' copies in half precision, for one label."""
+    wide = torch.promote_types(product_dtype, torch.float32).itemsize
+    rows = min(n, examples_at_a_time(n))
+    if wide == product_dtype.itemsize:
+        return rows * wide
+    return rows * (wide + product_dtype.itemsize) + 2 * features * product_dtype.itemsize
+
+
+def memory(
+    n: int,
+    num_labels: int,
+    features: int,
+    dtype: torch.dtype = torch.float32,
+    product_dtype: torch.dtype | None = None,
+) -> int:
+    """Bytes that a loss takes beyond inputs, parameters and their gradients, on a CPU.
+
+    dtype is that of input and parameters; product_dtype, by default the same, is autocast's. Not
+    counted are a sorted copy of the target's list, and a few chunks of 2¹⁸ numbers for label
+    weights and dense targets.
+    """
+    product_dtype = product_dtype or dtype
+    size = product_dtype.itemsize
+    wide = max(size, 4)
+    block, rows = default_block(n, num_labels, features, product_dtype), examples_at_a_time(n)
+    numbers = min(n, rows) * block
+    total = wide * (numbers + 3 * min(numbers, max(_CHUNK, block))) + n * (16 + wide)
+    of_dx = max(wide - dtype.itemsize, 0) * n * features  # in float32 until dC is known
+    if size == wide:  # and MKL's packed factors, which it keeps
+        return total + of_dx + wide * (3 * rows * features // 2 + 300_000)
+    total += size * numbers + 4 * _CHUNK  # the products' factor, and a chunk that is converted
+    if dtype != product_dtype:
+        total += size * features * (n + block)
+    product = features * rows
+    if n > rows or dtype != product_dtype:
+        product = max(product, features * block)
+    if n > rows and dtype.itemsize < wide:
+        total += wide * features * block
+    return max(total + size * product + of_dx, wide * n * features)
 
 
 _Listed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

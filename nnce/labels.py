@@ -32,7 +32,16 @@ from nnce._arguments import (
     shape_of,
     some_of,
 )
-from nnce.blocks import Options, Wants, default_block, examples_at_a_time, walk
+from nnce.blocks import (
+    Options,
+    Wants,
+    default_block,
+    examples_at_a_time,
+    has_unit,
+    multiplied,
+    multiply_inplace,
+    walk,
+)
 from nnce.functional import Reduction, autocast_dtype, linear, sigmoid_cross_entropy
 from nnce.positives import Target, Targets, targets_of
 
@@ -111,7 +120,10 @@ class _Task(NamedTuple):
     def run(
         self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
     ) -> tuple[Tensor | None, ...]:
-        """C and the gradients by x, W and b, for an upstream gradient of C; None for 1."""
+        """C and the gradients with respect to x, W and b, for an upstream gradient of C or of 1.
+
+        The gradients are as in `nnce.blocks.Walk`: `multiplied` rounds them to the inputs' dtypes.
+        """
         n = len(x)
         factor = x.new_ones(n, dtype=torch.float64) / self._denominator(n)
         if upstream is not None:
@@ -123,32 +135,17 @@ class _Task(NamedTuple):
         if targets.labels is not None and self.offset:
             labels = targets.labels
             targets = targets._replace(labels=(labels - self.offset).where(labels >= 0, -1))
-        largest = None
-        if self.product_dtype == torch.float16 and n:
-            # Its smallest number is 6e-8: dz / n would soon be 0, and no scale of the loss, which
-            # comes after, would help. So the products are of dz times at most 1.
-            largest = factor.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-            factor = factor / largest
-        C, dx, dW, db = walk(
+        C, dx, *others = walk(
             *(x, W, targets, self.options._replace(b=b), factor),
             *(min(block, max(len(W), 1)), self.product_dtype, wants),
         )
-        if largest is not None:
-            for gradient in (dx, dW, db):
-                if gradient is not None:
-                    gradient.mul_(largest)
         if self.group is not None:
             for total in (C, dx):
                 if total is not None:
                     torch.distributed.all_reduce(total, group=self.group)
         if C is not None:
             C = self._reduced(C)
-        return (
-            C,
-            None if dx is None else dx.to(x.dtype),
-            dW,
-            None if db is None or b is None else db.to(b.dtype),
-        )
+        return C, dx, *others
 
     def _denominator(self, n: int) -> int:
         return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
@@ -229,28 +226,25 @@ def handed_over(
         return [None for _ in inputs]
     with torch.no_grad():
         try:
-            made = ctx.made.pop()
+            *made, unit = ctx.made.pop()
         except IndexError:
-            gradients = list(anew(dC, needed))
-        else:
-            gradients = [
-                None if gradient is None or not wanted else _scaled(gradient, dC)
-                for gradient, wanted in zip(made, needed, strict=True)
-            ]
-            del made  # the optimiser's .grad takes over what no one else holds
+            (*made, unit), dC = anew(dC, needed), None
+        units = (None, unit, None, None)
+        gradients = [
+            None if gradient is None or not wanted else _scaled(gradient, like.dtype, dC, of_it)
+            for gradient, like, wanted, of_it in zip(made, inputs, needed, units, strict=False)
+        ]
+        del made  # the optimiser's .grad takes over what no one else holds
     if torch.is_grad_enabled():  # someone may want to differentiate the gradients
         gradients = [None if t is None else _Once.apply(t, *inputs) for t in gradients]
     return gradients
 
 
-def _scaled(gradient: Tensor, dC: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None) -> Tensor:
     # In place, but for torch.func, whose gradients may be batched.
-    dC = dC.to(gradient.dtype)
-    if torch._C._functorch.is_functorch_wrapped_tensor(gradient) or (
-        torch._C._functorch.is_functorch_wrapped_tensor(dC)
-    ):
-        return gradient * dC
-    return gradient.mul_(dC)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    batched = wrapped(gradient) or (dC is not None and wrapped(dC))
+    return (multiplied if batched else multiply_inplace)(gradient, dtype, dC, unit)
 
 
 # Under torch.compile and torch.export all is one operator, which they do not look into.
@@ -260,7 +254,7 @@ _SCHEMA = """(
     bool once, Tensor? weight, Tensor? pos_weight, float label_smoothing, Tensor? example_weight,
     str reduction, int? block, ScalarType product_dtype, bool? check_values, Tensor? upstream,
     bool wants_dx, bool wants_dW, bool wants_db
-) -> (Tensor, Tensor, Tensor, Tensor)"""
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
 def _task_of(arguments: Sequence[Any]) -> tuple[_Task, Tensor | None, Wants]:
@@ -290,18 +284,22 @@ def _operator(*arguments: Any) -> tuple[Tensor, ...]:
 
 @_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x, W, b = arguments[:3]
+    x, W = arguments[:2]
     task, upstream, wants = _task_of(arguments)
-    gradients = task.reduction != "none" or upstream is not None
+    if upstream is None and task.reduction == "none":
+        wants = Wants(True, False, False, False)
     shape = x.shape[:1] if task.reduction == "none" else ()
-    return (
-        x.new_empty(shape, dtype=task.value_dtype) if upstream is None else x.new_empty(0),
-        *(
-            torch.empty_like(t, memory_format=torch.contiguous_format)
-            if t is not None and wanted and gradients
-            else x.new_empty(0)
-            for t, wanted in zip((x, W, b), wants[1:], strict=True)
-        ),
+    value = task.value_dtype
+    outputs = (
+        (shape, value, wants.value),
+        (x.shape, value, wants.dx),
+        (W.shape, W.dtype, wants.dW),
+        (W.shape[:1], value, wants.db),
+        (W.shape[:1], torch.float32, has_unit(W, wants)),
+    )
+    return tuple(
+        x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
+        for shape, dtype, there in outputs
     )
 
 
@@ -311,20 +309,25 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.places = [i for i, t in enumerate(inputs) if isinstance(t, Tensor)]
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.reduction = inputs[12]
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
 
 
-def _gradients_of_operator(ctx: Any, dC: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved, made = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+def _gradients_of_operator(ctx: Any, dC: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    saved, made = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
     if ctx.reduction == "none":
         arguments = list(ctx.arguments)
         for place, tensor in zip(ctx.places, saved, strict=True):
             arguments[place] = tensor
         arguments[16] = dC
         made = _operator(*arguments)[1:]
-    else:
-        made = [gradient * dC.to(gradient.dtype) for gradient in made]
-    wanted = ctx.needs_input_grad[:3]
-    return (*(t if w else None for t, w in zip(made, wanted, strict=True)), *[None] * 17)
+        dC = None
+    *made, unit = made
+    units = (None, unit if len(unit) else None, None)
+    parts = zip(made, ctx.dtypes, units, ctx.needs_input_grad[:3], strict=True)
+    return (
+        *(multiplied(t, dtype, dC, of_it) if wanted else None for t, dtype, of_it, wanted in parts),
+        *[None] * 17,
+    )
 
 
 _operator.register_autograd(_gradients_of_operator, setup_context=_keep)
@@ -778,7 +781,8 @@ def sampled_sigmoid_cross_entropy(
             "sum"; "none" is summed over the labels, one number for each example.
 
     Returns:
-        C: one number, or [n] for "none". [n, m] negatives take n × m × features of memory.
+        C: one number, or [n] for "none"; float32 at least. [n, m] negatives take n × m × features
+            of memory.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -806,13 +810,15 @@ def sampled_sigmoid_cross_entropy(
     log_q = _check_weight("log_q", log_q, num_labels, input.device)
     positives = positives.long() if positives.dim() == 2 else positives.long()[:, None]
     negatives = negatives.long()
+    wide = torch.promote_types(linear_weight.dtype, torch.float32)
 
     def z_of(labels: Tensor) -> Tensor:
         rows = labels.clamp(min=0)
         W = embedding(rows, linear_weight, sparse=sparse)
         z = linear(input, W) if labels.dim() == 1 else (W @ input[:, :, None])[:, :, 0]
+        z = z.to(wide)  # float16 ends at 65,504, and sums are soon above it
         if linear_bias is not None:
-            z = z + (_Picked.apply(linear_bias, rows) if sparse else linear_bias[rows])
+            z = z + (_Picked.apply(linear_bias, rows) if sparse else linear_bias.to(wide)[rows])
         return z if log_q is None else z - log_q[rows]
 
     z = torch.cat([z_of(positives), z_of(negatives)], 1)

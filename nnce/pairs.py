@@ -5,6 +5,7 @@ many processes they go around as a ring.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -20,7 +21,7 @@ from nnce._arguments import (
     plain,
     shape_of,
 )
-from nnce.blocks import Options, Wants, default_block, walk
+from nnce.blocks import Options, Wants, default_block, multiplied, walk
 from nnce.functional import Reduction
 from nnce.labels import (
     check_layer,
@@ -81,14 +82,19 @@ def pair_sigmoid_cross_entropy(
     by = _one_number("scale", scale, x)
     b = None if bias is None else _one_number("bias", bias, x)
     if group is None:
-        return linear_sigmoid_cross_entropy(
-            x * by.to(x.dtype),
-            y,
-            torch.arange(len(x), device=x.device),
-            linear_bias=None if b is None else b.to(y.dtype).expand(len(y)),
-            reduction=reduction,
-            block=block,
-        )
+        # In half precision, scale and bias and their gradients stay in float32, as under autocast.
+        dtype = torch.promote_types(product_dtype, torch.float32)
+        half = dtype != product_dtype and not x.is_meta
+        dtype = dtype if half else x.dtype
+        with torch.autocast(x.device.type, product_dtype) if half else nullcontext():
+            return linear_sigmoid_cross_entropy(
+                x.to(dtype) * by.to(dtype),
+                y,
+                torch.arange(len(x), device=x.device),
+                linear_bias=None if b is None else b.to(dtype).expand(len(y)),
+                reduction=reduction,
+                block=block,
+            )
     if torch.compiler.is_compiling():
         raise ValueError("expected no process group under torch.compile")
     ring = _Ring(group, gathered_sizes(len(x), x, group), reduction, block, product_dtype)
@@ -134,7 +140,10 @@ class _Ring(NamedTuple):
         wants: Sequence[bool],
         wants_value: bool,
     ) -> tuple[Tensor | None, ...]:
-        """C and the gradients by x, y, scale and bias, for an upstream gradient of C or of 1."""
+        """C and the gradients with respect to x, y, scale and bias, and None for `handed_over`.
+
+        For an upstream gradient of C or of 1, in float32 at least.
+        """
         wants_x, wants_y, wants_scale, wants_bias = wants
         rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
         n = sum(self.sizes)
@@ -143,7 +152,7 @@ class _Ring(NamedTuple):
         factor = x.new_ones(len(x), dtype=torch.float64) / denominator
         if upstream is not None:
             factor = factor * upstream
-        scaled = x * scale.to(x.dtype)
+        scaled = x.to(dtype) * scale.to(dtype)
         C = x.new_zeros(len(x), dtype=torch.float64) if wants_value else None
         dx = x.new_zeros(x.shape, dtype=dtype) if wants_x or wants_scale else None
         db = x.new_zeros((), dtype=torch.float64) if wants_bias else None
@@ -170,7 +179,7 @@ class _Ring(NamedTuple):
             if db is not None:
                 db += cast(Tensor, block.db).sum(dtype=torch.float64)
             if dy_here is not None:
-                dy_here += cast(Tensor, block.dW)
+                dy_here += multiplied(cast(Tensor, block.dW), dtype, None, block.dW_unit)
                 dy_here = self._pass_on(dy_here, owner)
             if world > 1 and (step < world - 1 or dy_here is not None):
                 y_here = self._pass_on(y_here, owner)
@@ -185,10 +194,11 @@ class _Ring(NamedTuple):
             torch.distributed.all_reduce(C, group=self.group)
         return (
             None if C is None else C.to(dtype),
-            (dx * scale.to(dtype)).to(x.dtype) if wants_x and dx is not None else None,
-            None if dy_here is None else dy_here.to(y.dtype),
-            None if d_scale is None else d_scale.to(scale.dtype),
-            None if db is None or bias is None else db.to(bias.dtype),
+            dx * scale.to(dtype) if wants_x and dx is not None else None,
+            dy_here,
+            d_scale,
+            db,
+            None,
         )
 
     def _pass_on(self, tensor: Tensor, owner: int) -> Tensor:

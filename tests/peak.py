@@ -4,6 +4,7 @@ Hooks on saved tensors would not see what a Function keeps on its context, and a
 done other things has memory at hand that does not show.
 """
 
+import contextlib
 import sys
 
 import torch
@@ -17,12 +18,17 @@ def resident(which):
     return timing.resident(peak=which == "VmHWM") / 1e6
 
 
-def labels(n, features, num_labels, k=5):
-    x = torch.randn(n, features, requires_grad=True)
-    W = torch.empty(num_labels, features).normal_(0, features**-0.5).requires_grad_()
-    b = torch.zeros(num_labels, requires_grad=True)
-    target = torch.randint(0, num_labels, (n, k))
-    return (x, W, b), lambda: linear_sigmoid_cross_entropy(x, W, target, linear_bias=b)
+def labels(n, features, num_labels, dtype=torch.float32, autocast=None):
+    x = torch.randn(n, features).to(dtype).requires_grad_()
+    W = torch.empty(num_labels, features).normal_(0, features**-0.5).to(dtype).requires_grad_()
+    b = torch.zeros(num_labels, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, num_labels, (n, 5))
+
+    def loss():
+        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+            return linear_sigmoid_cross_entropy(x, W, target, linear_bias=b)
+
+    return (x, W, b), loss
 
 
 def pairs(n, features):
@@ -32,11 +38,13 @@ def pairs(n, features):
 
 
 if __name__ == "__main__":
-    what, *sizes = sys.argv[1:]
+    what, *options = sys.argv[1:]
     problem = {"labels": labels, "pairs": pairs}[what]
-    _, warm_up = problem(*(min(int(size), 1024) for size in sizes))
+    sizes = [int(option) for option in options if option.isdigit()]
+    dtypes = [getattr(torch, option) for option in options if not option.isdigit()]
+    _, warm_up = problem(*(min(size, 1024) for size in sizes), *dtypes)
     warm_up().backward()  # libraries, threads and their packing buffers
-    tensors, loss = problem(*map(int, sizes))
+    tensors, loss = problem(*sizes, *dtypes)
     _, bytes_more = timing.peak_memory(lambda: loss().backward(), torch.device("cpu"))
     gradients = sum(t.grad.numel() * t.grad.element_size() for t in tensors)
     print((bytes_more - gradients) / 1e6)

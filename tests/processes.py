@@ -54,6 +54,16 @@ def pairs_problem():
     return drawn(n, 3, seed=6), drawn(n, 3, seed=7), numbers[0], numbers[1], drawn(n, seed=8)
 
 
+def half_pairs_problem():
+    """x and y in float16, each with a direction that all share: dz/n is below float16's numbers."""
+    n = 100 * sum(PAIRS)
+    x, y = (
+        torch.nn.functional.normalize(drawn(n, 16, seed=seed) + sign, dim=1).half()
+        for seed, sign in ((9, 0.5), (10, -0.5))
+    )
+    return x, y, torch.tensor(10.0), torch.tensor(-10.0)
+
+
 def in_one_process(rank, folder):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
@@ -103,6 +113,11 @@ def in_one_process(rank, folder):
         for time in ("first", "second"):
             gradients = torch.autograd.grad(C, (*mine, *both), pulled, retain_graph=True)
             found["pairs", reduction, time] = (C.detach(), *gradients)
+    x, y, scale, bias = half_pairs_problem()
+    inputs = [part(t, [100 * size for size in PAIRS], rank) for t in (x, y)]
+    inputs += [t.requires_grad_() for t in (scale, bias)]
+    C = pair_sigmoid_cross_entropy(*inputs, group=group)
+    found["half pairs"] = torch.autograd.grad(C * 2.0**16, inputs)
     # Data-parallel, each process with its own examples, and nothing said of unused parameters.
     layer = LinearSigmoidCrossEntropyLoss(FEATURES, sum(SHARDS), dtype=torch.float64)
     layer.load_state_dict({"weight": W, "bias": b})

@@ -1,10 +1,14 @@
 """The walk over blocks of labels: its own arithmetic. What comes of it all is in test_labels.py."""
 
 import math
+import os
+import subprocess
+import sys
 
 import mpmath
 import pytest
 import torch
+from conftest import ROOT
 
 from nnce import blocks
 
@@ -57,3 +61,55 @@ def test_examples_are_taken_in_equal_parts():
         513,
         1000,
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("n", [1000, 2500])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float32",),
+        ("float64",),
+        ("bfloat16",),
+        ("float16",),
+        ("float32", "bfloat16"),
+        ("float32", "float16"),
+        ("bfloat16", "float16"),
+    ],
+)
+def test_a_loss_takes_the_memory_that_is_stated(n, dtypes):
+    """Within 10 %, for parameters in the first dtype and autocast to the second."""
+    sizes = (n, 8_000, 32)
+    command = [sys.executable, "tests/peak.py", "labels", *map(str, (n, 32, 8_000)), *dtypes]
+    # glibc gives large blocks back to the system at once only below a fixed threshold.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
+    stated = blocks.memory(*sizes, *(getattr(torch, name) for name in dtypes)) / 1e6
+    assert float(done.stdout) == pytest.approx(stated, rel=0.1)
+
+
+def test_a_product_in_float16_neither_overflows_nor_underflows():
+    """The unit of dz is chosen for each block, whatever the magnitude of dz, x and W."""
+    generator = torch.Generator().manual_seed(0)
+    for magnitude in (2.0**-60, 2.0**-20, 1.0, 2.0**20):
+        z = torch.rand(64, 300, generator=generator) * magnitude
+        x, W = (torch.rand(rows, 8, generator=generator).half() * 100 for rows in (64, 300))
+        dz, unit = blocks._dz(z.clone(), torch.empty_like(z, dtype=torch.half), x, W)
+        for exact, rounded in ((z @ W.float(), dz @ W), (z.mT @ x.float(), dz.mT @ x)):
+            assert (rounded.float() * unit - exact).norm() <= 2**-10 * exact.norm()
+
+
+@pytest.mark.parametrize("number", [0.0, math.inf, math.nan])
+def test_a_unit_is_finite(number):
+    unit = blocks._unit(torch.tensor(number))
+    assert unit > 0 and unit.isfinite()
+    assert torch.frexp(unit).mantissa == 0.5
+
+
+def test_an_upstream_gradient_beyond_float16_is_no_infinity():
+    gradient, unit = torch.full((3, 2), 3.0).half(), torch.tensor([1.0, 2.0, 4.0]) / 2**20
+    for compute in (blocks.multiplied, blocks.multiply_inplace):
+        got = compute(gradient.clone(), torch.half, torch.tensor(2.0**18), unit)
+        assert torch.equal(got, torch.tensor([[0.75], [1.5], [3.0]]).half().expand(3, 2))

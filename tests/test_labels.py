@@ -381,6 +381,77 @@ def test_float16_keeps_small_gradients():
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=0)  # PyTorch 2.6 sums in float16
 
 
+def in_float16(mode, n, features, labels, prior=-9.0):
+    """Inputs and targets: autocast from float32, autocast with a float16 x, or all in float16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, features, generator=generator).half()
+    W = (torch.randn(labels, features, generator=generator) / features**0.5).half()
+    b = torch.full((labels,), prior).half()
+    if mode != "half":
+        W, b = W.float(), b.float()
+    if mode == "autocast":
+        x = x.float()
+    index = torch.randint(-1, labels, (n, 5), generator=generator)
+    return [t.requires_grad_() for t in (x, W, b)], index
+
+
+def autocast(mode):
+    return torch.autocast("cpu", torch.float16, enabled=mode != "half")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["autocast", "autocast, x in half", "half"])
+@pytest.mark.parametrize(
+    ("n", "labels", "reduction", "scales"),
+    [
+        (16, 20_000, "mean", (2.0**16, 2.0**22, 1e6)),
+        (16, 20_000, "none", (2.0,)),
+        (1500, 20, "batchmean", (1024.0, 65536.0)),
+    ],
+)
+def test_float16_gradients_at_every_loss_scale(compiled, mode, n, labels, reduction, scales):
+    """Off by at most 2⁻¹⁰ of the norm, where products in float16 alone cost 2⁻¹²."""
+    inputs, index = in_float16(mode, n, 16, labels)
+
+    def loss(x, W, b):
+        return linear_sigmoid_cross_entropy(x, W, index, linear_bias=b, reduction=reduction).sum()
+
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    true = torch.autograd.grad(loss(*exact), exact)
+    compute = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    for scale in scales:
+        with autocast(mode):
+            C = compute(*inputs)
+        got = torch.autograd.grad(C * scale, inputs)
+        for g, t, like in zip(got, true, inputs, strict=True):
+            assert g.dtype == like.dtype
+            assert (g.double() / scale - t).norm() <= 2**-10 * t.norm()
+
+
+def test_a_gradient_scaler_grows_as_with_the_built_in_loss():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, 12, generator=generator), torch.randint(500, (32, 2))
+    dense = torch.zeros(32, 500).scatter(1, y, 1)
+    scales = {}
+    for name in ("ours", "built-in"):
+        encoder = torch.nn.Linear(12, 8)
+        last = LinearSigmoidCrossEntropyLoss(8, 500, prior=0.004)
+        parameters = [*encoder.parameters(), *last.parameters()]
+        steps = torch.optim.SGD(parameters, lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", growth_interval=20)
+        for _ in range(200):
+            steps.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                h = encoder(x)
+                C = last(h, y) if name == "ours" else eager(h, last.weight, dense, last.bias)
+            scaler.scale(C).backward()
+            scaler.step(steps)
+            scaler.update()
+        assert all(p.isfinite().all() for p in parameters)
+        scales[name] = scaler.get_scale()
+    assert scales["ours"] >= scales["built-in"] > 65536
+
+
 @pytest.mark.parametrize("n", [7, 1500])
 def test_half_precision_gradients_are_summed_in_float32(n):
     exact = Problem(n, dtype=torch.float32)
@@ -581,6 +652,27 @@ def test_sampled(reduction, shared, sparse, log_q):
     if sparse:
         touched = torch.cat([positives.clamp(min=0).flatten(), negatives.flatten()]).unique()
         assert torch.equal(got[1].coalesce().indices()[0], touched)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sampled_in_float16_sums_in_float32(reduction):
+    generator = torch.Generator().manual_seed(0)
+    inputs, index = in_float16("half", 1024, 8, 50, prior=0.0)
+    negatives = torch.randint(50, (1000,), generator=generator)
+
+    def loss(x, W, b):
+        return sampled_sigmoid_cross_entropy(
+            x, W, index, negatives, linear_bias=b, reduction=reduction
+        ).sum()
+
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected, C = loss(*exact), loss(*inputs)
+    assert C.dtype == torch.float32
+    torch.testing.assert_close(C.double(), expected, rtol=1e-4, atol=0)
+    # The sum's gradient with respect to b is beyond float16 without the factor.
+    got = torch.autograd.grad(C * 2**-4, inputs)
+    for g, t in zip(got, torch.autograd.grad(expected * 2**-4, exact), strict=True):
+        assert (g.double() - t).norm() <= 2**-9 * t.norm()  # PyTorch adds up rows of W in float16
 
 
 def test_sparse_gradients_are_for_sparse_optimisers():

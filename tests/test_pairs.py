@@ -75,6 +75,46 @@ def test_many_processes_do_what_one_does(processes_found):
                 torch.testing.assert_close(found["pairs", reduction, time], expected)
 
 
+def half_pairs():
+    """float16 inputs, and the true gradients at a loss scale of 2¹⁶."""
+    from processes import half_pairs_problem
+
+    inputs = half_pairs_problem()
+    exact = [t.double().requires_grad_() for t in inputs]
+    return inputs, torch.autograd.grad(siglip(*exact) * 2.0**16, exact)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["autocast", "half"])
+def test_float16(mode, compiled):
+    """With scale and bias in float32, whose gradients are beyond float16 at a usual loss scale."""
+    inputs, true = half_pairs()
+    if mode == "autocast":
+        inputs = [t.float() for t in inputs]
+    inputs = [t.requires_grad_() for t in inputs]
+    compute = pair_sigmoid_cross_entropy
+    if compiled:
+        compute = torch.compile(compute, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.float16, enabled=mode == "autocast"):
+        C = compute(*inputs)
+    got = torch.autograd.grad(C * 2.0**16, inputs)
+    for g, t, like in zip(got, true, inputs, strict=True):
+        assert g.dtype == like.dtype
+        assert (g.double() - t).norm() <= 2**-10 * t.norm()
+
+
+def test_float16_over_many_processes(processes_found):
+    from processes import PAIRS
+
+    _, (by_x, by_y, *both) = half_pairs()
+    for rank, found in enumerate(processes_found):
+        begin = 100 * sum(PAIRS[:rank])
+        mine = slice(begin, begin + 100 * PAIRS[rank])
+        true = (by_x[mine], by_y[mine], *both)
+        for g, t in zip(found["half pairs"], true, strict=True):
+            assert (g.double() - t).norm() <= 2**-10 * t.norm()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     "n",
