@@ -88,11 +88,10 @@ class _Task(NamedTuple):
             if soft is None or not soft.is_floating_point() or not soft.numel():
                 continue
             if self._looks_at(soft):
-                least, most = soft.aminmax()  # NaN where there is one, and no memory
                 self._hold(
-                    (least >= 0) & (most <= 1),
+                    in_unit_interval(_extremes(soft)).all(),
                     lambda soft=soft: (
-                        f"expected targets in [0, 1], got {some_of(soft[~in_unit_interval(soft)])}"
+                        f"expected target in [0, 1], got {some_of(soft[~in_unit_interval(soft)])}"
                     ),
                 )
         for name, weight in (
@@ -162,6 +161,15 @@ class _Task(NamedTuple):
     def value_dtype(self) -> torch.dtype:
         """Of C: float32 at least."""
         return torch.promote_types(self.product_dtype, torch.float32)
+
+
+def _extremes(values: Tensor) -> Tensor:
+    """The least and the largest value, or NaN if there is one.
+
+    By parts, because aminmax copies a tensor that is not contiguous; it does not know float8.
+    """
+    parts = [(t if t.itemsize > 1 else t.half()).aminmax() for t in values.chunk(64)]
+    return torch.stack([end for part in parts for end in part])
 
 
 class _Once(Function):

@@ -111,7 +111,7 @@ class Positives:
             )
         csr = matrix.tocsr()
         values = torch.from_numpy(csr.data.astype("float64"))
-        if not (matrix.dtype.kind == "f" and matrix.dtype.itemsize == 8):
+        if matrix.dtype != "float64":
             values = values.float()
         crow, col = (torch.from_numpy(t.astype("int64")) for t in (csr.indptr, csr.indices))
         return cls(crow, col, None if bool((values == 1).all()) else values)

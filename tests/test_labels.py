@@ -764,6 +764,16 @@ T = torch.tensor
         ({"target": torch.ones(3, 5, requires_grad=True)}, ValueError, "target that needs no grad"),
         ({"target": torch.ones(3, 5) * 1j}, TypeError, "a real target, got torch.complex64"),
         ({"target": torch.ones(3, 5).to_sparse_csc()}, TypeError, "dense, CSR or COO target, got"),
+        (
+            {"target": T([[0, 0.5, 1, 0, 0]] * 2 + [[0, 1.5, 0, -0.1, 1]])},
+            ValueError,
+            r"^expected target in \[0, 1\], got \[1.5, -0.1",
+        ),
+        (
+            {"target": torch.full((3, 5), torch.nan).half()},
+            ValueError,
+            r"target in \[0, 1\], got \[nan, nan, nan, nan, …\]",
+        ),
         ({"group": "world"}, TypeError, "group to be a process group, got str"),
         ({"block": 0}, ValueError, "block to be a whole number of at least 1, got 0"),
         ({"block": 2.0}, ValueError, "block to be a whole number"),
@@ -802,13 +812,49 @@ def test_bad_input_is_one_sentence(change, error, sentence):
     assert "\n" not in str(raised.value)
 
 
+def test_dense_targets_are_looked_at_when_asked_and_of_any_dtype():
+    wrong = torch.zeros(3, 5)
+    wrong[1, 2] = 2
+    C = linear_sigmoid_cross_entropy(X, W, wrong, check_values=False)
+    assert torch.equal(C, eager(X, W, wrong, torch.zeros(5)))
+    with pytest.raises(ValueError, match=r"^expected target in \[0, 1\], got \[2.0\]$"):
+        torch.compile(linear_sigmoid_cross_entropy, backend="aot_eager")(X, W, wrong)
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float64, torch.bool):
+        for target in (torch.eye(3, 5).to(dtype), torch.eye(5, 3).to(dtype).t()):
+            assert torch.equal(linear_sigmoid_cross_entropy(X, W, target), C_of_eye())
+
+
+def C_of_eye():
+    return linear_sigmoid_cross_entropy(X, W, T([0, 1, 2]))
+
+
+def test_sentences_name_what_was_given():
+    layer = LinearSigmoidCrossEntropyLoss(2, 5)
+    with pytest.raises(ValueError, match=r"^expected weight of shape \(labels, 3\) .* with input"):
+        layer.topk(torch.ones(1, 3), 1)
+    layer.bias = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=r"^expected bias of shape \(5,\) to go with weight of"):
+        layer.topk(X, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        sentence = "^expected y on device cpu like x, got meta$"
+        with pytest.raises(ValueError, match=sentence):
+            nnce.pair_sigmoid_cross_entropy(X, X.to("meta"), 1.0)
+    with pytest.raises(ValueError, match=r"^expected scale on device cpu like x, got meta$"):
+        nnce.pair_sigmoid_cross_entropy(X, X, torch.ones((), device="meta"))
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"in_features": 0}, "in_features to be a whole number of at least 1, got 0"),
         ({"num_labels": 2.0}, "num_labels to be a whole number"),
         ({"prior": 1.0}, "prior between 0 and 1, got 1.0"),
-        ({"weight": torch.ones(3)}, r"label_weight of shape \(5,\)"),
+        ({"weight": torch.ones(3)}, r"^expected weight of shape \(5,\)"),
+        ({"weight": -torch.ones(5)}, r"^expected weight of at least 0"),
+        (
+            {"weight": torch.ones(5, device="meta")},
+            "^expected weight on device cpu like the parameters, got meta",
+        ),
         ({"pos_weight": -torch.ones(5)}, "pos_weight of at least 0"),
         ({"block": -1}, "block to be"),
         ({"label_smoothing": 2}, "label_smoothing in"),

@@ -327,3 +327,71 @@ def test_the_smoothed_delta_is_exact_to_3_units(dtype, s, y0):
     exact, cancels = torch.tensor(exact, dtype=torch.float64), torch.tensor(cancels)
     assert ulp_distance(dz.detach(), exact)[~cancels].max() <= 3
     assert (dz.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def compiled(f):
+    torch._dynamo.reset()
+    return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("loss", HAND_WRITTEN)
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.bool])
+def test_what_an_integer_dtype_cannot_hold_is_ignored_nowhere(loss, dtype):
+    """256 is 0 as a uint8, and 65,537 is 1 as an int16; no 0 and no 1 is dropped for it."""
+    bits = 8 if dtype == torch.bool else torch.iinfo(dtype).bits
+    z, y = random(*SHAPE), drawn().to(dtype)
+    for index in (2**bits, 2**bits + 1, -(2**bits), 2**70, -1 - 2 ** (bits - 1)):
+        for reduction in REDUCTIONS:
+            got = HAND_WRITTEN[loss](z, y, ignore_index=index, reduction=reduction)
+            want = expected(loss, z, drawn(), which_count("none"), reduction)
+            assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "index"), [(torch.uint8, 256), (torch.int16, 2**16 + 1)])
+def test_nor_is_it_under_compile(dtype, index):
+    z, y = random(*SHAPE), drawn().to(dtype)
+    got = compiled(nnce.sigmoid_cross_entropy)(z, y, ignore_index=index, reduction="mean")
+    want = expected("cross-entropy", z, drawn(), which_count("none"), "mean")
+    assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_ends_of_an_integer_dtype_are_ignored():
+    for dtype in INTEGERS:
+        limits = torch.iinfo(dtype)
+        for index in {limits.min, limits.max} - {0}:
+            y = drawn().to(dtype)
+            y[0] = index
+            z = random(*SHAPE)
+            got = nnce.sigmoid_cross_entropy(z, y, ignore_index=index, reduction="sum")
+            want = nnce.sigmoid_cross_entropy(z[1:], y[1:], reduction="sum")
+            assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", HAND_WRITTEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("how", [lambda f: f, compiled], ids=["eager", "compiled"])
+def test_a_rounded_sentinel_is_ignored_under_autocast(loss, dtype, how):
+    """−999 is −1000 in bfloat16, and −2,049 is −2,048 in float16, with and without autocast."""
+    index = {torch.bfloat16: -999, torch.float16: -2049, torch.float32: -(2**24) - 1}[dtype]
+    counts = which_count("some")
+    y = drawn().to(dtype).where(counts, torch.tensor(float(index), dtype=dtype))
+    assert (y[~counts] != float(index)).sum() == 0 and y[~counts][0].item() != index
+    z = random(*SHAPE).detach().to(dtype).requires_grad_()
+    f = how(HAND_WRITTEN[loss])
+    for reduction in REDUCTIONS if how is not compiled else ["batchmean"]:
+        with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else dtype):
+            got = f(z, y, ignore_index=index, reduction=reduction)
+        want = expected(loss, z.double(), drawn(), counts, reduction).float()
+        assert got.dtype == torch.float32
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
+        (dz,) = torch.autograd.grad(got.sum(), z)
+        assert (dz[~counts] == 0).all() and (dz[counts] != 0).all()
+
+
+def test_a_sentinel_beyond_int64_is_one_of_floats():
+    z, y = random(3).detach(), torch.tensor([0.0, 1.0, float(2**70)]).double()
+    got = nnce.sigmoid_cross_entropy(z, y, ignore_index=2**70, reduction="sum")
+    assert_close(got, nnce.sigmoid_cross_entropy(z[:2], y[:2], reduction="sum"))
