@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn.functional import embedding
 
 from nnce import rules
@@ -130,6 +130,11 @@ class _Task(NamedTuple):
             None if db is None or b is None else db.to(b.dtype),
         )
 
+    def constants(self) -> list[Tensor]:
+        """The targets and weights, which have no gradients."""
+        found = (*self.targets[:4], *self.options[1:3], self.example_weight)
+        return [t for t in found if isinstance(t, Tensor)]
+
     def _denominator(self, n: int) -> int:
         return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
 
@@ -173,53 +178,107 @@ class _BlockByBlock(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, W: Tensor, b: Tensor | None, task: _Task, wants: Wants
+        x: Tensor, W: Tensor, b: Tensor | None, task: "_Task | _Operands", wants: Wants
     ) -> tuple[Tensor | None, ...]:
         task.check()
+        value_only = Wants(True, False, False, False)
         if task.reduction == "none":
-            wants = Wants(True, False, False, False)
+            return task.run(x, W, b, None, value_only)
+        if checkpoint_stage() == "forward":
+            C = task.run(x, W, b, None, value_only)[0]
+            return C, *placeholders((x, W, b), wants[1:])
         return task.run(x, W, b, None, wants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, W, b, ctx.task, _ = inputs
-        ctx.save_for_backward(x, W, b)
-        made = output[1:]
-        ctx.made = [] if ctx.task.reduction == "none" else [made]
-        ctx.mark_non_differentiable(*(t for t in made if t is not None))
-        ctx.set_materialize_grads(False)
+        made = () if ctx.task.reduction == "none" else output[1:]
+        keep_for_backward(ctx, (x, W, b), made, ctx.task.constants())
+        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        def anew(dC: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-            task: _Task = ctx.task
-            x, W, b = ctx.saved_tensors
+        def anew(
+            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
+        ) -> tuple[Tensor | None, ...]:
+            task: _Task | _Operands = ctx.task
+            x, W, b = inputs
             return task.run(x, W, b, dC, Wants(False, *needed))[1:]
 
         return (*handed_over(ctx, upstream[0], anew), None, None)
+
+
+def checkpoint_stage() -> str | None:
+    """"forward" or "recomputation" within `torch.utils.checkpoint(use_reentrant=False)`, else None.
+
+    PyTorch has no public function for this, but the hooks of the two stages have different names.
+    Where a version of PyTorch has other names, the gradients are computed in both stages.
+    """
+    stages = {"_checkpoint_hook": "forward", "_recomputation_hook": "recomputation"}
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None or not all(hasattr(torch.utils.checkpoint, name) for name in stages):
+        return None
+    pack, _ = top(False) or (None, None)
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None
+    return stages.get(pack.__qualname__.partition(".")[0])
+
+
+def placeholders(
+    inputs: Sequence[Tensor | None], wants: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Tensors like the gradients, without their memory, for a checkpoint to compare with them."""
+    return tuple(
+        t.new_empty(()).expand(t.shape) if t is not None and wanted else None
+        for t, wanted in zip(inputs, wants, strict=True)
+    )
+
+
+def keep_for_backward(
+    ctx: Any,
+    inputs: Sequence[Tensor | None],
+    made: Sequence[Tensor | None],
+    constants: Sequence[Tensor] = (),
+) -> None:
+    """Save what `handed_over` needs: the inputs, and the gradients made in the forward, if any.
+
+    The constants are tensors without a gradient that a second walk reads.
+    """
+    checkpointed = checkpoint_stage() is not None
+    # A checkpoint hands the recomputation's gradients to the backward as saved tensors.
+    ctx.save_for_backward(*inputs, *(made if checkpointed else ()))
+    ctx.made = [] if checkpointed or not made else [made]
+    ctx.num_inputs = len(inputs)
+    ctx.versions = [(t, t._version) for t in constants if not t.is_inference()]
+    ctx.set_materialize_grads(False)
 
 
 def handed_over(
     ctx: Any, dC: Tensor | None, anew: Callable[..., tuple[Tensor | None, ...]]
 ) -> list[Tensor | None]:
     """The gradients made in the forward, scaled, the first time; else those of a walk anew."""
-    inputs = ctx.saved_tensors
-    needed = ctx.needs_input_grad[: len(inputs)]
+    needed = ctx.needs_input_grad[: ctx.num_inputs]
     if dC is None:
-        return [None for _ in inputs]
+        return [None for _ in needed]
+    saved = ctx.saved_tensors  # read once: hooks unpack at each read, and a checkpoint raises
+    inputs, recomputed = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
+    if not ctx.made and any(t._version != version for t, version in ctx.versions):
+        raise RuntimeError(
+            "a target or weight of the loss was changed in place after the forward, and this "
+            "backward has to read it again: pass a clone to the loss"
+        )
     with torch.no_grad():
-        try:
-            made = ctx.made.pop()
-        except IndexError:
-            gradients = list(anew(dC, needed))
-        else:
+        if ctx.made or recomputed:
+            made = ctx.made.pop() if ctx.made else recomputed
             gradients = [
                 None if gradient is None or not wanted else _scaled(gradient, dC)
                 for gradient, wanted in zip(made, needed, strict=True)
             ]
-            del made  # the optimiser's .grad takes over what no one else holds
+            del made, recomputed, saved  # the optimiser's .grad takes over what no one else holds
+        else:
+            gradients = list(anew(inputs, dC, needed))
     if torch.is_grad_enabled():  # someone may want to differentiate the gradients
-        gradients = [None if t is None else _Once.apply(t, *inputs) for t in gradients]
+        gradients = [None if t is None else _Once.apply(t, dC, *inputs) for t in gradients]
     return gradients
 
 
@@ -233,81 +292,148 @@ def _scaled(gradient: Tensor, dC: Tensor) -> Tensor:
     return gradient.mul_(dC)
 
 
-# Under torch.compile and torch.export all is one operator, which they do not look into.
+# Under torch.compile and torch.export the loss is one operator, which they do not look into. Its
+# kernel for autograd computes the gradients through a second operator, since a compiled graph keeps
+# the calls that this kernel makes.
 
-_SCHEMA = """(
+_library = torch.library.Library("nnce", "FRAGMENT")
+_OPERATOR = "linear_sigmoid_cross_entropy"
+_WALK = "_linear_sigmoid_cross_entropy_walk"
+_OPERANDS = """
     Tensor x, Tensor W, Tensor? b, Tensor? dense, Tensor? rows, Tensor? labels, Tensor? values,
     bool once, Tensor? weight, Tensor? pos_weight, float label_smoothing, Tensor? example_weight,
-    str reduction, int? block, ScalarType product_dtype, bool? check_values, Tensor? upstream,
-    bool wants_dx, bool wants_dW, bool wants_db
-) -> (Tensor, Tensor, Tensor, Tensor)"""
+    str reduction, int? block, ScalarType product_dtype, bool? check_values
+"""
+_WANTS = "Tensor? upstream, bool wants_value, bool wants_dx, bool wants_dW, bool wants_db"
+for _signature in (
+    f"{_OPERATOR}({_OPERANDS}) -> Tensor",
+    f"{_WALK}({_OPERANDS}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+):
+    _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _task_of(arguments: Sequence[Any]) -> tuple[_Task, Tensor | None, Wants]:
-    _, W, _, dense, rows, labels, values, once, weight, pos_weight, smoothing = arguments[:11]
-    example_weight, reduction, block, product_dtype, check_values, upstream = arguments[11:17]
-    task = _Task(
-        Targets(dense, rows, labels, values, once),
-        Options(None, weight, pos_weight, smoothing),
-        *(example_weight, reduction, block, product_dtype, check_values),
-        group=None,
-        offset=0,
-        num_labels=W.shape[0],
-    )
-    return task, upstream, Wants(upstream is None, *arguments[17:])
+class _Operands(NamedTuple):
+    """The operators' arguments after x, W and b, in their order: a `_Task` of one process."""
+
+    dense: Tensor | None
+    rows: Tensor | None
+    labels: Tensor | None
+    values: Tensor | None
+    once: bool
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    example_weight: Tensor | None
+    reduction: Reduction
+    block: int | None
+    product_dtype: torch.dtype
+    check_values: bool | None
+
+    def task(self, num_labels: int) -> _Task:
+        """The `_Task` that computes it."""
+        return _Task(
+            Targets(*self[:5]),
+            Options(None, *self[5:8]),
+            *self[8:],
+            group=None,
+            offset=0,
+            num_labels=num_labels,
+        )
+
+    def check(self) -> None:
+        """Nothing: the operator itself looks at the values."""
+
+    def constants(self) -> list[Tensor]:
+        """The targets and weights."""
+        return [t for t in self if isinstance(t, Tensor)]
+
+    def run(
+        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        """`_Task.run` as an operator."""
+        found = getattr(torch.ops.nnce, _WALK)(x, W, b, *self, upstream, *wants)
+        return tuple(t if wanted else None for t, wanted in zip(found, wants, strict=True))
 
 
-@torch.library.custom_op("nnce::linear_sigmoid_cross_entropy", mutates_args=(), schema=_SCHEMA)
-def _operator(*arguments: Any) -> tuple[Tensor, ...]:
-    x, W, b = arguments[:3]
-    task, upstream, wants = _task_of(arguments)
+def _walk(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *operands, upstream, value, dx, dW, db = arguments
+    task = _Operands(*operands).task(len(W))
     if upstream is None:
         task.check()
-        if task.reduction == "none":
-            wants = Wants(True, False, False, False)
-    return tuple(x.new_empty(0) if t is None else t for t in task.run(x, W, b, upstream, wants))
+    found = task.run(x, W, b, upstream, Wants(value, dx, dW, db))
+    return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
-@_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x, W, b = arguments[:3]
-    task, upstream, wants = _task_of(arguments)
-    gradients = task.reduction != "none" or upstream is not None
-    shape = x.shape[:1] if task.reduction == "none" else ()
+def _walk_without_data(
+    x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *operands, _, value, dx, dW, db = arguments
     return (
-        x.new_empty(shape, dtype=task.value_dtype) if upstream is None else x.new_empty(0),
+        _value_without_data(x, W, b, *operands) if value else x.new_empty(0),
         *(
             torch.empty_like(t, memory_format=torch.contiguous_format)
-            if t is not None and wanted and gradients
+            if t is not None and wanted
             else x.new_empty(0)
-            for t, wanted in zip((x, W, b), wants[1:], strict=True)
+            for t, wanted in ((x, dx), (W, dW), (b, db))
         ),
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    ctx.arguments = [None if isinstance(t, Tensor) else t for t in inputs]
-    ctx.places = [i for i, t in enumerate(inputs) if isinstance(t, Tensor)]
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.reduction = inputs[12]
+def _value(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
+    found = _walk(x, W, b, *operands, None, True, False, False, False)
+    return found[0]
 
 
-def _gradients_of_operator(ctx: Any, dC: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved, made = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
-    if ctx.reduction == "none":
-        arguments = list(ctx.arguments)
-        for place, tensor in zip(ctx.places, saved, strict=True):
-            arguments[place] = tensor
-        arguments[16] = dC
-        made = _operator(*arguments)[1:]
-    else:
-        made = [gradient * dC.to(gradient.dtype) for gradient in made]
-    wanted = ctx.needs_input_grad[:3]
-    return (*(t if w else None for t, w in zip(made, wanted, strict=True)), *[None] * 17)
+def _value_without_data(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
+    task = _Operands(*operands).task(W.shape[0])
+    shape = x.shape[:1] if task.reduction == "none" else ()
+    return x.new_empty(shape, dtype=task.value_dtype)
 
 
-_operator.register_autograd(_gradients_of_operator, setup_context=_keep)
+def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> Tensor:
+    operands = _Operands(*arguments)
+    refuse_tangents(x, W, b, *operands.constants())
+    if any(t.requires_grad for t in operands.constants()):
+        raise ValueError("expected targets and weights that need no gradient: none is computed")
+    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, W, b)]
+    if not any(wants):
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(x, W, b, *operands))
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "a compiled or exported loss that is walked block by block has no derivatives by "
+            "torch.func: transform nnce.linear_sigmoid_cross_entropy itself"
+        )
+    C, *_ = _BlockByBlock.apply(x, W, b, operands, Wants(True, *wants))
+    return cast(Tensor, C)
+
+
+def _walk_without_derivatives(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    refuse_tangents(*tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"nnce::{_WALK} has no derivatives: take those of nnce::{_OPERATOR}")
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(tuple[Tensor, ...], getattr(torch.ops.nnce, _WALK)(*arguments))
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if one is differentiated in forward mode."""
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "a loss that is walked block by block has no forward-mode derivatives: for those, "
+                "take nnce.sigmoid_cross_entropy of nnce.linear"
+            )
+
+
+for _name, _kernel, _fake, _for_autograd in (
+    (_OPERATOR, _value, _value_without_data, _value_with_gradients),
+    (_WALK, _walk, _walk_without_data, _walk_without_derivatives),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _for_autograd, "Autograd")
+    torch.library.register_fake(f"nnce::{_name}", _fake, lib=_library)
 
 
 # ------------------------------------------------------------------------ the public functions
@@ -391,27 +517,20 @@ def linear_sigmoid_cross_entropy(
     pos_weight = _check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = _check_weight("example_weight", example_weight, n, input.device)
     inputs = (input, linear_weight, linear_bias)
-    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
+    options = Options(None, weight, pos_weight, float(label_smoothing))
+    rest = (example_weight, reduction, block, product_dtype, check_values)
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
-        C, *_ = _operator(
-            *inputs,
-            *targets,
-            *(weight, pos_weight, float(label_smoothing), example_weight, reduction, block),
-            *(product_dtype, check_values, None, *wants),
-        )
-        return cast(Tensor, C)
-    task = _Task(
-        targets,
-        Options(None, weight, pos_weight, label_smoothing),
-        *(example_weight, reduction, block, product_dtype, check_values),
-        *(group, offset, num_labels),
-    )
+        operands = _Operands(*targets, *options[1:], *rest)
+        return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(*inputs, *operands))
+    task = _Task(targets, options, *rest, group, offset, num_labels)
     if input.is_meta:
         shape = (n,) if reduction == "none" else ()
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
         return (cast(Tensor, parts) + input.new_empty(shape)).to(task.value_dtype)
+    refuse_tangents(*task.constants())
+    wants = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
     C, *_ = _BlockByBlock.apply(*inputs, task, Wants(True, *wants))
     return cast(Tensor, C)
 

@@ -16,9 +16,12 @@ from nnce.functional import Reduction, check_dense, check_reduction
 from nnce.labels import (
     check_block,
     check_layer,
+    checkpoint_stage,
     gathered_sizes,
     handed_over,
+    keep_for_backward,
     linear_sigmoid_cross_entropy,
+    placeholders,
 )
 from nnce.positives import Targets, check_device, shape_of
 
@@ -212,23 +215,27 @@ class _AroundTheRing(Function):
         ring: _Ring,
         wants: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
+        none = (False, False, False, False)
         if ring.reduction == "none":
-            wants = (False, False, False, False)
+            return ring.run(x, y, scale, bias, None, none, True)
+        if checkpoint_stage() == "forward":
+            C = ring.run(x, y, scale, bias, None, none, True)[0]
+            return C, *placeholders((x, y, scale, bias), wants)
         return ring.run(x, y, scale, bias, None, wants, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, ctx.ring, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.made = [] if ctx.ring.reduction == "none" else [output[1:]]
+        keep_for_backward(ctx, tensors, () if ctx.ring.reduction == "none" else output[1:])
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        def anew(dC: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        def anew(
+            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
+        ) -> tuple[Tensor | None, ...]:
             ring: _Ring = ctx.ring
-            x, y, scale, bias = ctx.saved_tensors
+            x, y, scale, bias = inputs
             return ring.run(x, y, scale, bias, dC, needed, False)[1:]
 
         return (*handed_over(ctx, upstream[0], anew), None, None)
