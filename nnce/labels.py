@@ -209,16 +209,21 @@ class _BlockByBlock(Function):
 
 
 def checkpoint_stage() -> str | None:
-    """"forward" or "recomputation" within `torch.utils.checkpoint(use_reentrant=False)`, else None.
+    """Tell the two runs of a `torch.utils.checkpoint(use_reentrant=False)` apart.
 
-    PyTorch has no public function for this, but the hooks of the two stages have different names.
-    Where a version of PyTorch has other names, the gradients are computed in both stages.
+    PyTorch has no public function for this, but the hooks of the two have different names. Where a
+    version of PyTorch has other names, the gradients are computed in both.
+
+    Returns:
+        "forward", "recomputation", or None outside a checkpoint.
     """
     stages = {"_checkpoint_hook": "forward", "_recomputation_hook": "recomputation"}
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None or not all(hasattr(torch.utils.checkpoint, name) for name in stages):
+    if top is None or torch.compiler.is_compiling():
         return None
-    pack, _ = top(False) or (None, None)
+    if not all(hasattr(torch.utils.checkpoint, name) for name in stages):
+        return None
+    pack: Any = (top(False) or (None,))[0]
     if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return None
     return stages.get(pack.__qualname__.partition(".")[0])
@@ -299,14 +304,17 @@ def _scaled(gradient: Tensor, dC: Tensor) -> Tensor:
 _library = torch.library.Library("nnce", "FRAGMENT")
 _OPERATOR = "linear_sigmoid_cross_entropy"
 _WALK = "_linear_sigmoid_cross_entropy_walk"
+_VERSION = (
+    2  # of the signature: a file exported with another one would be read argument by argument
+)
 _OPERANDS = """
     Tensor x, Tensor W, Tensor? b, Tensor? dense, Tensor? rows, Tensor? labels, Tensor? values,
     bool once, Tensor? weight, Tensor? pos_weight, float label_smoothing, Tensor? example_weight,
-    str reduction, int? block, ScalarType product_dtype, bool? check_values
+    str reduction, int? block, ScalarType product_dtype, bool? check_values, int version
 """
 _WANTS = "Tensor? upstream, bool wants_value, bool wants_dx, bool wants_dW, bool wants_db"
 for _signature in (
-    f"{_OPERATOR}({_OPERANDS}) -> Tensor",
+    f"{_OPERATOR}({_OPERANDS}=0) -> Tensor",
     f"{_WALK}({_OPERANDS}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -328,17 +336,21 @@ class _Operands(NamedTuple):
     block: int | None
     product_dtype: torch.dtype
     check_values: bool | None
+    version: int = 0
 
     def task(self, num_labels: int) -> _Task:
-        """The `_Task` that computes it."""
-        return _Task(
-            Targets(*self[:5]),
-            Options(None, *self[5:8]),
-            *self[8:],
-            group=None,
-            offset=0,
-            num_labels=num_labels,
-        )
+        """The `_Task` that computes it.
+
+        Raises:
+            RuntimeError: the call comes from a file that another version of nnce has exported.
+        """
+        if self.version != _VERSION:
+            raise RuntimeError(
+                f"expected nnce::{_OPERATOR} of version {_VERSION}, got {self.version} from a "
+                f"model that an older nnce exported: export it again"
+            )
+        targets, options = Targets(*self[:5]), Options(None, *self[5:8])
+        return _Task(targets, options, *self[8:13], None, 0, num_labels)
 
     def check(self) -> None:
         """Nothing: the operator itself looks at the values."""
@@ -518,11 +530,11 @@ def linear_sigmoid_cross_entropy(
     example_weight = _check_weight("example_weight", example_weight, n, input.device)
     inputs = (input, linear_weight, linear_bias)
     options = Options(None, weight, pos_weight, float(label_smoothing))
-    rest = (example_weight, reduction, block, product_dtype, check_values)
+    rest: Any = (example_weight, reduction, block, product_dtype, check_values)
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
-        operands = _Operands(*targets, *options[1:], *rest)
+        operands = _Operands(*targets, *options[1:], *rest, _VERSION)
         return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(*inputs, *operands))
     task = _Task(targets, options, *rest, group, offset, num_labels)
     if input.is_meta:
@@ -707,6 +719,15 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
             if self.bias is not None:
                 self.bias.fill_(math.log(prior / (1 - prior)))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Keep the weights of labels that a state_dict lacks, such as a `torch.nn.Linear`'s."""
+        for name in ("label_weight", "pos_weight"):
+            if getattr(self, name) is not None:
+                state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(
         self, input: Tensor, target: Target, example_weight: Tensor | None = None
     ) -> Tensor:
@@ -727,7 +748,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
 
     def logits(self, input: Tensor) -> Tensor:
         """z of every label of this process, [n, num_labels]: as much memory as that takes."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, *self._whole())
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k labels of the largest z for each example, and their z: (z, labels), [n, k] each.
@@ -739,13 +760,14 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: k is not from 1 to the number of labels.
         """
-        product_dtype = check_layer(input, self.weight, self.bias)
+        W, b = self._whole()
+        product_dtype = check_layer(input, W, b)
         offset, num_labels = _shard(self.num_labels, input, self.group)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_labels:
             raise ValueError(f"expected k from 1 to the {num_labels} labels, got {k!r}")
         with torch.no_grad():
             best = [
-                _topk(rows, self.weight, self.bias, k, self.block, product_dtype)
+                _topk(rows, W, b, k, self.block, product_dtype)
                 for rows in input.split(examples_at_a_time(len(input)))
             ]
             z, labels = (torch.cat(parts) for parts in zip(*best, strict=True))
@@ -753,6 +775,10 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
             if self.group is None:
                 return z, labels
             return _merged(z, labels, k, self.group)
+
+    def _whole(self) -> tuple[Tensor, Tensor | None]:
+        """W and b, gathered where `fully_shard` left each process with a part of them."""
+        return _gathered(self.weight), None if self.bias is None else _gathered(self.bias)
 
     def extra_repr(self) -> str:
         """The sizes, and the options that are not the usual ones."""
@@ -772,6 +798,16 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
                 ),
             ]
         )
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """The whole of a `DTensor`, whose gradient is the processes' mean as after a forward."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial  # not in every build of PyTorch
+
+    mean = [Partial("avg")] * cast(DTensor, parameter).device_mesh.ndim
+    return cast(DTensor, parameter).full_tensor(grad_placements=mean)
 
 
 def _topk(

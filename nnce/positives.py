@@ -235,8 +235,10 @@ def _positives(target: Tensor) -> Positives:
         order = rows.argsort(stable=True)
         crow = _starts(rows, target.shape[0])
         return Positives._trusted(crow, labels[order], values[order])
-    # Copies: torch.compile, which goes on after a break for the sparse tensor, takes no views of it.
-    crow, col = (t.to(torch.int64, copy=True) for t in (target.crow_indices(), target.col_indices()))
+    # Copies, since torch.compile, which continues after a graph break, cannot take views of them.
+    crow, col = (
+        t.to(torch.int64, copy=True) for t in (target.crow_indices(), target.col_indices())
+    )
     values = _soft(target.values().clone())
     return Positives._trusted(crow, col, values) if target.is_cuda else Positives(crow, col, values)
 

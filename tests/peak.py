@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nnce import linear_sigmoid_cross_entropy, pair_sigmoid_cross_entropy
 
@@ -27,6 +28,11 @@ def labels(n, features, num_labels, k=5):
     return (x, W, b), lambda: linear_sigmoid_cross_entropy(x, W, target, linear_bias=b)
 
 
+def checkpointed(*sizes):
+    tensors, loss = labels(*sizes)
+    return tensors, lambda: checkpoint(loss, use_reentrant=False)
+
+
 def pairs(n, features):
     x, y = (torch.randn(n, features, requires_grad=True) for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (1.0, -10.0))
@@ -35,7 +41,7 @@ def pairs(n, features):
 
 if __name__ == "__main__":
     what, *sizes = sys.argv[1:]
-    problem = {"labels": labels, "pairs": pairs}[what]
+    problem = {"labels": labels, "checkpointed": checkpointed, "pairs": pairs}[what]
     _, warm_up = problem(*(min(int(size), 1024) for size in sizes))
     warm_up().backward()  # libraries, threads and their packing buffers
     tensors, loss = problem(*map(int, sizes))

@@ -54,6 +54,21 @@ def pairs_problem():
     return drawn(n, 3, seed=6), drawn(n, 3, seed=7), numbers[0], numbers[1], drawn(n, seed=8)
 
 
+def sharded_parameters(rank):
+    """topk and logits of a layer after fully_shard, and the parameters' whole gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    _, W, b, *_ = labels_problem()
+    layer = LinearSigmoidCrossEntropyLoss(FEATURES, len(W), dtype=torch.float64)
+    layer.load_state_dict({"weight": W, "bias": b})
+    fully_shard(layer, mesh=distributed.init_device_mesh("cpu", (WORLD,)))
+    x = x_of(rank)
+    z = layer.logits(x)
+    z.square().sum().backward()
+    gradients = [p.grad.full_tensor() for p in (layer.weight, layer.bias)]
+    return z.detach(), *layer.topk(x, 4), *gradients
+
+
 def in_one_process(rank, folder):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
@@ -110,5 +125,6 @@ def in_one_process(rank, folder):
     for _ in range(2):
         parallel(x_of(rank), target_of(rank)).backward()
     found["parallel"] = (layer.weight.grad, layer.bias.grad)
+    found["sharded"] = sharded_parameters(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
