@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn.functional import embedding
 
 from nnce import rules
@@ -146,6 +146,11 @@ class _Task(NamedTuple):
             C = self._reduced(C)
         return C, dx, *others
 
+    def constants(self) -> list[Tensor]:
+        """The targets and weights, which have no gradients."""
+        found = (*self.targets[:4], *self.options[1:3], self.example_weight)
+        return [t for t in found if isinstance(t, Tensor)]
+
     def _denominator(self, n: int) -> int:
         return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
 
@@ -198,53 +203,129 @@ class _BlockByBlock(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, W: Tensor, b: Tensor | None, task: _Task, wants: Wants
+        x: Tensor, W: Tensor, b: Tensor | None, task: "_Task | _Operands", wants: Wants
     ) -> tuple[Tensor | None, ...]:
         task.check()
+        value_only = Wants(True, False, False, False)
         if task.reduction == "none":
-            wants = Wants(True, False, False, False)
+            return task.run(x, W, b, None, value_only)
+        if checkpoint_stage() == "forward":
+            C = task.run(x, W, b, None, value_only)[0]
+            return C, *placeholders(x, gradient_kinds(x, W, task.product_dtype, wants))
         return task.run(x, W, b, None, wants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, W, b, ctx.task, _ = inputs
-        ctx.save_for_backward(x, W, b)
-        made = output[1:]
-        ctx.made = [] if ctx.task.reduction == "none" else [made]
-        ctx.mark_non_differentiable(*(t for t in made if t is not None))
-        ctx.set_materialize_grads(False)
+        made = () if ctx.task.reduction == "none" else output[1:]
+        keep_for_backward(ctx, (x, W, b), made, ctx.task.constants())
+        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        def anew(dC: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-            task: _Task = ctx.task
-            x, W, b = ctx.saved_tensors
+        def anew(
+            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
+        ) -> tuple[Tensor | None, ...]:
+            task: _Task | _Operands = ctx.task
+            x, W, b = inputs
             return task.run(x, W, b, dC, Wants(False, *needed))[1:]
 
         return (*handed_over(ctx, upstream[0], anew), None, None)
+
+
+def checkpoint_stage() -> str | None:
+    """Tell the two runs of a `torch.utils.checkpoint(use_reentrant=False)` apart.
+
+    PyTorch has no public function for this, but the hooks of the two have different names. Where a
+    version of PyTorch has other names, the gradients are computed in both.
+
+    Returns:
+        "forward", "recomputation", or None outside a checkpoint.
+    """
+    stages = {"_checkpoint_hook": "forward", "_recomputation_hook": "recomputation"}
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None or torch.compiler.is_compiling():
+        return None
+    if not all(hasattr(torch.utils.checkpoint, name) for name in stages):
+        return None
+    pack: Any = (top(False) or (None,))[0]
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None
+    return stages.get(pack.__qualname__.partition(".")[0])
+
+
+Kind = tuple[Sequence[int], torch.dtype]
+"""Shape and dtype of a tensor that the forward makes for the backward."""
+
+
+def gradient_kinds(
+    x: Tensor, W: Tensor, product_dtype: torch.dtype, wants: Wants
+) -> list[Kind | None]:
+    """The kinds of dx, dW, db and the unit of dW that a walk returns."""
+    dtype = torch.promote_types(product_dtype, torch.float32)
+    return [
+        (x.shape, dtype) if wants.dx else None,
+        (W.shape, W.dtype) if wants.dW else None,
+        (W.shape[:1], dtype) if wants.db else None,
+        (W.shape[:1], torch.float32) if has_unit(W, wants) else None,
+    ]
+
+
+def placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | None]:
+    """Tensors of these kinds, without their memory, for a checkpoint to compare with."""
+    return [
+        None if kind is None else like.new_empty((), dtype=kind[1]).expand(kind[0])
+        for kind in kinds
+    ]
+
+
+def keep_for_backward(
+    ctx: Any,
+    inputs: Sequence[Tensor | None],
+    made: Sequence[Tensor | None],
+    constants: Sequence[Tensor] = (),
+) -> None:
+    """Save what `handed_over` needs: the inputs, and the gradients made in the forward, if any.
+
+    The constants are tensors without a gradient that a second walk reads.
+    """
+    checkpointed = checkpoint_stage() is not None
+    # A checkpoint hands the recomputation's gradients to the backward as saved tensors.
+    ctx.save_for_backward(*inputs, *(made if checkpointed else ()))
+    ctx.made = [] if checkpointed or not made else [made]
+    ctx.num_inputs = len(inputs)
+    ctx.versions = [(t, t._version) for t in constants if not t.is_inference()]
+    ctx.set_materialize_grads(False)
 
 
 def handed_over(
     ctx: Any, dC: Tensor | None, anew: Callable[..., tuple[Tensor | None, ...]]
 ) -> list[Tensor | None]:
     """The gradients made in the forward, scaled, the first time; else those of a walk anew."""
-    inputs = ctx.saved_tensors
-    needed = ctx.needs_input_grad[: len(inputs)]
+    needed = ctx.needs_input_grad[: ctx.num_inputs]
     if dC is None:
-        return [None for _ in inputs]
+        return [None for _ in needed]
+    saved = ctx.saved_tensors  # read once: hooks unpack at each read, and a checkpoint raises
+    inputs, recomputed = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
+    if not ctx.made and any(t._version != version for t, version in ctx.versions):
+        raise RuntimeError(
+            "a target or weight of the loss was changed in place after the forward, and this "
+            "backward has to read it again: pass a clone to the loss"
+        )
     with torch.no_grad():
-        try:
-            *made, unit = ctx.made.pop()
-        except IndexError:
-            (*made, unit), dC = anew(dC, needed), None
+        if ctx.made or recomputed:
+            *made, unit = ctx.made.pop() if ctx.made else recomputed
+            upstream: Tensor | None = dC
+        else:
+            (*made, unit), upstream = anew(inputs, dC, needed), None
         units = (None, unit, None, None)
         gradients = [
-            None if gradient is None or not wanted else _scaled(gradient, like.dtype, dC, of_it)
-            for gradient, like, wanted, of_it in zip(made, inputs, needed, units, strict=False)
+            None if gradient is None or not wanted else _scaled(gradient, like.dtype, upstream, of)
+            for gradient, like, wanted, of in zip(made, inputs, needed, units, strict=False)
         ]
-        del made  # the optimiser's .grad takes over what no one else holds
+        del made, recomputed, saved  # the optimizer's .grad takes over what nothing else refers to
     if torch.is_grad_enabled():  # someone may want to differentiate the gradients
-        gradients = [None if t is None else _Once.apply(t, *inputs) for t in gradients]
+        gradients = [None if t is None else _Once.apply(t, dC, *inputs) for t in gradients]
     return gradients
 
 
@@ -255,90 +336,155 @@ def _scaled(gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tenso
     return (multiplied if batched else multiply_inplace)(gradient, dtype, dC, unit)
 
 
-# Under torch.compile and torch.export all is one operator, which they do not look into.
+# Under torch.compile and torch.export the loss is one operator, which they do not look into. Its
+# kernel for autograd computes the gradients through a second operator, since a compiled graph keeps
+# the calls that this kernel makes.
 
-_SCHEMA = """(
+_library = torch.library.Library("nnce", "FRAGMENT")
+_OPERATOR = "linear_sigmoid_cross_entropy"
+_WALK = "_linear_sigmoid_cross_entropy_walk"
+_VERSION = (
+    2  # of the signature: a file exported with another one would be read argument by argument
+)
+_OPERANDS = """
     Tensor x, Tensor W, Tensor? b, Tensor? dense, Tensor? rows, Tensor? labels, Tensor? values,
     bool once, Tensor? weight, Tensor? pos_weight, float label_smoothing, Tensor? example_weight,
-    str reduction, int? block, ScalarType product_dtype, bool? check_values, Tensor? upstream,
-    bool wants_dx, bool wants_dW, bool wants_db
-) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
+    str reduction, int? block, ScalarType product_dtype, bool? check_values, int version
+"""
+_WANTS = "Tensor? upstream, bool wants_value, bool wants_dx, bool wants_dW, bool wants_db"
+for _signature in (
+    f"{_OPERATOR}({_OPERANDS}=0) -> Tensor",
+    f"{_WALK}({_OPERANDS}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+):
+    _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _task_of(arguments: Sequence[Any]) -> tuple[_Task, Tensor | None, Wants]:
-    _, W, _, dense, rows, labels, values, once, weight, pos_weight, smoothing = arguments[:11]
-    example_weight, reduction, block, product_dtype, check_values, upstream = arguments[11:17]
-    task = _Task(
-        Targets(dense, rows, labels, values, once),
-        Options(None, weight, pos_weight, smoothing),
-        *(example_weight, reduction, block, product_dtype, check_values),
-        group=None,
-        offset=0,
-        num_labels=W.shape[0],
-    )
-    return task, upstream, Wants(upstream is None, *arguments[17:])
+class _Operands(NamedTuple):
+    """The operators' arguments after x, W and b, in their order: a `_Task` of one process."""
+
+    dense: Tensor | None
+    rows: Tensor | None
+    labels: Tensor | None
+    values: Tensor | None
+    once: bool
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    example_weight: Tensor | None
+    reduction: Reduction
+    block: int | None
+    product_dtype: torch.dtype
+    check_values: bool | None
+    version: int = 0
+
+    def task(self, num_labels: int) -> _Task:
+        """The `_Task` that computes it.
+
+        Raises:
+            RuntimeError: the call comes from a file that another version of nnce has exported.
+        """
+        if self.version != _VERSION:
+            raise RuntimeError(
+                f"expected nnce::{_OPERATOR} of version {_VERSION}, got {self.version} from a "
+                f"model that an older nnce exported: export it again"
+            )
+        targets, options = Targets(*self[:5]), Options(None, *self[5:8])
+        return _Task(targets, options, *self[8:13], None, 0, num_labels)
+
+    def check(self) -> None:
+        """Nothing: the operator itself looks at the values."""
+
+    def constants(self) -> list[Tensor]:
+        """The targets and weights."""
+        return [t for t in self if isinstance(t, Tensor)]
+
+    def run(
+        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        """`_Task.run` as an operator."""
+        found = getattr(torch.ops.nnce, _WALK)(x, W, b, *self, upstream, *wants)
+        there = (*wants, has_unit(W, wants))
+        return tuple(t if is_there else None for t, is_there in zip(found, there, strict=True))
 
 
-@torch.library.custom_op("nnce::linear_sigmoid_cross_entropy", mutates_args=(), schema=_SCHEMA)
-def _operator(*arguments: Any) -> tuple[Tensor, ...]:
-    x, W, b = arguments[:3]
-    task, upstream, wants = _task_of(arguments)
+def _walk(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *operands, upstream, value, dx, dW, db = arguments
+    task = _Operands(*operands).task(len(W))
     if upstream is None:
         task.check()
-        if task.reduction == "none":
-            wants = Wants(True, False, False, False)
-    return tuple(x.new_empty(0) if t is None else t for t in task.run(x, W, b, upstream, wants))
+    found = task.run(x, W, b, upstream, Wants(value, dx, dW, db))
+    return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
-@_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x, W = arguments[:2]
-    task, upstream, wants = _task_of(arguments)
-    if upstream is None and task.reduction == "none":
-        wants = Wants(True, False, False, False)
-    shape = x.shape[:1] if task.reduction == "none" else ()
-    value = task.value_dtype
-    outputs = (
-        (shape, value, wants.value),
-        (x.shape, value, wants.dx),
-        (W.shape, W.dtype, wants.dW),
-        (W.shape[:1], value, wants.db),
-        (W.shape[:1], torch.float32, has_unit(W, wants)),
-    )
-    return tuple(
-        x.new_empty(shape, dtype=dtype) if there else x.new_empty(0)
-        for shape, dtype, there in outputs
-    )
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    ctx.arguments = [None if isinstance(t, Tensor) else t for t in inputs]
-    ctx.places = [i for i, t in enumerate(inputs) if isinstance(t, Tensor)]
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.reduction = inputs[12]
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-
-
-def _gradients_of_operator(ctx: Any, dC: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    saved, made = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
-    if ctx.reduction == "none":
-        arguments = list(ctx.arguments)
-        for place, tensor in zip(ctx.places, saved, strict=True):
-            arguments[place] = tensor
-        arguments[16] = dC
-        made = _operator(*arguments)[1:]
-        dC = None
-    *made, unit = made
-    units = (None, unit if len(unit) else None, None)
-    parts = zip(made, ctx.dtypes, units, ctx.needs_input_grad[:3], strict=True)
+def _walk_without_data(
+    x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *operands, _, value, dx, dW, db = arguments
+    kinds = gradient_kinds(x, W, _Operands(*operands).product_dtype, Wants(value, dx, dW, db))
     return (
-        *(multiplied(t, dtype, dC, of_it) if wanted else None for t, dtype, of_it, wanted in parts),
-        *[None] * 17,
+        _value_without_data(x, W, b, *operands) if value else x.new_empty(0),
+        *(
+            x.new_empty(0) if kind is None else x.new_empty(kind[0], dtype=kind[1])
+            for kind in kinds
+        ),
     )
 
 
-_operator.register_autograd(_gradients_of_operator, setup_context=_keep)
+def _value(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
+    found = _walk(x, W, b, *operands, None, True, False, False, False)
+    return found[0]
+
+
+def _value_without_data(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
+    task = _Operands(*operands).task(W.shape[0])
+    shape = x.shape[:1] if task.reduction == "none" else ()
+    return x.new_empty(shape, dtype=task.value_dtype)
+
+
+def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> Tensor:
+    operands = _Operands(*arguments)
+    refuse_tangents(x, W, b, *operands.constants())
+    if any(t.requires_grad for t in operands.constants()):
+        raise ValueError("expected targets and weights that need no gradient: none is computed")
+    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, W, b)]
+    if not any(wants):
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(x, W, b, *operands))
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "a compiled or exported loss that is walked block by block has no derivatives by "
+            "torch.func: transform nnce.linear_sigmoid_cross_entropy itself"
+        )
+    C, *_ = _BlockByBlock.apply(x, W, b, operands, Wants(True, *wants))
+    return cast(Tensor, C)
+
+
+def _walk_without_derivatives(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    refuse_tangents(*tensors)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"nnce::{_WALK} has no derivatives: take those of nnce::{_OPERATOR}")
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(tuple[Tensor, ...], getattr(torch.ops.nnce, _WALK)(*arguments))
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if one is differentiated in forward mode."""
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "a loss that is walked block by block has no forward-mode derivatives: for those, "
+                "take nnce.sigmoid_cross_entropy of nnce.linear"
+            )
+
+
+for _name, _kernel, _fake, _for_autograd in (
+    (_OPERATOR, _value, _value_without_data, _value_with_gradients),
+    (_WALK, _walk, _walk_without_data, _walk_without_derivatives),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _for_autograd, "Autograd")
+    torch.library.register_fake(f"nnce::{_name}", _fake, lib=_library)
 
 
 # ------------------------------------------------------------------------ the public functions
@@ -423,27 +569,20 @@ def linear_sigmoid_cross_entropy(
     pos_weight = _check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = _check_weight("example_weight", example_weight, n, input.device)
     inputs = (input, linear_weight, linear_bias)
-    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
+    options = Options(None, weight, pos_weight, float(label_smoothing))
+    rest = (example_weight, reduction, block, product_dtype, check_values)
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
-        C, *_ = _operator(
-            *inputs,
-            *targets,
-            *(weight, pos_weight, float(label_smoothing), example_weight, reduction, block),
-            *(product_dtype, check_values, None, *wants),
-        )
-        return cast(Tensor, C)
-    task = _Task(
-        targets,
-        Options(None, weight, pos_weight, label_smoothing),
-        *(example_weight, reduction, block, product_dtype, check_values),
-        *(group, offset, num_labels),
-    )
+        operands = _Operands(*targets, *options[1:], *rest, _VERSION)
+        return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(*inputs, *operands))
+    task = _Task(targets, options, *rest, group, offset, num_labels)
     if input.is_meta:
         shape = (n,) if reduction == "none" else ()
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
         return (cast(Tensor, parts) + input.new_empty(shape)).to(task.value_dtype)
+    refuse_tangents(*task.constants())
+    wants = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
     C, *_ = _BlockByBlock.apply(*inputs, task, Wants(True, *wants))
     return cast(Tensor, C)
 
@@ -616,6 +755,15 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
             if self.bias is not None:
                 self.bias.fill_(math.log(prior / (1 - prior)))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Keep the weights of labels that a state_dict lacks, such as a `torch.nn.Linear`'s."""
+        for name in ("label_weight", "pos_weight"):
+            if getattr(self, name) is not None:
+                state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(
         self, input: Tensor, target: Target, example_weight: Tensor | None = None
     ) -> Tensor:
@@ -636,7 +784,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
 
     def logits(self, input: Tensor) -> Tensor:
         """z of every label of this process, [n, num_labels]: as much memory as that takes."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, *self._whole())
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k labels of the largest z for each example, and their z: (z, labels), [n, k] each.
@@ -648,14 +796,15 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: k is not from 1 to the number of labels.
         """
-        product_dtype = check_layer(input, self.weight, self.bias, ("input", "weight", "bias"))
+        W, b = self._whole()
+        product_dtype = check_layer(input, W, b, ("input", "weight", "bias"))
         offset, num_labels = _shard(self.num_labels, input, self.group)
         if not (is_size(k) and k <= num_labels):
             raise ValueError(f"expected k from 1 to the {num_labels} labels, got {k!r}")
         k = int(k)
         with torch.no_grad():
             best = [
-                _topk(rows, self.weight, self.bias, k, self.block, product_dtype)
+                _topk(rows, W, b, k, self.block, product_dtype)
                 for rows in input.split(examples_at_a_time(len(input)))
             ]
             z, labels = (torch.cat(parts) for parts in zip(*best, strict=True))
@@ -663,6 +812,10 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
             if self.group is None:
                 return z, labels
             return _merged(z, labels, k, self.group)
+
+    def _whole(self) -> tuple[Tensor, Tensor | None]:
+        """W and b, gathered where `fully_shard` left each process with a part of them."""
+        return _gathered(self.weight), None if self.bias is None else _gathered(self.bias)
 
     def extra_repr(self) -> str:
         """The sizes, and the options that are not the usual ones."""
@@ -682,6 +835,16 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
                 ),
             ]
         )
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """The whole of a `DTensor`, whose gradient is the processes' mean as after a forward."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial  # not in every build of PyTorch
+
+    mean = [Partial("avg")] * cast(DTensor, parameter).device_mesh.ndim
+    return cast(DTensor, parameter).full_tensor(grad_placements=mean)
 
 
 def _topk(

@@ -24,10 +24,14 @@ from nnce._arguments import (
 from nnce.blocks import Options, Wants, default_block, multiplied, walk
 from nnce.functional import Reduction
 from nnce.labels import (
+    Kind,
     check_layer,
+    checkpoint_stage,
     gathered_sizes,
     handed_over,
+    keep_for_backward,
     linear_sigmoid_cross_entropy,
+    placeholders,
 )
 from nnce.positives import Targets
 
@@ -201,6 +205,13 @@ class _Ring(NamedTuple):
             None,
         )
 
+    def gradient_kinds(self, x: Tensor, y: Tensor, wants: Sequence[bool]) -> list[Kind | None]:
+        """The kinds of what `run` returns after C."""
+        dtype = torch.promote_types(self.product_dtype, torch.float32)
+        kinds = ((x.shape, dtype), (y.shape, dtype), ((), torch.float64), ((), torch.float64))
+        wanted = zip(kinds, wants, strict=True)
+        return [*(kind if is_wanted else None for kind, is_wanted in wanted), None]
+
     def _pass_on(self, tensor: Tensor, owner: int) -> Tensor:
         """Give a tensor to the next process and take the one before's, whose owner is before."""
         rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
@@ -230,23 +241,27 @@ class _AroundTheRing(Function):
         ring: _Ring,
         wants: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
+        none = (False, False, False, False)
         if ring.reduction == "none":
-            wants = (False, False, False, False)
+            return ring.run(x, y, scale, bias, None, none, True)
+        if checkpoint_stage() == "forward":
+            C = ring.run(x, y, scale, bias, None, none, True)[0]
+            return C, *placeholders(x, ring.gradient_kinds(x, y, wants))
         return ring.run(x, y, scale, bias, None, wants, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *tensors, ctx.ring, _ = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.made = [] if ctx.ring.reduction == "none" else [output[1:]]
+        keep_for_backward(ctx, tensors, () if ctx.ring.reduction == "none" else output[1:])
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        def anew(dC: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        def anew(
+            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
+        ) -> tuple[Tensor | None, ...]:
             ring: _Ring = ctx.ring
-            x, y, scale, bias = ctx.saved_tensors
+            x, y, scale, bias = inputs
             return ring.run(x, y, scale, bias, dC, needed, False)[1:]
 
         return (*handed_over(ctx, upstream[0], anew), None, None)

@@ -293,7 +293,8 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
             raise ValueError(
                 f"expected a sparse target of shape {(n, num_labels)}, got {shape_of(target)}"
             )
-        target = _positives(target)
+        hybrid = target.dense_dim() > 0  # whole rows of targets: a list would be longer
+        target = _soft(target.to_dense()) if hybrid else _positives(target)
     if isinstance(target, Positives):
         if len(target) != n:
             raise ValueError(
@@ -341,8 +342,11 @@ def _positives(target: Tensor) -> Positives:
         order = rows.argsort(stable=True)
         crow = _starts(rows, target.shape[0])
         return Positives._trusted(crow, labels[order], values[order])
-    crow, col = target.crow_indices().long(), target.col_indices().long()
-    values = _soft(target.values())
+    # Copies, since torch.compile, which continues after a graph break, cannot take views of them.
+    crow, col = (
+        t.to(torch.int64, copy=True) for t in (target.crow_indices(), target.col_indices())
+    )
+    values = _soft(target.values().clone())
     return Positives._trusted(crow, col, values) if target.is_cuda else Positives(crow, col, values)
 
 

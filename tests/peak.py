@@ -8,6 +8,7 @@ import contextlib
 import sys
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nnce import linear_sigmoid_cross_entropy, pair_sigmoid_cross_entropy
 from nnce.experiments import timing
@@ -31,6 +32,11 @@ def labels(n, features, num_labels, dtype=torch.float32, autocast=None):
     return (x, W, b), loss
 
 
+def checkpointed(*sizes):
+    tensors, loss = labels(*sizes)
+    return tensors, lambda: checkpoint(loss, use_reentrant=False)
+
+
 def pairs(n, features):
     x, y = (torch.randn(n, features, requires_grad=True) for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (1.0, -10.0))
@@ -39,7 +45,7 @@ def pairs(n, features):
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    problem = {"labels": labels, "pairs": pairs}[what]
+    problem = {"labels": labels, "checkpointed": checkpointed, "pairs": pairs}[what]
     sizes = [int(option) for option in options if option.isdigit()]
     dtypes = [getattr(torch, option) for option in options if not option.isdigit()]
     _, warm_up = problem(*(min(size, 1024) for size in sizes), *dtypes)

@@ -64,6 +64,21 @@ def half_pairs_problem():
     return x, y, torch.tensor(10.0), torch.tensor(-10.0)
 
 
+def sharded_parameters(rank):
+    """topk and logits of a layer after fully_shard, and the parameters' whole gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    _, W, b, *_ = labels_problem()
+    layer = LinearSigmoidCrossEntropyLoss(FEATURES, len(W), dtype=torch.float64)
+    layer.load_state_dict({"weight": W, "bias": b})
+    fully_shard(layer, mesh=distributed.init_device_mesh("cpu", (WORLD,)))
+    x = x_of(rank)
+    z = layer.logits(x)
+    z.square().sum().backward()
+    gradients = [p.grad.full_tensor() for p in (layer.weight, layer.bias)]
+    return z.detach(), *layer.topk(x, 4), *gradients
+
+
 def in_one_process(rank, folder):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
@@ -125,5 +140,6 @@ def in_one_process(rank, folder):
     for _ in range(2):
         parallel(x_of(rank), target_of(rank)).backward()
     found["parallel"] = (layer.weight.grad, layer.bias.grad)
+    found["sharded"] = sharded_parameters(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

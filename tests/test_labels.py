@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,6 +64,7 @@ class Problem:
             "soft": (Positives.from_coo(rows, columns, n, soft[rows, columns]), soft),
             "CSR": (y.to_sparse_csr(), y),
             "COO": (soft.to_sparse_coo(), soft),
+            "hybrid COO": (soft.to_sparse(1), soft),
             "dense": (y, y),
             "dense soft": (soft, soft),
             "boolean": (y.bool(), y),
@@ -276,17 +278,19 @@ def test_no_work_for_what_nobody_asked_for():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize(
-    ("sizes", "MB"),
+    ("what", "sizes", "MB"),
     [
         # 2 % of what eager PyTorch takes, 1,600 MB at least.
-        (("1024", "512", "131072"), 32),
+        ("labels", ("1024", "512", "131072"), 32),
+        # The gradient of W, made twice, would be 268 MB more.
+        ("checkpointed", ("1024", "512", "131072"), 32),
         # Eager PyTorch takes over 4 GB.
-        pytest.param(("512", "256", "1000000"), 100, marks=pytest.mark.exhaustive),
+        pytest.param("labels", ("512", "256", "1000000"), 100, marks=pytest.mark.exhaustive),
     ],
 )
-def test_memory_is_flat(sizes, MB):
+def test_memory_is_flat(what, sizes, MB):
     """The peak beyond inputs, parameters and gradients, of a forward and a backward."""
-    command = [sys.executable, "tests/peak.py", "labels", *sizes]
+    command = [sys.executable, "tests/peak.py", what, *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < MB
 
@@ -334,20 +338,126 @@ def test_a_loss_among_others():
     torch.testing.assert_close(*both)
 
 
-def test_checkpoints():
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_checkpoints(reentrant, reduction, dtype):
+    problem = Problem()
+    target, _ = problem.targets["index"]
+    inputs = [t.detach().to(dtype).requires_grad_() for t in problem.inputs]
+
+    def loss(x, W, b):
+        return linear_sigmoid_cross_entropy(x, W, target, linear_bias=b, reduction=reduction)
+
+    C = checkpoint.checkpoint(loss, *inputs, use_reentrant=reentrant)
+    upstream = torch.linspace(-1, 2, C.numel(), dtype=C.dtype).view_as(C)
+    plain = loss(*inputs)
+    plain.backward(upstream)
+    expected = [t.grad for t in inputs]
+    assert torch.equal(C, plain)
+    for _ in range(1 if reentrant else 2):  # over one graph
+        for t in inputs:
+            t.grad = None
+        C.backward(upstream, retain_graph=not reentrant)
+        for t, gradient in zip(inputs, expected, strict=True):
+            assert torch.equal(t.grad, gradient)
+
+
+def test_a_checkpoint_makes_the_gradients_once():
+    problem = Problem()
+    target, _ = problem.targets["index"]
+
+    def loss():
+        return checkpoint.checkpoint(
+            linear_sigmoid_cross_entropy, problem.x, problem.W, target, use_reentrant=False
+        )
+
+    assert products(loss) == 1
+    C = loss()
+    assert products(C.backward) == 3
+
+
+def test_an_unknown_checkpoint_makes_the_gradients_twice(monkeypatch):
+    """Where PyTorch's hooks have other names, all is right but not sparing."""
     problem = Problem()
     target, y = problem.targets["index"]
-    for reentrant in (False, True):
-        C = checkpoint.checkpoint(
-            lambda x, W: linear_sigmoid_cross_entropy(x, W, target),
-            problem.x, problem.W, use_reentrant=reentrant,
-        )  # fmt: skip
-        got = torch.zeros_like(problem.x), torch.zeros_like(problem.W)
-        problem.x.grad = problem.W.grad = None
-        C.backward()
-        got = (problem.x.grad, problem.W.grad)
+    monkeypatch.setattr("nnce.labels.checkpoint_stage", lambda: None)
+    C = checkpoint.checkpoint(
+        linear_sigmoid_cross_entropy, problem.x, problem.W, target, use_reentrant=False
+    )
+    hold(C, eager(problem.x, problem.W, y), (problem.x, problem.W))
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_hooks_unpack_each_saved_tensor_once_a_backward(reduction):
+    problem, unpacked = Problem(), []
+
+    def unpack(tensor):
+        unpacked.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        C = linear_sigmoid_cross_entropy(
+            problem.x, problem.W, problem.targets["index"][0], reduction=reduction
+        ).sum()
+    for _ in range(2):
+        C.backward(retain_graph=True)
+        assert len(unpacked) == 2  # x and W
+        unpacked.clear()
+
+
+CHANGED = ("index", "column", "dense", "soft", "weight", "pos_weight", "example_weight")
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+@pytest.mark.parametrize(("backend", "create_graph"), [(None, 0), (None, 1), ("eager", 0)])
+def test_what_changed_in_place_is_not_read_again(changed, backend, create_graph):
+    """It raises where the blocks are walked again, and only there."""
+
+    def loss(reduction):
+        problem = Problem()
+        kind = changed if changed in problem.targets else "index"
+        target, y = problem.targets[kind]
+        options = {name: getattr(problem, name) for name in CHANGED[-3:]}
+        if changed == "column":  # a part of the tensor that is changed
+            target = target[:, 1]
+            y = torch.eye(34, 33, dtype=y.dtype)[target % 34]
+
+        def compute(x, W):
+            return linear_sigmoid_cross_entropy(x, W, target, reduction=reduction, **options)
+
         inputs = (problem.x, problem.W)
-        torch.testing.assert_close(got, torch.autograd.grad(eager(*inputs, y), inputs))
+        expected = torch.autograd.grad(eager(*inputs, y, reduction="sum", **options), inputs)
+        compute = torch.compile(compute, backend=backend) if backend else compute
+        C = compute(*inputs)
+        if changed in options:
+            options[changed].mul_(2)
+        elif changed == "soft":
+            target.values.mul_(0.5)
+        else:
+            problem.targets["index" if changed == "column" else changed][0].zero_()
+        return C, inputs, expected
+
+    C, inputs, expected = loss("sum")
+    got = torch.autograd.grad(C, inputs, retain_graph=True, create_graph=create_graph)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="changed in place after the forward"):
+        torch.autograd.grad(C, inputs)
+    C, inputs, _ = loss("none")
+    with pytest.raises(RuntimeError, match="changed in place after the forward"):
+        torch.autograd.grad(C.sum(), inputs)
+
+
+def test_targets_of_inference_mode():
+    with torch.inference_mode():
+        target = torch.arange(7)
+    problem = Problem()
+    C = linear_sigmoid_cross_entropy(problem.x, problem.W, target, reduction="none")
+    hold(
+        C,
+        eager(problem.x, problem.W, torch.eye(7, 33).double(), reduction="none"),
+        problem.inputs[:2],
+    )
 
 
 def test_autocast_multiplies_in_its_dtype_and_keeps_float32():
@@ -490,12 +600,126 @@ def test_compiled_models_have_the_same_numbers(kind, reduction):
     torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["CSR", "COO", "hybrid COO"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_sparse_targets_of_compiled_models(kind, backend):
+    """Of which PyTorch makes a break in the graph."""
+    problem = Problem()
+    target, y = problem.targets[kind]
+    compiled = torch.compile(linear_sigmoid_cross_entropy, backend=backend)
+    C = compiled(problem.x, problem.W, target)
+    hold(C, eager(problem.x, problem.W, y), (problem.x, problem.W))
+
+
+class Layer(torch.nn.Module):
+    """A loss over its own targets."""
+
+    def __init__(self, reduction="batchmean"):
+        super().__init__()
+        problem = Problem()
+        index, self.y = problem.targets["index"]
+        self.layer = LinearSigmoidCrossEntropyLoss(
+            5, 33, weight=problem.weight, reduction=reduction, dtype=torch.float64
+        )
+        self.register_buffer("target", index)
+
+    def forward(self, x):
+        return self.layer(x, self.target)
+
+    def by_pytorch(self, x):
+        layer = self.layer
+        return eager(
+            x, layer.weight, self.y, layer.bias, layer.label_weight, reduction=layer.reduction
+        )
+
+    def operator(self, x, version=2):
+        """Through torch.ops."""
+        rows = torch.arange(7).repeat_interleave(3)
+        layer = self.layer
+        return torch.ops.nnce.linear_sigmoid_cross_entropy(
+            x, layer.weight, layer.bias, None, rows, self.target.reshape(21), None, False,
+            layer.label_weight, None, 0.0, None, layer.reduction, None, torch.float64, None,
+            version,
+        )  # fmt: skip
+
+
+def exported(layer, needs_gradient):
+    x = torch.zeros(7, 5, dtype=torch.float64, requires_grad=needs_gradient)
+    return torch.export.export(layer, (x,)).module()
+
+
+FORMS = {
+    "compiled": lambda layer: torch.compile(layer, backend="eager"),
+    "exported": lambda layer: exported(layer, False),
+    "exported for a gradient": lambda layer: exported(layer, True),
+    "operator": lambda layer: layer.operator,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_every_form_has_the_first_derivatives(form, reduction):
+    layer = Layer(reduction)
+    compute = FORMS[form](layer)
+    for needs_gradient in (True, False):
+        x = Problem().x.detach().requires_grad_(needs_gradient)
+        inputs = [*([x] if needs_gradient else []), layer.layer.weight, layer.layer.bias]
+        hold(compute(x), layer.by_pytorch(x), inputs)
+    with torch.no_grad():
+        assert not compute(x).requires_grad
+
+
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_form_refuses_the_other_derivatives(form, reduction, frozen):
+    layer = Layer(reduction)
+    layer.layer.requires_grad_(not frozen)
+    compute = layer if form == "plain" else FORMS[form](layer)
+    x = Problem().x.detach().requires_grad_()
+    factor = torch.tensor(2.0, dtype=x.dtype, requires_grad=True)
+    (gradient,) = torch.autograd.grad((factor * compute(x)).sum(), x, create_graph=True)
+    for other in (x, factor, *([] if frozen else layer.layer.parameters())):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(gradient.square().sum(), other, retain_graph=True)
+    x = x.detach()
+    with pytest.raises(RuntimeError, match=r"forward-mode|the jvp function"):
+        torch.func.jvp(compute, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward-mode|the jvp func"):
+        compute(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("form", ["eager", "operator"])
+def test_no_derivatives_by_weights_and_targets(form):
+    layer = Layer()
+    W, weight, x = layer.layer.weight, layer.layer.label_weight, Problem().x.detach()
+
+    def compute(weight):
+        if form == "eager":
+            return linear_sigmoid_cross_entropy(x, W, layer.target, weight=weight)
+        layer.layer.label_weight = weight
+        return layer.operator(x)
+
+    with pytest.raises(ValueError, match=r"need.* no gradient"):
+        compute(weight.clone().requires_grad_())
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(compute, (weight,), (weight,))
+
+
 def test_export():
     problem = Problem(dtype=torch.float32)
     layer = LinearSigmoidCrossEntropyLoss(5, 33)
     arguments = (problem.x.detach(), problem.targets["index"][0])
-    exported = torch.export.export(layer, arguments)
-    assert torch.equal(exported.module()(*arguments), layer(*arguments))
+    program = torch.export.export(layer, arguments)
+    for form in (program, program.run_decompositions()):
+        assert torch.equal(form.module()(*arguments), layer(*arguments))
+
+
+def test_models_of_an_older_export_are_refused():
+    """Their calls have no version: PyTorch reads a file's arguments by name, the known ones."""
+    layer = Layer()
+    with pytest.raises(RuntimeError, match="an older nnce exported: export it again"):
+        layer.operator(Problem().x, version=0)
 
 
 def test_any_optimiser_trains_it():
@@ -576,7 +800,16 @@ def test_the_module_is_the_function():
     assert torch.equal(layer(problem.x, target, problem.example_weight), expected)
     assert {"weight", "bias"} == {name for name, _ in layer.named_parameters()}
     linear = torch.nn.Linear(5, 33, dtype=torch.float64)
-    layer.load_state_dict(linear.state_dict(), strict=False)
+    layer.load_state_dict(linear.state_dict())
+    assert torch.equal(layer.label_weight, problem.weight)
+    again = LinearSigmoidCrossEntropyLoss(
+        5, 33, weight=problem.weight + 1, pos_weight=problem.pos_weight + 1, dtype=torch.float64
+    )
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.label_weight, problem.weight)
+    assert torch.equal(again.pos_weight, problem.pos_weight)
+    with pytest.raises(RuntimeError, match=r"Missing key.*bias"):
+        layer.load_state_dict({"weight": linear.weight})
     torch.testing.assert_close(layer.logits(problem.x), linear(problem.x))
 
 
@@ -732,6 +965,20 @@ def test_topk_merges_the_shards(processes_found):
         for k in (1, 6, sum(SHARDS)):
             got, labels = found["topk", k]
             assert torch.equal(got, z[:, :k]) and torch.equal(labels, order[:, :k])
+
+
+def test_topk_and_logits_after_fully_shard(processes_found):
+    """The gradients are the processes' mean, as after a forward."""
+    from processes import WORLD, labels_problem, x_of
+
+    _, W, b, *_ = labels_problem()
+    W.requires_grad_(), b.requires_grad_()
+    z = [x_of(rank) @ W.T + b for rank in range(WORLD)]
+    gradients = torch.autograd.grad(sum(each.square().sum() for each in z) / WORLD, (W, b))
+    for mine, found in zip(z, processes_found, strict=True):
+        best, labels = mine.detach().topk(4)
+        expected = (mine.detach(), best, labels, *gradients)
+        torch.testing.assert_close(found["sharded"], expected)
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils.checkpoint import checkpoint
 
 from nnce import pair_sigmoid_cross_entropy
 
@@ -113,6 +114,43 @@ def test_float16_over_many_processes(processes_found):
         true = (by_x[mine], by_y[mine], *both)
         for g, t in zip(found["half pairs"], true, strict=True):
             assert (g.double() - t).norm() <= 2**-10 * t.norm()
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone, for which the pairs go around the ring once."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_checkpoint_twice_over_one_graph(group, grouped, reduction):
+    inputs = problem(9)
+    options = {"reduction": reduction, "group": group if grouped else None}
+    C = checkpoint(pair_sigmoid_cross_entropy, *inputs, use_reentrant=False, **options)
+    upstream = torch.linspace(-1, 2, C.numel(), dtype=C.dtype).view_as(C)
+    expected = torch.autograd.grad(siglip(*inputs, reduction=reduction), inputs, upstream)
+    for _ in range(2):
+        got = torch.autograd.grad(C, inputs, upstream, retain_graph=True)
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_hooks_unpack_each_saved_tensor_once(group, grouped):
+    inputs, unpacked = problem(9), []
+
+    def unpack(tensor):
+        unpacked.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.view_as(t), unpack):
+        C = pair_sigmoid_cross_entropy(*inputs, reduction="none", group=group if grouped else None)
+    C.sum().backward()
+    assert len({id(t) for t in unpacked}) == len(unpacked)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
