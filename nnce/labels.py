@@ -570,13 +570,26 @@ def linear_sigmoid_cross_entropy(
     example_weight = _check_weight("example_weight", example_weight, n, input.device)
     inputs = (input, linear_weight, linear_bias)
     options = Options(None, weight, pos_weight, float(label_smoothing))
-    rest = (example_weight, reduction, block, product_dtype, check_values)
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
-        operands = _Operands(*targets, *options[1:], *rest, _VERSION)
+        operands = _Operands(
+            *targets,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=options.label_smoothing,
+            example_weight=example_weight,
+            reduction=reduction,
+            block=block,
+            product_dtype=product_dtype,
+            check_values=check_values,
+            version=_VERSION,
+        )
         return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(*inputs, *operands))
-    task = _Task(targets, options, *rest, group, offset, num_labels)
+    task = _Task(
+        *(targets, options, example_weight, reduction, block, product_dtype, check_values),
+        *(group, offset, num_labels),
+    )
     if input.is_meta:
         shape = (n,) if reduction == "none" else ()
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
