@@ -472,7 +472,7 @@ def _bytes_of_a_label(n: int, features: int, product_dtype: torch.dtype) -> int:
     rows = min(n, examples_at_a_time(n))
     if wide == product_dtype.itemsize:
         return rows * wide
-    return rows * (wide + product_dtype.itemsize) + 2 * features * product_dtype.itemsize
+    return rows * (wide + product_dtype.itemsize) + 2 * features * wide
 
 
 def memory(
@@ -496,16 +496,16 @@ def memory(
     total = wide * (numbers + 3 * min(numbers, max(_CHUNK, block))) + n * (16 + wide)
     of_dx = max(wide - dtype.itemsize, 0) * n * features  # in float32 until dC is known
     if size == wide:  # and MKL's packed factors, which it keeps
-        return total + of_dx + wide * (3 * rows * features // 2 + 300_000)
+        return total + of_dx + wide * (3 * rows * features // 2 + 400_000)
     total += size * numbers + 4 * _CHUNK  # the products' factor, and a chunk that is converted
     if dtype != product_dtype:
         total += size * features * (n + block)
-    product = features * rows
-    if n > rows or dtype != product_dtype:
-        product = max(product, features * block)
     if n > rows and dtype.itemsize < wide:
-        total += wide * features * block
-    return max(total + size * product + of_dx, wide * n * features)
+        total += wide * features * block  # the sum
+    # PyTorch's own buffer for a product in half precision, and the product unless it is dW itself.
+    copied = n > rows or dtype != product_dtype
+    product = features * max((wide + size * copied) * block, (wide + size) * rows)
+    return max(total + product + of_dx, wide * n * features)
 
 
 _Listed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
