@@ -569,27 +569,16 @@ def linear_sigmoid_cross_entropy(
     pos_weight = _check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = _check_weight("example_weight", example_weight, n, input.device)
     inputs = (input, linear_weight, linear_bias)
-    options = Options(None, weight, pos_weight, float(label_smoothing))
+    operands = _Operands(
+        *targets,
+        *(weight, pos_weight, float(label_smoothing), example_weight, reduction),
+        *(block, product_dtype, check_values, _VERSION),
+    )
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
-        operands = _Operands(
-            *targets,
-            weight=weight,
-            pos_weight=pos_weight,
-            label_smoothing=options.label_smoothing,
-            example_weight=example_weight,
-            reduction=reduction,
-            block=block,
-            product_dtype=product_dtype,
-            check_values=check_values,
-            version=_VERSION,
-        )
         return cast(Tensor, getattr(torch.ops.nnce, _OPERATOR)(*inputs, *operands))
-    task = _Task(
-        *(targets, options, example_weight, reduction, block, product_dtype, check_values),
-        *(group, offset, num_labels),
-    )
+    task = operands.task(num_labels)._replace(group=group, offset=offset)
     if input.is_meta:
         shape = (n,) if reduction == "none" else ()
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
