@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nnce import LinearSigmoidCrossEntropyLoss, Positives, blocks
+from nnce import LinearSigmoidCrossEntropyLoss, Positives
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.timing import resident
+from nnce.labels import blocks
 
 BEST = (1, 3, 5)
 """How many of the best labels precision and nDCG look at."""

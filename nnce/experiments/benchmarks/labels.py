@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnce import blocks
 from nnce.experiments.timing import Timing, in_turns, peak_memory
-from nnce.labels import linear_sigmoid_cross_entropy
+from nnce.labels import blocks, linear_sigmoid_cross_entropy
 
 
 class Work(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from nnce import functional
 from nnce.checks import Composability, check_composability
 from nnce.labels import linear_sigmoid_cross_entropy
-from nnce.pairs import pair_sigmoid_cross_entropy
+from nnce.labels.pairs import pair_sigmoid_cross_entropy
 
 _F = torch.nn.functional
 

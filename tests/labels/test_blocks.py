@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nnce import blocks
+from nnce.labels import blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

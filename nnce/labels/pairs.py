@@ -21,19 +21,17 @@ from nnce._arguments import (
     plain,
     shape_of,
 )
-from nnce.blocks import Options, Wants, default_block, multiplied, walk
 from nnce.functional import Reduction
-from nnce.labels import (
+from nnce.labels.blocks import Options, Wants, default_block, multiplied, walk
+from nnce.labels.function import (
     Kind,
-    check_layer,
     checkpoint_stage,
-    gathered_sizes,
-    handed_over,
+    consume_gradients,
     keep_for_backward,
-    linear_sigmoid_cross_entropy,
     placeholders,
 )
-from nnce.positives import Targets
+from nnce.labels.linear import check_layer, gathered_sizes, linear_sigmoid_cross_entropy
+from nnce.labels.positives import Targets
 
 if TYPE_CHECKING:  # not every build of PyTorch has it
     from torch.distributed import ProcessGroup
@@ -144,9 +142,9 @@ class _Ring(NamedTuple):
         wants: Sequence[bool],
         wants_value: bool,
     ) -> tuple[Tensor | None, ...]:
-        """C and the gradients with respect to x, y, scale and bias, and None for `handed_over`.
+        """C and the gradients with respect to x, y, scale and bias, in float32 at least.
 
-        For an upstream gradient of C or of 1, in float32 at least.
+        For an upstream gradient of C or of 1. The last item, None, is the unit of dW.
         """
         wants_x, wants_y, wants_scale, wants_bias = wants
         rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
@@ -264,4 +262,4 @@ class _AroundTheRing(Function):
             x, y, scale, bias = inputs
             return ring.run(x, y, scale, bias, dC, needed, False)[1:]
 
-        return (*handed_over(ctx, upstream[0], anew), None, None)
+        return (*consume_gradients(ctx, upstream[0], anew), None, None)

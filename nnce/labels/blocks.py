@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nnce import rules
-from nnce.positives import Targets
+from nnce.labels.positives import Targets
 
 # ----------------------------------------------------------------------------- one block's rules
 

@@ -1,0 +1,18 @@
+"""Losses over very many labels, in memory that does not grow with their number.
+
+May import the notes' files and `kernels`.
+"""
+
+from nnce.labels.layer import LinearSigmoidCrossEntropyLoss
+from nnce.labels.linear import linear_sigmoid_cross_entropy
+from nnce.labels.pairs import pair_sigmoid_cross_entropy
+from nnce.labels.positives import Positives
+from nnce.labels.sampled import sampled_sigmoid_cross_entropy
+
+__all__ = [
+    "LinearSigmoidCrossEntropyLoss",
+    "Positives",
+    "linear_sigmoid_cross_entropy",
+    "pair_sigmoid_cross_entropy",
+    "sampled_sigmoid_cross_entropy",
+]

@@ -1,0 +1,351 @@
+"""The loss of many labels as an autograd Function: gradients are made in the forward.
+
+They are made for an upstream gradient of 1, by walking the labels block by block. The backward
+scales them in place, once; a second backward, and one whose upstream gradient is not the same for
+all examples, walks the blocks again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from nnce import rules
+from nnce._arguments import in_unit_interval, some_of
+from nnce.functional import Reduction
+from nnce.labels.blocks import (
+    Options,
+    Wants,
+    default_block,
+    has_unit,
+    multiplied,
+    multiply_inplace,
+    walk,
+)
+from nnce.labels.positives import Targets
+
+if TYPE_CHECKING:  # not every build of PyTorch has it
+    from torch.distributed import ProcessGroup
+
+
+class Task(NamedTuple):
+    """Everything but x, W and b."""
+
+    targets: Targets
+    options: Options
+    example_weight: Tensor | None
+    reduction: Reduction
+    block: int | None
+    product_dtype: torch.dtype
+    check_values: bool | None
+    group: "ProcessGroup | None"
+    offset: int
+    """The number of this process's first label."""
+    num_labels: int
+    """Of all processes."""
+
+    def check(self) -> None:
+        """Look at the values: on a CPU always, on CUDA only if asked, without waiting.
+
+        Raises:
+            ValueError: a label is out of range, a target not in [0, 1] or a weight negative. (On
+                CUDA a RuntimeError, some time later.)
+        """
+        labels = self.targets.labels
+        if labels is not None and len(labels) and self._looks_at(labels):
+            there = ((labels >= -1) & (labels < self.num_labels)).all()
+            self._hold(
+                there,
+                lambda: (
+                    f"expected labels from 0 to {self.num_labels - 1}, or -1 for none, got "
+                    f"{some_of(labels[(labels < -1) | (labels >= self.num_labels)])}"
+                ),
+            )
+        for soft in (self.targets.dense, self.targets.values):
+            if soft is None or not soft.is_floating_point() or not soft.numel():
+                continue
+            if self._looks_at(soft):
+                self._hold(
+                    in_unit_interval(_extremes(soft)).all(),
+                    lambda soft=soft: (
+                        f"expected target in [0, 1], got {some_of(soft[~in_unit_interval(soft)])}"
+                    ),
+                )
+        for name, weight in (
+            ("weight", self.options.weight),
+            ("pos_weight", self.options.pos_weight),
+            ("example_weight", self.example_weight),
+        ):
+            if weight is not None and self._looks_at(weight):
+                self._hold(
+                    (weight >= 0).all(),
+                    lambda name=name, weight=weight: (
+                        f"expected {name} of at least 0, got {some_of(weight[~(weight >= 0)])}"
+                    ),
+                )
+
+    def _looks_at(self, tensor: Tensor) -> bool:
+        return bool(self.check_values) if tensor.is_cuda else self.check_values is not False
+
+    def _hold(self, true: Tensor, sentence: Any) -> None:
+        if true.is_cuda:
+            torch._assert_async(true)
+        elif not bool(true):
+            raise ValueError(sentence())
+
+    def run(
+        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        """C and the gradients with respect to x, W and b, for an upstream gradient of C or of 1.
+
+        The gradients are those of `nnce.labels.blocks.Walk`; `multiplied` rounds them to the
+        dtypes of the inputs.
+        """
+        n = len(x)
+        factor = x.new_ones(n, dtype=torch.float64) / self._denominator(n)
+        if upstream is not None:
+            factor = factor * upstream
+        if self.example_weight is not None:
+            factor = factor * self.example_weight
+        block = self.block or default_block(n, len(W), x.shape[1], self.product_dtype)
+        targets = self.targets
+        if targets.labels is not None and self.offset:
+            labels = targets.labels
+            targets = targets._replace(labels=(labels - self.offset).where(labels >= 0, -1))
+        C, dx, *others = walk(
+            *(x, W, targets, self.options._replace(b=b), factor),
+            *(min(block, max(len(W), 1)), self.product_dtype, wants),
+        )
+        if self.group is not None:
+            for total in (C, dx):
+                if total is not None:
+                    torch.distributed.all_reduce(total, group=self.group)
+        if C is not None:
+            C = self._reduced(C)
+        return C, dx, *others
+
+    def constants(self) -> list[Tensor]:
+        """The targets and weights, which have no gradients."""
+        found = (*self.targets[:4], *self.options[1:3], self.example_weight)
+        return [t for t in found if isinstance(t, Tensor)]
+
+    def _denominator(self, n: int) -> int:
+        return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
+
+    def _reduced(self, C: Tensor) -> Tensor:
+        n = len(C)
+        if self.example_weight is not None:
+            C = rules.weighted(self.example_weight, C)
+        if self.reduction != "none":
+            C = C.sum() / self._denominator(n)
+        return C.to(self.value_dtype)
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Of C: float32 at least."""
+        return torch.promote_types(self.product_dtype, torch.float32)
+
+
+def _extremes(values: Tensor) -> Tensor:
+    """The least and the largest value, or NaN if there is one.
+
+    By parts, because aminmax copies a tensor that is not contiguous; it does not know float8.
+    """
+    parts = [(t if t.itemsize > 1 else t.half()).aminmax() for t in values.chunk(64)]
+    return torch.stack([end for part in parts for end in part])
+
+
+class _Once(Function):
+    """The identity, whose derivative is refused: a gradient that has none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        raise RuntimeError(
+            "a loss that is walked block by block has no second derivatives: for those, take "
+            "nnce.sigmoid_cross_entropy of nnce.linear"
+        )
+
+
+class Evaluation(Protocol):
+    """Everything that a loss needs besides x, W and b: a `Task`, or an operator's operands."""
+
+    @property
+    def reduction(self) -> Reduction: ...  # noqa: D102
+
+    @property
+    def product_dtype(self) -> torch.dtype: ...  # noqa: D102
+
+    def check(self) -> None:
+        """Raise unless the values of targets and weights make sense."""
+
+    def constants(self) -> list[Tensor]:
+        """The targets and weights, which have no gradients."""
+
+    def run(
+        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        """C and the gradients with respect to x, W and b."""
+
+
+class BlockByBlock(Function):
+    """Equations 1, 3, 5, 6 and 7 in the forward; the backward scales, or walks anew."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, W: Tensor, b: Tensor | None, task: Evaluation, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        """C, and the gradients for an upstream gradient of 1."""
+        task.check()
+        value_only = Wants(True, False, False, False)
+        if task.reduction == "none":
+            return task.run(x, W, b, None, value_only)
+        if checkpoint_stage() == "forward":
+            C = task.run(x, W, b, None, value_only)[0]
+            return C, *placeholders(x, gradient_kinds(x, W, task.product_dtype, wants))
+        return task.run(x, W, b, None, wants)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Keep what the backward needs."""
+        x, W, b, ctx.task, _ = inputs
+        made = () if ctx.task.reduction == "none" else output[1:]
+        keep_for_backward(ctx, (x, W, b), made, ctx.task.constants())
+        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        """The gradients, scaled by the upstream gradient of C."""
+
+        def anew(
+            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
+        ) -> tuple[Tensor | None, ...]:
+            task: Evaluation = ctx.task
+            x, W, b = inputs
+            return task.run(x, W, b, dC, Wants(False, *needed))[1:]
+
+        return (*consume_gradients(ctx, upstream[0], anew), None, None)
+
+
+def checkpoint_stage() -> str | None:
+    """Tell the two runs of a `torch.utils.checkpoint(use_reentrant=False)` apart.
+
+    PyTorch has no public function for this, but the hooks of the two have different names. Where a
+    version of PyTorch has other names, the gradients are computed in both.
+
+    Returns:
+        "forward", "recomputation", or None outside a checkpoint.
+    """
+    stages = {"_checkpoint_hook": "forward", "_recomputation_hook": "recomputation"}
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None or torch.compiler.is_compiling():
+        return None
+    if not all(hasattr(torch.utils.checkpoint, name) for name in stages):
+        return None
+    pack: Any = (top(False) or (None,))[0]
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return None
+    return stages.get(pack.__qualname__.partition(".")[0])
+
+
+Kind = tuple[Sequence[int], torch.dtype]
+"""Shape and dtype of a tensor that the forward makes for the backward."""
+
+
+def gradient_kinds(
+    x: Tensor, W: Tensor, product_dtype: torch.dtype, wants: Wants
+) -> list[Kind | None]:
+    """The kinds of dx, dW, db and the unit of dW that a walk returns."""
+    dtype = torch.promote_types(product_dtype, torch.float32)
+    return [
+        (x.shape, dtype) if wants.dx else None,
+        (W.shape, W.dtype) if wants.dW else None,
+        (W.shape[:1], dtype) if wants.db else None,
+        (W.shape[:1], torch.float32) if has_unit(W, wants) else None,
+    ]
+
+
+def placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | None]:
+    """Tensors of these kinds, without their memory, for a checkpoint to compare with."""
+    return [
+        None if kind is None else like.new_empty((), dtype=kind[1]).expand(kind[0])
+        for kind in kinds
+    ]
+
+
+def keep_for_backward(
+    ctx: Any,
+    inputs: Sequence[Tensor | None],
+    made: Sequence[Tensor | None],
+    constants: Sequence[Tensor] = (),
+) -> None:
+    """Save what `consume_gradients` needs: the inputs, and gradients made in the forward.
+
+    The constants are tensors without a gradient that a second walk reads.
+    """
+    checkpointed = checkpoint_stage() is not None
+    # A checkpoint hands the recomputation's gradients to the backward as saved tensors.
+    ctx.save_for_backward(*inputs, *(made if checkpointed else ()))
+    ctx.made = [] if checkpointed or not made else [made]
+    ctx.num_inputs = len(inputs)
+    ctx.versions = [(t, t._version) for t in constants if not t.is_inference()]
+    ctx.set_materialize_grads(False)
+
+
+def consume_gradients(
+    ctx: Any, dC: Tensor | None, anew: Callable[..., tuple[Tensor | None, ...]]
+) -> list[Tensor | None]:
+    """The gradients made in the forward, scaled, the first time; else those of a walk anew."""
+    needed = ctx.needs_input_grad[: ctx.num_inputs]
+    if dC is None:
+        return [None for _ in needed]
+    saved = ctx.saved_tensors  # read once: hooks unpack at each read, and a checkpoint raises
+    inputs, recomputed = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
+    if not ctx.made and any(t._version != version for t, version in ctx.versions):
+        raise RuntimeError(
+            "a target or weight of the loss was changed in place after the forward, and this "
+            "backward has to read it again: pass a clone to the loss"
+        )
+    with torch.no_grad():
+        if ctx.made or recomputed:
+            *made, unit = ctx.made.pop() if ctx.made else recomputed
+            upstream: Tensor | None = dC
+        else:
+            (*made, unit), upstream = anew(inputs, dC, needed), None
+        units = (None, unit, None, None)
+        gradients = [
+            None if gradient is None or not wanted else _scaled(gradient, like.dtype, upstream, of)
+            for gradient, like, wanted, of in zip(made, inputs, needed, units, strict=False)
+        ]
+        del made, recomputed, saved  # the optimizer's .grad takes over what nothing else refers to
+    if torch.is_grad_enabled():  # someone may want to differentiate the gradients
+        gradients = [None if t is None else _Once.apply(t, dC, *inputs) for t in gradients]
+    return gradients
+
+
+def _scaled(gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None) -> Tensor:
+    # In place, but for torch.func, whose gradients may be batched.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    batched = wrapped(gradient) or (dC is not None and wrapped(dC))
+    return (multiplied if batched else multiply_inplace)(gradient, dtype, dC, unit)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError if one is differentiated in forward mode."""
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "a loss that is walked block by block has no forward-mode derivatives: for those, "
+                "take nnce.sigmoid_cross_entropy of nnce.linear"
+            )

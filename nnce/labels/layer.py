@@ -1,0 +1,264 @@
+"""A linear layer and its cross-entropy as a module, with its largest logits."""
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nnce._arguments import (
+    check_block,
+    check_label_smoothing,
+    check_reduction,
+    check_size,
+    is_number,
+    is_size,
+    plain,
+    some_of,
+)
+from nnce.functional import Reduction, linear
+from nnce.labels.blocks import (
+    default_block,
+    examples_at_a_time,
+)
+from nnce.labels.linear import (
+    check_layer,
+    check_weight,
+    gathered_sizes,
+    linear_sigmoid_cross_entropy,
+    shard,
+)
+from nnce.labels.positives import Target
+
+if TYPE_CHECKING:  # not every build of PyTorch has it
+    from torch.distributed import ProcessGroup
+
+
+class LinearSigmoidCrossEntropyLoss(nn.Module):
+    """A last layer for many labels and its loss: `linear_sigmoid_cross_entropy`.
+
+    Args:
+        in_features: features of an example, at least 1.
+        num_labels: at least 1; with a group, of this process's own.
+        bias: whether there is a bias b.
+        prior: the share of positives in (0, 1) from which b starts, as ln(prior / (1 − prior)):
+            with many labels the first steps would only say that nearly all targets are 0. b starts
+            from 0 if None. (Lin et al., Focal loss for dense object detection, 2017, §3.3.)
+        weight, pos_weight: of the loss, [num_labels]; buffers `label_weight` and `pos_weight`,
+            since `weight` is the layer's.
+        label_smoothing, reduction, block, group: as for `linear_sigmoid_cross_entropy`.
+        generator: where the random numbers come from; PyTorch's global generator if None.
+        device, dtype: of the parameters.
+
+    The parameters are `weight` W [num_labels, in_features], from N(0, 1/in_features), and `bias` b
+    [num_labels], or None, named as those of `torch.nn.Linear`, whose `state_dict` it loads.
+
+    Shape: x [n, in_features] and a target as for `linear_sigmoid_cross_entropy` -> one number, or
+        [n] for "none".
+
+    Raises:
+        TypeError, ValueError: sizes or options make no sense, or a weight is negative.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    label_weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        bias: bool = True,
+        *,
+        prior: float | None = None,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        label_smoothing: float = 0,
+        reduction: Reduction = "batchmean",
+        block: int | None = None,
+        group: "ProcessGroup | None" = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Check the options, and make and draw the parameters."""
+        super().__init__()
+        in_features = check_size("in_features", in_features)
+        num_labels = check_size("num_labels", num_labels)
+        if prior is not None:
+            if not (is_number(prior) and 0 < prior < 1):
+                raise ValueError(f"expected prior between 0 and 1, got {prior!r}")
+            prior = plain(prior)
+        check_reduction(reduction)
+        self.in_features, self.num_labels, self.prior = in_features, num_labels, prior
+        self.label_smoothing, self.reduction = check_label_smoothing(label_smoothing), reduction
+        self.block, self.group = check_block(block), group
+        self.weight = nn.Parameter(torch.empty(num_labels, in_features, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(num_labels, device=device, dtype=dtype)) if bias else None,
+        )
+        for buffer, name, tensor in (
+            ("label_weight", "weight", weight),
+            ("pos_weight", "pos_weight", pos_weight),
+        ):
+            tensor = check_weight(name, tensor, num_labels, self.weight.device, "the parameters")
+            if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
+                raise ValueError(f"expected {name} of at least 0, got {some_of(tensor)}")
+            self.register_buffer(buffer, tensor)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights anew, and set the biases."""
+        prior = 0.5 if self.prior is None else self.prior
+        with torch.no_grad():
+            self.weight.normal_(0, self.in_features**-0.5, generator=generator)
+            if self.bias is not None:
+                self.bias.fill_(math.log(prior / (1 - prior)))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Keep the weights of labels that a state_dict lacks, such as a `torch.nn.Linear`'s."""
+        for name in ("label_weight", "pos_weight"):
+            if getattr(self, name) is not None:
+                state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def forward(
+        self, input: Tensor, target: Target, example_weight: Tensor | None = None
+    ) -> Tensor:
+        """C of the examples and their targets."""
+        return linear_sigmoid_cross_entropy(
+            input,
+            self.weight,
+            target,
+            linear_bias=self.bias,
+            weight=self.label_weight,
+            example_weight=example_weight,
+            pos_weight=self.pos_weight,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            block=self.block,
+            group=self.group,
+        )
+
+    def logits(self, input: Tensor) -> Tensor:
+        """z of every label of this process, [n, num_labels]: as much memory as that takes."""
+        return linear(input, *self._whole())
+
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k labels of the largest z for each example, and their z: (z, labels), [n, k] each.
+
+        Block by block, without gradients: by z from the largest, and of equal ones the lower label
+        first. NaN counts as larger than all else, as in `torch.topk`. With a group the labels are
+        those of all processes, and every one of them gets the result.
+
+        Raises:
+            ValueError: k is not from 1 to the number of labels.
+        """
+        W, b = self._whole()
+        product_dtype = check_layer(input, W, b, ("input", "weight", "bias"))
+        offset, num_labels = shard(self.num_labels, input, self.group)
+        if not (is_size(k) and k <= num_labels):
+            raise ValueError(f"expected k from 1 to the {num_labels} labels, got {k!r}")
+        k = int(k)
+        with torch.no_grad():
+            best = [
+                _topk(rows, W, b, k, self.block, product_dtype)
+                for rows in input.split(examples_at_a_time(len(input)))
+            ]
+            z, labels = (torch.cat(parts) for parts in zip(*best, strict=True))
+            labels += offset
+            if self.group is None:
+                return z, labels
+            return _merged(z, labels, k, self.group)
+
+    def _whole(self) -> tuple[Tensor, Tensor | None]:
+        """W and b, gathered where `fully_shard` left each process with a part of them."""
+        return _gathered(self.weight), None if self.bias is None else _gathered(self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, and the options that are not the usual ones."""
+        unusual = {
+            "prior": (self.prior, None),
+            "label_smoothing": (self.label_smoothing, 0),
+            "block": (self.block, None),
+        }
+        return ", ".join(
+            [
+                f"in_features={self.in_features}, num_labels={self.num_labels}, "
+                f"bias={self.bias is not None}, reduction={self.reduction!r}",
+                *(
+                    f"{name}={value!r}"
+                    for name, (value, usual) in unusual.items()
+                    if value != usual
+                ),
+            ]
+        )
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """The whole of a `DTensor`, whose gradient is the processes' mean as after a forward."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial  # not in every build of PyTorch
+
+    mean = [Partial("avg")] * cast(DTensor, parameter).device_mesh.ndim
+    return cast(DTensor, parameter).full_tensor(grad_placements=mean)
+
+
+def _topk(
+    x: Tensor, W: Tensor, b: Tensor | None, k: int, block: int | None, product_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    block = block or default_block(len(x), len(W), x.shape[1], product_dtype)
+    x = x.to(product_dtype)
+    z_best = x.new_empty(len(x), 0, dtype=torch.promote_types(product_dtype, torch.float32))
+    best = z_best.new_empty(z_best.shape, dtype=torch.int64)
+    memory = x.new_empty(len(x) * min(block, len(W)))
+    for first in range(0, len(W), block):
+        labels = slice(first, min(first + block, len(W)))
+        width = labels.stop - first
+        z = memory[: len(x) * width].view(len(x), width)
+        torch.mm(x, W[labels].to(product_dtype).mT, out=z)
+        z = z.to(z_best.dtype)
+        if b is not None:
+            z += b[labels]
+        values, at = _first_of_the_largest(z, min(k, z.shape[1]))
+        # What came before has the lower labels: a stable sort keeps it in front.
+        z_best, order = torch.cat([z_best, values], 1).sort(dim=1, descending=True, stable=True)
+        best = torch.cat([best, at + first], 1).gather(1, order)
+        z_best, best = z_best[:, :k], best[:, :k]
+    return z_best, best
+
+
+def _first_of_the_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk` of each row, but of equal numbers the first ones, and in order."""
+    values, at = z.topk(min(k + 1, z.shape[1]), 1)
+    # The last and the first that is left out are alike: topk may have taken either.
+    last, next_one = values[:, k - 1], values[:, -1]
+    tied = (last == next_one) | (last.isnan() & next_one.isnan())
+    values, at = values[:, :k].contiguous(), at[:, :k].contiguous()
+    if z.shape[1] > k and bool(tied.any()):
+        ordered, where = z[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], at[tied] = ordered[:, :k], where[:, :k]
+    at, order = at.sort(1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, at.gather(1, order)
+
+
+def _merged(z: Tensor, labels: Tensor, k: int, group: "ProcessGroup") -> tuple[Tensor, Tensor]:
+    """The best of all processes, of each one's best."""
+    sizes = gathered_sizes(z.shape[1], z, group)
+    everyone = [z.new_empty(len(z), size) for size in sizes]
+    theirs = [labels.new_empty(len(z), size) for size in sizes]
+    for rank, (values, numbers) in enumerate(zip(everyone, theirs, strict=True)):
+        if rank == torch.distributed.get_rank(group):
+            values.copy_(z)
+            numbers.copy_(labels)
+        source = torch.distributed.get_global_rank(group, rank)
+        torch.distributed.broadcast(values, source, group=group)
+        torch.distributed.broadcast(numbers, source, group=group)
+    z, order = torch.cat(everyone, 1).sort(dim=1, descending=True, stable=True)
+    return z[:, :k], torch.cat(theirs, 1).gather(1, order)[:, :k]

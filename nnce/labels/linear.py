@@ -1,0 +1,209 @@
+"""A linear layer and its cross-entropy over very many labels, in flat memory."""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from nnce._arguments import (
+    check_alike,
+    check_block,
+    check_dense,
+    check_device,
+    check_label_smoothing,
+    check_reduction,
+    shape_of,
+)
+from nnce.functional import Reduction, autocast_dtype
+from nnce.labels.blocks import Wants
+from nnce.labels.function import BlockByBlock, refuse_tangents
+from nnce.labels.operator import OPERATOR, VERSION, Operands
+from nnce.labels.positives import Target, Targets, targets_of
+
+if TYPE_CHECKING:  # not every build of PyTorch has it
+    from torch.distributed import ProcessGroup
+
+
+def linear_sigmoid_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: Reduction = "batchmean",
+    block: int | None = None,
+    group: "ProcessGroup | None" = None,
+    check_values: bool | None = None,
+) -> Tensor:
+    """C of `sigmoid_cross_entropy(linear(x, W, b), y)`, whose z never exist as a whole.
+
+    z = x Wᵀ + b (equation 1), C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (3) and dz = (1−y) σ(z) −
+    y σ(−z) (5), of which the gradients by x, W and b are made (6, 7): three matrix products of n ×
+    features × labels, and a fourth for "none" and for a second backward over a retained graph.
+    Beyond the inputs and their gradients it takes the memory of one block. There are no second
+    derivatives, no forward mode and no vmap: each is refused.
+
+    Args:
+        input: x, [n, features].
+        linear_weight: W, [labels, features].
+        target: y, one of
+            - whole numbers [n] or [n, k]: the labels of each example, −1 for none. One that stands
+              twice counts once.
+            - `Positives`, or a `torch.sparse_csr` or `sparse_coo` tensor [n, labels]: any number of
+              labels for each example, and soft targets. All that is not there is 0.
+            - floating-point or boolean [n, labels]: every target.
+        linear_bias: b, [labels], or None for no bias.
+        weight: multiplies C label by label; [labels], or of a shape that broadcasts to it.
+        example_weight: multiplies C example by example; [n].
+        pos_weight: multiplies the term of y; as weight. There is no gradient by targets or by any
+            of these three.
+        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
+        reduction: "batchmean" divides the sum by n, "mean" by n × labels; "sum"; "none" is summed
+            over the labels, one number for each example, unlike `sigmoid_cross_entropy`'s.
+            Weights multiply, and do not count for a mean.
+        block: how many labels at a time; by default as many as fit the larger of 16 MB and a
+            twentieth of the parameters. Examples are taken by the thousand.
+        group: processes over which the labels are sharded in the order of the ranks, each with its
+            own rows of linear_weight, linear_bias, weight and pos_weight, and all with the same
+            input, target (label numbers and widths are those of all labels), example_weight and
+            upstream gradient. Each gets the whole value, its own rows' gradients, which are to stay
+            outside `DistributedDataParallel`, and the input's whole gradient. Where the input was
+            computed by every process alike, or gathered by `torch.distributed.nn.all_gather`, whose
+            backward adds up, DDP's averaging gives the gradient of one process; where each process
+            puts its own part into a gathered tensor without gradients, multiply by the world's
+            size.
+        check_values: whether to look at label numbers, targets and weights; by default on a CPU
+            only. On CUDA it is a device-side assertion, which does not wait.
+
+    Returns:
+        C: one number, or [n] for "none"; float32 at least, also under autocast, which does the
+        products in its dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices do not fit, an option makes no sense, a target or weight asks
+            for a gradient, a label is out of range, a target is not in [0, 1], or a weight is
+            negative.
+        RuntimeError: in a second derivative.
+    """
+    check_reduction(reduction)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    product_dtype = check_layer(input, linear_weight, linear_bias)
+    block = check_block(block)
+    n, own_labels = input.shape[0], linear_weight.shape[0]
+    offset, num_labels = shard(own_labels, input, group)
+    targets = targets_of(target, n, num_labels, input.device)
+    if group is not None:
+        targets = own_targets(targets, offset, own_labels)
+    weight = check_weight("weight", weight, own_labels, input.device)
+    pos_weight = check_weight("pos_weight", pos_weight, own_labels, input.device)
+    example_weight = check_weight("example_weight", example_weight, n, input.device)
+    inputs = (input, linear_weight, linear_bias)
+    operands = Operands(
+        *targets,
+        *(weight, pos_weight, float(label_smoothing), example_weight, reduction),
+        *(block, product_dtype, check_values, VERSION),
+    )
+    if torch.compiler.is_compiling():
+        if group is not None:
+            raise ValueError("expected no process group under torch.compile")
+        return cast(Tensor, getattr(torch.ops.nnce, OPERATOR)(*inputs, *operands))
+    task = operands.task(num_labels)._replace(group=group, offset=offset)
+    if input.is_meta:
+        shape = (n,) if reduction == "none" else ()
+        parts = sum(t.sum() * 0 for t in inputs if t is not None)
+        return (cast(Tensor, parts) + input.new_empty(shape)).to(task.value_dtype)
+    refuse_tangents(*task.constants())
+    wants = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
+    C, *_ = BlockByBlock.apply(*inputs, task, Wants(True, *wants))
+    return cast(Tensor, C)
+
+
+def check_layer(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
+) -> torch.dtype:
+    """Hold x, W and b to one another; the dtype of the products."""
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    product_dtype = autocast_dtype(x)
+    under_autocast = product_dtype is not None and x.dtype in low
+    if under_autocast:
+        for name, t in zip(names, (x, W, b), strict=True):
+            if t is not None:
+                if not isinstance(t, Tensor) or t.dtype not in low:
+                    kind = getattr(t, "dtype", type(t).__name__)
+                    raise TypeError(
+                        f"expected {name} in float32 or less under autocast, got {kind}"
+                    )
+                check_device(name, t, x.device, like=names[0])
+    else:
+        check_alike({names[0]: x, names[1]: W}, {names[2]: b})
+    if x.dim() != 2:
+        raise ValueError(f"expected {names[0]} of shape (n, features), got {shape_of(x)}")
+    if W.dim() != 2 or W.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"expected {names[1]} of shape (labels, {x.shape[1]}) to go with {names[0]} of shape "
+            f"{shape_of(x)}, got {shape_of(W)}"
+        )
+    if b is not None and b.shape != W.shape[:1]:
+        raise ValueError(
+            f"expected {names[2]} of shape ({W.shape[0]},) to go with {names[1]} of shape "
+            f"{shape_of(W)}, got {shape_of(b)}"
+        )
+    return cast(torch.dtype, product_dtype) if under_autocast else x.dtype
+
+
+def check_weight(
+    name: str, weight: Tensor | None, size: int, device: torch.device, like: str = "input"
+) -> Tensor | None:
+    """Return a weight that broadcasts to its labels or examples, expanded; raise otherwise."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(weight).__name__}")
+    check_dense(name, weight)
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"expected {name} of a floating-point dtype, got {weight.dtype}")
+    check_device(name, weight, device, like=like)
+    if weight.requires_grad:
+        raise ValueError(f"expected {name} that needs no gradient: none is computed by it")
+    if tuple(weight.shape) == (size,):
+        return weight
+    if name == "example_weight" or weight.dim() > 1 or weight.numel() != 1:
+        raise ValueError(f"expected {name} of shape ({size},), got {shape_of(weight)}")
+    return weight.expand(size)
+
+
+def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int, int]:
+    """The number of the first label here, and of all of them."""
+    if group is None:
+        return 0, own_labels
+    sizes = gathered_sizes(own_labels, x, group)
+    return sum(sizes[: torch.distributed.get_rank(group)]), sum(sizes)
+
+
+def gathered_sizes(own: int, x: Tensor, group: "ProcessGroup") -> list[int]:
+    """A number of each process, in the order of the ranks; x says on which device.
+
+    Raises:
+        TypeError: group is no process group.
+    """
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"expected group to be a process group, got {type(group).__name__}")
+    sizes = x.new_zeros(torch.distributed.get_world_size(group), dtype=torch.int64)
+    sizes[torch.distributed.get_rank(group)] = own
+    torch.distributed.all_reduce(sizes, group=group)
+    return cast(list[int], sizes.tolist())
+
+
+def own_targets(targets: Targets, offset: int, own_labels: int) -> Targets:
+    """The dense targets of this process's labels; lists keep the numbers of all."""
+    if targets.dense is None:
+        return targets
+    return targets._replace(dense=targets.dense[:, offset : offset + own_labels])

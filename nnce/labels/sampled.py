@@ -1,0 +1,112 @@
+"""The cross-entropy of positive labels and some sampled negative ones."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import embedding
+
+from nnce._arguments import check_device, check_reduction, check_whole, shape_of, some_of
+from nnce.functional import Reduction, linear, sigmoid_cross_entropy
+from nnce.labels.linear import check_layer, check_weight
+
+
+class _GatherBias(Function):
+    """b[rows], whose gradient is a `torch.sparse` tensor of those alone."""
+
+    @staticmethod
+    def forward(b: Tensor, rows: Tensor) -> Tensor:
+        return b[rows]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        b, ctx.rows = inputs
+        ctx.shape = b.shape
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (dz,) = upstream
+        rows = ctx.rows.reshape(1, -1)
+        return torch.sparse_coo_tensor(rows, dz.flatten(), ctx.shape, check_invariants=False), None
+
+
+def sampled_sigmoid_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    log_q: Tensor | None = None,
+    sparse: bool = False,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    """The cross-entropy of each example's positive labels and of some negative ones.
+
+    C = Σ softplus(−z) over the positives + Σ softplus(z) over the negatives, z = W x + b − ln q, of
+    the rows of W that are named and of no others. With ln q of the distribution that the negatives
+    were drawn from, z without it comes to estimate the log-odds of all labels (Mikolov et al.,
+    2013; Jean et al., 2015). A negative that is a positive of the example too counts as both.
+
+    Args:
+        input: x, [n, features].
+        linear_weight: W, [labels, features].
+        positives: label numbers [n] or [n, k], −1 for none.
+        negatives: label numbers, [m] for all examples or [n, m] for each; −1 for none.
+        linear_bias: b, [labels], or None for no bias.
+        log_q: ln q of each label, [labels], or None for 0; no gradient is computed by it.
+        sparse: whether the gradients of W and b are `torch.sparse` ones, of the rows named alone,
+            as those of `torch.nn.Embedding`; else they are as large as W and b.
+        reduction: "batchmean" divides the sum by n, "mean" by the number of labels that were named;
+            "sum"; "none" is summed over the labels, one number for each example.
+
+    Returns:
+        C: one number, or [n] for "none"; float32 at least. [n, m] negatives take n × m × features
+            of memory.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices do not fit, log_q asks for a gradient, or, on a CPU, a label
+            is out of range.
+    """
+    check_reduction(reduction)
+    check_layer(input, linear_weight, linear_bias)
+    n, num_labels = len(input), len(linear_weight)
+    for name, labels in (("positives", positives), ("negatives", negatives)):
+        check_whole(name, labels)
+        check_device(name, labels, input.device, like="input")
+        shared = name == "negatives" and labels.dim() == 1
+        if not shared and (labels.dim() not in (1, 2) or labels.shape[0] != n):
+            raise ValueError(
+                f"expected {name} of the {n} examples of input, got shape {shape_of(labels)}"
+            )
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
+            wrong = (labels < -1) | (labels >= num_labels)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"expected {name} from 0 to {num_labels - 1}, or -1 for none, got "
+                    f"{some_of(labels[wrong])}"
+                )
+    log_q = check_weight("log_q", log_q, num_labels, input.device)
+    positives = positives.long() if positives.dim() == 2 else positives.long()[:, None]
+    negatives = negatives.long()
+    wide = torch.promote_types(linear_weight.dtype, torch.float32)
+
+    def z_of(labels: Tensor) -> Tensor:
+        rows = labels.clamp(min=0)
+        W = embedding(rows, linear_weight, sparse=sparse)
+        z = linear(input, W) if labels.dim() == 1 else (W @ input[:, :, None])[:, :, 0]
+        z = z.to(wide)  # float16 ends at 65,504, and sums are soon above it
+        if linear_bias is not None:
+            z = z + (_GatherBias.apply(linear_bias, rows) if sparse else linear_bias.to(wide)[rows])
+        return z if log_q is None else z - log_q[rows]
+
+    z = torch.cat([z_of(positives), z_of(negatives)], 1)
+    named = torch.cat([positives, negatives.expand(n, -1)], 1) >= 0
+    y = torch.zeros_like(named, dtype=torch.int64)
+    y[:, : positives.shape[1]] = 1
+    C = sigmoid_cross_entropy(z, y.where(named, -100), ignore_index=-100, reduction="none")
+    if reduction == "none":
+        return C.sum(1)
+    return C.sum() / (named.sum() if reduction == "mean" else n if reduction == "batchmean" else 1)
