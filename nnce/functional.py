@@ -34,6 +34,7 @@ from nnce._arguments import (
     check_reduction,
     shape_of,
 )
+from nnce._torch_private import forward_mode_levels
 from nnce.losses import Loss
 
 Reduction = Literal["none", "sum", "mean", "batchmean"]
@@ -419,16 +420,10 @@ LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
 
 def _apply(function: type[Function], *arguments: Tensor | None) -> Tensor:
     if not torch.compiler.is_compiling():
-        if _forward_mode_levels() > 1:
+        if forward_mode_levels() > 1:
             return _PLAIN[function](*arguments)
         function = _WITH_JVP[function]
     return cast(Tensor, function.apply(*arguments))
-
-
-def _forward_mode_levels() -> int:
-    """How many of `torch.func`'s forward-mode transformations are active, one inside another."""
-    active = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in active)
 
 
 def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from nnce import rules
+from nnce import _torch_private, rules
 from nnce._arguments import in_unit_interval, some_of
+from nnce._torch_private import checkpoint_stage, is_functorch_tensor, version
 from nnce.functional import Reduction
 from nnce.labels.blocks import (
     Options,
@@ -91,7 +92,7 @@ class Task(NamedTuple):
 
     def _hold(self, true: Tensor, sentence: Any) -> None:
         if true.is_cuda:
-            torch._assert_async(true)
+            _torch_private.assert_later(true)
         elif not bool(true):
             raise ValueError(sentence())
 
@@ -238,27 +239,6 @@ class BlockByBlock(Function):
         return (*consume_gradients(ctx, upstream[0], anew), None, None)
 
 
-def checkpoint_stage() -> str | None:
-    """Tell the two runs of a `torch.utils.checkpoint(use_reentrant=False)` apart.
-
-    PyTorch has no public function for this, but the hooks of the two have different names. Where a
-    version of PyTorch has other names, the gradients are computed in both.
-
-    Returns:
-        "forward", "recomputation", or None outside a checkpoint.
-    """
-    stages = {"_checkpoint_hook": "forward", "_recomputation_hook": "recomputation"}
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None or torch.compiler.is_compiling():
-        return None
-    if not all(hasattr(torch.utils.checkpoint, name) for name in stages):
-        return None
-    pack: Any = (top(False) or (None,))[0]
-    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
-        return None
-    return stages.get(pack.__qualname__.partition(".")[0])
-
-
 Kind = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a tensor that the forward makes for the backward."""
 
@@ -299,7 +279,7 @@ def keep_for_backward(
     ctx.save_for_backward(*inputs, *(made if checkpointed else ()))
     ctx.made = [] if checkpointed or not made else [made]
     ctx.num_inputs = len(inputs)
-    ctx.versions = [(t, t._version) for t in constants if not t.is_inference()]
+    ctx.versions = [(t, version(t)) for t in constants if not t.is_inference()]
     ctx.set_materialize_grads(False)
 
 
@@ -312,7 +292,7 @@ def consume_gradients(
         return [None for _ in needed]
     saved = ctx.saved_tensors  # read once: hooks unpack at each read, and a checkpoint raises
     inputs, recomputed = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
-    if not ctx.made and any(t._version != version for t, version in ctx.versions):
+    if not ctx.made and any(version(t) != before for t, before in ctx.versions):
         raise RuntimeError(
             "a target or weight of the loss was changed in place after the forward, and this "
             "backward has to read it again: pass a clone to the loss"
@@ -336,8 +316,7 @@ def consume_gradients(
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None) -> Tensor:
     # In place, but for torch.func, whose gradients may be batched.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    batched = wrapped(gradient) or (dC is not None and wrapped(dC))
+    batched = is_functorch_tensor(gradient) or (dC is not None and is_functorch_tensor(dC))
     return (multiplied if batched else multiply_inplace)(gradient, dtype, dC, unit)
 
 

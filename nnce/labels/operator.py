@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from nnce import _torch_private
 from nnce.functional import Reduction
 from nnce.labels.blocks import Options, Wants, has_unit
 from nnce.labels.function import BlockByBlock, Task, gradient_kinds, refuse_tangents
@@ -120,9 +121,9 @@ def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *arguments: An
         raise ValueError("expected targets and weights that need no gradient: none is computed")
     wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, W, b)]
     if not any(wants):
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch_private.below_autograd():
             return cast(Tensor, getattr(torch.ops.nnce, OPERATOR)(x, W, b, *operands))
-    if torch._C._are_functorch_transforms_active():
+    if _torch_private.in_functorch_transform():
         raise NotImplementedError(
             "a compiled or exported loss that is walked block by block has no derivatives by "
             "torch.func: transform nnce.linear_sigmoid_cross_entropy itself"
@@ -136,7 +137,7 @@ def _walk_without_derivatives(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_tangents(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(f"nnce::{_WALK} has no derivatives: take those of nnce::{OPERATOR}")
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch_private.below_autograd():
         return cast(tuple[Tensor, ...], getattr(torch.ops.nnce, _WALK)(*arguments))
 
 

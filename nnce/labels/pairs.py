@@ -21,11 +21,11 @@ from nnce._arguments import (
     plain,
     shape_of,
 )
+from nnce._torch_private import checkpoint_stage
 from nnce.functional import Reduction
 from nnce.labels.blocks import Options, Wants, default_block, multiplied, walk
 from nnce.labels.function import (
     Kind,
-    checkpoint_stage,
     consume_gradients,
     keep_for_backward,
     placeholders,

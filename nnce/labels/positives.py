@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data._utils.collate import default_collate_fn_map
 
+from nnce import _torch_private
 from nnce._arguments import (
     check_dense,
     check_device,
@@ -259,7 +259,7 @@ def _collate(batch: Sequence[Positives], *, collate_fn_map: object = None) -> Po
 
 
 # PyTorch's documented way to extend `torch.utils.data.default_collate`.
-default_collate_fn_map[Positives] = _collate
+_torch_private.register_collate(Positives, _collate)
 
 
 Target = Tensor | Positives
@@ -336,7 +336,8 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
 def _positives(target: Tensor) -> Positives:
     """Of a torch.sparse tensor. On CUDA it is trusted, since a look would wait."""
     if target.layout == torch.sparse_coo:
-        (rows, labels), values = target._indices(), _soft(target._values())
+        (rows, labels), values = _torch_private.uncoalesced(target)
+        values = _soft(values)
         if not target.is_cuda:
             return Positives.from_coo(rows, labels, target.shape[0], values)
         order = rows.argsort(stable=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from nnce import modules
+from nnce import _torch_private, modules
 from nnce._arguments import check_size
 from nnce.modules import MLP
 from nnce.monitoring import saturation
@@ -287,12 +287,7 @@ def _unwatching() -> Watcher:
 
 def _goes_by() -> bool:
     """Whether what runs now is compiled or transformed, where tensors have no values to look at."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _is_batched(gradient: Tensor) -> bool:
-    """Whether it is many at once, as autograd's is_grads_batched makes it, and has no values."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return torch.compiler.is_compiling() or _torch_private.in_functorch_transform()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -392,11 +387,15 @@ class _Layer:
             a.grad_fn.register_hook(lambda dz, da: self._keep_dz(dz[0]))
 
     def _keep_da(self, da: Tensor) -> None:
-        self._da = None if _is_batched(da) else da.detach()
+        self._da = None if _torch_private.is_batched_gradient(da) else da.detach()
 
     def _keep_dz(self, dz: Tensor | None) -> None:
         da, self._da = self._da, None
-        if self.is_output is not None and dz is not None and not _is_batched(dz):
+        if (
+            self.is_output is not None
+            and dz is not None
+            and not _torch_private.is_batched_gradient(dz)
+        ):
             self._watcher._log(self, da, dz.detach())
 
 

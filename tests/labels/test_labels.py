@@ -381,7 +381,7 @@ def test_an_unknown_checkpoint_makes_the_gradients_twice(monkeypatch):
     """Where PyTorch's hooks have other names, all is right but not sparing."""
     problem = Problem()
     target, y = problem.targets["index"]
-    monkeypatch.setattr("nnce.labels.checkpoint_stage", lambda: None)
+    monkeypatch.setattr("nnce.labels.function.checkpoint_stage", lambda: None)
     C = checkpoint.checkpoint(
         linear_sigmoid_cross_entropy, problem.x, problem.W, target, use_reentrant=False
     )

@@ -1,0 +1,130 @@
+"""One test for each use of PyTorch's private API: it says what it is taken to say."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import default_collate
+
+from nnce import _torch_private
+
+
+def test_forward_mode_levels():
+    seen = []
+
+    def f(x):
+        seen.append(_torch_private.forward_mode_levels())
+        return x * x
+
+    def jvp(x):
+        return torch.func.jvp(f, (x,), (torch.ones(()),))[1]
+
+    x = torch.tensor(3.0)
+    f(x), jvp(x), torch.func.jvp(jvp, (x,), (torch.ones(()),)), torch.func.grad(f)(x)
+    assert seen == [0, 1, 2, 0]
+
+
+def test_in_functorch_transform():
+    seen = []
+
+    def f(x):
+        seen.append(_torch_private.in_functorch_transform())
+        return x.sum()
+
+    f(torch.ones(2)), torch.func.grad(f)(torch.ones(2)), torch.func.vmap(f)(torch.ones(2, 2))
+    assert seen == [False, True, True]
+
+
+def test_is_functorch_tensor():
+    seen = []
+
+    def f(x):
+        seen.append(_torch_private.is_functorch_tensor(x))
+        return x.sum()
+
+    f(torch.ones(2)), torch.func.vmap(f)(torch.ones(2, 2)), torch.func.grad(f)(torch.ones(2))
+    assert seen == [False, True, True]
+
+
+def test_is_batched_gradient():
+    seen = []
+    x = torch.ones(3, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda g: seen.append(_torch_private.is_batched_gradient(g)))
+    torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    assert seen == [False, True]
+
+
+def test_assert_later():
+    _torch_private.assert_later(torch.tensor(True))
+    with pytest.raises(RuntimeError):  # on a CPU at once
+        _torch_private.assert_later(torch.tensor(False))
+
+
+def test_below_autograd():
+    x = torch.ones(2, requires_grad=True)
+    with _torch_private.below_autograd():
+        assert not (2 * x).requires_grad
+    assert (2 * x).requires_grad
+
+
+def test_version():
+    x = torch.zeros(2)
+    before = _torch_private.version(x)
+    x[0] = 1
+    assert _torch_private.version(x) > before
+
+
+def test_uncoalesced():
+    """Pairs that stand twice are given as they are, which `indices()` refuses."""
+    rows, values = torch.tensor([[0, 0], [1, 1]]), torch.tensor([1.0, 2.0])
+    target = torch.sparse_coo_tensor(rows, values, (2, 2), check_invariants=True)
+    with pytest.raises(RuntimeError, match="uncoalesced"):
+        target.indices()
+    found = _torch_private.uncoalesced(target)
+    assert torch.equal(found[0], rows) and torch.equal(found[1], values)
+
+
+def test_register_collate():
+    class Example:
+        pass
+
+    _torch_private.register_collate(Example, lambda batch, *, collate_fn_map=None: len(batch))
+    assert default_collate([Example(), Example()]) == 2
+
+
+def test_hooks():
+    module, parameter = torch.nn.Linear(2, 1), torch.nn.Parameter(torch.ones(1))
+    assert _torch_private.hooks_of(module) == _torch_private.tensor_hooks_of(parameter) == []
+    hooks = [lambda *_: None for _ in range(6)]
+    module.register_forward_hook(hooks[0])
+    module.register_forward_pre_hook(hooks[1])
+    module.register_full_backward_hook(hooks[2])
+    module.register_full_backward_pre_hook(hooks[3])
+    assert _torch_private.hooks_of(module) == hooks[:4]
+    parameter.register_hook(hooks[4])
+    parameter.register_post_accumulate_grad_hook(hooks[5])
+    assert _torch_private.tensor_hooks_of(parameter) == hooks[4:]
+
+
+def test_checkpoint_stage():
+    seen = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(_torch_private.checkpoint_stage())
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    x = torch.tensor(3.0, requires_grad=True)
+    Square.apply(x)
+    checkpoint(Square.apply, x, use_reentrant=False).backward()
+    assert seen == [None, "forward", "recomputation"]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        Square.apply(x)
+    assert seen[-1] is None and x.grad == 6
