@@ -10,7 +10,7 @@ from nnce.algorithm import backprop as backprop
 from nnce.checkpoint import load as load
 from nnce.checkpoint import save as save
 from nnce.composability import check_composability as check_composability
-from nnce.ensemble import Ensemble as Ensemble
+from nnce.engines.ensemble import Ensemble as Ensemble
 from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnce import data
 from nnce.algorithm import Hyperparameters
 from nnce.dropout import WithDropout
-from nnce.ensemble import Ensemble, How
+from nnce.engines.ensemble import Engine as EnsembleEngine
+from nnce.engines.ensemble import Ensemble
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.memory import check_memory, shortage
@@ -429,7 +430,7 @@ def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
     )
 
 
-def ensemble_engine(engine: Engine | None) -> How | None:
+def ensemble_engine(engine: Engine | None) -> EnsembleEngine | None:
     """What an `Ensemble` is asked for: loops or products by name, None for whichever suits."""
     return engine if engine == "loops" or engine == "products" else None
 
@@ -535,7 +536,7 @@ def _engine(state: State, settings: Settings) -> _Engine:
             optimizer.train_epoch(x, y, batches)
 
         most = None if settings.distortion is None else data.A_STRETCH
-        return _Engine(walk, optimizer.stretch(most=most))
+        return _Engine(walk, optimizer.max_chunk(at_most=most))
 
     if settings.engine in WHOLE:
         gradients = FlatGradients(network)

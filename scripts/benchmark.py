@@ -51,9 +51,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from nnce import blocks, data, ensemble, functional, loops, memory, training
+from nnce import blocks, data, functional, memory, training
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import Ensemble, How
+from nnce.engines import ensemble, loops
+from nnce.engines.ensemble import Engine, Ensemble
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.labels import linear_sigmoid_cross_entropy
@@ -130,7 +131,7 @@ class Missing(Exception):
 
 
 def nnce_ensemble(
-    work: Work, x: Tensor, y: Tensor, networks: list[MLP], engine: How | None = None
+    work: Work, x: Tensor, y: Tensor, networks: list[MLP], engine: Engine | None = None
 ) -> tuple[Epoch, Parameters]:
     """The revised algorithm, networks side by side, by loops or products, whichever suits."""
     if engine == "loops" and (x.is_cuda or not loops.is_available()):

@@ -8,7 +8,7 @@ import torch
 
 from nnce import training
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import Ensemble
+from nnce.engines.ensemble import Ensemble
 
 MIXED = [
     ("quadratic", 3.0),

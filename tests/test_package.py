@@ -26,10 +26,10 @@ ORDER = (
         "algorithm",
         "kernels.__init__",
         "kernels._numba",
-        "loops",
-        "products",
+        "kernels.training",
     ),
-    *("ensemble", "checkpoint", "parallel"),
+    *("engines.__init__", "engines.loops", "engines.products", "engines.ensemble"),
+    *("checkpoint", "parallel"),
     *("gradients", "composability", "reference", "precision", "data", "saturation", "watching"),
     *("schedules", "dropout", "training"),
     *(
@@ -44,8 +44,9 @@ FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-# What needs torch alone. Compiled code is imported on first use, where it can be had.
-OUTSIDE = [name for name in ORDER if not name.startswith(("experiments", "kernels._"))]
+# What needs torch alone. Compiled code is imported on first use.
+COMPILED = {"kernels._numba", "kernels.training"}
+OUTSIDE = [name for name in ORDER if not name.startswith("experiments") and name not in COMPILED]
 
 
 def imported(path):

@@ -7,7 +7,8 @@ import torch
 from side_by_side import MIXED, largest_difference, make, train_alone
 from torch.profiler import ProfilerActivity, profile
 
-from nnce import data, products
+from nnce import data
+from nnce.engines import products
 from nnce.training import Settings
 
 
@@ -22,7 +23,7 @@ def small():
 @pytest.fixture
 def side_by_side(monkeypatch):
     """As on CUDA: each call is for all networks."""
-    monkeypatch.setattr(products, "goes_together", lambda device: True)
+    monkeypatch.setattr(products, "batches_networks", lambda device: True)
 
 
 @pytest.mark.parametrize("own_orders", [False, True])

@@ -18,8 +18,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nnce import checkpoint, ensemble, products, training
+from nnce import checkpoint, training
 from nnce.data import Distortion
+from nnce.engines import ensemble, products
 from nnce.experiments import command_line
 from nnce.schedules import StepLR
 from nnce.training import Settings
@@ -41,7 +42,7 @@ def compare(script):
 @pytest.fixture(autouse=True)
 def several_stops_in_an_epoch(monkeypatch):
     """As in tests/killed.py."""
-    monkeypatch.setattr(ensemble, "_STRETCH", 200_000)
+    monkeypatch.setattr(ensemble, "_CHUNK_WORK", 200_000)
     monkeypatch.setattr(products, "_BLOCK_BYTES", 30_000)
 
 

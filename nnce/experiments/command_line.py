@@ -19,7 +19,8 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from nnce import checkpoint, data, ensemble, loops, memory, modules, parallel
+from nnce import checkpoint, data, memory, modules, parallel
+from nnce.engines import ensemble, loops
 from nnce.schedules import SCHEDULES
 from nnce.training import Engine, Settings
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnce import data, loops, parallel, training
-from nnce.ensemble import Ensemble, check_engine
+from nnce import data, parallel, training
+from nnce.engines import loops
+from nnce.engines.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
     Difference,
     Estimate,
@@ -320,7 +321,7 @@ class SideBySide:
         most = None
         if self._common.distortion is not None:
             most = data.A_STRETCH // len({run.settings.seed for run in self.runs})
-        own = self._together.stretch(networks, most) if self._together is not None else 0
+        own = self._together.max_chunk(networks, most) if self._together is not None else 0
         return self._world.largest(own)
 
     def _record(self) -> None:

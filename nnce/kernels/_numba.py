@@ -27,7 +27,7 @@ def njit(*, fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+        options: Any = {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": fastmath}
         dispatcher: Any = numba.njit(**options)(function)
         with contextlib.suppress(RuntimeError, OSError):  # no folder can be written
             dispatcher._cache = _Cache(function)

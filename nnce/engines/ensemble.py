@@ -1,7 +1,7 @@
-"""Many networks side by side, trained by the revised algorithm: checks, places, and how it is done.
+"""`Ensemble`: networks trained side by side by the revised algorithm.
 
-As compiled loops (`nnce.loops`) where networks are small and on a CPU, as matrix products
-(`nnce.products`) elsewhere.
+Its engine is compiled loops (`nnce.engines.loops`) for small networks on a CPU, and matrix products
+(`nnce.engines.products`) for all others.
 """
 
 import itertools
@@ -14,22 +14,23 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nnce import kernels, loops
+from nnce import kernels
 from nnce.algorithm import Hyperparameters
+from nnce.engines import loops
+from nnce.engines.loops import Loops
+from nnce.engines.products import Products, block_examples
 from nnce.functional import check_alike
-from nnce.loops import Loops
 from nnce.losses import check_loss
 from nnce.memory import check_memory
 from nnce.modules import MLP, is_size
-from nnce.products import Products, block_examples
 
-How = Literal["loops", "products"]
-HOWS: tuple[How, ...] = get_args(How)
+Engine = Literal["loops", "products"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 # Below this many multiplications in the largest product of a step a second thread does not pay.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
-# Weights times examples that take some tenths of a second.
-_STRETCH = 10_000_000_000
+# Weights times examples of a chunk, which takes some tenths of a second.
+_CHUNK_WORK = 10_000_000_000
 
 
 class Ensemble:
@@ -42,10 +43,10 @@ class Ensemble:
     What comes out is what `torch.optim.SGD` makes of the gradients of `nnce.backprop`, up to
     rounding: g += weight_decay W for weights only, v = momentum v + g, W −= lr v.
 
-    How it is done is chosen at the first epoch, when the inputs are known, and kept (see
-    `suits_loops`). By loops, the bits of a network do not depend on the others, the threads or
-    anything else beside it. By products they do, and from the first epoch on the networks'
-    parameters are views of common memory.
+    The engine is chosen at the first epoch, when the inputs are known, and kept (see
+    `suits_loops`). With loops, the bits of a network do not depend on the other networks or the
+    number of threads. With products they do, and from the first epoch on the networks' parameters
+    are views of common memory.
 
     Args:
         networks: one or more MLPs of the same sizes, dtype and device.
@@ -73,7 +74,7 @@ class Ensemble:
         hyperparameters: Sequence[Hyperparameters],
         *,
         batch_size: int,
-        engine: How | None = None,
+        engine: Engine | None = None,
         threads: int | None = None,
         graph: bool = True,
     ) -> None:
@@ -117,8 +118,8 @@ class Ensemble:
         return self._batch_size
 
     @property
-    def engine(self) -> How | None:
-        """How it is done: what was asked for, or was chosen at the first epoch; None before."""
+    def engine(self) -> Engine | None:
+        """The engine that was requested, or was chosen at the first epoch; None before that."""
         return self._engine
 
     def set_lrs(self, lrs: Sequence[float]) -> None:
@@ -192,7 +193,7 @@ class Ensemble:
             self._trainer = self._make_trainer(self._engine, density > loops.DENSE)
         return self._trainer
 
-    def _make_trainer(self, engine: How, dense: bool) -> Loops | Products:
+    def _make_trainer(self, engine: Engine, dense: bool) -> Loops | Products:
         self._dense = dense
         if engine == "loops":
             return Loops(self.networks, self.hyperparameters, self.batch_size, dense=dense)
@@ -200,21 +201,21 @@ class Ensemble:
         self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
         return products
 
-    def stretch(self, networks: int | None = None, most: int | None = None) -> int:
-        """Into how long parts an order may be cut, in examples.
+    def max_chunk(self, networks: int | None = None, at_most: int | None = None) -> int:
+        """The length in examples of the chunks into which an order may be cut.
 
-        An epoch by parts of this length, one `train_epoch` after the other, comes to the same bits
-        as the epoch in one go. It is some tenths of a second of work.
+        An epoch trained chunk by chunk, one `train_epoch` after the other, produces the same bits
+        as the whole epoch in one call. A chunk takes some tenths of a second.
 
         Args:
-            networks: as if there were so many; None for as many as there are.
-            most: no longer than this, if that can be.
+            networks: the number of networks to assume; None for those of this ensemble.
+            at_most: an upper limit, exceeded only where the shortest possible chunk is longer.
         """
         networks = len(self.networks) if networks is None else networks
         step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
         weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(self.sizes))
-        examples = _STRETCH // (weights * networks)
-        return step * max(1, (examples if most is None else min(examples, most)) // step)
+        examples = _CHUNK_WORK // (weights * networks)
+        return step * max(1, (examples if at_most is None else min(examples, at_most)) // step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must have beside the networks' own parameters.
@@ -348,7 +349,7 @@ def suits_loops(
     By an estimate of the time an example takes, in nanoseconds, from measurements of 20 kinds of
     networks on one core of an AMD EPYC (2026-11-25). Loops take 350; for each weight of the first
     layer 0.13 if its input is not 0, or 0.085 where all are walked over; and 0.15 for each of the
-    layers above; widths are filled up to multiples of 32. Products take 1.2 for each input, which
+    layers above; widths are padded to multiples of 32. Products take 1.2 for each input, which
     is gathered, and 0.042 for each weight; and once for each mini-batch 9,000 for a layer's calls
     and 0.19 for each weight that moves; half of it all where PyTorch's threads pay. One network's
     loops have one thread, however many there are.
@@ -360,7 +361,7 @@ def suits_loops(
     if device.type != "cpu" or dtype not in loops.DTYPES:
         return False
     layers = list(itertools.pairwise(sizes))
-    first, *above = (n_in * loops.filled(n_out) for n_in, n_out in layers)
+    first, *above = (n_in * loops.padded_width(n_out) for n_in, n_out in layers)
     of_first = 0.13 * density if density <= loops.DENSE else 0.085
     by_loops = 350 + of_first * first + 0.15 * sum(above)
     weights = sum(n_in * n_out for n_in, n_out in layers)
@@ -386,8 +387,8 @@ def _threads_pay(sizes: Sequence[int], batch_size: int) -> bool:
 
 def check_engine(engine: str | None, device: torch.device, dtype: torch.dtype) -> None:
     """Raise as `Ensemble` does unless this engine can be had, there and in this dtype."""
-    if engine not in (None, *HOWS):
-        raise ValueError(f"expected engine {' or '.join(map(repr, HOWS))}, got {engine!r}")
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"expected engine {' or '.join(map(repr, ENGINES))}, got {engine!r}")
     if engine != "loops":
         return
     if dtype not in loops.DTYPES:

@@ -1,7 +1,7 @@
 """The revised algorithm as matrix products: no graph, in place, many networks side by side.
 
 The same equations as in `nnce.algorithm`, which is the one to read first. For large networks and
-for CUDA; small ones on a CPU are faster as `nnce.loops`. What makes it fast:
+for CUDA; small ones on a CPU are faster as `nnce.engines.loops`. What makes it fast:
 
 - Nothing is allocated in a step: every z, a and delta has its place in memory, made once.
 - Parameters are updated where their gradient is made: W ← β W + α dzᵀ a_prev is one call, in which
@@ -61,7 +61,7 @@ class Products:
         self._sizes, self._batch_size = networks[0].sizes, batch_size
         self._graph = graph and self._like.is_cuda
         everyone = list(range(len(networks)))
-        together = [everyone] if goes_together(self._like.device) else [[r] for r in everyone]
+        together = [everyone] if batches_networks(self._like.device) else [[r] for r in everyone]
         with torch.inference_mode(False):  # or the networks could not be differentiated any more
             self._groups = [_Group(members, networks, hyperparameters) for members in together]
         self._parameters = [
@@ -154,11 +154,11 @@ def block_examples(
     Where an epoch is trained part by part, blocks begin where they would if it were not.
     """
     step = batch_size * sizes[0] * dtype.itemsize
-    orders = {1, networks if goes_together(device) else 1}
+    orders = {1, networks if batches_networks(device) else 1}
     return batch_size * math.lcm(*(_block_steps(n * step, device) for n in orders))
 
 
-def goes_together(device: torch.device) -> bool:
+def batches_networks(device: torch.device) -> bool:
     """Whether each call is for all networks."""
     return device.type == "cuda"
 
