@@ -18,6 +18,7 @@ Memory layout, and the reasons for it:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -106,7 +107,7 @@ class Rules(NamedTuple):
 # overlap: it tests that at each row, and the forward pass of the first layer takes 1.4 times as
 # long. Arrays are passed whole, each followed by offsets, because a slice is a new object.
 
-_intrinsic: Any = extending.intrinsic
+_intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 
 
 @_intrinsic
