@@ -11,7 +11,7 @@ from nnce.algorithm import Hyperparameters as Hyperparameters
 from nnce.algorithm import backprop as backprop
 from nnce.checks import check_composability as check_composability
 from nnce.checks import check_gradients as check_gradients
-from nnce.ensemble import Ensemble as Ensemble
+from nnce.engines.ensemble import Ensemble as Ensemble
 from nnce.functional import linear as linear
 from nnce.functional import sigmoid as sigmoid
 from nnce.functional import sigmoid_cross_entropy as sigmoid_cross_entropy
@@ -34,4 +34,4 @@ from nnce.saving import save as save
 __version__ = "0.1.0"
 
 # Objects pickled by nnce 0.1 name this module.
-sys.modules["nnce.positives"] = positives
+sys.modules["nnce.labels.positives"] = positives

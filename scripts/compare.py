@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nnce import data, ensemble
+from nnce import data
+from nnce.engines import ensemble
 from nnce.experiments import command_line, comparison, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.comparison import Run, SideBySide, Variant

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import data, ensemble, training
+from nnce import data, training
+from nnce.engines import ensemble
 from nnce.experiments import command_line, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.tensorboard import Monitor

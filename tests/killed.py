@@ -123,9 +123,9 @@ def differences(a, b, place=""):
 
 def several_stops_in_an_epoch():
     """Without a graph, too, where so few digits are taken at once."""
-    from nnce import ensemble, products
+    from nnce.engines import ensemble, products
 
-    ensemble._STRETCH, products._BLOCK_BYTES = 200_000, 30_000
+    ensemble._CHUNK_WORK, products._BLOCK_BYTES = 200_000, 30_000
 
 
 def stopped_after(monkeypatch, calls):

@@ -8,7 +8,7 @@ import torch
 
 from nnce import training
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import Ensemble
+from nnce.engines.ensemble import Ensemble
 
 MIXED = [
     ("quadratic", 3.0),
@@ -19,13 +19,13 @@ MIXED = [
 ]
 
 
-def make(settings, dataset, batch_size=10, engine=None):
+def make(settings, dataset, batch_size=10, engine=None, **more):
     """An ensemble of networks with these settings, each from its own seed."""
     states = [training.initial_state(one, dataset) for one in settings]
     n = len(dataset.train.x)
     values = [Hyperparameters(s.loss, s.rate, s.momentum, s.l2 / n) for s in settings]
     return Ensemble(
-        [state.network for state in states], values, batch_size=batch_size, engine=engine
+        [state.network for state in states], values, batch_size=batch_size, engine=engine, **more
     )
 
 

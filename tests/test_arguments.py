@@ -10,7 +10,7 @@ import torch
 import nnce
 from nnce import _arguments, data
 from nnce.data import DataError
-from nnce.ensemble import Ensemble
+from nnce.engines.ensemble import Ensemble
 from nnce.experiments import comparison
 from nnce.training import Settings, schedules
 

@@ -21,7 +21,8 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from nnce import _memory, data, ensemble, loops, modules
+from nnce import _memory, data, modules
+from nnce.engines import ensemble, loops
 from nnce.training import Engine, Settings, checkpoints, parallel
 from nnce.training.parallel import ALONE, World
 from nnce.training.schedules import SCHEDULES

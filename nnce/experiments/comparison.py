@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnce import data, loops, training
+from nnce import data, training
 from nnce._arguments import is_size
-from nnce.ensemble import Ensemble, check_engine
+from nnce.engines import loops
+from nnce.engines.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
     Difference,
     Estimate,
@@ -307,7 +308,7 @@ class SideBySide:
         most = None
         if self._common.distortion is not None:
             most = data.MAX_CHUNK // len({run.settings.seed for run in self.runs})
-        own = self._together.stretch(networks, most) if self._together is not None else 0
+        own = self._together.max_chunk(networks, most) if self._together is not None else 0
         return self._world.largest(own)
 
     def _record(self) -> None:

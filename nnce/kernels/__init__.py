@@ -2,6 +2,11 @@
 
 from typing import Any
 
+# Memory layout of the training loops, needed where Numba is not installed, too: rows are padded to
+# a multiple of LANES numbers, lists of inputs to one of INPUTS_AT_ONCE.
+LANES = 32
+INPUTS_AT_ONCE = 8
+
 
 def numba_problem() -> str | None:
     """Why Numba cannot compile here, and what to do about it; None if it can.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nnce import data
-from nnce.ensemble import Ensemble
+from nnce.engines.ensemble import Ensemble
 from nnce.training.evaluation import Record, records
 from nnce.training.settings import Settings
 from nnce.training.state import State, is_finite

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from nnce import data
 from nnce._arguments import is_integer, is_number, is_size, plain
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import How
+from nnce.engines.ensemble import Engine as EnsembleEngine
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.modules import Init, check_init
 from nnce.training.schedules import CONSTANT, Schedule, check_schedule
@@ -209,6 +209,6 @@ def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
     )
 
 
-def ensemble_engine(engine: Engine | None) -> How | None:
+def ensemble_engine(engine: Engine | None) -> EnsembleEngine | None:
     """The `engine` argument of an `Ensemble`: "loops", "products", or None for whichever suits."""
     return engine if engine == "loops" or engine == "products" else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnce import data
 from nnce._memory import check_memory, shortage
-from nnce.ensemble import Ensemble
+from nnce.engines.ensemble import Ensemble
 from nnce.modules import MLP
 from nnce.training.cursor import Cursor, generators
 from nnce.training.parallel import ALONE, World

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnce import data, rules
 from nnce.algorithm import deltas
-from nnce.ensemble import Ensemble
+from nnce.engines.ensemble import Ensemble
 from nnce.functional import LOSS_FUNCTIONS
 from nnce.losses import Loss
 from nnce.modules import MLP
@@ -44,7 +44,7 @@ def _by_ensemble(ensemble: Ensemble, settings: Settings) -> Stepper:
         ensemble.train_epoch(x, y, rows)
 
     most = None if settings.distortion is None else data.MAX_CHUNK
-    return Stepper(step, ensemble.stretch(most=most))
+    return Stepper(step, ensemble.max_chunk(at_most=most))
 
 
 def _by_rules(state: State, settings: Settings, optimizer: torch.optim.Optimizer) -> Stepper:

@@ -230,7 +230,7 @@ def test_signals_that_are_ignored_stay_ignored():
     """As under nohup, also where a block of nnce's has a handler of its own for a moment."""
     process = scripted(
         """
-from nnce import loops
+from nnce.engines import loops
 for _ in range(2):
     with loops._interrupts_wait():
         signal.raise_signal(signal.SIGINT)

@@ -19,8 +19,9 @@ import torch
 from conftest import ROOT
 
 import nnce
-from nnce import ensemble, products, training
+from nnce import training
 from nnce.data import Distortion
+from nnce.engines import ensemble, products
 from nnce.experiments import command_line, report, resuming
 from nnce.training import Settings, checkpoints, parallel
 from nnce.training.schedules import StepLR
@@ -43,7 +44,7 @@ def compare(script):
 @pytest.fixture(autouse=True)
 def several_stops_in_an_epoch(monkeypatch):
     """As in tests/killed.py."""
-    monkeypatch.setattr(ensemble, "_STRETCH", 200_000)
+    monkeypatch.setattr(ensemble, "_CHUNK_WORK", 200_000)
     monkeypatch.setattr(products, "_BLOCK_BYTES", 30_000)
 
 

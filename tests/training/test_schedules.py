@@ -8,7 +8,7 @@ from torch.optim import lr_scheduler
 
 from nnce import data, training
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import HOWS, Ensemble
+from nnce.engines.ensemble import ENGINES, Ensemble
 from nnce.modules import MLP
 from nnce.training import Settings
 from nnce.training.schedules import (
@@ -117,7 +117,7 @@ def test_every_engine_trains_at_pytorchs_rates(engine, momentum, digits):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", ENGINES)
 def test_networks_may_have_rates_of_their_own(how, digits):
     """Each is as it would be alone, and one whose rate does not change is not touched."""
     x, y = (part[:200].double() for part in digits.train)

@@ -23,7 +23,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nnce import _memory, data, ensemble, training
+from nnce import _memory, data, training
+from nnce.engines import ensemble
 from nnce.experiments import command_line
 from nnce.experiments.benchmarks import peers
 from nnce.experiments.benchmarks.peers import FLOOR, JAX, JAX_VMAP, NNCE, PEERS, Epoch, Work

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnce import _memory, data, ensemble, functional, loops
+from nnce import _memory, data, functional
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import Ensemble
+from nnce.engines import ensemble, loops
+from nnce.engines.ensemble import Ensemble
 from nnce.experiments.timing import seconds_of
 from nnce.modules import MLP
 from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
@@ -82,7 +83,7 @@ def _epoch(work: Work, x: Any, y: Any, step: Callable[[Any, Any], object]) -> Ep
 
 
 def nnce_ensemble(
-    work: Work, x: Tensor, y: Tensor, networks: list[MLP], engine: ensemble.How | None = None
+    work: Work, x: Tensor, y: Tensor, networks: list[MLP], engine: ensemble.Engine | None = None
 ) -> tuple[Epoch, Parameters]:
     """The revised algorithm, networks side by side, by loops or products, whichever suits."""
     if engine == "loops" and (x.is_cuda or not loops.is_available()):

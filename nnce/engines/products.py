@@ -1,14 +1,14 @@
-"""The revised algorithm as matrix products: no graph, in place, many networks side by side.
+"""Networks trained by matrix products: in place, without a graph, many networks side by side.
 
 The same equations as in `nnce.algorithm`, which is the one to read first. For large networks and
-for CUDA; small ones on a CPU are faster as `nnce.loops`. What makes it fast:
+for CUDA; small ones on a CPU are faster with `nnce.engines.loops`. It is fast because:
 
-- Nothing is allocated in a step: every z, a and delta has its place in memory, made once.
-- Parameters are updated where their gradient is made: W ← β W + α dzᵀ a_prev is one call, in which
+- Nothing is allocated in a step: memory for every z, a and delta is allocated once.
+- A parameter is updated in the call that computes its gradient: W ← β W + α dzᵀ a_prev, where
   α = −lr / n is the step and β = 1 − lr · weight_decay the decay.
 - On CUDA all networks are one group: each product is one call for all of them, and the steps of a
   block are captured once as a graph and replayed. On a CPU, where a large network fills the
-  processor by itself, each is a group of its own.
+  processor by itself, each network is a group of its own.
 
 Shapes, for a group of G networks and a mini-batch of n: [G, n, neurons]; the inputs and targets
 [1, n, …] if all networks see the same examples, [G, n, …] if each has its own order of them.
@@ -59,9 +59,9 @@ class Products:
         """Move the parameters in."""
         self._like = networks[0].weights_and_biases()[0][0].detach()
         self._sizes, self._batch_size = networks[0].sizes, batch_size
-        self._graph = graph and self._like.is_cuda
+        self._graph = graph and captures_graphs(self._like.device)
         everyone = list(range(len(networks)))
-        together = [everyone] if goes_together(self._like.device) else [[r] for r in everyone]
+        together = [everyone] if batches_networks(self._like.device) else [[r] for r in everyone]
         with torch.inference_mode(False):  # or the networks could not be differentiated any more
             self._groups = [_Group(members, networks, hyperparameters) for members in together]
         self._parameters = [
@@ -85,18 +85,22 @@ class Products:
                 for indices in order.split(n, dim=-1):
                     self._block(orders, indices.shape[-1]).run(x, y, indices)
         finally:
-            # The steps are behind autograd's back, which must know that its values are no more.
+            # Parameters were changed in place outside autograd: bump their versions so that stale
+            # graphs raise.
             torch.autograd.graph.increment_version(self._parameters)
 
     def velocities(self) -> list[Tensor]:
-        """Those of each parameter, [networks, *its shape], 0 where there is none; [] if nowhere."""
+        """The velocity of each parameter, [networks, *shape]; [] if no network has momentum.
+
+        Of a network without momentum it is 0.
+        """
         return [
             torch.stack([by_network[r] for r in range(len(by_network))])
             for by_network in self._by_network()
         ]
 
     def set_velocities(self, velocities: Sequence[Tensor]) -> None:
-        """Go on with such ones."""
+        """Continue with velocities that `velocities` returned."""
         for by_network, values in zip(self._by_network(), velocities, strict=True):
             for r, velocity in by_network.items():
                 velocity.copy_(values[r])
@@ -118,7 +122,7 @@ class Products:
         return found
 
     def _block_steps(self, orders: int) -> int:
-        """How many mini-batches make a block, with so many orders side by side."""
+        """Mini-batches in a block, with this many orders side by side."""
         step = self._batch_size * self._sizes[0] * self._like.itemsize
         return _block_steps(orders * step, self._like.device)
 
@@ -136,7 +140,7 @@ class Products:
 
 
 def _block_steps(step: int, device: torch.device) -> int:
-    """How many mini-batches of so many bytes make a block."""
+    """Mini-batches in a block, each of `step` bytes."""
     if device.type == "cuda":
         return min(_BLOCK_STEPS_CUDA, max(1, _BLOCK_BYTES_CUDA // step))
     return max(1, _BLOCK_BYTES // step)
@@ -149,17 +153,22 @@ def block_examples(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """A number of examples that is whole blocks, with one order for all networks or one for each.
+    """The number of examples in whole blocks, with one order for all networks or one for each.
 
-    Where an epoch is trained part by part, blocks begin where they would if it were not.
+    In an epoch that is trained in chunks of this length, blocks begin where they otherwise would.
     """
     step = batch_size * sizes[0] * dtype.itemsize
-    orders = {1, networks if goes_together(device) else 1}
+    orders = {1, networks if batches_networks(device) else 1}
     return batch_size * math.lcm(*(_block_steps(n * step, device) for n in orders))
 
 
-def goes_together(device: torch.device) -> bool:
+def batches_networks(device: torch.device) -> bool:
     """Whether each call is for all networks."""
+    return device.type == "cuda"
+
+
+def captures_graphs(device: torch.device) -> bool:
+    """Whether steps can be captured as a graph."""
     return device.type == "cuda"
 
 

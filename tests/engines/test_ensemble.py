@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import nnce
-from nnce import data, ensemble, training
+from nnce import data, training
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import HOWS, Ensemble
+from nnce.engines import ensemble
+from nnce.engines.ensemble import ENGINES, Ensemble
 from nnce.losses import LOSSES
 from nnce.training import Settings, twin
 
@@ -66,14 +67,14 @@ def test_every_engine_trains_as_autograd_does(mnist_like, hidden, batch_size, ze
         assert largest_difference(by_autograd, start) > 1e-4  # it has learnt something
         by_functions = train_alone(one, dataset, [order], engine="functions")
         assert largest_difference(by_functions, by_autograd) <= 1e-12
-    for engine in HOWS:
+    for engine in ENGINES:
         together = make(settings, dataset, batch_size, engine=engine)
         assert together.train_epoch(*dataset.train, order) == 200
         for network, by_autograd in zip(together.networks, alone, strict=True):
             assert largest_difference(network, by_autograd) <= 1e-12
 
 
-@pytest.mark.parametrize("engine", HOWS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("hidden", [(), (12,), (12, 8)])
 def test_each_network_has_its_own_momentum_and_decay(digits, engine, hidden):
     """And a last mini-batch that is shorter, twice: 1,197 = 119 · 10 + 7."""
@@ -140,7 +141,7 @@ def compare_with_sgd(sizes, batch_size, R, seed, engine, own):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("engine", HOWS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("R", [1, 2, 7])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("sizes", [(5, 3), (1, 1), (5, 7, 3), (20, 17, 16, 3), (5, 4, 6, 7, 2)])
@@ -159,7 +160,7 @@ def test_2_011_random_networks_are_sgd_on_autograds_gradients():
     compared = 0
     while compared < 2_011:
         sizes = tuple(draw(1, 20) for _ in range(draw(2, 5)))
-        engine, own = HOWS[draw(0, 1)], bool(draw(0, 1))
+        engine, own = ENGINES[draw(0, 1)], bool(draw(0, 1))
         compared += compare_with_sgd(sizes, draw(1, 25), draw(1, 8), compared, engine, own)
     assert compared >= 2_011
 
@@ -269,7 +270,7 @@ def test_mismatch_is_value_error_is_refused(digits):
 
 @pytest.mark.parametrize("sizes", [(5, 3), (5, 4, 3), (6, 5, 4, 2)])
 @pytest.mark.parametrize("R", [1, 3])
-@pytest.mark.parametrize("engine", HOWS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_outputs_are_those_of_each_network(sizes, R, engine, generator):
     networks = [nnce.MLP(sizes, generator=generator, dtype=torch.float64) for _ in range(R)]
     # In another order than they are grouped in.
@@ -370,7 +371,11 @@ def set_data(network):
 @pytest.mark.parametrize(
     ("engine", "change"),
     [
-        *((engine, change) for engine in HOWS for change in (set_weight, assign_state, set_layer)),
+        *(
+            (engine, change)
+            for engine in ENGINES
+            for change in (set_weight, assign_state, set_layer)
+        ),
         # Loops read what is in a parameter at each epoch, wherever that lies.
         ("products", set_data),
     ],
@@ -445,7 +450,7 @@ def test_a_wrong_index_at_the_end_is_seen_before_any_step(wrong):
     assert all(largest_difference(a, b) == 0 for a, b in zip(networks, before, strict=True))
 
 
-@pytest.mark.parametrize("engine", HOWS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_mini_batch_larger_than_any_number_of_examples(engine):
     """All examples, once: the same as a mini-batch of just so many."""
     networks = pair()
@@ -519,7 +524,7 @@ def test_what_is_no_list_of_networks_and_no_input():
             together.outputs(number, torch.rand(3, 4))
 
 
-@pytest.mark.parametrize("engine", HOWS)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_frozen_networks_can_be_evaluated(engine):
     networks = pair()
     together = together_of(networks, engine=engine)

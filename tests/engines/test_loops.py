@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -16,47 +18,56 @@ from conftest import ROOT
 from side_by_side import largest_difference
 
 import nnce
-from nnce import kernels, loops
+from nnce import kernels
 from nnce.algorithm import Hyperparameters
-from nnce.ensemble import Ensemble
+from nnce.engines import loops
+from nnce.engines.ensemble import Ensemble
 from nnce.experiments.proof import precision
-from nnce.experiments.proof.precision import ulp, ulp_distance
 
-DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+# And their digits.
+DTYPES = {torch.float32: 24, torch.float64: 53}
 
 
-def last_layer(z, y, has_sigmoid_prime):
-    """a, σ(−z) and dz of the last layer for each z, by the compiled loop."""
-    with loops._interrupts_wait():
-        loops._compile()
-    n, kind = len(z), DTYPES[z.dtype]
-    width = -(-n // 32) * 32
-    places = [np.zeros(width, dtype=kind) for _ in range(6)]
-    places[0][:n] = z.numpy()
-    sizes = [np.array([size], dtype=np.int64) for size in (n, width)]
-    empty = np.zeros(0, dtype=kind)
-    targets = np.full(n, y, dtype=kind)
-    *in_front, db = places
-    loops.example(*in_front, empty, *sizes, targets, has_sigmoid_prime, db, empty)
-    return [torch.from_numpy(place[:n]) for place in (places[1], places[2], places[3])]
+def last_delta(z, y, loss):
+    """dC/dz of the last layer for each z, as trained with: the first velocity of its biases.
+
+    One example whose only input is 1; z is W + b, where W is 0 unless z is infinite. With a rate of
+    1 the velocity is −dC/dz.
+    """
+    network = nnce.MLP((1, len(z)), dtype=z.dtype)
+    largest = torch.finfo(z.dtype).max
+    with torch.no_grad():
+        network[0].bias.copy_(z.clamp(-largest, largest))
+        network[0].weight.copy_((network[0].bias * z.isinf())[:, None].nan_to_num())
+    together = Ensemble([network], [Hyperparameters(loss, 1.0, 0.5)], batch_size=1, engine="loops")
+    x, target = torch.ones(1, 1, dtype=z.dtype), torch.full((1, len(z)), y, dtype=z.dtype)
+    together.train_epoch(x, target, torch.arange(1))
+    _, velocity = together.state_dict()["velocities"]
+    return -velocity[0]
+
+
+def exact_delta(z, y, loss):
+    """The same by mpmath."""
+    s, t = 1 / (1 + mpmath.exp(-z)), 1 / (1 + mpmath.exp(z))
+    delta = -t if y else s
+    return delta * s * t if loss == "quadratic" else delta
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "promised"), [("cross-entropy", 3.0), ("quadratic", 8.0)])
-def test_the_last_delta_is_exact_at_every_z(dtype, name, promised):
-    (quantity,) = [q for q in precision.quantities() if q.name == f"{name}, dC/dz"]
+@pytest.mark.parametrize(("loss", "promised"), [("cross-entropy", 3.0), ("quadratic", 8.0)])
+def test_the_last_delta_is_exact_at_every_z(dtype, loss, promised):
+    """Up to some units in the last place."""
     z = precision.grid(dtype)
-    tiny = torch.finfo(dtype).smallest_normal
-    least = math.exp(np.float32(loops._LEAST)) if dtype == torch.float32 else tiny
+    tiny, digits = torch.finfo(dtype).smallest_normal, DTYPES[dtype]
     for y in (0, 1):
-        _, _, dz = last_layer(z, y, name == "quadratic")
-        high, low = precision._exact(quantity, z, y)
-        ulps = ((dz.double() - high) - low).abs() / ulp(high, dtype)
-        normal = high.abs() >= tiny
-        assert ulps[normal].max() <= promised
-        # Below them: right in sign, and no larger than e^x is where it is kept from underflow.
-        below = dz.double()[~normal] * high[~normal].sign()
-        assert (below >= 0).all() and (below <= least * (1 + 1e-6)).all()
+        with mpmath.workdps(60):
+            for value, dz in zip(z.tolist(), last_delta(z, y, loss).tolist(), strict=True):
+                exact = exact_delta(mpmath.mpf(value), y, loss)
+                if abs(exact) >= tiny:
+                    _, exponent = mpmath.frexp(exact)
+                    assert abs(dz - exact) <= promised * mpmath.ldexp(1, exponent - digits)
+                else:  # right in sign, and no larger than e^x where it is kept from underflow
+                    assert 0 <= dz * mpmath.sign(exact) <= 1.001 * tiny
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,16 +76,20 @@ def test_the_exponential_is_right_to_two_units(dtype):
     least = 87.3 if dtype == torch.float32 else 700.0
     z = torch.linspace(37 if dtype == torch.float64 else 20, least, 20_000, dtype=torch.float64)
     z = z.to(dtype)
-    _, not_a, _ = last_layer(z, 0, False)
-    assert ulp_distance(not_a, torch.exp(-z.double())).max() <= 2
+    not_a = -last_delta(z, 1, "cross-entropy")
+    exact = torch.exp(-z.double())
+    # The distance to the next smaller number, which is the smaller of its two neighbors'.
+    unit = exact.to(dtype) - exact.to(dtype).nextafter(torch.zeros_like(z))
+    assert ((not_a.double() - exact).abs() / unit.double()).max() <= 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_limits(dtype):
     z = torch.tensor([-math.inf, math.inf, math.nan, 0.0], dtype=dtype)
-    a, not_a, dz = last_layer(z, 0, False)
+    a, not_a = last_delta(z, 0, "cross-entropy"), -last_delta(z, 1, "cross-entropy")
     assert a[1] == 1 and a[3] == 0.5 == not_a[3] and a[0] < 1e-37
-    assert a[2].isnan() and not_a[2].isnan() and dz[2].isnan()
+    assert not_a[0] == 1 and not_a[1] < 1e-37
+    assert a[2].isnan() and not_a[2].isnan()
 
 
 def networks(R=3, sizes=(12, 9, 3), dtype=torch.float32):
@@ -108,8 +123,8 @@ def same_bits(one, two):
 
 @pytest.mark.filterwarnings("ignore:threads=")  # of a machine that has fewer
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_bits_are_a_networks_own(share, monkeypatch):
-    """Whatever it is trained beside, however many threads there are, and whatever the block."""
+def test_bits_are_a_networks_own(share):
+    """Whatever it is trained with, however many threads there are, and call by call or at once."""
     x, y = drawn(share=share)
     alone = networks()
     for r, (network, h) in enumerate(zip(alone, mixed(), strict=True)):
@@ -117,12 +132,12 @@ def test_bits_are_a_networks_own(share, monkeypatch):
         for _ in range(2):
             together.train_epoch(x, y, orders(3)[r])
     assert not same_bits(alone[0], networks()[0])
-    for threads, block in ((1, 20), (2, 20), (5, 3), (2, 1)):
-        monkeypatch.setattr(loops, "_BLOCK_STEPS", block)
+    for threads, chunk in ((1, 230), (2, 230), (5, 30), (2, 10)):
         side_by_side = networks()
         together = Ensemble(side_by_side, mixed(), batch_size=10, engine="loops", threads=threads)
         for _ in range(2):
-            together.train_epoch(x, y, orders(3))
+            for part in orders(3).split(chunk, dim=1):
+                together.train_epoch(x, y, part)
         assert all(same_bits(a, b) for a, b in zip(alone, side_by_side, strict=True))
 
 
@@ -135,46 +150,53 @@ def test_dense_inputs_are_walked_as_sparse_ones_are():
     assert max(map(largest_difference, by_dense, by_sparse)) <= 1e-5
 
 
-def test_the_examples_are_made_once_and_again_if_x_changes(monkeypatch):
-    made = []
-    whole = loops.make_inputs
-    monkeypatch.setattr(loops, "_kept", loops._Kept())
-    monkeypatch.setattr(loops, "make_inputs", lambda *a, **k: (made.append(1), whole(*a, **k))[1])
+def test_inputs_are_made_once_and_again_if_x_changes():
     x, y = drawn()
-    trainers = [Ensemble(networks(), mixed(), batch_size=10, engine="loops") for _ in range(2)]
-    for _ in range(2):
-        for trainer in trainers:
-            trainer.train_epoch(x, y, orders(3))
-    assert len(made) == 1
+    cache = loops.InputCache()
+    first = cache.get(x, dense=False)
+    assert cache.get(x, dense=False) is first
     x[0, 0] += 1
-    trainers[0].train_epoch(x, y, orders(3))
-    assert len(made) == 2
-    changed, fresh = networks(1), networks(1)
-    for network, inputs in zip((changed[0], fresh[0]), (x, x.clone()), strict=True):
-        Ensemble([network], mixed(1), batch_size=10, engine="loops").train_epoch(
-            inputs, y, orders(1)[0]
-        )
-    assert same_bits(changed[0], fresh[0])
+    again = cache.get(x, dense=False)
+    assert again is not first and cache.get(x, dense=False) is again
+    ensembles = [Ensemble(networks(1), mixed(1), batch_size=10, engine="loops") for _ in range(3)]
+    for ensemble in ensembles[:2]:  # both read what is kept of x
+        ensemble.train_epoch(x, y, orders(1)[0])
+    kept = loops.INPUTS.get(x, dense=False)
+    ensembles[2].train_epoch(x.clone(), y, orders(1)[0])
+    assert loops.INPUTS.get(x, dense=False) is kept
+    x[:, 1] = 1.0
+    for ensemble, inputs in zip(ensembles[1:], (x, x.clone()), strict=True):
+        ensemble.train_epoch(inputs, y, orders(1)[0])
+    assert same_bits(ensembles[1].networks[0], ensembles[2].networks[0])
 
 
-def test_slices_of_a_data_set_are_its_own_and_inference_tensors_are_not_kept(monkeypatch):
-    made = []
-    whole = loops.make_inputs
-    kept = loops._Kept()
-    monkeypatch.setattr(loops, "make_inputs", lambda *a, **k: (made.append(1), whole(*a, **k))[1])
+def test_slices_of_a_data_set_are_its_own_and_inference_tensors_are_not_kept():
+    cache = loops.InputCache()
     x, _ = drawn()
-    first = [kept.get(x[:50], dense=False) for _ in range(3)]
-    other = kept.get(x[50:], dense=False)
-    assert len(made) == 2 and first[0] is first[2]
-    assert np.array_equal(other.values, whole(x[50:].clone(), dense=False).values)
+    first = [cache.get(x[:50], dense=False) for _ in range(3)]
+    other = cache.get(x[50:], dense=False)
+    assert first[0] is first[1] is first[2] is not other
+    fresh = loops.make_inputs(x[50:].clone(), dense=False)
+    assert all(map(np.array_equal, other, fresh))
     x[0, 0] += 1
-    assert kept.get(x[:50], dense=False) is not first[0] and len(made) == 3
+    assert cache.get(x[:50], dense=False) is not first[0]
     with torch.inference_mode():
         x = x.clone()
-    kept.get(x, dense=False)
+    cache.get(x, dense=False)
     with torch.inference_mode():
         x[0, 0] = 7.0
-    assert kept.get(x, dense=False).values[0] == 7.0
+    assert cache.get(x, dense=False).values[0] == 7.0
+
+
+def test_few_data_sets_are_kept_and_none_that_is_gone():
+    cache = loops.InputCache()
+    tensors = [drawn(n=10, seed=seed)[0] for seed in range(9)]
+    made = [weakref.ref(cache.get(x, dense=False).values) for x in tensors]
+    assert sum(values() is not None for values in made) < len(made)
+    assert made[-1]() is not None
+    tensors.clear()
+    cache.get(drawn(n=10)[0], dense=False)
+    assert made[-1]() is None
 
 
 def test_a_weight_whose_input_is_0_is_not_touched():
@@ -237,8 +259,9 @@ def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
 
 ONE_NETWORK = """
 import sys, torch, nnce
-from nnce import loops
-from nnce.ensemble import Ensemble, Hyperparameters
+from nnce.algorithm import Hyperparameters
+from nnce.engines import loops
+from nnce.engines.ensemble import Ensemble
 network = nnce.MLP((4, 3, 2))
 values = [Hyperparameters("cross-entropy", 0.5)]
 together = Ensemble([network], values, batch_size=2, engine="loops")
@@ -247,23 +270,24 @@ data = torch.rand(4, 4), torch.rand(4, 2), torch.arange(4)
 CACHED = """
 print(loops.is_cached())
 together.train_epoch(*data)
-print(sum(loops.train.stats.cache_hits.values()))
+from nnce.kernels import training
+print(sum(training.train.stats.cache_hits.values()))
 """
 INTERRUPTED = """
 import os, signal, threading
 before = [p.detach().clone() for p in network.parameters()]
-loops._compile()
-compiled = loops.train
+from nnce.kernels import training
+compiled = training.train
 def train(*arguments):
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    loops.train = compiled
+    training.train = compiled
     return compiled(*arguments)  # compiles for seconds
-loops.train = train
+training.train = train
 try:
     together.train_epoch(*data)
     print("lost")
 except KeyboardInterrupt:
-    print("answered", len(loops.train.signatures))
+    print("answered", len(training.train.signatures))
     print(all(map(torch.equal, before, network.parameters())))
 together.train_epoch(*data)
 print(any(map(torch.equal, before, network.parameters())))

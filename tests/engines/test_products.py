@@ -1,13 +1,16 @@
 """What is the matrix products' own; what both engines do is in test_ensemble.py."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from side_by_side import MIXED, largest_difference, make, train_alone
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from nnce import data, products
+from nnce import data
+from nnce.engines import products
 from nnce.training import Settings
 
 
@@ -19,10 +22,25 @@ def small():
     return data.Dataset(split, split, split)
 
 
+class Recorded(TorchFunctionMode):
+    """PyTorch's functions as they are called, to be looked at or called again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls.append(functools.partial(function, *args, **(kwargs or {})))
+        return self.calls[-1]()
+
+    def of(self, function):
+        return [call for call in self.calls if call.func is function]
+
+
 @pytest.fixture
 def side_by_side(monkeypatch):
     """As on CUDA: each call is for all networks."""
-    monkeypatch.setattr(products, "goes_together", lambda device: True)
+    monkeypatch.setattr(products, "batches_networks", lambda device: True)
 
 
 @pytest.mark.parametrize("own_orders", [False, True])
@@ -40,8 +58,10 @@ def test_networks_side_by_side_are_trained_as_each_alone(
     if not own_orders:
         orders = orders[:1].expand(len(settings), -1)
     together = make(settings, dataset, engine="products")
-    together.train_epoch(*dataset.train, orders if own_orders else orders[0])
-    assert [group.size for group in together._trainer._groups] == [len(settings)]
+    with Recorded() as calls:
+        together.train_epoch(*dataset.train, orders if own_orders else orders[0])
+    products_of = {call.args[0].shape[0] for call in calls.of(torch.baddbmm)}
+    assert products_of == {len(settings)}  # each is one call for all networks
     for network, one, order in zip(together.networks, settings, orders, strict=True):
         assert largest_difference(network, train_alone(one, dataset, [order])) <= 1e-12
 
@@ -80,15 +100,21 @@ def test_a_step_allocates_nothing_but_wrapped_scalars(digits, R, momentum):
 @pytest.mark.parametrize("R", [1, 5])
 def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch, side_by_side):
     """Without CUDA: a graph that runs what it should have recorded, while it records and later."""
-    recorded = []
+    graphs = []
 
     class Stream(contextlib.nullcontext):
         def wait_stream(self, other):
             pass
 
-    class Graph(contextlib.nullcontext):
+    class Graph(Recorded):
+        def __init__(self):
+            super().__init__()
+            self.replays = 0
+            graphs.append(self)
+
         def replay(self):
-            for call in recorded.pop(0):
+            self.replays += 1
+            for call in self.calls:
                 call()
 
     for name, stand_in in (
@@ -99,32 +125,19 @@ def test_capturing_a_graph_moves_nothing(digits, R, monkeypatch, side_by_side):
         ("graph", lambda graph: graph),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(products, "captures_graphs", lambda device: True)
     settings = [
         Settings(loss=MIXED[r][0], lr=MIXED[r][1], momentum=0.5 * (r == 1), seed=r)
         for r in range(R)
     ]
-    by_graph, eager = (
-        make(settings, digits, engine="products"),
-        make(settings, digits, engine="products"),
-    )
-    for together in (by_graph, eager):
-        together._trainer_for(digits.train.x)
-    trainer = by_graph._trainer
-    trainer._graph = True
-    run = products._Block._run
-
-    def remember(block, calls):
-        if block._wants_graph:
-            recorded.append(calls)
-        run(block, calls)
-
-    monkeypatch.setattr(products._Block, "_run", remember)
+    by_graph = make(settings, digits, engine="products")
+    eager = make(settings, digits, engine="products", graph=False)
     generator = torch.Generator().manual_seed(5)
     for _ in range(2):
         order = data.order(1_197, generator)
         by_graph.train_epoch(*digits.train, order)
-        assert all(block._graph is not None for block in trainer._blocks.values())
         eager.train_epoch(*digits.train, order)
+    assert [graph.replays for graph in graphs] == [2]  # an epoch of digits is one block
     for a, b in zip(by_graph.networks, eager.networks, strict=True):
         assert largest_difference(a, b) == 0
 
@@ -138,11 +151,8 @@ def test_cuda_graph_is_eager_and_allocates_nothing(digits, R):
         for r in range(R)
     ]
     order = data.order(1_197, torch.Generator().manual_seed(5), "cuda")
-    by_graph, eager = (
-        make(settings, dataset, engine="products"),
-        make(settings, dataset, engine="products"),
-    )
-    eager._graph = False
+    by_graph = make(settings, dataset, engine="products")
+    eager = make(settings, dataset, engine="products", graph=False)
     for epoch in range(3):
         if epoch == 1:
             torch.cuda.synchronize()
@@ -159,12 +169,17 @@ def test_cuda_graph_is_eager_and_allocates_nothing(digits, R):
 
 
 def test_two_blocks_are_kept():
-    """However many lengths of an order come by."""
+    """However many lengths of an order come by: memory for the two that were used last."""
     together = make([Settings((3,)), Settings((3,), seed=1)], small(), 2, engine="products")
     x, y = small().train
-    for n in (*range(60, 0, -1), 60, 1):
-        together.train_epoch(x, y, torch.arange(n))
-    assert list(together._trainer._blocks) == [(1, 60), (1, 1)]
-    kept = together._trainer._blocks[1, 60]
-    together.train_epoch(x, y, torch.arange(60))
-    assert together._trainer._blocks[1, 60] is kept
+
+    def allocates(n):
+        with Recorded() as calls:
+            together.train_epoch(x, y, torch.arange(n))
+        return bool(calls.of(torch.Tensor.new_empty))
+
+    for n in (60, 7):
+        assert allocates(n)
+    assert not allocates(60) and not allocates(7)
+    assert allocates(5) and not allocates(7) and not allocates(5)
+    assert allocates(60) and not allocates(5)

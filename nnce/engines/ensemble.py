@@ -1,7 +1,7 @@
-"""Many networks side by side, trained by the revised algorithm: checks, places, and how it is done.
+"""`Ensemble`: networks trained side by side by the revised algorithm.
 
-As compiled loops (`nnce.loops`) where networks are small and on a CPU, as matrix products
-(`nnce.products`) elsewhere.
+Its engine is compiled loops (`nnce.engines.loops`) for small networks on a CPU, and matrix products
+(`nnce.engines.products`) for all others.
 """
 
 import itertools
@@ -14,57 +14,57 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nnce import kernels, loops
+from nnce import kernels
 from nnce._arguments import check_alike, check_size, is_integer, is_number, is_size, plain
 from nnce._memory import check_memory
 from nnce.algorithm import Hyperparameters
-from nnce.loops import Loops
+from nnce.engines import loops
+from nnce.engines.loops import Loops
+from nnce.engines.products import Products, block_examples
 from nnce.losses import check_loss
 from nnce.modules import MLP
-from nnce.products import Products, block_examples
 
-How = Literal["loops", "products"]
-HOWS: tuple[How, ...] = get_args(How)
+Engine = Literal["loops", "products"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 # Below this many multiplications in the largest product of a step a second thread does not pay.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
-# Weights times examples that take some tenths of a second.
-_STRETCH = 10_000_000_000
+# Weights times examples of a chunk, which takes some tenths of a second.
+_CHUNK_WORK = 10_000_000_000
 
 
 class Ensemble:
     """Trains networks of one shape side by side, by the rules, without autograd.
 
-    Like an optimizer, it trains the networks it is given: afterwards they are the trained ones.
-    Each remains an ordinary `MLP`, to be evaluated, saved or differentiated. A loss that was made
-    before an epoch cannot be differentiated after it, as after a step of any optimizer.
+    Like an optimizer, it changes the networks that it is given in place. Each remains an ordinary
+    `MLP`, to be evaluated, saved or differentiated. A loss that was computed before an epoch cannot
+    be differentiated after it, as after a step of any optimizer.
 
-    What comes out is what `torch.optim.SGD` makes of the gradients of `nnce.backprop`, up to
-    rounding: g += weight_decay W for weights only, v = momentum v + g, W −= lr v.
+    The result matches `torch.optim.SGD` with the gradients of `nnce.backprop`, up to rounding:
+    g += weight_decay W for weights only, v = momentum v + g, W −= lr v.
 
-    How it is done is chosen at the first epoch, when the inputs are known, and kept (see
-    `suits_loops`). By loops, the bits of a network do not depend on the others, the threads or
-    anything else beside it. By products they do, and from the first epoch on the networks'
-    parameters are views of common memory.
+    The engine is chosen at the first epoch, when the inputs are known, and kept (see
+    `suits_loops`). With loops, the bits of a network do not depend on the other networks or the
+    number of threads. With products they do, and from the first epoch on the networks' parameters
+    are views of common memory.
 
     Args:
         networks: one or more MLPs of the same sizes, dtype and device.
         hyperparameters: one for each network.
         batch_size: examples in a mini-batch; the last one of an epoch may be shorter.
         engine: "loops" or "products"; None for whichever suits.
-        threads: how many the networks are shared out over by loops; None for as many as the machine
-            has processors, and a warning if more. Products are made by PyTorch's own
-            (`torch.set_num_threads`).
-        graph: replay the products' steps as a CUDA graph; has no meaning on a CPU.
+        threads: threads among which loops divide the networks; None for the number of processors,
+            with a warning if more. Products use PyTorch's threads (`torch.set_num_threads`).
+        graph: replay the steps of products as a CUDA graph; no effect on a CPU.
 
     Raises:
-        ValueError: there is no network, they differ in shape, dtype or device, one is there twice,
-            is frozen, reparametrised, pruned, has hooks (which would not be called) or was made
-            under inference_mode, the numbers of networks and hyperparameters differ, a value makes
-            no sense, or loops are asked for on CUDA or without Numba.
-        TypeError: no MLPs, no Hyperparameters, or loops are asked for in another dtype than float32
-            and float64.
-        MemoryError: the ensemble would not fit into memory; the sentence says how much it needs.
+        ValueError: there is no network; networks differ in shape, dtype or device; one occurs
+            twice, is frozen, reparametrized or pruned, has hooks (which would not be called) or was
+            made under inference_mode; the numbers of networks and hyperparameters differ; a value
+            is out of range; or loops are requested on CUDA, or where Numba cannot compile.
+        TypeError: an argument is not an MLP or Hyperparameters, or loops are requested for a dtype
+            other than float32 and float64.
+        MemoryError: the ensemble would not fit into memory; the message states how much it needs.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Ensemble:
         hyperparameters: Sequence[Hyperparameters],
         *,
         batch_size: int,
-        engine: How | None = None,
+        engine: Engine | None = None,
         threads: int | None = None,
         graph: bool = True,
     ) -> None:
@@ -106,7 +106,7 @@ class Ensemble:
 
     @property
     def hyperparameters(self) -> tuple[Hyperparameters, ...]:
-        """Those of each network."""
+        """The hyperparameters of each network."""
         return self._hyperparameters
 
     @property
@@ -115,19 +115,19 @@ class Ensemble:
         return self._batch_size
 
     @property
-    def engine(self) -> How | None:
-        """How it is done: what was asked for, or was chosen at the first epoch; None before."""
+    def engine(self) -> Engine | None:
+        """The engine that was requested, or was chosen at the first epoch; None before that."""
         return self._engine
 
     def set_lrs(self, lrs: Sequence[float]) -> None:
-        """Go on with other learning rates, one for each network, as a schedule wants it.
+        """Change the learning rates, one for each network.
 
-        As with `torch.optim.SGD`, the momentum that there is counts at the new rate from now on.
+        As with `torch.optim.SGD`, accumulated momentum is applied at the new rate from now on.
 
         Raises:
-            ValueError: they are not as many as networks, one is not positive, or as for
+            ValueError: the number of rates and networks differ, a rate is not positive, or as for
                 `train_epoch`.
-            TypeError: one is no number.
+            TypeError: a rate is not a number.
         """
         old = self.hyperparameters
         if len(lrs) != len(old):
@@ -141,7 +141,7 @@ class Ensemble:
                 self._check_network(number)
             velocities = self._trainer.velocities()
             self._trainer = self._make_trainer(self._engine, self._dense)
-            # They are −lr v.
+            # Engines keep −lr v.
             ratios = [h.lr / before.lr for h, before in zip(new, old, strict=True)]
             self._trainer.set_velocities(
                 [torch.stack([u * c for u, c in zip(us, ratios, strict=True)]) for us in velocities]
@@ -150,8 +150,8 @@ class Ensemble:
     def train_epoch(self, x: Tensor, y: Tensor, order: Tensor) -> int:
         """One pass over the training data.
 
-        On CUDA nothing is waited for but the check of the order: the steps may be under way still.
-        Ctrl-C leaves every network at the end of a step, not all at the same.
+        On CUDA it waits only for the check of the order; the steps may still be running when it
+        returns. Ctrl-C leaves every network at the end of a step, not necessarily the same one.
 
         Args:
             x: inputs [N, n_in], on the ensemble's device.
@@ -160,13 +160,13 @@ class Ensemble:
                 networks, or [networks, n], a row for each.
 
         Returns:
-            How many steps each network took.
+            The number of steps that each network took.
 
         Raises:
-            ValueError: shapes or devices do not fit the networks, or a network's parameters have
-                been moved, replaced or frozen, or have got hooks.
-            TypeError: no tensors, or another dtype than the networks'.
-            IndexError: the order names an example that is not there; no step has been taken then.
+            ValueError: shapes or devices do not match the networks', or a network's parameters have
+                been moved, replaced or frozen, or have hooks.
+            TypeError: an argument is not a tensor, or its dtype is not the networks'.
+            IndexError: the order contains an index out of range; no step has been taken.
         """
         self._check_data(x, y, order)
         for number, network in enumerate(self.networks):
@@ -189,7 +189,7 @@ class Ensemble:
             self._trainer = self._make_trainer(self._engine, density > loops.DENSE)
         return self._trainer
 
-    def _make_trainer(self, engine: How, dense: bool) -> Loops | Products:
+    def _make_trainer(self, engine: Engine, dense: bool) -> Loops | Products:
         self._dense = dense
         if engine == "loops":
             return Loops(self.networks, self.hyperparameters, self.batch_size, dense=dense)
@@ -197,28 +197,27 @@ class Ensemble:
         self._places = [[_place_of(p) for p in ps] for ps in self._parameters]
         return products
 
-    def stretch(self, networks: int | None = None, most: int | None = None) -> int:
-        """Into how long parts an order may be cut, in examples.
+    def max_chunk(self, networks: int | None = None, at_most: int | None = None) -> int:
+        """The length in examples of the chunks into which an order may be cut.
 
-        An epoch by parts of this length, one `train_epoch` after the other, comes to the same bits
-        as the epoch in one go. It is some tenths of a second of work.
+        An epoch trained chunk by chunk, one `train_epoch` after the other, produces the same bits
+        as the whole epoch in one call. A chunk takes some tenths of a second.
 
         Args:
-            networks: as if there were so many; None for as many as there are.
-            most: no longer than this, if that can be.
+            networks: the number of networks to assume; None for those of this ensemble.
+            at_most: an upper limit, exceeded only where the shortest possible chunk is longer.
         """
         networks = len(self.networks) if networks is None else networks
         step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
         weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(self.sizes))
-        examples = _STRETCH // (weights * networks)
-        return step * max(1, (examples if most is None else min(examples, most)) // step)
+        examples = _CHUNK_WORK // (weights * networks)
+        return step * max(1, (examples if at_most is None else min(examples, at_most)) // step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must have beside the networks' own parameters.
+        """The state to save in addition to the networks' parameters.
 
-        "lrs", the rates; "engine" and whether it takes inputs as "dense", which depend on the data
-        of the first epoch: None before. "velocities" of each parameter, [networks, *its shape], as
-        the engines keep them, −lr v; none without momentum.
+        "lrs"; "engine", None before the first epoch; "dense", whether loops walk over all inputs;
+        "velocities" of each parameter, [networks, *shape], as −lr v, [] without momentum.
         """
         trainer = self._trainer
         return {
@@ -229,11 +228,11 @@ class Ensemble:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, in an ensemble that has not trained yet.
+        """Continue from `state_dict`, in an ensemble that has not trained yet.
 
         Raises:
-            ValueError: it does not fit, or its engine cannot be had here.
-            TypeError: its engine does not know the dtype.
+            ValueError: the state does not match, or its engine is not available here.
+            TypeError: its engine does not support the dtype.
         """
         engine, velocities = state["engine"], list(state["velocities"])
         if self._trainer is not None:
@@ -256,21 +255,21 @@ class Ensemble:
 
     @torch.no_grad()
     def outputs(self, number: int, x: Tensor) -> Tensor:
-        """z of the last layer of one network, as `networks[number](x)`, by loops if they train it.
+        """z of the last layer of one network, as `networks[number](x)`; by loops if they train it.
 
-        Several threads may ask for several networks at once.
+        Threads may call this for different networks at the same time.
 
         Args:
-            number: which network.
+            number: index of the network.
             x: inputs [n, n_in], on the ensemble's device and in its dtype.
 
         Returns:
             [n, n_out].
 
         Raises:
-            IndexError: there is no network of this number.
-            ValueError: x has another shape or device, or as for `train_epoch`.
-            TypeError: x is no tensor, or of another dtype.
+            IndexError: there is no network with this index.
+            ValueError: the shape or device of x does not match, or as for `train_epoch`.
+            TypeError: x is not a tensor, or its dtype is not the networks'.
         """
         last = len(self.networks) - 1
         if not (is_integer(number) and 0 <= number <= last):
@@ -286,7 +285,7 @@ class Ensemble:
         return z
 
     def _check_network(self, number: int) -> None:
-        """A parameter that is another, or lies elsewhere by now, would silently not be trained."""
+        """Raise where a parameter was replaced or moved: it would silently not be trained."""
         network, parameters = self.networks[number], self._parameters[number]
         _check_network(network)
         now = _parameters(network)
@@ -331,7 +330,7 @@ class Ensemble:
             )
 
 
-# ------------------------------------------------------------------------- what is asked before
+# --------------------------------------------------------------------------- choice of the engine
 
 
 def suits_loops(
@@ -341,15 +340,14 @@ def suits_loops(
     device: torch.device,
     density: float,
 ) -> bool:
-    """Whether loops are faster than products for such networks and inputs, and can be had.
+    """Whether loops are available and faster than products for these networks and inputs.
 
-    By an estimate of the time an example takes, in nanoseconds, from measurements of 20 kinds of
-    networks on one core of an AMD EPYC (2026-11-25). Loops take 350; for each weight of the first
-    layer 0.13 if its input is not 0, or 0.085 where all are walked over; and 0.15 for each of the
-    layers above; widths are filled up to multiples of 32. Products take 1.2 for each input, which
-    is gathered, and 0.042 for each weight; and once for each mini-batch 9,000 for a layer's calls
-    and 0.19 for each weight that moves; half of it all where PyTorch's threads pay. One network's
-    loops have one thread, however many there are.
+    Estimates the time for an example in nanoseconds, from measurements of 20 networks on one core
+    of an AMD EPYC (2026-11-25). Loops take 350; for each weight of the first layer 0.13 if its
+    input is not 0, or 0.085 if all inputs are walked over; and 0.15 for each weight above; widths
+    are padded to multiples of 32. Products take 1.2 for each input, which is gathered, and 0.042
+    for each weight; and for each mini-batch 9,000 for a layer's calls and 0.19 for each weight that
+    changes; half of all this where PyTorch's threads pay. Loops train one network in one thread.
 
     Args:
         sizes, batch_size, dtype, device: of the networks.
@@ -358,7 +356,7 @@ def suits_loops(
     if device.type != "cpu" or dtype not in loops.DTYPES:
         return False
     layers = list(itertools.pairwise(sizes))
-    first, *above = (n_in * loops.filled(n_out) for n_in, n_out in layers)
+    first, *above = (n_in * loops.padded_width(n_out) for n_in, n_out in layers)
     of_first = 0.13 * density if density <= loops.DENSE else 0.085
     by_loops = 350 + of_first * first + 0.15 * sum(above)
     weights = sum(n_in * n_out for n_in, n_out in layers)
@@ -369,10 +367,10 @@ def suits_loops(
 
 
 def threads(sizes: Sequence[int], batch_size: int) -> int:
-    """How many of PyTorch's CPU threads suit networks of these sizes: 1, or all it would take.
+    """The number of PyTorch's CPU threads that suits networks of these sizes: 1, or its default.
 
-    A second thread costs some microseconds at each product, which a textbook's network does not
-    have to give away. (Loops have threads of their own.)
+    A second thread costs some microseconds at each product, too much for a textbook's network.
+    (Loops have their own threads.)
     """
     return torch.get_num_threads() if _threads_pay(sizes, batch_size) else 1
 
@@ -383,9 +381,9 @@ def _threads_pay(sizes: Sequence[int], batch_size: int) -> bool:
 
 
 def check_engine(engine: str | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise as `Ensemble` does unless this engine can be had, there and in this dtype."""
-    if engine not in (None, *HOWS):
-        raise ValueError(f"expected engine {' or '.join(map(repr, HOWS))}, got {engine!r}")
+    """Raise as `Ensemble` does unless the engine is available for this device and dtype."""
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"expected engine {' or '.join(map(repr, ENGINES))}, got {engine!r}")
     if engine != "loops":
         return
     if dtype not in loops.DTYPES:
@@ -415,7 +413,7 @@ def _check_trains(network: MLP) -> None:
 
 
 def _check_network(network: MLP) -> None:
-    """Raise ValueError where training by the rules would be another training than PyTorch's."""
+    """Raise ValueError where training by the rules would differ from PyTorch's."""
     for parameter in _parameters(network):
         if parameter.is_inference():
             raise ValueError(

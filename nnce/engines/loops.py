@@ -1,0 +1,388 @@
+"""Networks trained by compiled loops: small networks on a CPU, example by example.
+
+The loops are in `nnce.kernels.training`; here are the inputs and networks in their memory layout,
+threads, and interrupts. The bits of a trained network depend on its start, its settings and its
+order of the examples, and not on the networks trained with it, on the number of threads, or on how
+the steps are divided among calls.
+"""
+
+import concurrent.futures
+import contextlib
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnce import kernels
+from nnce.algorithm import Hyperparameters
+from nnce.losses import LOSSES
+from nnce.modules import MLP
+
+DTYPES = (torch.float32, torch.float64)
+# The share of nonzero inputs above which all inputs are walked over.
+DENSE = 0.7
+# Data sets whose inputs are kept in the loops' layout: some to train on, some to evaluate on.
+_MAX_INPUTS = 4
+# Examples whose outputs are computed together.
+_OUTPUTS_AT_ONCE = 100
+# Mini-batches in a call: few, so that Ctrl-C is answered soon and the data of a block are still in
+# the cache when the next network walks over them.
+_BLOCK_STEPS = 20
+
+
+def padded_width(n: int) -> int:
+    """The width of a layer of n neurons in the loops' memory."""
+    return -(-n // kernels.LANES) * kernels.LANES
+
+
+def is_available() -> bool:
+    """Whether Numba can compile the loops."""
+    return kernels.numba_problem() is None
+
+
+def is_cached() -> bool:
+    """Whether an earlier process has left the compiled loops on disk."""
+    from nnce.kernels import _numba
+
+    return _numba.is_cached(_kernels().train)
+
+
+def _kernels() -> Any:
+    """The compiled loops, imported on first use: Numba is optional, and takes time to import."""
+    with _interrupts_wait():
+        from nnce.kernels import training
+    return training
+
+
+@contextlib.contextmanager
+def _subnormals_are_0() -> Iterator[None]:
+    """Flush subnormal numbers to 0 in this thread.
+
+    Deltas of saturated neurons become subnormal, and arithmetic with these is a hundred times as
+    slow.
+    """
+    # Python's own numbers, because PyTorch's depend on the default dtype and device.
+    before = sys.float_info.min / 2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of the block.
+
+    Raised inside a compiler's callback they would be lost; raised while parameters are written,
+    they would leave parameters of two different steps.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = [
+        signal.signal(number, lambda number, frame: came.append(number)) for number in numbers
+    ]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for waiting in came:
+        signal.raise_signal(waiting)
+
+
+# ------------------------------------------------------------------------------------ the data
+
+
+def density(x: Tensor) -> float:
+    """The share of inputs that are not 0."""
+    return int(torch.count_nonzero(x)) / max(1, x.numel())
+
+
+def make_inputs(x: Tensor, *, dense: bool) -> Any:
+    """x in the loops' layout, a `nnce.kernels.training.Inputs`."""
+    import numpy as np
+
+    training = _kernels()
+    rows = x.detach().contiguous().numpy()
+    n, n_in = rows.shape
+    if dense:
+        return training.Inputs(
+            starts=np.zeros(0, dtype=np.int64),
+            indices=np.arange(max(n, n_in), dtype=np.uint32),
+            values=np.zeros(0, dtype=rows.dtype),
+            x=rows,
+        )
+    counts = np.count_nonzero(rows, axis=1)
+    starts = np.zeros(n + 1, dtype=np.int64)
+    np.cumsum(-(-counts // kernels.INPUTS_AT_ONCE) * kernels.INPUTS_AT_ONCE, out=starts[1:])
+    indices = np.full(starts[-1], n_in, dtype=np.uint32)
+    values = np.zeros(starts[-1], dtype=rows.dtype)
+    with _interrupts_wait():  # the first call for a dtype compiles
+        training.list_inputs(rows, starts, indices, values)
+    return training.Inputs(starts, indices, values, np.zeros((0, n_in), dtype=rows.dtype))
+
+
+class InputCache:
+    """Inputs in the loops' layout, kept while the tensors they were made from are unchanged."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._lock = threading.Lock()
+        self._made: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def get(self, x: Tensor, *, dense: bool) -> Any:
+        """The inputs of x, made again if x is a different tensor or has been changed in place."""
+        if x.is_inference():  # PyTorch does not record whether it has been changed
+            return make_inputs(x, dense=dense)
+        # Each slice of a data set is a new tensor, but the data set that it is a view of remains.
+        whole = x if x._base is None else x._base
+        place = (x.storage_offset(), tuple(x.shape), x.stride(), x._version, dense)
+        key = (id(whole), *place)
+        with self._lock:
+            source, made = self._made.pop(key, (lambda: None, None))
+            if made is None or source() is not whole:
+                made = make_inputs(x, dense=dense)
+            self._made[key] = weakref.ref(whole), made  # the last used is last
+            for other, (source, _) in list(self._made.items()):
+                changed = other[0] == key[0] and other[-2] != x._version
+                if source() is None or changed or len(self._made) > _MAX_INPUTS:
+                    del self._made[other]
+        return made
+
+
+# One for all ensembles: a comparison, or a benchmark, has several on the same data.
+INPUTS = InputCache()
+
+
+# ---------------------------------------------------------------------------------- the networks
+
+
+class _Network:
+    """One network's parameters in the loops' layout, and the memory for its steps."""
+
+    def __init__(self, network: MLP, values: Hyperparameters, batch_size: int) -> None:
+        import numpy as np
+
+        self._kernels = _kernels()
+        self._pairs = network.weights_and_biases()
+        self._like = self._pairs[0][0].detach()
+        self._n_outs = network.sizes[1:]
+        self.widths = [padded_width(n) for n in self._n_outs]
+        total = sum(self.widths)
+        above = sum(n * width for n, width in zip(self._n_outs[1:], self.widths[:-1], strict=True))
+        sizes = ((network.sizes[0] + 1) * self.widths[0], total, above)
+        self.moves = bool(values.momentum)
+        self._layers = self._kernels.Layers(
+            *(self._zeros(size) for size in sizes),
+            *(self._zeros(size if self.moves else 0) for size in sizes),
+            *(np.array(n, dtype=np.int64) for n in (self._n_outs, self.widths)),
+        )
+        self._scratch = self._kernels.Scratch(
+            *(self._zeros(total) for _ in range(5)),
+            dV=self._zeros(above),
+            batch=self._zeros(0),
+            first_z=self._zeros(0),
+        )
+        to_dtype = self._layers.W.dtype.type
+        with np.errstate(over="ignore"):  # a rate beyond float32 is infinite, as in PyTorch
+            self._rules = self._kernels.Rules(
+                min(batch_size, 2**62),  # indices are of 64 bits
+                to_dtype(values.lr),
+                to_dtype(values.momentum),
+                to_dtype(values.weight_decay),
+                LOSSES[values.loss].has_sigmoid_prime,
+            )
+
+    def train(self, inputs: Any, y: Any, order: Any) -> None:
+        """Take steps through the examples of an order: whole mini-batches, but for the last."""
+        self._make_room(inputs, min(self._rules.batch_size, len(order)))
+        self._kernels.train(self._layers, inputs, self._scratch, y, order, self._rules)
+
+    def outputs(self, inputs: Any, n: int) -> Any:
+        """z of the last layer, [n, n_out]."""
+        import numpy as np
+
+        self._make_room(inputs, _OUTPUTS_AT_ONCE)
+        out = np.empty((n, self._n_outs[-1]), dtype=self._layers.W.dtype)
+        rows = np.arange(n)
+        self._kernels.outputs(self._layers, inputs, self._scratch, rows, _OUTPUTS_AT_ONCE, out)
+        return out
+
+    def _zeros(self, size: int) -> Any:
+        return self._like.new_zeros(size).numpy()  # PyTorch's memory begins at a cache line
+
+    def _make_room(self, inputs: Any, n: int) -> None:
+        """Let the scratch memory hold a mini-batch of n: its inputs, if dense, and their z."""
+        sizes = {
+            "batch": n * inputs.x.shape[1] if len(inputs.x) else 0,
+            "first_z": n * self.widths[0],
+        }
+        small = {k: size for k, size in sizes.items() if len(getattr(self._scratch, k)) < size}
+        if small:
+            self._scratch = self._scratch._replace(
+                **{name: self._zeros(size) for name, size in small.items()}
+            )
+
+    def _places(self, *, velocities: bool = False) -> Iterator[tuple[Any, Any]]:
+        """Views of W [n_out, n_in] and b [n_out] of each layer, or of their velocities."""
+        layers = self._layers
+        W, bs, V = (
+            (layers.uW, layers.ub, layers.uV) if velocities else (layers.W, layers.b, layers.V)
+        )
+        b, v = 0, 0
+        width_below = 0
+        for layer, (n_out, width) in enumerate(zip(self._n_outs, self.widths, strict=True)):
+            bias = bs[b : b + n_out]
+            if layer == 0:
+                yield W.reshape(-1, width)[:-1, :n_out].T, bias
+            else:
+                whole = V[v : v + n_out * width_below].reshape(n_out, width_below)
+                yield whole[:, : self._n_outs[layer - 1]], bias
+                v += n_out * width_below
+            b += width
+            width_below = width
+
+    def velocities(self) -> list[Any]:
+        """Views of the velocity of each parameter; [] without momentum."""
+        pairs = self._places(velocities=True) if self.moves else ()
+        return [place for pair in pairs for place in pair]
+
+    def read_parameters(self) -> None:
+        """Copy the network's parameters into the loops' memory."""
+        for pair, places in zip(self._pairs, self._places(), strict=True):
+            for parameter, place in zip(pair, places, strict=True):
+                place[...] = parameter.detach().numpy()
+
+    def write_parameters(self) -> None:
+        """Copy them back, in place."""
+        with torch.no_grad():
+            for pair, places in zip(self._pairs, self._places(), strict=True):
+                for parameter, place in zip(pair, places, strict=True):
+                    parameter.copy_(torch.from_numpy(place))
+
+
+class Loops:
+    """Trains networks by loops.
+
+    Args:
+        networks: MLPs of one shape and dtype, float32 or float64, on the CPU.
+        hyperparameters: one for each network.
+        batch_size: examples in a mini-batch.
+        dense: walk over all inputs, because few of them are 0.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[MLP],
+        hyperparameters: Sequence[Hyperparameters],
+        batch_size: int,
+        *,
+        dense: bool,
+    ) -> None:
+        """Allocate the memory."""
+        self._dense, self._batch_size = dense, batch_size
+        self._networks = [
+            _Network(network, values, batch_size)
+            for network, values in zip(networks, hyperparameters, strict=True)
+        ]
+
+    def train(self, x: Tensor, y: Tensor, orders: Sequence[Tensor], threads: int) -> None:
+        """One pass over the training data for each network in its order.
+
+        Args:
+            x: inputs [N, n_in].
+            y: targets [N, n_out].
+            orders: indices of examples, one tensor for each network, all of one length.
+            threads: number of threads among which the networks are divided.
+        """
+        inputs, targets = INPUTS.get(x, dense=self._dense), y.detach().contiguous().numpy()
+        for network in self._networks:
+            network.read_parameters()
+        jobs = list(zip(self._networks, [order.numpy() for order in orders], strict=True))
+        with _interrupts_wait():  # the first call for a dtype compiles
+            self._networks[0].train(inputs, targets, jobs[0][1][:0])
+        stop = threading.Event()
+        try:
+            if min(threads, len(jobs)) == 1:
+                self._walk(inputs, targets, jobs, stop)
+            else:
+                self._share_out(inputs, targets, jobs, threads, stop)
+        finally:
+            with _interrupts_wait():
+                for network in self._networks:
+                    network.write_parameters()
+
+    def velocities(self) -> list[Tensor]:
+        """The velocity of each parameter, [networks, *shape]; [] if no network has momentum.
+
+        Of a network without momentum it is 0.
+        """
+        by_network = [network.velocities() for network in self._networks]
+        like = [torch.from_numpy(v) for v in max(by_network, key=len)]
+        return [
+            torch.stack(
+                [torch.from_numpy(v[i]) if v else torch.zeros_like(some) for v in by_network]
+            )
+            for i, some in enumerate(like)
+        ]
+
+    def set_velocities(self, velocities: Sequence[Tensor]) -> None:
+        """Continue with velocities that `velocities` returned."""
+        for r, network in enumerate(self._networks):
+            for place, values in zip(network.velocities(), velocities, strict=False):
+                place[...] = values[r].numpy()
+
+    def outputs(self, number: int, x: Tensor) -> Tensor:
+        """z of the last layer of one network, [n, n_out]. Threads may call this at the same time.
+
+        Args:
+            number: which network.
+            x: inputs [n, n_in].
+        """
+        network = self._networks[number]
+        network.read_parameters()
+        inputs = INPUTS.get(x, dense=self._dense)
+        with _interrupts_wait():  # the first call for a dtype compiles
+            return torch.from_numpy(network.outputs(inputs, len(x)))
+
+    def _share_out(
+        self,
+        inputs: Any,
+        y: Any,
+        jobs: list[tuple[_Network, Any]],
+        threads: int,
+        stop: threading.Event,
+    ) -> None:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            try:
+                walks = [
+                    pool.submit(self._walk, inputs, y, jobs[thread::threads], stop)
+                    for thread in range(threads)
+                ]
+                for walk in walks:
+                    walk.result()
+            finally:
+                stop.set()  # after Ctrl-C; blocks that have begun are finished
+
+    def _walk(
+        self, inputs: Any, y: Any, jobs: list[tuple[_Network, Any]], stop: threading.Event
+    ) -> None:
+        """Train block by block, so that a thread reads the data once for all its networks."""
+        length = len(jobs[0][1]) if jobs else 0
+        size = min(_BLOCK_STEPS * self._batch_size, length)
+        with _subnormals_are_0():
+            for begin in range(0, length, max(1, size)):
+                for network, order in jobs:
+                    if stop.is_set():
+                        return
+                    network.train(inputs, y, order[begin : begin + size])
