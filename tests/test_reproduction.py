@@ -9,7 +9,7 @@ from nnce import data, training
 from nnce.data import Distortion
 from nnce.experiments import reproduction
 from nnce.experiments.published import Row, Table
-from nnce.schedules import CosineAnnealingLR
+from nnce.schedules import Schedule
 from nnce.training import Settings
 
 ROW = Row(
@@ -18,7 +18,7 @@ ROW = Row(
         hidden=(8,),
         epochs=2,
         init=0.05,
-        schedule=CosineAnnealingLR(2),
+        schedule=Schedule("cosine", cosine_epochs=2),
         distortion=Distortion(rotation=5, alpha=3, sigma=1),
     ),
 )
