@@ -324,7 +324,8 @@ class _Signals:
         for number in self._numbers:
             signal.signal(number, self._take)
         read, write = os.pipe()
-        os.set_blocking(write, False)
+        if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and does without
+            os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         threading.Thread(target=self._answer, args=(read,), daemon=True).start()
 
@@ -466,7 +467,7 @@ def settings(options: argparse.Namespace, **more: Any) -> Settings:
 def _schedule(options: argparse.Namespace) -> Schedule:
     depending: dict[str, dict[str, Any]] = {
         "step": {"step_size": 10, "gamma": 0.1},
-        "cosine": {"cosine_epochs": options.epochs - options.warmup},
+        "cosine": {"cosine_epochs": max(options.epochs, 1) - options.warmup},
     }
     for name, value in depending.get(options.schedule, {}).items():
         if getattr(options, name) is None:
