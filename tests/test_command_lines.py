@@ -54,13 +54,8 @@ MORE = {
     "table": ("nielsen", "nielsen", "neilsen", "simard"),
     "rows": ("N1", "N8", "n8b", "N9"),
     "init": ("scaled", "large", "small", "0.05", "0", "-1", "inf"),
-    "schedule": (
-        *("StepLR(3)", "CosineAnnealingLR(T_max=1)", "SequentialLR((LinearLR(), StepLR(2)), (5,))"),
-        *("StepLR(0)", "StepLR(step=3)", "Cosine", "StepLR(print(1))", "StepLR" + 300 * "("),
-    ),
-    "distortion": (
-        *("Distortion()", "Distortion(rotation=9, alpha=34)", "Distortion(sigma=0)"),
-        *("Distortion(9, 9, 9, 9, 9, 9, 9)", "Distortion(alpha=1e999)", "Distortion"),
+    **dict.fromkeys(
+        ("rotation", "scaling", "shear", "translation", "elastic", "elastic_sigma"), NUMBERS
     ),
 }
 

@@ -1,8 +1,8 @@
 """What the scripts share: options and what they mean, signals and streams, the run's directory."""
 
 import argparse
-import ast
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -23,9 +23,9 @@ import torch
 
 from nnce import _memory, data, modules
 from nnce.engines import ensemble, loops
-from nnce.training import Engine, Settings, checkpoints, parallel
+from nnce.training import Engine, Settings, checkpoints, parallel, schedules
 from nnce.training.parallel import ALONE, World
-from nnce.training.schedules import SCHEDULES
+from nnce.training.schedules import Schedule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -34,6 +34,16 @@ _NOTHING_YET = ".nothing-finished-yet"
 # Put into folders by file managers and file systems; a folder with nothing else is empty.
 _NOT_OURS = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini", "lost+found")
 _CHECKPOINTS = "checkpoint-*"
+# By option, without its dashes: the field of `nnce.data.Distortion`, and its meaning.
+_DISTORTIONS = {
+    "rotation": ("rotation", "largest rotation, degrees"),
+    "scaling": ("scaling", "largest change of the width and the height, relative"),
+    "shear": ("shear", "largest shear, relative"),
+    "translation": ("translation", "largest translation in x and y, pixels"),
+    "elastic": ("alpha", "factor of the elastic displacements, pixels"),
+    "elastic_sigma": ("sigma", "standard deviation of their Gaussian, pixels"),
+}
+_UNDISTORTED = data.Distortion()
 # PyTorch counts in 64 bits, and multiplies what it is given.
 _LARGEST = 10**15
 
@@ -93,22 +103,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument(
             "--l2", type=float, default=0.0, help="lambda; weights decay by lambda / n_train"
         )
-        self.add_argument(
-            "--schedule",
-            type=functools.partial(_checked, SCHEDULES),
-            default="ConstantLR()",
-            metavar="SCHEDULE",
-            help="how the rate changes from epoch to epoch, in torch.optim.lr_scheduler's words: "
-            "'StepLR(step_size=10, gamma=0.3)', 'CosineAnnealingLR(T_max=30)', 'LinearLR(...)' to "
-            "warm up, or 'SequentialLR((LinearLR(), CosineAnnealingLR(25)), (5,))'",
-        )
-        self.add_argument(
-            "--distortion",
-            type=functools.partial(_checked, (data.Distortion,)),
-            metavar="DISTORTION",
-            help="distort the training images, anew in each epoch, as in 'Distortion(rotation=10, "
-            "alpha=34, sigma=4)'; see nnce.data.Distortion (if not given: not)",
-        )
+        self._add_schedule_options()
+        self._add_distortion_options()
         self.add_argument(
             "--init",
             type=_init,
@@ -121,6 +117,41 @@ class ArgumentParser(argparse.ArgumentParser):
             type=int,
             help="use the first so many training examples; all if not given",
         )
+
+    def _add_schedule_options(self) -> None:
+        add = self.add_argument_group("learning-rate schedule").add_argument
+        add(
+            "--schedule",
+            choices=schedules.KINDS,
+            default="constant",
+            help="change of the rate after the warm-up",
+        )
+        add(
+            "--step-size",
+            type=int,
+            help="epochs between two steps of --schedule step (default: 10)",
+        )
+        add("--gamma", type=float, help="factor of a step of --schedule step (default: 0.1)")
+        add(
+            "--cosine-epochs",
+            type=int,
+            help="epochs in which --schedule cosine falls to 0 (default: all after the warm-up)",
+        )
+        add("--warmup", type=int, default=0, help="epochs in which the rate rises evenly")
+        add("--warmup-start", type=float, default=0.1, help="factor of the first of them")
+
+    def _add_distortion_options(self) -> None:
+        add = self.add_argument_group(
+            "distortions of the training images (nnce.data.Distortion), drawn anew in each epoch"
+        ).add_argument
+        for name, (field, what) in _DISTORTIONS.items():
+            add(
+                f"--{name.replace('_', '-')}",
+                type=functools.partial(_distortion, field),
+                default=getattr(_UNDISTORTED, field),
+                metavar="X",
+                help=what,
+            )
 
     def add_speed_options(self) -> None:
         """--threads and --matmul-precision, for `set_speed`."""
@@ -146,21 +177,11 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(sentence)
 
     @contextlib.contextmanager
-    def run_directory(
-        self,
-        chosen: Path | None,
-        name: str,
-        *,
-        dry_run: bool = False,
-        resumed: bool = False,
-        world: World = ALONE,
-    ) -> Iterator[Path]:
+    def run_directory(self, chosen: Path | None, name: str, **options: Any) -> Iterator[Path]:
         """`run_directory`, where a directory that cannot be used is a user's error."""
         with contextlib.ExitStack() as stack:
             with self.user_errors():
-                path = stack.enter_context(
-                    run_directory(chosen, name, dry_run=dry_run, resumed=resumed, world=world)
-                )
+                path = stack.enter_context(run_directory(chosen, name, **options))
             yield path
 
 
@@ -186,46 +207,14 @@ def _init(text: str) -> modules.Init:
     return cast(modules.Init, value)
 
 
-def literal(text: str, classes: Sequence[type]) -> Any:
-    """The value that a text says in Python, a call of one of these classes with plain arguments.
-
-    Raises:
-        ValueError: it is none, or the class refuses its arguments.
-    """
-    by_name = {kind.__name__: kind for kind in classes}
-
-    def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Tuple):
-            return tuple(map(value, node.elts))
-        if not isinstance(node, ast.Call):
-            try:
-                return ast.literal_eval(node)
-            except ValueError as error:
-                raise SyntaxError from error
-        if not (isinstance(node.func, ast.Name) and node.func.id in by_name):
-            raise SyntaxError
-        if any(word.arg is None for word in node.keywords):  # **
-            raise SyntaxError
-        named = {str(word.arg): value(word.value) for word in node.keywords}
-        return by_name[node.func.id](*map(value, node.args), **named)
-
+def _distortion(field: str, text: str) -> float:
+    """An option of a distortion, checked."""
     try:
-        found = value(ast.parse(text.strip(), mode="eval").body)
-        if type(found) not in classes:
-            raise SyntaxError
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        why = f" ({error})" if isinstance(error, TypeError) else ""
-        raise ValueError(f"expected {'(…), '.join(by_name)}(…), got {text!r}{why}") from error
-    return found
-
-
-def _checked(classes: Sequence[type], text: str) -> str:
-    """A text that `literal` takes."""
-    try:
-        literal(text, classes)
+        value = float(text)
+        data.Distortion(**{field: value})
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+        raise argparse.ArgumentTypeError(str(error).replace(f"{field} ", "a number ", 1)) from error
+    return value
 
 
 # ------------------------------------------------------------------------------ running a script
@@ -338,7 +327,8 @@ class _Signals:
         for number in self._numbers:
             signal.signal(number, self._take)
         read, write = os.pipe()
-        os.set_blocking(write, False)
+        if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and does without
+            os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         threading.Thread(target=self._answer, args=(read,), daemon=True).start()
 
@@ -381,20 +371,28 @@ class _Signals:
             slow.start()
 
     def stop(self, number: int) -> None:
-        self.came, self._waiting = number, self._held
-        if not self._held:
-            raise KeyboardInterrupt
+        """Stop as for this signal, which another process may have received."""
+        if not self._waiting:
+            self.came, self._waiting = number, self._held
+            if not self._held:
+                raise KeyboardInterrupt
 
     def waiting(self) -> int:
+        """The number of a signal that waits for the end of a block; 0 if none does."""
         return self.came or 0 if self._waiting else 0
 
     def let_through(self) -> None:
+        """Stop here if a signal waits, not at the end of the block."""
         if self._waiting:
             self._waiting = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
+        """For a block that writes what belongs together: signals wait until its end.
+
+        In a block within another they wait for the outer one's end.
+        """
         outer, self._held = self._held, True
         try:
             yield
@@ -415,28 +413,10 @@ _SAME_PRESS = 1.0
 _AT_ONCE = 0.5
 
 
-def undisturbed() -> contextlib.AbstractContextManager[None]:
-    """For a block that writes what belongs together: Ctrl-C and the like wait until its end.
-
-    In a block within another they wait for the outer one's end.
-    """
-    return _signals.undisturbed()
-
-
-def waiting() -> int:
-    """The number of a signal that waits for the end of a block; 0 if none does."""
-    return _signals.waiting()
-
-
-def let_through() -> None:
-    """The signal that waits, if one does, comes here and not at the end of the block."""
-    _signals.let_through()
-
-
-def stop(number: int) -> None:
-    """As if this signal had come, which another process has had."""
-    if not _signals.waiting():
-        _signals.stop(number)
+undisturbed = _signals.undisturbed
+waiting = _signals.waiting
+let_through = _signals.let_through
+stop = _signals.stop
 
 
 class Failed(Exception):
@@ -463,22 +443,45 @@ def _first_line(error: BaseException) -> str:
 
 
 def settings(options: argparse.Namespace, **more: Any) -> Settings:
-    """The settings that the training options say, and more of a script's own.
+    """The settings for the training options, and more of a script's own.
+
+    Defaults that depend on other options are written into the options, to be recorded.
 
     Raises:
-        ValueError: one makes no sense.
+        ValueError: a value makes no sense.
     """
+    fields = {field: getattr(options, name) for name, (field, _) in _DISTORTIONS.items()}
+    distortion = data.Distortion(**fields)
+    undistorted = dataclasses.replace(_UNDISTORTED, sigma=distortion.sigma)
     return Settings(
         hidden=tuple(options.hidden),
         epochs=options.epochs,
         batch_size=options.batch_size,
         momentum=options.momentum,
         l2=options.l2,
-        schedule=literal(options.schedule, SCHEDULES),
-        distortion=options.distortion and literal(options.distortion, (data.Distortion,)),
+        schedule=_schedule(options),
+        distortion=None if distortion == undistorted else distortion,
         init=options.init,
         seed=options.seed,
         **more,
+    )
+
+
+def _schedule(options: argparse.Namespace) -> Schedule:
+    depending: dict[str, dict[str, Any]] = {
+        "step": {"step_size": 10, "gamma": 0.1},
+        "cosine": {"cosine_epochs": max(options.epochs, 1) - options.warmup},
+    }
+    for name, value in depending.get(options.schedule, {}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return Schedule(
+        options.schedule,
+        options.step_size,
+        options.gamma,
+        options.cosine_epochs,
+        options.warmup,
+        options.warmup_start,
     )
 
 

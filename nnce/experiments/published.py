@@ -12,7 +12,7 @@ from typing import Any, Literal
 from nnce.data import Distortion
 from nnce.losses import Loss
 from nnce.training import Settings
-from nnce.training.schedules import CosineAnnealingLR, LinearLR, Schedule, SequentialLR
+from nnce.training.schedules import Schedule
 
 Of = Literal["test", "best test epoch", "best validation epoch"]
 """What a figure is of: the last epoch or the one chosen on validation, as measured on the test set;
@@ -178,9 +178,8 @@ _TRIAL_EPOCHS = 15
 
 
 def _warm(warm_up: int, epochs: int) -> Schedule:
-    """So many epochs from a tenth of the rate up to it, if any; then down along a cosine."""
-    cosine = CosineAnnealingLR(epochs - warm_up)
-    return SequentialLR((LinearLR(0.1, warm_up), cosine), (warm_up,)) if warm_up else cosine
+    """A warm-up from a tenth of the rate, if any; then down along a cosine."""
+    return Schedule("cosine", cosine_epochs=epochs - warm_up, warmup=warm_up)
 
 
 def _wide(

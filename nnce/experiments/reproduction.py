@@ -288,16 +288,18 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         f"dropout {settings.dropout:g}" if settings.dropout else "",
         f"input dropout {settings.input_dropout:g}" if settings.input_dropout else "",
-        "" if settings.schedule == CONSTANT else repr(settings.schedule),
+        "" if settings.schedule == CONSTANT else but_for_defaults(settings.schedule),
         but_for_defaults(settings.distortion) if settings.distortion else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def but_for_defaults(value: Settings | data.Distortion) -> str:
-    """As `repr`, without what is as usual."""
+def but_for_defaults(value: Any) -> str:
+    """As `repr`, without what is as usual in a dataclass."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
     changed = (
-        f"{field.name}={getattr(value, field.name)!r}"
+        f"{field.name}={but_for_defaults(getattr(value, field.name))}"
         for field in dataclasses.fields(value)
         if getattr(value, field.name) != field.default
     )

@@ -97,27 +97,57 @@ def start(
         parser.error(wrong)
     if run_dir is None:
         return Start(options, None, None)
-    recorded = as_arguments(parser, found["config"], run_dir)
-    before = parser.parse_args(recorded)
+    _set_defaults(parser, found["config"], run_dir)
+    recorded = parser.parse_args([])
     if options.resume is None:  # restarted, with the same arguments as at first
-        return Start(before, found, run_dir)
-    places = [action.dest for action in parser._actions if not action.option_strings]
-    if any(getattr(options, name) for name in places):  # then they are all said anew
-        config = {name: v for name, v in found["config"].items() if name not in places}
-        recorded = as_arguments(parser, config, run_dir)
-    options = parser.parse_args([*recorded, *arguments])
-    for name, value in vars(options).items():
-        was = getattr(before, name)
-        option = name if name in places else f"--{name.replace('_', '-')}"
+        return Start(recorded, found, run_dir)
+    asked = parser.parse_args(arguments)
+    positional = [action.dest for action in parser._actions if not action.option_strings]
+    if any(getattr(options, name) for name in positional):  # then all of them are given again
+        for name in positional:
+            setattr(asked, name, getattr(options, name))
+    for name, value in vars(asked).items():
+        was = getattr(recorded, name)
+        option = name if name in positional else f"--{name.replace('_', '-')}"
         if name == "epochs" and value < was:
             parser.error(f"{option} {value}: may be raised on resuming, and the run has {was}")
         if value != was and name not in _MAY_CHANGE:
             parser.error(
                 f"{option} {_in_words(value)}: the run in {run_dir} was begun with "
-                f"{_in_words(was)}; leave it away, or begin a new run"
+                f"{_in_words(was)}; omit it, or begin a new run"
             )
-    options.resume = None
-    return Start(options, found, run_dir)
+    asked.resume = None
+    return Start(asked, found, run_dir)
+
+
+def _set_defaults(parser: ArgumentParser, config: Mapping[str, object], run_dir: Path) -> None:
+    """Make a recorded configuration the parser's defaults, each value checked like a given one."""
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in config.items():
+        if name not in actions:
+            parser.error(
+                f"--resume {run_dir}: it was begun with an option {name!r}, which this version "
+                f"does not have"
+            )
+        if not _is_valid(parser, actions[name], value):
+            parser.error(
+                f"--resume {run_dir}: it was begun with {name} = "
+                f"{textwrap.shorten(repr(value), 100)}, which this version does not accept"
+            )
+    # (argparse takes an empty list of positional arguments for one that was given.)
+    parser.set_defaults(**{n: v for n, v in config.items() if v != [] or actions[n].option_strings})
+
+
+def _is_valid(parser: ArgumentParser, action: argparse.Action, value: Any) -> bool:
+    """Whether a recorded value is what argparse would make of it, were it given."""
+    if value is None or action.nargs == 0:
+        return (value is None and action.default is None) or isinstance(value, bool)
+    texts = list(map(str, value)) if isinstance(value, list) else [str(value)]
+    try:
+        given = parser._get_values(action, texts)
+    except (argparse.ArgumentError, ValueError):
+        return False
+    return bool(given == value) or (isinstance(given, Path) and str(given) == value)
 
 
 def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
@@ -166,45 +196,16 @@ def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any
 
 
 def _has_header(content: Mapping[str, Any]) -> bool:
-    """Whether `header` has made it: names with numbers and strings, some of them in lists."""
-
-    def plain(value: object) -> bool:
-        return value is None or isinstance(value, str | int | float)
-
-    config, circumstances = content.get("config"), content.get("circumstances")
+    """Whether the content has what `header` makes, as far as `start` does not check it."""
+    recorded = content.get("circumstances")
     return (
-        isinstance(config, dict)
-        and all(map(plain, (v for v in config.values() if not isinstance(v, list))))
-        and all(map(plain, (item for v in config.values() if isinstance(v, list) for item in v)))
-        and isinstance(circumstances, dict)
-        and all(map(plain, circumstances.values()))
+        isinstance(content.get("config"), dict)
+        and isinstance(recorded, dict)
+        and all(
+            value is None or isinstance(value, str | int | float) for value in recorded.values()
+        )
         and isinstance(content.get("command"), str)
     )
-
-
-def as_arguments(parser: ArgumentParser, config: Mapping[str, object], run_dir: Path) -> list[str]:
-    """A recorded configuration as it would be typed, so that it is checked like any other."""
-    arguments: list[str] = []
-    options = {a.dest: a.option_strings[-1] for a in parser._actions if a.option_strings}
-    positional = [a.dest for a in parser._actions if not a.option_strings]
-    for name in positional:
-        value = config.get(name)
-        arguments += map(str, value) if isinstance(value, list) else [str(value)] * bool(value)
-    for name, value in config.items():
-        if name in positional:
-            continue
-        if name not in options:
-            parser.error(
-                f"--resume {run_dir}: it was begun with an option {name!r}, which this version "
-                f"does not have"
-            )
-        if isinstance(value, list):
-            arguments += [options[name], *map(str, value)]
-        elif value is True:
-            arguments.append(options[name])
-        elif value is not None and value is not False:
-            arguments.append(f"{options[name]}={value}")
-    return arguments
 
 
 # -------------------------------------------------------------------------------- what is recorded

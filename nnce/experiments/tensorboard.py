@@ -60,7 +60,9 @@ _BANDS = ("mean", "lower", "upper")
 # The options that say what was trained; others say how long, or where.
 _HYPERPARAMETERS = (
     *("data", "train_size", "hidden", "init", "loss", "engine", "optimizer"),
-    *("lr", "schedule", "batch_size", "momentum", "l2", "distortion"),
+    *("lr", "batch_size", "momentum", "l2", "distortion"),
+    *("schedule", "step_size", "gamma", "cosine_epochs", "warmup", "warmup_start"),
+    *("rotation", "scaling", "shear", "translation", "elastic", "elastic_sigma"),
     *("dropout", "input_dropout", "epochs", "dtype"),
 )
 

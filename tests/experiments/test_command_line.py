@@ -192,6 +192,7 @@ try:
         signal.raise_signal({int(number)})
         with command_line.undisturbed():
             pass  # within another one, which has not ended
+        time.sleep(1)  # longer than the acknowledgement takes
         print("undisturbed")
     print("not reached")
 finally:

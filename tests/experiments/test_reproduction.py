@@ -10,7 +10,7 @@ from nnce.data import Distortion
 from nnce.experiments import reproduction
 from nnce.experiments.published import Row, Table
 from nnce.training import Settings
-from nnce.training.schedules import CosineAnnealingLR
+from nnce.training.schedules import Schedule
 
 ROW = Row(
     "T1",
@@ -18,7 +18,7 @@ ROW = Row(
         hidden=(8,),
         epochs=2,
         init=0.05,
-        schedule=CosineAnnealingLR(2),
+        schedule=Schedule("cosine", cosine_epochs=2),
         distortion=Distortion(rotation=5, alpha=3, sigma=1),
     ),
 )

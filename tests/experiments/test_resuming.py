@@ -24,7 +24,7 @@ from nnce.data import Distortion
 from nnce.engines import ensemble, products
 from nnce.experiments import command_line, report, resuming
 from nnce.training import Settings, checkpoints, parallel
-from nnce.training.schedules import StepLR
+from nnce.training.schedules import Schedule
 
 VERSION = nnce.__version__
 TRAIN = ["--epochs", "3", "--train-size", "300", "--momentum", "0.5", "--l2", "1"]
@@ -56,7 +56,7 @@ def same_as_alone(alone, run_dir):
 
 
 CHANGING = {
-    "schedule": StepLR(step_size=1, gamma=0.3),
+    "schedule": Schedule("step", step_size=1, gamma=0.3),
     "distortion": Distortion(rotation=10, alpha=5, sigma=1.5),
 }
 DROPOUT = {"dropout": 0.5, "input_dropout": 0.2}
@@ -372,10 +372,12 @@ def test_another_commit_or_version_is_said(begun, train, capsys, monkeypatch):
     monkeypatch.setattr(nnce, "__version__", "9.9")
     monkeypatch.setattr(report, "_commit", lambda root: "0123456789ab")
     assert train.main(["--resume", str(begun / "train")]) == 0
-    err = capsys.readouterr().err
-    assert f"nnce 9.9 (was {VERSION})" in err and "commit 0123456789ab (was " in err
+    assert f"nnce 9.9 (was {VERSION})" in capsys.readouterr().err
     recorded = checkpoints.latest_checkpoint(begun / "train").content["circumstances"]
     assert recorded["nnce"] == "9.9" and recorded["commit"] == "0123456789ab"
+    monkeypatch.setattr(report, "_commit", lambda root: "ba9876543210")
+    assert train.main(["--resume", str(begun / "train")]) == 0
+    assert "commit ba9876543210 (was 0123456789ab)" in capsys.readouterr().err
 
 
 def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, tmp_path):

@@ -10,7 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import nnce
 from nnce import training
-from nnce.monitoring.saturation import LayerFigures
+from nnce.data import Distortion
+from nnce.experiments import command_line
+from nnce.monitoring import LayerFigures
+from nnce.training import Settings
+from nnce.training.schedules import Schedule
 
 
 @pytest.fixture
@@ -234,26 +238,58 @@ def test_as_a_program(tmp_path):
 
 
 def test_a_schedule_and_a_distortion(train, tmp_path):
-    """By name, and they are where one looks for them."""
-    options = ["--epochs", "2", "--schedule", "StepLR(1, 0.5)", "--init", "0.1"]
-    options += ["--distortion", "Distortion(rotation=9)", "--run-dir", str(tmp_path / "run")]
+    """By plain options, and they are where one looks for them."""
+    options = ["--epochs", "2", "--schedule", "step", "--step-size", "1", "--init", "0.1"]
+    options += ["--rotation", "9", "--elastic", "34", "--run-dir", str(tmp_path / "run")]
     assert train.main(options) == 0
     config = json.loads((tmp_path / "run" / "results.json").read_text())["config"]
-    assert config["schedule"] == "StepLR(1, 0.5)" and config["init"] == 0.1
+    assert (config["schedule"], config["step_size"], config["gamma"]) == ("step", 1, 0.1)
+    assert (config["rotation"], config["elastic"], config["elastic_sigma"]) == (9, 34, 4)
+    assert config["init"] == 0.1
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert "distortion" in events.Tags()["images"]
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], Settings()),
+        (["--warmup", "5"], Settings(schedule=Schedule(warmup=5))),
+        (
+            ["--schedule", "cosine", "--warmup", "5", "--warmup-start", "0.2"],
+            Settings(schedule=Schedule("cosine", cosine_epochs=25, warmup=5, warmup_start=0.2)),
+        ),
+        (
+            ["--schedule", "step", "--step-size", "7", "--gamma", "0.3"],
+            Settings(schedule=Schedule("step", 7, 0.3)),
+        ),
+        (["--schedule", "step"], Settings(schedule=Schedule("step", 10, 0.1))),
+        (["--elastic-sigma", "3"], Settings()),
+        (
+            ["--elastic", "34", "--elastic-sigma", "3"],
+            Settings(distortion=Distortion(0, 0, 0, 0, 34, 3)),
+        ),
+        (
+            ["--rotation", "10", "--scaling", "0.15", "--shear", "0.2", "--translation", "1.5"],
+            Settings(distortion=Distortion(10, 0.15, 0.2, 1.5)),
+        ),
+    ],
+)
+def test_plain_options_are_settings(options, expected, train):
+    assert command_line.settings(train.parser().parse_args(options)) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--schedule", "StepLR(0)"), "step_size of at least 1"),
-        (("--schedule", "StepLR"), "expected ConstantLR(…), StepLR(…), CosineAnnealingLR(…)"),
-        (("--schedule", "StepLR(3, up=1)"), "unexpected keyword argument 'up'"),
-        (("--schedule", "__import__('os')"), "expected ConstantLR(…)"),
-        (("--schedule", "CosineAnnealingLR(3)"), "a positive rate for all 30 epochs"),
-        (("--distortion", "Distortion(alpha=-1)"), "alpha from 0 to 1e+06, got -1"),
-        (("--distortion", "elastic"), "expected Distortion(…), got 'elastic'"),
+        (("--schedule", "step", "--step-size", "0"), "expected step_size from 1 to 100,000"),
+        (("--schedule", "linear"), "argument --schedule: invalid choice: 'linear'"),
+        (("--gamma", "0.3"), "expected no gamma for schedule 'constant', got 0.3"),
+        (("--schedule", "cosine", "--warmup", "30"), "expected cosine_epochs from 1 to 100,000"),
+        (("--schedule", "cosine", "--cosine-epochs", "3"), "a positive rate for all 30 epochs"),
+        (("--elastic=-1",), "argument --elastic: expected a number from 0 to 1e+06, got -1.0"),
+        (("--elastic-sigma", "0"), "argument --elastic-sigma: expected a number from 0.1 to"),
+        (("--rotation", "far"), "argument --rotation: could not convert string to float: 'far'"),
         (("--init", "0"), "or a positive standard deviation, got 0.0"),
         (("--init", "tiny"), "or a positive standard deviation, got 'tiny'"),
     ],

@@ -11,39 +11,43 @@ from nnce.algorithm import Hyperparameters
 from nnce.engines.ensemble import ENGINES, Ensemble
 from nnce.modules import MLP
 from nnce.training import Settings
-from nnce.training.schedules import (
-    CONSTANT,
-    SCHEDULES,
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    SequentialLR,
-    StepLR,
-)
+from nnce.training.schedules import KINDS, Schedule
 
 
 def torchs(schedule, optimizer):
-    """PyTorch's scheduler of the same name."""
-    if isinstance(schedule, SequentialLR):
-        return lr_scheduler.SequentialLR(
-            optimizer,
-            [torchs(one, optimizer) for one in schedule.schedules],
-            list(schedule.milestones),
-        )
-    if schedule == CONSTANT:
-        return lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return getattr(lr_scheduler, type(schedule).__name__)(optimizer, **vars(schedule))
+    """PyTorch's own schedulers, one after the other."""
+    after = {
+        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        "step": lambda: lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, schedule.cosine_epochs),
+    }[schedule.kind]
+    if not schedule.warmup:
+        return after()
+    start, epochs = schedule.warmup_start, schedule.warmup
+    warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=epochs)
+    return lr_scheduler.SequentialLR(optimizer, [warmup, after()], [epochs])
+
+
+def closed(schedule, epoch):
+    """The factor as a formula."""
+    if epoch < schedule.warmup:
+        start = schedule.warmup_start
+        return start + (1 - start) * epoch / schedule.warmup
+    epoch -= schedule.warmup
+    if schedule.kind == "step":
+        return schedule.gamma ** (epoch // schedule.step_size)
+    if schedule.kind == "cosine":
+        return (1 + math.cos(math.pi * min(epoch / schedule.cosine_epochs, 1.0))) / 2
+    return 1.0
 
 
 EVERY = [
-    ConstantLR(),
-    StepLR(step_size=3, gamma=0.3),
-    StepLR(4),
-    CosineAnnealingLR(T_max=25),
-    LinearLR(),
-    LinearLR(start_factor=0.01, total_iters=7),
-    SequentialLR((LinearLR(0.1, 5), CosineAnnealingLR(20)), (5,)),
-    SequentialLR((LinearLR(0.5, 3), StepLR(4, 0.5), CosineAnnealingLR(12)), (3, 13)),
+    Schedule(),
+    Schedule("step", step_size=3, gamma=0.3),
+    Schedule("cosine", cosine_epochs=25),
+    Schedule(warmup=7, warmup_start=0.01),
+    Schedule("cosine", cosine_epochs=20, warmup=5),
+    Schedule("step", step_size=4, gamma=0.5, warmup=3, warmup_start=0.5),
 ]
 
 
@@ -55,24 +59,44 @@ def test_rates_are_pytorchs(schedule):
     for epoch in range(25):
         expected = optimizer.param_groups[0]["lr"]
         assert 0.7 * schedule.factor(epoch) == pytest.approx(expected, rel=1e-12, abs=1e-16)
+        assert schedule.factor(epoch) == pytest.approx(closed(schedule, epoch), rel=1e-12)
         optimizer.step()
         scheduler.step()
 
 
+@pytest.mark.parametrize("schedule", EVERY, ids=str)
+def test_rates_of_late_epochs_are_the_formulas(schedule):
+    for epoch in (1023, 1024, 5000):
+        expected = closed(schedule, epoch)
+        assert schedule.factor(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-16)
+
+
 def test_every_schedule_is_tried():
-    assert {type(schedule) for schedule in EVERY} == set(SCHEDULES)
-
-
-def test_torchs_spelling_is_understood():
-    lists = SequentialLR([LinearLR(), StepLR(2)], [5])
-    assert lists == SequentialLR((LinearLR(), StepLR(2)), (5,)) and hash(lists)
+    assert {schedule.kind for schedule in EVERY} == set(KINDS)
 
 
 def test_where_a_cosine_ends_it_stays():
-    assert CosineAnnealingLR(5).factor(5) == CosineAnnealingLR(5).factor(9) == 0
+    assert Schedule("cosine", cosine_epochs=5).factor(5) == 0
+    assert Schedule("cosine", cosine_epochs=5).factor(9) == 0
 
 
-SCHEDULE = SequentialLR((LinearLR(0.25, 2), StepLR(1, 0.5)), (2,))
+def test_another_object_with_a_factor_is_a_schedule(digits):
+    class Halved:
+        def factor(self, epoch):
+            return 0.5
+
+    short = digits._replace(train=data.Split(*(part[:100] for part in digits.train)))
+    networks = []
+    for more in ({"schedule": Halved(), "lr": 1.0}, {"lr": 0.5}):
+        settings = Settings(hidden=(5,), epochs=2, **more)
+        state = training.initial_state(settings, short)
+        list(training.train(state, settings, short))
+        networks.append(state.network)
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(a, b)
+
+
+SCHEDULE = Schedule("step", step_size=1, gamma=0.5, warmup=2, warmup_start=0.25)
 
 
 @pytest.mark.parametrize("engine", training.ENGINES)
@@ -161,36 +185,28 @@ def test_wrong_rates_are_named(lrs, error, sentence):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: StepLR(0), "step_size of at least 1"),
-        (lambda: StepLR(2.0), "step_size of at least 1"),
-        (lambda: StepLR(1, 0.0), r"gamma in \(0, 1\], got 0.0"),
-        (lambda: StepLR(1, 1.1), r"gamma in \(0, 1\], got 1.1"),
-        (lambda: CosineAnnealingLR(-1), "T_max of at least 1"),
-        (lambda: LinearLR(0.0), r"start_factor in \(0, 1\], got 0.0"),
-        (lambda: LinearLR(0.5, True), "total_iters of at least 1"),
-        (lambda: SequentialLR((StepLR(1),), ()), "two schedules at least"),
-        (lambda: SequentialLR((StepLR(1), StepLR(2)), (5, 7)), "two schedules at least"),
-        (lambda: SequentialLR((StepLR(1),) * 3, (5, 5)), "a rising milestone between"),
+        (lambda: Schedule("linear"), "schedule constant or step or cosine, got 'linear'"),
+        (lambda: Schedule("step", 0, 0.5), "step_size from 1 to 100,000, a whole number"),
+        (lambda: Schedule("step", 2.0, 0.5), "step_size from 1 to 100,000"),
+        (lambda: Schedule("step", 200_000, 0.5), "step_size from 1 to 100,000"),
+        (lambda: Schedule("step", 1, 0.0), r"gamma in \(0, 1\], got 0.0"),
+        (lambda: Schedule("step", 1, 1.1), r"gamma in \(0, 1\], got 1.1"),
+        (lambda: Schedule("step", gamma=0.1), "expected step_size for schedule 'step', got None"),
+        (lambda: Schedule("cosine", gamma=0.1), "expected no gamma for schedule 'cosine', got 0.1"),
+        (lambda: Schedule("cosine"), "expected cosine_epochs for schedule 'cosine', got None"),
+        (lambda: Schedule("cosine", cosine_epochs=-1), "cosine_epochs from 1 to 100,000"),
+        (lambda: Schedule(cosine_epochs=5), "no cosine_epochs for schedule 'constant', got 5"),
+        (lambda: Schedule(warmup=3, warmup_start=0.0), r"warmup_start in \(0, 1\], got 0.0"),
+        (lambda: Schedule(warmup=-1), "warmup from 1 to 100,000"),
+        (lambda: Schedule(warmup=True), "warmup from 1 to 100,000"),
+        (lambda: Settings(schedule=Schedule), "an nnce.training.schedules.Schedule, got <class"),
+        (lambda: Settings(schedule=0.5), "an nnce.training.schedules.Schedule, got 0.5"),
         (
-            lambda: SequentialLR((StepLR(1), 0.5), (5,)),
-            "a schedule out of nnce.training.schedules, got 0.5",
-        ),
-        (lambda: SequentialLR((StepLR(1), StepLR(2)), (0,)), "each milestone of at least 1"),
-        (lambda: SequentialLR((StepLR(1), StepLR(2)), 5), "expected a tuple of milestones, got 5"),
-        (lambda: SequentialLR(StepLR(1), (5,)), "expected a tuple of schedules, got StepLR"),
-        (
-            lambda: Settings(schedule=StepLR),
-            "a schedule out of nnce.training.schedules, got <class",
-        ),
-        (lambda: Settings(schedule=0.5), "a schedule out of nnce.training.schedules, got 0.5"),
-        (
-            lambda: Settings(epochs=9, schedule=CosineAnnealingLR(5)),
-            "leaves a positive rate for all 9 epochs",
+            lambda: Settings(epochs=10**6, schedule=Schedule("step", 1, 1.0)),
+            "at most 100,000 epochs for schedule 'step'",
         ),
         (
-            lambda: Settings(
-                epochs=9, schedule=SequentialLR((CosineAnnealingLR(3), StepLR(1)), (5,))
-            ),
+            lambda: Settings(epochs=9, schedule=Schedule("cosine", cosine_epochs=5, warmup=3)),
             "leaves a positive rate for all 9 epochs",
         ),
     ],
