@@ -12,7 +12,8 @@ from nnce import _arguments, data
 from nnce.data import DataError
 from nnce.engines.ensemble import Ensemble
 from nnce.experiments import comparison
-from nnce.training import Settings, schedules
+from nnce.training import Settings
+from nnce.training.schedules import Schedule
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])
@@ -130,15 +131,11 @@ PLACES = {
     "seed": (lambda v: repr(Settings(seed=v)), 3),
     "dropout": (lambda v: repr(Settings(dropout=v)), 0.5),
     "input_dropout": (lambda v: repr(Settings(input_dropout=v)), 0.5),
-    "step_size": (lambda v: repr(schedules.StepLR(v)), 3),
-    "gamma": (lambda v: repr(schedules.StepLR(2, v)), 0.5),
-    "T_max": (lambda v: repr(schedules.CosineAnnealingLR(v)), 3),
-    "total_iters": (lambda v: repr(schedules.LinearLR(0.5, v)), 3),
-    "start_factor": (lambda v: repr(schedules.LinearLR(v)), 0.5),
-    "milestones": (
-        lambda v: repr(schedules.SequentialLR((schedules.StepLR(1),) * 2, (v,))),
-        3,
-    ),
+    "step_size": (lambda v: repr(Schedule("step", v, 0.5)), 3),
+    "gamma": (lambda v: repr(Schedule("step", 2, v)), 0.5),
+    "cosine_epochs": (lambda v: repr(Schedule("cosine", cosine_epochs=v)), 3),
+    "warmup": (lambda v: repr(Schedule(warmup=v)), 3),
+    "warmup_start": (lambda v: repr(Schedule(warmup=3, warmup_start=v)), 0.5),
     "rotation": (lambda v: repr(data.Distortion(rotation=v)), 7),
     "train_size": (lambda v: data.load("digits", train_size=v).train.x, 5),
     "seeds": (lambda v: repr(planned(v)), 2),

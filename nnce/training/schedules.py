@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch.optim import lr_scheduler
 
-from nnce._arguments import is_number, is_size
+from nnce._arguments import is_number, is_size, plain
 
 Kind = Literal["constant", "step", "cosine"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
