@@ -214,8 +214,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             so_far = [attempt.records(epoch) for epoch in range(attempt.next_epoch)]
             with Monitor(run_dir / row.name, config, so_far) as monitor:
                 train(attempt, settings, monitor, saver)
-                split = None if work.table.validation_only else work.dataset.test
-                work.outcomes[row.name] = attempt.finish(split)
+                work.outcomes[row.name] = attempt.finish(work.dataset.test)
                 if settings.distortion is not None:
                     figure = figures.distortions(work.dataset.train.x, settings.distortion)
                     monitor.log_figure("distortion", figure)
@@ -285,25 +284,16 @@ def in_a_line(work: Work, row: Row) -> str:
 def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> report.Row:
     """The published figure, the same of ours, and the honest ones."""
     chosen = outcome.spread(table, "chosen_validation")
-    quoted: dict[str, object] = {}
-    test: dict[str, object] = {}
-    if not table.validation_only:
-        same = outcome.spread(table, reproduction.like_published(row))
-        quoted = {
-            "published": f"{row.published:.2f}" if row.published and compares else "",
-            "ours, the same figure": in_words(same),
-            "verdict": verdict(table, row, same) if compares else "",
-        }
-        test = {
-            "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
-            "test, last epoch": in_words(outcome.spread(table, "last_test")),
-        }
+    same = outcome.spread(table, reproduction.like_published(row))
     diverged = sum(one.diverged for one in outcome.trained)
     return {
         "row": row.name,
-        **quoted,
+        "published": f"{row.published:.2f}" if row.published and compares else "",
+        "ours, the same figure": in_words(same),
+        "verdict": verdict(table, row, same) if compares else "",
         "validation, chosen epoch": in_words(chosen),
-        **test,
+        "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
+        "test, last epoch": in_words(outcome.spread(table, "last_test")),
         "n": f"{chosen.n}" + (f" ({diverged} diverged)" if diverged else ""),
         "minutes": f"{outcome.seconds / 60:.1f}",
     }
@@ -359,11 +349,6 @@ def page(work: Work, command: str) -> str:
     return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
 
 
-def shown(table: Table, row: Row) -> str:
-    """Which figure of `Trained` the picture shows."""
-    return "chosen_validation" if table.validation_only else reproduction.like_published(row)
-
-
 def write(work: Work, run_dir: Path, command: str) -> None:
     """`results.json`, `results.md`, the picture, and both in TensorBoard."""
     table = work.table
@@ -387,7 +372,7 @@ def write(work: Work, run_dir: Path, command: str) -> None:
                 row.name,
                 row.published if work.compares else None,
                 [
-                    reproduction.percent(table, getattr(one, shown(table, row)))
+                    reproduction.percent(table, getattr(one, reproduction.like_published(row)))
                     for one in work.outcomes[row.name].trained
                 ],
             )

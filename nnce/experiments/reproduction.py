@@ -132,12 +132,8 @@ class Attempt:
                     training.check_fits(name, chosen[name], parameter)
             self._chosen = list(state["chosen"])
 
-    def finish(self, test: data.Split | None) -> "Outcome":
-        """What has come of it, once all is trained.
-
-        Args:
-            test: the test set; None for candidates, which are not to be measured on it.
-        """
+    def finish(self, test: data.Split) -> "Outcome":
+        """Measure the trained networks on the test set."""
         chosen = [
             _network(run.network, of_run)
             for run, of_run in zip(self.runs, self._chosen, strict=True)
@@ -146,7 +142,7 @@ class Attempt:
         for run, best in zip(self.runs, chosen, strict=True):
 
             def accuracy(network: MLP, run: Run = run) -> float:
-                if test is None or run.diverged:
+                if run.diverged:
                     return math.nan
                 return training.evaluate(network, test, run.settings.loss).accuracy
 
@@ -171,7 +167,6 @@ class Attempt:
                 statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in sound)
                 for epoch in range(len(sound[0][0].records))
             ]
-        if sound and test is not None:
             committee = committee_accuracy([best for _, best in sound], test)
         return Outcome(self.row.name, trained, committee, curve, self.seconds)
 
@@ -218,8 +213,7 @@ class Outcome:
     row: str
     trained: Sequence[Trained]
     committee: float
-    """The accuracy of all the chosen networks together, on the test set; NaN for candidates. As in
-    the curve, those that have diverged are left out."""
+    """Test accuracy of all chosen networks together, without those that have diverged."""
     curve: Sequence[float]
     """The mean validation accuracy after each epoch; empty if all have diverged."""
     seconds: float

@@ -67,12 +67,6 @@ def test_what_trains_and_chooses_cannot_see_the_test_set(digits, monkeypatch):
         assert a[:5] == b[:5] and a.chosen_test != b.chosen_test
         assert math.isnan(a.best_test)
     assert honest.curve == scrambled.curve
-    monkeypatch.undo()
-    # Candidates are not measured on it at all.
-    attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
-    list(attempt.epochs())
-    (one,) = attempt.finish(None).trained
-    assert math.isnan(one.chosen_test) and math.isnan(one.last_test)
 
 
 def test_a_spread_is_of_what_there_is():
