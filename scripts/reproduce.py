@@ -7,8 +7,6 @@ if __name__ == "__main__":
 import argparse
 import functools
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,25 +60,18 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """List the tables, or reproduce one; the exit status."""
     options_parser = parser()
-    options, found, run_dir = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
+    start = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
+    options = start.options
     if options.table is None:
         print("\n\n".join(map(listing, TABLES)))
         return 0
-    command = shlex.join(
-        ["scripts/reproduce.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
     with options_parser.user_errors():
         if parallel.launched():
             raise ValueError("expected one process; the networks are side by side in it")
-        work = Work(options, found)
-    with (
-        command_line.undisturbed(),
-        options_parser.run_directory(
-            run_dir or options.run_dir, f"reproduce-{options.table}", resumed=found is not None
-        ) as path,
-    ):
+        work = Work(options, start.found)
+    with start.directory(options_parser, f"reproduce-{options.table}") as path:
         command_line.announce_threads(options)
-        run(work, path, command if found is None else found["command"])
+        run(work, path, start.command)
     return 0
 
 
@@ -201,7 +192,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
     introduce(work)
     if not work.outcomes and work.attempt is None:
         saver.save()
-    try:
+    with resuming.Ending(run_dir, lambda: False, saver.save) as ending:
         under_way = [] if work.attempt is None else [work.attempt.row]
         for row in dict.fromkeys([*under_way, *work.rows]):
             if row.name in work.outcomes:
@@ -224,17 +215,10 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             command_line.keep(run_dir)
             write(work, run_dir, command)
             print(in_a_line(work, row), flush=True)
-    except KeyboardInterrupt:
-        saver.save()
-        command_line.keep(run_dir)
-        print("Interrupted; to go on:", file=sys.stderr)
-        print(command_line.command_to_resume(run_dir), file=sys.stderr)
-        raise
+    ending.close("Interrupted; to go on:")
     write(work, run_dir, command)  # once more: a run may have been killed before the last time
-    print(f"\n{page(work, command)}\n")
-    print(f"{work.seconds:.1f} s")
-    print(f"Results and a picture: {run_dir}")
-    print(f"Curves: {report.tensorboard_command(run_dir)}")
+    print(f"\n{page(work, command)}\n\n{work.seconds:.1f} s")
+    report.print_places(run_dir, "Results and a picture")
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
@@ -253,14 +237,13 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
 
 def introduce(work: Work) -> None:
     """Say what is going to be trained."""
-    n_train, n_validation, n_test = (len(split.x) for split in work.dataset)
     rows = ", ".join(row.name for row in work.rows)
     threads = command_line.threads(work.options) or parallel.processors()
     trial = " (cut short: not the published protocol)" if work.is_trial else ""
     done = f"\ngoing on after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
     print(
-        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n{work.options.data}: "
-        f"{n_train:,} training, {n_validation:,} validation and {n_test:,} test examples; "
+        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n"
+        f"{report.describe(work.options.data, work.dataset)}; "
         f"{work.options.dtype} on {report.device_name(work.dataset.train.x.device)}, threads "
         f"{threads}{done}",
         flush=True,

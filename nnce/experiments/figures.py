@@ -103,21 +103,22 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
 
 def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     """How many examples of each class (row) are taken for which (column)."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # takes a second, which few callers need
+
     classes = split.y.shape[1]
     pairs = split.y.argmax(-1) * classes + z.argmax(-1)
     counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     panel = figure.subplots()
-    wrong = counts.clone().fill_diagonal_(0)  # colours are for the mistakes
-    # Pale, for the numbers to be read.
-    panel.imshow(wrong.tolist(), cmap="Reds", vmin=0, vmax=2 * max(1, int(wrong.max())))
-    if classes <= 20:
-        for row, line in enumerate(counts.tolist()):
-            for column, number in enumerate(line):
-                if number:
-                    panel.text(column, row, str(number), ha="center", va="center", fontsize=7)
-    panel.set_xlabel("taken for")
-    panel.set_ylabel("class")
+    ConfusionMatrixDisplay(counts.numpy()).plot(
+        ax=panel,
+        include_values=classes <= 20,
+        cmap="Reds",
+        colorbar=False,
+        text_kw={"fontsize": 7},
+        # Colors are for the mistakes.
+        im_kw={"vmax": 2 * max(1, int(counts.clone().fill_diagonal_(0).max()))},
+    )
     right = int(counts.diagonal().sum())
     panel.set_title(f"{right:,} of {len(z):,} right")
     return figure

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnce import data, training
+from nnce import _memory, data, training
 from nnce.experiments import comparison, estimates
 from nnce.experiments.comparison import InTurn, Run, SideBySide
 from nnce.experiments.published import Row, Table
@@ -271,7 +271,7 @@ def like_published(row: Row) -> str:
 
 def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
     """A row's protocol in a line."""
-    sizes = "-".join(map(str, (features, *settings.hidden, classes)))
+    sizes = _memory.dashed((features, *settings.hidden, classes))
     start = {"large": "N(0, 1)", "scaled": "N(0, 1/n_in)"}.get(
         str(settings.init), f"N(0, {settings.init}²)"
     )

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 import nnce
 from nnce import _memory
-from nnce.experiments import command_line, report
+from nnce.experiments import command_line, comparison_report
 
 SCRIPTS = ROOT / "scripts"
 NAMES = [path.stem for path in sorted(SCRIPTS.glob("*.py")) if path.stem != "startup"]
@@ -351,7 +351,7 @@ def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):
 
 def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path):
     """Of a row that is cut off the last number would be another one."""
-    log = report.Log(tmp_path, {})
+    log = comparison_report.Log(tmp_path, {})
     log._append([{"epoch": 0, "loss": 0.123456}])
     before = (tmp_path / "epochs.csv").read_bytes()
 
