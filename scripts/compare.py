@@ -154,7 +154,6 @@ class Training:
         world: World,
         found: Mapping[str, Any] | None,
     ) -> None:
-        """Make everything, or take it to where the checkpoint is; ValueError if it cannot be."""
         self.options, self.dataset, self.world, self._found = options, dataset, world, found
         threads = command_line.threads(options)
         self.side_by_side = SideBySide(runs, dataset, threads, world)
@@ -233,7 +232,6 @@ class Costs:
     """Where the time goes, in seconds."""
 
     def __init__(self, processes: int) -> None:
-        """Begin, in so many processes side by side."""
         self._began, self._processes = time.perf_counter(), processes
         self._logging = 0.0  # before a run went on
         self._parts = {"side by side": 0.0, "control": 0.0}

@@ -65,10 +65,12 @@ def _bags(rows: scipy.sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Dense features as they are, or a sum of embeddings of sparse ones; then all labels."""
+    """Dense features as they are, or a sum of embeddings of sparse ones; then all labels.
+
+    The biases start from the share of the targets which are 1.
+    """
 
     def __init__(self, inputs: int | None, features: int, labels: int, share: float) -> None:
-        """Draw it; share is that of the targets which are 1, from which the biases start."""
         super().__init__()
         self.embedding = (
             None if inputs is None else nn.EmbeddingBag(inputs, features, mode="sum", sparse=False)

@@ -95,7 +95,6 @@ class Work:
     """What is asked for, and how far it has come."""
 
     def __init__(self, options: argparse.Namespace, found: Mapping[str, Any] | None) -> None:
-        """Check everything; ValueError where something makes no sense or does not fit."""
         self.table, self.rows = published.find(options.table, options.rows)
         options.device = command_line.device(options.device).type
         self.options = options

@@ -175,7 +175,6 @@ class Training:
         run_dir: Path,
         so_far: SoFar,
     ) -> None:
-        """Take what was trained so far, of a run that goes on."""
         self.state, self.settings, self.dataset, self.config = state, settings, dataset, config
         self.run_dir, self.network_path = run_dir, run_dir / "network.pt"
         self.records, self._finished = so_far.records, so_far.finished

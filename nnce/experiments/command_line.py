@@ -59,7 +59,6 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser: defaults in the help, and an error is one line on standard error."""
 
     def __init__(self, description: str | None) -> None:
-        """Take a script's docstring for its description."""
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
         self.register("type", int, _whole_number)
 

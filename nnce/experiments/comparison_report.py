@@ -259,7 +259,6 @@ class Log:
         controls: Sequence[Run] = (),
         controls_finished: int = -1,
     ) -> None:
-        """Begin the file."""
         self.seconds = 0.0
         """What logging has cost."""
         self.finished = min((len(run.records) for run in runs), default=0) - 1
@@ -285,11 +284,9 @@ class Log:
         self._monitors: dict[Variant, Monitor] = {}
 
     def __enter__(self) -> "Log":
-        """Close the files at the block's end."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the files."""
         self._stack.close()
 
     def flush(self) -> None:

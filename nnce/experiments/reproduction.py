@@ -70,7 +70,6 @@ class Attempt:
         seeds: Sequence[int],
         threads: int | None = None,
     ) -> None:
-        """Make the networks."""
         self.row = row
         self._shown = row.of == "best test epoch"
         by_seed = [dataclasses.replace(settings, seed=seed) for seed in seeds]

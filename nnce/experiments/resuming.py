@@ -302,7 +302,6 @@ class Saver:
         flush: Callable[[], None],
         world: World,
     ) -> None:
-        """Nothing is written yet."""
         self._run_dir, self._content, self._flush, self._world = run_dir, content, flush, world
         seconds = every.endswith("s")
         self._seconds = float(every[:-1]) if seconds else math.inf
@@ -367,16 +366,13 @@ class Ending:
         has_results: Callable[[], bool],
         save: Callable[[], None] | None = None,
     ) -> None:
-        """Nothing has stopped the run yet."""
         self._run_dir, self._has_results, self._save = run_dir, has_results, save
         self.stopped: BaseException | None = None
 
     def __enter__(self) -> "Ending":
-        """Hold back what stops the block."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        """Save what was finished, if the run can go on from there."""
         held: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
         can_go_on = False
         if self._save is not None:

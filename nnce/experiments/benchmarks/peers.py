@@ -47,7 +47,6 @@ class Work(NamedTuple):
     """What was asked for."""
 
     def __str__(self) -> str:
-        """As the table has it."""
         inputs = "" if self.density < 1 else ", no zeros"
         orders = ", own orders" if self.own_orders else ""
         return f"{_memory.dashed(self.sizes)}, batch {self.batch_size}{inputs}{orders}"
