@@ -46,11 +46,7 @@ def parser() -> ArgumentParser:
         type=int,
         help="at most so many, to try it out; not the published protocol then",
     )
-    parser.add_argument(
-        "--train-size",
-        type=int,
-        help="use the first so many training examples, to try it out; all if not given",
-    )
+    parser.add_train_size_option()
     parser.add_speed_options()
     resuming.add_options(parser)
     parser.set_defaults(checkpoint_every="60s")
@@ -78,17 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def listing(name: str) -> str:
     """A table and its rows, in words."""
     table = TABLES[name]
-    rows = [
-        f"  {row.name:8}{published_in_words(row):38}"
-        f"{reproduction.in_words(row, row.settings, 784, 10)}"
-        for row in table.rows
-    ]
-    return "\n".join([f"{name}: {table.title} ({table.measure} in percent)", *rows])
-
-
-def published_in_words(row: Row) -> str:
-    """The figure and what it is of."""
-    return "" if row.published is None else f"{row.published:g}, {row.of}"
+    lines = [f"{name}: {table.title} ({table.measure} in percent)"]
+    for row in table.rows:
+        figure = "" if row.published is None else f"{row.published:g}, {row.of}"
+        lines.append(
+            f"  {row.name:8}{figure:38}{reproduction.in_words(row, row.settings, 784, 10)}"
+        )
+    return "\n".join(lines)
 
 
 class Work:

@@ -112,15 +112,8 @@ def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
     """Settings and data out of the options; ValueError where they make no sense."""
     options.device = command_line.device(options.device).type
-    settings = command_line.settings(
-        options,
-        loss=options.loss,
-        engine=options.engine,
-        optimizer=options.optimizer,
-        lr=options.lr,
-        dropout=options.dropout,
-        input_dropout=options.input_dropout,
-    )
+    own = ("loss", "engine", "optimizer", "lr", "dropout", "input_dropout")
+    settings = command_line.settings(options, **{name: getattr(options, name) for name in own})
     dataset = command_line.load_data(options)
     if options.dry_run:
         x, y = dataset.train

@@ -5,6 +5,7 @@ The exception are rows whose source quotes the best epoch as the test set shows 
 reported as what it is, and nothing else is made of it.
 """
 
+import copy
 import dataclasses
 import math
 import statistics
@@ -29,11 +30,6 @@ def protocol(row: Row, *, epochs: int | None = None) -> Settings:
     whole = row.settings.epochs
     most = whole if epochs is None else min(epochs, whole)
     return dataclasses.replace(row.settings, epochs=most)
-
-
-def without_test(dataset: data.Dataset) -> data.Dataset:
-    """The data for what must not see the test set: the validation set is in its place."""
-    return dataset._replace(test=dataset.validation)
 
 
 class Trained(NamedTuple):
@@ -73,7 +69,8 @@ class Attempt:
         self.row = row
         self._shown = row.of == "best test epoch"
         by_seed = [dataclasses.replace(settings, seed=seed) for seed in seeds]
-        seen = dataset if self._shown else without_test(dataset)
+        # What trains and chooses sees the validation set in place of the test set.
+        seen = dataset if self._shown else dataset._replace(test=dataset.validation)
         splits = ("validation", "test") if self._shown else ("validation",)
         self._training: SideBySide | InTurn
         if settings.engine in training.ENSEMBLE_ENGINES:
@@ -175,8 +172,7 @@ def _parameters(network: MLP) -> dict[str, Tensor]:
 
 
 def _network(like: MLP, parameters: Mapping[str, Tensor]) -> MLP:
-    weight = like[0].weight
-    network = MLP(like.sizes, device=weight.device, dtype=weight.dtype)
+    network = copy.deepcopy(like)
     network.load_state_dict(parameters)
     return network
 
