@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnce import data, training
+from nnce import data
 from nnce.experiments import estimates
+from nnce.monitoring.saturation import LayerFigures
 from nnce.training import checkpoints
 
 VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
@@ -94,7 +95,7 @@ def events_of(folder):
 
 
 def expected_scalars():
-    layers = [f"{what}/layer{n}" for what in training.LayerFigures._fields for n in (1, 2)]
+    layers = [f"{what}/layer{n}" for what in LayerFigures._fields for n in (1, 2)]
     splits = ("train", "validation", "test")
     return [*layers, *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits)]
 
@@ -277,7 +278,7 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
     out, err = capsys.readouterr()
     assert "test %" not in out and not (run_dir / "results.json").exists()
     assert err.splitlines()[0] == "Interrupted; to go on:"
-    assert checkpoints.latest_checkpoint(run_dir).content["side by side"]["epoch"] == 0
+    assert checkpoints.latest_checkpoint(run_dir).content["side by side"]["cursor"]["epoch"] == 0
 
 
 @pytest.mark.parametrize(

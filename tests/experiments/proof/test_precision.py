@@ -7,6 +7,7 @@ import torch
 
 from nnce.experiments.proof import precision
 from nnce.experiments.proof.precision import ulp_distance
+from nnce.losses import LOSSES
 
 LIMITS = {
     "cross-entropy, dC/dz": 3,
@@ -89,3 +90,11 @@ def test_ulp_distance():
     values = torch.tensor([math.inf, math.nan, math.nan, math.inf])
     distances = ulp_distance(values, column(math.inf, math.nan, 1.0, 1.0))
     assert distances.tolist() == [0, 0, math.inf, math.inf]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_contenders_compute_the_same_where_nothing_is_saturated(loss):
+    z, y = torch.randn(7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
+    (quantity,) = [of for of in precision.quantities() if of.name == f"{loss}, C"]
+    for contender in quantity.contenders.values():
+        torch.testing.assert_close(contender(z, y), LOSSES[loss].value(z, y))
