@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nnce import kernels
+from nnce import _torch_private, kernels
 from nnce._arguments import check_alike, check_size, is_integer, is_number, is_size, plain
 from nnce._memory import check_memory
 from nnce.algorithm import Hyperparameters
@@ -419,17 +419,10 @@ def _check_network(network: MLP) -> None:
             raise ValueError(
                 "expected networks that autograd can use, but one was made under inference_mode"
             )
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if _torch_private.tensor_hooks_of(parameter):
             raise ValueError("expected no hooks, which are not called, but a parameter has some")
     for module in network.modules():
-        if any(
-            (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ):
+        if _torch_private.hooks_of(module):
             kind = type(module).__name__
             raise ValueError(f"expected no hooks, which are not called, but a {kind} has some")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnce import kernels
+from nnce._torch_private import version
 from nnce.algorithm import Hyperparameters
 from nnce.losses import LOSSES
 from nnce.modules import MLP
@@ -146,7 +147,7 @@ class InputCache:
             return make_inputs(x, dense=dense)
         # Each slice of a data set is a new tensor, but the data set that it is a view of remains.
         whole = x if x._base is None else x._base
-        place = (x.storage_offset(), tuple(x.shape), x.stride(), x._version, dense)
+        place = (x.storage_offset(), tuple(x.shape), x.stride(), version(x), dense)
         key = (id(whole), *place)
         with self._lock:
             source, made = self._made.pop(key, (lambda: None, None))
@@ -154,7 +155,7 @@ class InputCache:
                 made = make_inputs(x, dense=dense)
             self._made[key] = weakref.ref(whole), made  # the last used is last
             for other, (source, _) in list(self._made.items()):
-                changed = other[0] == key[0] and other[-2] != x._version
+                changed = other[0] == key[0] and other[-2] != version(x)
                 if source() is None or changed or len(self._made) > _MAX_INPUTS:
                     del self._made[other]
         return made
