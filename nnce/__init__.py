@@ -50,4 +50,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Objects pickled by nnce 0.1 name this module.
-sys.modules["nnce.labels.positives"] = positives
+sys.modules[f"{__name__}.positives"] = positives
