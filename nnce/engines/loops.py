@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnce import kernels
-from nnce._torch_private import version
+from nnce._torch_private import owner, version
 from nnce.algorithm import Hyperparameters
 from nnce.losses import LOSSES
 from nnce.modules import MLP
@@ -146,7 +146,7 @@ class InputCache:
         if x.is_inference():  # PyTorch does not record whether it has been changed
             return make_inputs(x, dense=dense)
         # Each slice of a data set is a new tensor, but the data set that it is a view of remains.
-        whole = x if x._base is None else x._base
+        whole = owner(x)
         place = (x.storage_offset(), tuple(x.shape), x.stride(), version(x), dense)
         key = (id(whole), *place)
         with self._lock:
