@@ -60,30 +60,34 @@ CHANGING = {
     "distortion": Distortion(rotation=10, alpha=5, sigma=1.5),
 }
 DROPOUT = {"dropout": 0.5, "input_dropout": 0.2}
+SGD = {"optimizer": "sgd", "momentum": 0.9}
+ADAM = {"optimizer": "adam", "momentum": 0.0}
+# Engines without a graph have neither Adam nor dropout, and dropout is the same under Adam.
+VARIANTS = {
+    f"{engine}, {name}": {"engine": engine, **options}
+    for engine in training.ENGINES
+    for name, options in {
+        "sgd": SGD,
+        "sgd, schedule and distortion": SGD | CHANGING,
+        "sgd, dropout": SGD | DROPOUT,
+        "adam": ADAM,
+        "adam, schedule and distortion": ADAM | CHANGING,
+    }.items()
+    if engine not in training.ENSEMBLE_ENGINES or not ("dropout" in name or "adam" in name)
+}
 
 
-@pytest.mark.parametrize(
-    "more", [{}, CHANGING, DROPOUT], ids=["plain", "schedule and distortion", "dropout"]
-)
 @pytest.mark.parametrize("stop", [0, 1, 2, 5, 7])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("engine", training.ENGINES)
-def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, more, digits, tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_goes_on_to_the_same_bits(variant, stop, digits, tmp_path):
     """Between any two steps, through a file: before the first one, within and between epochs."""
-    if optimizer == "adam" and engine in training.ENSEMBLE_ENGINES:
-        pytest.skip("engines without a graph know SGD alone")
-    if more == DROPOUT and (engine in training.ENSEMBLE_ENGINES or optimizer == "adam"):
-        pytest.skip("engines without a graph know no dropout; Adam is nothing new to it")
     settings = Settings(
         hidden=(9, 8),
-        engine=engine,
-        optimizer=optimizer,
         epochs=2,
         batch_size=70,
-        momentum=0.0 if optimizer == "adam" else 0.9,
         l2=1.0,
         lr=0.01,
-        **more,
+        **VARIANTS[variant],
     )
     short = digits._replace(train=type(digits.train)(*(part[:200] for part in digits.train)))
 
@@ -134,7 +138,7 @@ def plain(value):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of each script that nothing has stopped."""
+    """An uninterrupted run of each script, not to be changed."""
     folder = tmp_path_factory.mktemp("alone")
     for name, options in (("train", TRAIN), ("compare", COMPARE)):
         assert killed.loaded(name).main([*options, "--run-dir", str(folder / name)]) == 0
@@ -255,20 +259,11 @@ def kill(name, kills, seed, folder, *options):
 # ------------------------------------------------------------------------- what is asked for again
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of each script, not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    for name, options in (("train", TRAIN), ("compare", COMPARE)):
-        module = killed.loaded(name)
-        assert module.main([*options, "--run-dir", str(folder / name)]) == 0
-    return folder
-
-
 @pytest.fixture
-def begun(finished, tmp_path):
-    """Runs that may be changed."""
-    shutil.copytree(finished, tmp_path / "begun")
+def begun(alone, tmp_path):
+    """Finished runs that may be changed."""
+    for name, run_dir in alone.items():
+        shutil.copytree(run_dir, tmp_path / "begun" / name)
     return tmp_path / "begun"
 
 
@@ -317,7 +312,7 @@ def test_where_there_is_nothing_to_resume(place, message, begun, train, refused)
     assert message in refused(train.main, "--resume", str(begun / place))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, tmp_path, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, alone, capsys):
     before, newest = sorted((begun / "train").glob("checkpoint-*"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -325,9 +320,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, tmp_path
     assert train.main(["--resume", str(begun / "train")]) == 0
     err = capsys.readouterr().err
     assert f"{newest} is damaged: its checksum is wrong; going on from {before}" in err
-    alone = tmp_path / "alone"
-    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
-    same_as_alone(alone, begun / "train")
+    same_as_alone(alone["train"], begun / "train")
 
 
 def test_where_all_are_damaged_it_is_one_line(begun, train, refused):
@@ -337,10 +330,11 @@ def test_where_all_are_damaged_it_is_one_line(begun, train, refused):
     assert line.count("is cut off") == 2
 
 
-def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(train, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(
+    train, alone, tmp_path, monkeypatch
+):
     """Its first checkpoint has no more than its configuration and the start."""
-    alone, run_dir = tmp_path / "alone", tmp_path / "run"
-    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+    run_dir = tmp_path / "run"
 
     def goes(*arguments, **more):
         os._exit(9)
@@ -355,7 +349,7 @@ def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(train, tmp_pat
         assert killed.status_of(child) == 9
     assert (run_dir / command_line._NOTHING_YET).exists()
     assert train.main(["--resume", str(run_dir)]) == 0
-    same_as_alone(alone, run_dir)
+    same_as_alone(alone["train"], run_dir)
 
 
 def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
@@ -559,14 +553,12 @@ def small_disk(folder, size):
 @pytest.mark.parametrize(
     "moments", [1, pytest.param(20, marks=pytest.mark.exhaustive, id="exhaustive")]
 )
-def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property):
+def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_property):
     """At a random moment; with space again, the run goes on to what it would have come to."""
     from test_command_line import command
 
     chance = random.Random(name)
     options = TRAIN if name == "train" else COMPARE
-    alone = tmp_path / "alone"
-    assert killed.loaded(name).main([*options, "--run-dir", str(alone)]) == 0
     stopped = on_disk = 0
     for number in range(moments):
         place = tmp_path / f"disk-{number}"
@@ -591,7 +583,7 @@ def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property
                 subprocess.run(["umount", str(disk)], check=True)
         with_space = tmp_path / f"with-space-{number}"
         assert killed.loaded(name).main(["--resume", str(with_space)]) == 0
-        expected, found = killed.outcome(alone), killed.outcome(with_space)
+        expected, found = killed.outcome(alone[name]), killed.outcome(with_space)
         for outcome in (expected, found):
             outcome["results"].pop("command", None)
         assert killed.differences(expected, found) == []
