@@ -18,8 +18,9 @@ import torch
 from conftest import ROOT
 
 import nnce
-from nnce import _memory
-from nnce.experiments import command_line, report
+from nnce import _memory, data, training
+from nnce.experiments import command_line, comparison, report
+from nnce.training import Settings
 
 SCRIPTS = ROOT / "scripts"
 NAMES = [path.stem for path in sorted(SCRIPTS.glob("*.py")) if path.stem != "startup"]
@@ -73,9 +74,8 @@ def begun(name, run_dir, change=""):
     )
     with process:
         try:
-            # The mark of a new run is there before its first checkpoint, and goes with an epoch.
-            mark = run_dir / command_line._NOTHING_YET
-            while not any(run_dir.glob("checkpoint-*")) or mark.exists():
+            # The first checkpoint is written before the first epoch.
+            while len(list(run_dir.glob("checkpoint-*"))) < 2:
                 assert process.poll() is None
                 time.sleep(0.02)
             yield process
@@ -233,7 +233,7 @@ def test_signals_that_are_ignored_stay_ignored():
         """
 from nnce.engines import loops
 for _ in range(2):
-    with loops._interrupts_wait():
+    with loops.interrupts_wait():
         signal.raise_signal(signal.SIGINT)
 time.sleep(0.1)
 print("still here")
@@ -349,36 +349,31 @@ def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):
     assert set(range(epochs + 1)) <= set(csv_epochs(run_dir))
 
 
-def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path):
-    """Of a row that is cut off the last number would be another one."""
-    log = report.Log(tmp_path, {})
-    log._append([{"epoch": 0, "loss": 0.123456}])
-    before = (tmp_path / "epochs.csv").read_bytes()
+@posix
+def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path, digits):
+    """A number that is cut off would be a different one: a row is there whole or not at all."""
+    import resource
 
-    class Small:
-        """Takes ten bytes more and no others, as a disk does."""
-
-        def __init__(self, file):
-            self.file, self.left = file, 10
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def write(self, content):
-            if not self.left:
-                raise OSError("no space left on device")
-            self.left -= len(content[: self.left])
-            return self.file.write(content[:10])
-
-    whole, log._file = log._file, Small(log._file)
-    with pytest.raises(OSError, match="no space"):
-        log._append([{"epoch": 1, "loss": 0.123456}])
-    log._file = whole
-    assert (tmp_path / "epochs.csv").read_bytes() == before
-    log._append([{"epoch": 1, "loss": 0.5}])
-    with log:
-        pass
-    assert csv_epochs(tmp_path) == [0, 1]
+    settings = Settings((3,), epochs=2)
+    short = data.Dataset(*(data.Split(x[:20], y[:20]) for x, y in digits))
+    state = training.initial_state(settings, short)
+    run = comparison.Run(settings, state.network)
+    with report.Log(tmp_path, {}) as log:
+        for record in training.train(state, settings, short):
+            run.records.append(record)
+            if record.epoch == 1:
+                log.flush()
+                before = (tmp_path / "epochs.csv").read_bytes()
+                _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, most))
+                try:
+                    with pytest.raises(OSError, match="File too large"):
+                        log.epoch([run], short)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                assert (tmp_path / "epochs.csv").read_bytes() == before
+            log.epoch([run], short)
+    assert csv_epochs(tmp_path) == [0, 1, 2]
 
 
 def test_an_error_of_ours_still_has_its_traceback(tmp_path):
@@ -391,8 +386,6 @@ def test_an_error_of_ours_still_has_its_traceback(tmp_path):
 
 
 def test_divergence_keeps_the_epochs_before_it(script, tmp_path, monkeypatch, capsys):
-    from nnce import training
-
     initial_state, run_epoch = training.initial_state, training.Cursor.run_epoch
     states = []
 
@@ -526,11 +519,11 @@ def test_absurd_numbers_are_one_line(name, number, script, refused, capsys):
 
 
 def test_the_largest_number_that_is_taken_can_be_computed_with(script, tmp_path, capsys):
-    options = ["--batch-size", str(command_line._LARGEST), "--epochs", "1"]
+    options = ["--batch-size", str(10**15), "--epochs", "1"]
     for engine in ("backprop", "functions"):
         run_dir = tmp_path / engine
         assert script("train").main([*options, "--engine", engine, "--run-dir", str(run_dir)]) == 0
-        assert results(run_dir)["config"]["batch_size"] == command_line._LARGEST
+        assert results(run_dir)["config"]["batch_size"] == 10**15
 
 
 def test_no_whole_number_is_said_as_before(script, refused):
@@ -620,7 +613,8 @@ def test_a_run_begins_again_where_one_was_killed_before_its_first_checkpoint(tmp
     run_dir = tmp_path / "run"
     killed_in(run_dir, "events.out.tfevents.1")
     with command_line.run_directory(run_dir, "run"):
-        assert [path.name for path in run_dir.iterdir()] == [command_line._NOTHING_YET]
+        assert command_line.is_without_result(run_dir)
+        assert not (run_dir / "events.out.tfevents.1").exists()
         command_line.keep(run_dir)
     assert run_dir.is_dir()
 

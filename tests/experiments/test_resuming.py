@@ -44,8 +44,8 @@ def compare(script):
 @pytest.fixture(autouse=True)
 def several_stops_in_an_epoch(monkeypatch):
     """As in tests/killed.py."""
-    monkeypatch.setattr(ensemble, "_CHUNK_WORK", 200_000)
-    monkeypatch.setattr(products, "_BLOCK_BYTES", 30_000)
+    monkeypatch.setattr(ensemble, "CHUNK_WORK", 200_000)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 30_000)
 
 
 def same_as_alone(alone, run_dir):
@@ -347,7 +347,8 @@ def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(
                 train.main([*TRAIN, "--run-dir", str(run_dir)])
             os._exit(1)
         assert killed.status_of(child) == 9
-    assert (run_dir / command_line._NOTHING_YET).exists()
+    content = checkpoints.latest_checkpoint(run_dir).content
+    assert content["state"]["cursor"]["step"] == 0 and training.unpack(content["records"]) == []
     assert train.main(["--resume", str(run_dir)]) == 0
     same_as_alone(alone["train"], run_dir)
 
@@ -363,22 +364,27 @@ def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
 
 def test_another_commit_or_version_is_said(begun, train, capsys, monkeypatch):
     """Those of the running code, not of what was once installed."""
+    whole = report.versions
+
+    def of_commit(commit):
+        monkeypatch.setattr(report, "versions", lambda: {**whole(), "commit": commit})
+
     monkeypatch.setattr(nnce, "__version__", "9.9")
-    monkeypatch.setattr(report, "_commit", lambda root: "0123456789ab")
+    of_commit("0123456789ab")
     assert train.main(["--resume", str(begun / "train")]) == 0
     assert f"nnce 9.9 (was {VERSION})" in capsys.readouterr().err
     recorded = checkpoints.latest_checkpoint(begun / "train").content["circumstances"]
     assert recorded["nnce"] == "9.9" and recorded["commit"] == "0123456789ab"
-    monkeypatch.setattr(report, "_commit", lambda root: "ba9876543210")
+    of_commit("ba9876543210")
     assert train.main(["--resume", str(begun / "train")]) == 0
     assert "commit ba9876543210 (was 0123456789ab)" in capsys.readouterr().err
 
 
 def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, tmp_path):
     run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / command_line._NOTHING_YET).touch()
-    line = refused(train.main, "--resume", str(run_dir))
+    with command_line.run_directory(run_dir, ""):
+        shutil.copytree(run_dir, tmp_path / "killed")
+    line = refused(train.main, "--resume", str(tmp_path / "killed"))
     assert "it was killed before its first checkpoint: start it again as at first" in line
 
 
@@ -416,23 +422,26 @@ def test_a_directory_that_is_deleted_during_the_run_is_not_called_kept(
     assert "Results" not in capsys.readouterr().out and not run_dir.exists()
 
 
-def test_a_restarted_job_finds_its_own_directory(train, tmp_path, monkeypatch):
+def test_a_restarted_job_finds_its_own_directory(train, alone, tmp_path, monkeypatch):
     """Among those of other jobs of the same second; what it left unfinished is removed."""
+    content = checkpoints.latest_checkpoint(alone["train"]).content
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "launched", lambda: True)
     monkeypatch.setattr(command_line, "date_and_time", lambda: "now")
     jobs = {"a-now": "none 1-1.0", "a-now-2": "none 2-2.0", "a-now-3": "none 1-1.0"}
     for name, job in jobs.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        checkpoints.write_checkpoint(tmp_path / "runs" / name, {"job": job})
-    options = train.parser().parse_args([])
+        checkpoints.write_checkpoint(tmp_path / "runs" / name, {**content, "job": job})
+
+    def start():
+        return resuming.start(train.parser(), [], "train.py", parallel.ALONE)
+
     monkeypatch.setattr(command_line, "job", lambda: "none 2-2.0")
-    assert resuming._begun_by_this_job(options) == Path("runs/a-now-2")
-    unfinished = tmp_path / "runs" / "a-now-4"
-    unfinished.mkdir()
-    (unfinished / command_line._NOTHING_YET).write_text("none 3-3.0")
+    assert start().run_dir == Path("runs/a-now-2") and start().options.momentum == 0.5
     monkeypatch.setattr(command_line, "job", lambda: "none 3-3.0")
-    assert resuming._begun_by_this_job(options) is None
+    with command_line.run_directory(tmp_path / "begun", "") as run_dir:
+        shutil.copytree(run_dir, tmp_path / "runs" / "a-now-4")
+    assert start().run_dir is None
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == list(jobs)
 
 

@@ -68,10 +68,7 @@ def test_a_run(reproduce, toy, tmp_path, capsys):
             # The same network, trained alone and looked at with everything in sight.
             settings = Settings(**{**vars(row.settings), "seed": one["seed"]})
             state = training.initial_state(settings, dataset)
-            records, networks = [], []
-            for record in training.train(state, settings, dataset):
-                records.append(record)
-                networks.append(reproduction._parameters(state.network))
+            records = list(training.train(state, settings, dataset))
             best = max(records, key=lambda record: record.accuracy["validation"])
             assert one["chosen_epoch"] == best.epoch and not one["diverged"]
             assert one["chosen_validation"] == best.accuracy["validation"]
