@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_unless
 
 import nnce
 from nnce import _memory, data, training
@@ -86,7 +86,11 @@ def begun(name, run_dir, change=""):
 @posix
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("train", signal.SIGINT), ("compare", signal.SIGTERM), ("train", signal.SIGHUP)],
+    [
+        ("train", signal.SIGINT),
+        pytest.param("compare", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGHUP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
     """And a SIGTERM after it, as from a shell that leaves, takes nothing away."""
@@ -115,6 +119,7 @@ def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint(tmp_path):
     """Whatever it is at: here at tables that take for ever."""
     run_dir, at_it = tmp_path / "run", tmp_path / "at-it"
@@ -141,12 +146,15 @@ nnce.experiments.comparison.conclude = for_ever
 @posix
 @pytest.mark.parametrize(
     ("where", "epochs", "interrupted"),
-    [
-        ("nnce.experiments.tensorboard.Monitor.log_images", 3, False),
-        ("nnce.experiments.report.write_json", 3, False),
-        ("nnce.save", 0, True),
-        ("nnce.training.checkpoints.write_checkpoint", 0, True),
-    ],
+    slow_unless(
+        lambda where, *_: where == "nnce.save",
+        [
+            ("nnce.experiments.tensorboard.Monitor.log_images", 3, False),
+            ("nnce.experiments.report.write_json", 3, False),
+            ("nnce.save", 0, True),
+            ("nnce.training.checkpoints.write_checkpoint", 0, True),
+        ],
+    ),
 )
 def test_what_is_being_written_is_written_whole(where, epochs, interrupted, tmp_path):
     """Signals in the midst of it wait until it is there."""
@@ -184,7 +192,9 @@ def scripted(main, before=""):
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
 def test_a_signal_waits_for_the_end_of_an_undisturbed_block(number):
     process = scripted(f"""
 try:
@@ -205,7 +215,7 @@ finally:
 
 
 @posix
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("held", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_signal_is_acknowledged_while_the_main_thread_is_in_compiled_code(held):
     """As Numba's compiler is for seconds, where no handler of Python's can run."""
     where = "command_line.undisturbed()" if held else "open(os.devnull)"
@@ -285,19 +295,22 @@ def full_after(whole, calls):
 
 @pytest.mark.parametrize(
     ("change", "epochs"),
-    [
-        # While logging, at epoch 2: in TensorBoard's thread, and when the network is saved.
-        ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
-        ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
-        (
-            "import nnce.training.checkpoints as c\n"
-            "c.write_checkpoint = full_after(c.write_checkpoint, 2)",
-            3,
-        ),
-        # While closing.
-        ("Monitor.log_images = full", 4),
-        ("Monitor.__exit__ = full", 4),
-    ],
+    slow_unless(
+        lambda change, epochs: "RecordWriter" in change or "log_images" in change,
+        [
+            # While logging, at epoch 2: in TensorBoard's thread, and when the network is saved.
+            ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
+            ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
+            (
+                "import nnce.training.checkpoints as c\n"
+                "c.write_checkpoint = full_after(c.write_checkpoint, 2)",
+                3,
+            ),
+            # While closing.
+            ("Monitor.log_images = full", 4),
+            ("Monitor.__exit__ = full", 4),
+        ],
+    ),
 )
 def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_path):
     run_dir = tmp_path / "run"
@@ -311,6 +324,7 @@ def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_
     assert len(recorded["epochs"]) == epochs and recorded["interrupted"] == (epochs < 4)
 
 
+@pytest.mark.slow
 def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     run_dir = tmp_path / "run"
     change = FULL + "nnce.experiments.report.write_json = full"
@@ -334,7 +348,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "epochs"),
     [
-        ("Monitor.log = full_after(Monitor.log, 5)", 1),
+        pytest.param("Monitor.log = full_after(Monitor.log, 5)", 1, marks=pytest.mark.slow),
         pytest.param("Monitor.log_layout = full", 3, marks=pytest.mark.exhaustive),
     ],
 )
@@ -376,6 +390,7 @@ def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path, digits):
     assert csv_epochs(tmp_path) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_still_has_its_traceback(tmp_path):
     """And takes nothing finished away, either."""
     run_dir = tmp_path / "run"
@@ -417,7 +432,10 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's limits")
-@pytest.mark.parametrize("name", ["train", "compare", "check_gradients"])
+@pytest.mark.parametrize(
+    ("name",),
+    slow_unless(lambda name: name == "train", [("train",), ("compare",), ("check_gradients",)]),
+)
 def test_no_memory_is_one_sentence(name, tmp_path):
     """PyTorch's bare RuntimeError, of its own allocator."""
     options = ["--hidden", "2000000", "--run-dir", str(tmp_path / "run")]
@@ -471,12 +489,15 @@ def redirected(redirection, *options):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize(
     ("redirection", "status", "reason"),
-    [
-        (">&-", 1, "Bad file descriptor"),
-        (">/dev/full", 1, "No space left on device"),
-        ("2>&-", 0, None),
-        ("<&- >&- 2>&-", 1, None),
-    ],
+    slow_unless(
+        lambda redirection, *_: redirection in (">/dev/full", "<&- >&- 2>&-"),
+        [
+            (">&-", 1, "Bad file descriptor"),
+            (">/dev/full", 1, "No space left on device"),
+            ("2>&-", 0, None),
+            ("<&- >&- 2>&-", 1, None),
+        ],
+    ),
 )
 def test_what_nobody_can_read_is_trained_all_the_same(redirection, status, reason, tmp_path):
     run_dir = tmp_path / "run"

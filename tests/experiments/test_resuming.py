@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import os
 import random
 import re
@@ -16,7 +17,7 @@ import killed
 import peak
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_unless
 
 import nnce
 from nnce import training
@@ -77,8 +78,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 5, 7])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "stop"),
+    slow_unless(
+        lambda variant, stop: stop in (0, 5) or variant == "functions, sgd",
+        itertools.product(VARIANTS, (0, 1, 2, 5, 7)),
+    ),
+)
 def test_a_state_goes_on_to_the_same_bits(variant, stop, digits, tmp_path):
     """Between any two steps, through a file: before the first one, within and between epochs."""
     settings = Settings(
@@ -145,7 +151,7 @@ def alone(tmp_path_factory):
     return {name: folder / name for name in ("train", "compare")}
 
 
-@pytest.mark.parametrize("calls", [0, 3, 8])
+@pytest.mark.parametrize("calls", [0, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     calls, train, alone, tmp_path, monkeypatch
 ):
@@ -157,7 +163,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     same_as_alone(alone["train"], run_dir)
 
 
-@pytest.mark.parametrize("calls", [0, 9, 14])
+@pytest.mark.parametrize(("calls",), slow_unless(lambda calls: calls == 9, [(0,), (9,), (14,)]))
 def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
     calls, compare, alone, tmp_path, monkeypatch
 ):
@@ -189,28 +195,36 @@ def test_a_clock_that_was_set_back_does_not_disorder_the_curves(
     same_as_alone(alone["train"], run_dir)
 
 
-def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
-    """A comparison chooses its controls anew; what it had logged of the old ones goes."""
-    for name, module, options in (("t", train, TRAIN), ("c", compare, COMPARE)):
-        alone, run_dir = tmp_path / f"{name}-alone", tmp_path / f"{name}-run"
-        assert module.main([*options, "--epochs", "5", "--run-dir", str(alone)]) == 0
-        assert module.main([*options, "--run-dir", str(run_dir)]) == 0
-        (run_dir / "quadratic-lr99-autograd").mkdir()
-        assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
-        expected, found = killed.outcome(alone), killed.outcome(run_dir)
-        # The command is the one that it was begun with.
-        expected["results"].pop("command", None), found["results"].pop("command", None)
-        if name == "t":
-            shutil.rmtree(run_dir / "quadratic-lr99-autograd")
-        assert killed.differences(expected, found) == []
-        assert not (run_dir / "quadratic-lr99-autograd").exists()
-        if name == "t":  # what is finished may be asked for once more, and is the same
-            assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
-            again = killed.outcome(run_dir)
-            again["results"].pop("command", None)
-            assert killed.differences(expected, again) == []
+def outcome_without_command(run_dir):
+    """All but the command, which is the one that the run was begun with."""
+    found = killed.outcome(run_dir)
+    found["results"].pop("command", None)
+    return found
 
 
+def test_more_epochs_may_be_asked_for(begun, train, tmp_path):
+    """And again what is finished: the same."""
+    alone, run_dir = tmp_path / "alone", begun / "train"
+    assert train.main([*TRAIN, "--epochs", "5", "--run-dir", str(alone)]) == 0
+    expected = outcome_without_command(alone)
+    for _ in range(2):
+        assert train.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+        assert killed.differences(expected, outcome_without_command(run_dir)) == []
+
+
+@pytest.mark.slow
+def test_a_comparison_of_more_epochs_chooses_its_controls_anew(begun, compare, tmp_path):
+    """What it had logged of the old ones goes."""
+    alone, run_dir = tmp_path / "alone", begun / "compare"
+    assert compare.main([*COMPARE, "--epochs", "5", "--run-dir", str(alone)]) == 0
+    (run_dir / "quadratic-lr99-autograd").mkdir()
+    assert compare.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+    assert not (run_dir / "quadratic-lr99-autograd").exists()
+    expected, found = outcome_without_command(alone), outcome_without_command(run_dir)
+    assert killed.differences(expected, found) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "compare"])
 def test_killed_over_and_over_it_comes_to_the_same(name, tmp_path):
     kills, options = (2, TRAIN) if name == "train" else (1, COMPARE)
@@ -388,7 +402,7 @@ def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, t
     assert "it was killed before its first checkpoint: start it again as at first" in line
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
+@pytest.mark.parametrize("name", ["train", pytest.param("compare", marks=pytest.mark.slow)])
 def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
     """From the records in the checkpoint; histograms are not in there."""
     run_dir = tmp_path / "run"
@@ -396,13 +410,13 @@ def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
     for events in run_dir.rglob("events.out.tfevents.*"):
         events.unlink()
     assert script(name).main(["--resume", str(run_dir)]) == 0
-    expected, found = killed.outcome(alone[name]), killed.outcome(run_dir)
+    expected, found = outcome_without_command(alone[name]), outcome_without_command(run_dir)
     for outcome in (expected, found):
-        outcome["results"].pop("command", None)
         for place in [place for place in outcome if place[0] == "curves"]:
             curves = outcome[place]
             outcome[place] = {key: of for key, of in curves.items() if key[0] != "histogram"}
-    assert ("scalar", "loss/validation") in found["curves", Path()] or name == "compare"
+    logged = {"train": Path(), "compare": Path("quadratic-lr1")}[name]
+    assert ("scalar", "loss/validation") in found["curves", logged]
     assert killed.differences(expected, found) == []
 
 
@@ -502,9 +516,14 @@ def mutated(value, chance):
     return chance.choice(others)
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
 @pytest.mark.parametrize(
-    "trials", [12, pytest.param(500, marks=pytest.mark.exhaustive, id="exhaustive")]
+    ("name", "trials"),
+    [
+        ("train", 12),
+        pytest.param("compare", 12, marks=pytest.mark.slow),
+        pytest.param("train", 500, marks=pytest.mark.exhaustive),
+        pytest.param("compare", 500, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_strangers_checkpoint_is_a_sentence_or_a_run(
     name, trials, begun, script, capsys, record_property
@@ -558,9 +577,14 @@ def small_disk(folder, size):
     return folder if mounted and mounted.returncode == 0 else None
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
 @pytest.mark.parametrize(
-    "moments", [1, pytest.param(20, marks=pytest.mark.exhaustive, id="exhaustive")]
+    ("name", "moments"),
+    [
+        ("train", 1),
+        pytest.param("compare", 1, marks=pytest.mark.slow),
+        pytest.param("train", 20, marks=pytest.mark.exhaustive),
+        pytest.param("compare", 20, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_property):
     """At a random moment; with space again, the run goes on to what it would have come to."""
@@ -592,14 +616,14 @@ def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_p
                 subprocess.run(["umount", str(disk)], check=True)
         with_space = tmp_path / f"with-space-{number}"
         assert killed.loaded(name).main(["--resume", str(with_space)]) == 0
-        expected, found = killed.outcome(alone[name]), killed.outcome(with_space)
-        for outcome in (expected, found):
-            outcome["results"].pop("command", None)
+        expected = outcome_without_command(alone[name])
+        found = outcome_without_command(with_space)
         assert killed.differences(expected, found) == []
     assert stopped
     record_property("trials", f"{moments}, {stopped} stopped, {on_disk} by a file system")
 
 
+@pytest.mark.slow
 def test_a_lost_permission_is_one_sentence(tmp_path):
     """In the midst of a run; what was finished stays."""
     from test_command_line import command
@@ -609,15 +633,18 @@ def test_a_lost_permission_is_one_sentence(tmp_path):
     process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
     done = subprocess.run(process, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "denied" in done.stderr
-    if run_dir.exists():
-        assert checkpoints.latest_checkpoint(run_dir).damaged == []
+    assert checkpoints.latest_checkpoint(run_dir).damaged == []
 
 
 # -------------------------------------------------------------------------- nothing is left behind
 
 
 @pytest.mark.parametrize(
-    "count", [4, pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive")]
+    "count",
+    [
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive"),
+    ],
 )
 def test_nothing_is_left_of_many_epochs_and_resumes(count, train, tmp_path, record_property):
     """Memory, file handles, threads and processes are as many after a hundred as after a few."""
