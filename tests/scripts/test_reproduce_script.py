@@ -225,7 +225,7 @@ def test_other_sets_of_mnists_format_go_through_the_same_commands(
 # --------------------------------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("calls", [0, 7])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_run_that_was_stopped_goes_on_to_the_same(calls, reproduce, toy, tmp_path, monkeypatch):
     alone, run_dir = tmp_path / "alone", tmp_path / "run"
     options = ["toy", "--data", "digits", "--checkpoint-every", "1"]

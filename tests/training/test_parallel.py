@@ -168,7 +168,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
     _, err = job.communicate(timeout=120)
     assert job.returncode != 0
     assert err.count("train.py: error: ") == 1
-    assert "expected another engine than 'loops' for several processes" in err
+    assert "expected an engine other than 'loops' for several processes" in err
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def of_a_job(monkeypatch):
 
 def test_an_engine_for_one_process_alone_is_refused_to_several():
     settings = Settings((3,), engine="loops")
-    with pytest.raises(ValueError, match="another engine than 'loops' for several processes"):
+    with pytest.raises(ValueError, match="an engine other than 'loops' for several processes"):
         training.initial_state(settings, together.dataset(), parallel.World(0, 2, joined=True))
 
 
