@@ -17,7 +17,7 @@ from nnce.labels.positives import Targets
 
 
 def without_positives(n):
-    return torch.full((n, 1), -1)
+    return torch.full((n,), -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
