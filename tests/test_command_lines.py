@@ -136,8 +136,8 @@ def somewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-# train.py begins its work in earnest, and may be told to make large networks.
-LONG = ("train",)
+# These begin their work in earnest, and may be told to make large networks.
+LONG = ("train", "slowdown")
 
 
 @pytest.mark.parametrize(
