@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, slow_unless
@@ -227,6 +228,9 @@ with {where}:
     with process:
         try:
             assert process.stdout.readline() == "at it\n"
+            used = psutil.Process(process.pid).cpu_times().user
+            while psutil.Process(process.pid).cpu_times().user < used + 0.3:
+                time.sleep(0.05)  # until it is in there
             process.send_signal(signal.SIGINT)
             expected = ACKNOWLEDGED if held else "stopping ... (Ctrl-C again exits at once)"
             assert process.stderr.readline() == f"{expected}\n"

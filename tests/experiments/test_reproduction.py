@@ -4,12 +4,24 @@ import math
 
 import pytest
 import torch
-from toy import ROW
 
 from nnce import data, training
+from nnce.data import Distortion
 from nnce.experiments import reproduction
 from nnce.experiments.published import Row, Table
 from nnce.training import Settings
+from nnce.training.schedules import Schedule
+
+ROW = Row(
+    "T1",
+    Settings(
+        hidden=(8,),
+        epochs=2,
+        init=0.05,
+        schedule=Schedule("cosine", cosine_epochs=2),
+        distortion=Distortion(rotation=5, alpha=3, sigma=1),
+    ),
+)
 
 
 def test_a_committee_decides_by_the_mean_output(digits):

@@ -5,8 +5,8 @@ import json
 
 import killed
 import pytest
-from mnist_files import write_blank
-from toy import ROW
+import test_damaged_data as damaged
+from test_reproduction import ROW
 
 from nnce import data, kernels, training
 from nnce.experiments import figures, published, reproduction
@@ -213,7 +213,12 @@ def test_other_sets_of_mnists_format_go_through_the_same_commands(
     name, folder, reproduce, tmp_path, monkeypatch
 ):
     """Blank images, in files as they would be."""
-    write_blank(tmp_path / folder / "raw")
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for file in damaged.FILES:
+        with (raw / file).open("wb") as images:
+            images.write(damaged.header(file))
+            images.truncate(damaged.size_of(file))
     options = ["--data", name, "--data-dir", str(tmp_path), "--train-size", "50", "--seeds", "1"]
     run_dir = tmp_path / "run"
     command = ["nielsen", "N1", *options, "--max-epochs", "1", "--run-dir", str(run_dir)]
