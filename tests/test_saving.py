@@ -155,7 +155,7 @@ def test_what_a_parametrisation_leaves_behind_is_saved(tmp_path):
 
 
 def claim(path, sizes, state):
-    torch.save({"format": saving._FORMAT, "sizes": sizes, "state_dict": state}, path)
+    torch.save({"format": "nnce.MLP 1", "sizes": sizes, "state_dict": state}, path)
 
 
 def test_a_small_file_cannot_claim_a_large_network(tmp_path, monkeypatch):
@@ -402,7 +402,7 @@ def test_a_network_that_names_more_than_tensors_is_refused(tmp_path, monkeypatch
             return bytearray, (10**12,)
 
     network = nnce.MLP((4, 3, 2))
-    content = {"format": saving._FORMAT, "sizes": (4, 3, 2), "state_dict": network.state_dict()}
+    content = {"format": "nnce.MLP 1", "sizes": (4, 3, 2), "state_dict": network.state_dict()}
     torch.save({**content, "more": Huge()}, tmp_path / "network.pt")
     monkeypatch.setattr(torch, "load", None)  # is not asked
     with pytest.raises(ValueError, match="damaged or no network that nnce saved") as refused:

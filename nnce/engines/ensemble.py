@@ -30,7 +30,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 # Below this many multiplications in the largest product of a step a second thread does not pay.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
 # Weights times examples of a chunk, which takes some tenths of a second.
-_CHUNK_WORK = 10_000_000_000
+CHUNK_WORK = 10_000_000_000
 
 
 class Ensemble:
@@ -210,7 +210,7 @@ class Ensemble:
         networks = len(self.networks) if networks is None else networks
         step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
         weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(self.sizes))
-        examples = _CHUNK_WORK // (weights * networks)
+        examples = CHUNK_WORK // (weights * networks)
         return step * max(1, (examples if at_most is None else min(examples, at_most)) // step)
 
     def state_dict(self) -> dict[str, Any]:
