@@ -18,6 +18,8 @@ NO_DERIVATIVE = re.compile("derivative for aten::|no second derivatives")
 """What an operation says that has no (second) derivative."""
 NO_FORWARD_MODE = ("You must implement the jvp function", "Trying to use forward AD with")
 """What a Function or an operation says that has no forward mode."""
+TANGENT_IGNORED = "PyTorch ignores the tangent of this operator, which has no forward mode"
+"""What it does not say of an operator of `torch.library.custom_op`."""
 
 
 class Unavailable(Exception):
