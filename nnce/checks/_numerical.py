@@ -86,7 +86,7 @@ def quick(ladder: Ladder, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor
     agrees = (off[0] <= _CURVED * bound) & (off[1] <= bound) & (noise[1] <= bound / 4)
     smooth = bend[1].abs() <= bend[0].abs() / 8 + 8 * noise[1]
     ratio = float(ladder.step[0] / ladder.step[1]) ** 2
-    return agrees & smooth, (ratio * slope[1] - slope[0]) / (ratio - 1)
+    return computed.isfinite() & agrees & smooth, (ratio * slope[1] - slope[0]) / (ratio - 1)
 
 
 def slopes(ladder: Ladder, rtol: float) -> Slopes:

@@ -299,7 +299,7 @@ def _difference(
     largest = max(float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in like if t is not None)
     bound = rtol * torch.maximum(got.abs(), expected.abs()) + _REORDERED * largest
     off = (got - expected).abs()
-    wrong = ~(alike(got, expected) | (off <= bound))
+    wrong = ~(alike(got, expected) | (off.isfinite() & (off <= bound)))
     if not wrong.any():
         return ""
     at = int(torch.where(wrong, off.nan_to_num(math.inf), -1.0).argmax())
@@ -578,7 +578,7 @@ class _ByDifferences:
         expected = self._sum(self.first * tangent.line.direction.v)
         bound = tangent.floor + rtol * torch.maximum(tangent.computed.abs(), expected.abs())
         off = (tangent.computed - expected).abs()
-        return alike(tangent.computed, expected) | (off <= bound)
+        return alike(tangent.computed, expected) | (off.isfinite() & (off <= bound))
 
     def _second(self, first: Finding) -> Finding:
         v = self.everywhere.v
