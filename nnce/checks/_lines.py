@@ -16,7 +16,7 @@ from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, sl
 
 # A plateau is looked for from a small share of the size of x to many times it.
 _GRID = tuple(4.0**k for k in range(-8, 4))
-_SPARSE_GRID = (4.0**-8, 4.0**-3, 1.0, 4.0**3)
+_SPARSE_GRID = (4.0**-5, 1.0, 4.0**3)
 # An edge is located to this share of x; beyond it is a little further.
 _EDGE, _BEYOND = 2.0**-32, 2.0**-20
 # Near 0 these are shares of this much.

@@ -18,8 +18,9 @@ COARSEST_JUMP = 2.0**-7
 # A derivative that is this small next to the slope at a 64th of the size of x is 0: 2^16 units in
 # the last place of that slope, extrapolated to the size of x.
 NOTHING = 2.0**22 * EPS
-# At the larger one of two small steps a slope may differ by this many times rtol.
-_CURVED = 64
+# At the larger one of two small steps a slope may differ by this many times rtol, and at the
+# smaller one rounding must leave three digits.
+_CURVED, _DIGITS = 4096, 1e-3
 # Places of those steps in the ladder from 64 times the size of x, a 64th and a quarter of it, and
 # the largest power of the distance with which slopes may shrink in between.
 _NEAR, _FAR = 6, 4
@@ -75,15 +76,17 @@ class _Estimates(NamedTuple):
 def quick(ladder: Ladder, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
     """Where two small steps show that a computed derivative is right, and the numerical one.
 
-    That is where at the smaller one the slope agrees with it to rtol, and rounding adds next to
-    nothing; at the larger one it agrees as far as the function may curve; and the slopes from below
-    and above approach each other in between.
+    That is where at the smaller one the slope agrees with it to rtol, and at the larger one as far
+    as the function may curve; or at the larger one to rtol, and at the smaller one as far as it is
+    rounded. And the slopes from below and above approach each other in between.
     """
     slope, bend = _slope_and_bend(ladder)
     bound = rtol * computed.abs()
     noise = (VALUE_ULPS * EPS * ladder.size + torch.finfo(torch.float64).tiny) / ladder.step
     off = (slope - computed).abs()
-    agrees = (off[0] <= _CURVED * bound) & (off[1] <= bound) & (noise[1] <= bound / 4)
+    small = (off[0] <= _CURVED * bound) & (off[1] <= bound) & (noise[1] <= bound / 4)
+    large = (off[0] <= bound) & (noise[0] <= bound / 4) & (off[1] <= bound + noise[1])
+    agrees = small | (large & (noise[1] <= _DIGITS * computed.abs()))
     smooth = bend[1].abs() <= bend[0].abs() / 8 + 8 * noise[1]
     ratio = float(ladder.step[0] / ladder.step[1]) ** 2
     return computed.isfinite() & agrees & smooth, (ratio * slope[1] - slope[0]) / (ratio - 1)

@@ -81,7 +81,7 @@ def _channels_last(t: Tensor) -> Tensor:
 def _layouts(tensors: list[Tensor]) -> dict[str, Arrange]:
     """The layouts that at least one of the tensors can have, by their adjectives."""
     dims = max(t.dim() for t in tensors)
-    layouts: dict[str, Arrange] = {"strided": _strided, "offset": _offset}
+    layouts: dict[str, Arrange] = {"strided": _strided, "offset": _offset} if dims else {}
     if dims > 1:
         layouts["transposed"] = _transposed
     if dims > 3:
@@ -193,7 +193,9 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
     for factor in FACTORS:
         yield Variation("first", f"upstream gradient {factor:g} times as large", scaled(factor))
-    yield Variation("first", "upstream gradient with zeros", in_two(upstream * mask(upstream)))
+    if upstream.dim():
+        zeros = in_two(upstream * mask(upstream))
+        yield Variation("first", "upstream gradient with zeros", zeros)
     yield Variation("first", "upstream gradient of ones", in_two(torch.ones_like(upstream)))
     yield Variation(
         "first",
