@@ -8,6 +8,11 @@ from collections.abc import Sequence
 import torch
 
 
+def dashed(sizes: Sequence[int]) -> str:
+    """A network's sizes as text: 784-30-10."""
+    return "-".join(map(str, sizes))
+
+
 def check_memory(
     sizes: Sequence[int],
     networks: int = 1,
@@ -31,9 +36,8 @@ def check_memory(
     else:
         return
     if needed > there:
-        shape = "-".join(map(str, sizes))
         raise MemoryError(
-            f"{networks:,} network{'s' * (networks > 1)} of sizes {shape} would "
+            f"{networks:,} network{'s' * (networks > 1)} of sizes {dashed(sizes)} would "
             f"need {_gigabytes(needed)} GB of memory, and {device.type} has {_gigabytes(there)} GB"
         )
 

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -33,31 +33,11 @@ from nnce.training import twin
 SAME_IN_NORM = 1e-6
 
 
-class GradientDifference(NamedTuple):
-    """A parameter's gradient over 1,000 examples, hand-written against autograd's."""
-
-    loss: Loss
-    parameter: str
-    shape: tuple[int, ...]
-    largest: float
-    """The largest difference of an element."""
-    at: tuple[int, ...]
-    """Where that is."""
-    relative: float
-    """‖difference‖ / ‖gradient‖."""
-
-
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
-    parser.add_argument(
-        "--hidden",
-        type=int,
-        nargs="*",
-        default=[30],
-        help="neurons of each hidden layer of the network whose gradients are compared",
-    )
+    parser.add_hidden_option("neurons of each hidden layer of the network that is compared")
     parser.add_argument(
         "--matrix",
         action=argparse.BooleanOptionalAction,
@@ -103,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
             seconds=time.perf_counter() - began,
             rows=rows,
-            network=[difference._asdict() for difference in differences],
+            network=differences,
             matrix=cells,
             matrix_of_walked=walked,
             derivatives=checked,
@@ -161,8 +141,12 @@ def readable(row: Measured) -> report.Row:
     }
 
 
-def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[GradientDifference]:
-    """Every parameter's gradient by name, hand-written against autograd, over 1,000 examples."""
+def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[dict[str, Any]]:
+    """Every parameter's gradient by name, hand-written against autograd, over 1,000 examples.
+
+    `largest` is the largest difference of an element, `at` its place, and `relative` is
+    ‖difference‖ / ‖gradient‖.
+    """
     x, y = split.x[:1000], split.y[:1000]
     by_hand = backprop(network, x, y, loss=loss).gradients
     names, parameters = zip(*network.named_parameters(), strict=True)
@@ -172,27 +156,27 @@ def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[Gradien
         difference = (by_hand[name] - gradient).abs()
         where = torch.unravel_index(difference.argmax(), difference.shape)
         differences.append(
-            GradientDifference(
-                loss=loss,
-                parameter=name,
-                shape=tuple(gradient.shape),
-                largest=difference.max().item(),
-                at=tuple(int(i) for i in where),
-                relative=(difference.norm() / gradient.norm()).item(),
-            )
+            {
+                "loss": loss,
+                "parameter": name,
+                "shape": tuple(gradient.shape),
+                "largest": difference.max().item(),
+                "at": tuple(int(i) for i in where),
+                "relative": (difference.norm() / gradient.norm()).item(),
+            }
         )
     return differences
 
 
-def readable_difference(difference: GradientDifference) -> report.Row:
+def readable_difference(difference: dict[str, Any]) -> report.Row:
     """A row for people."""
     return {
-        "loss": difference.loss,
-        "gradient of": difference.parameter,
-        "shape": "×".join(map(str, difference.shape)),
-        "largest difference": f"{difference.largest:.1e}",
-        "at": ", ".join(map(str, difference.at)),
-        "‖difference‖ / ‖gradient‖": f"{difference.relative:.1e}",
+        "loss": difference["loss"],
+        "gradient of": difference["parameter"],
+        "shape": "×".join(map(str, difference["shape"])),
+        "largest difference": f"{difference['largest']:.1e}",
+        "at": ", ".join(map(str, difference["at"])),
+        "‖difference‖ / ‖gradient‖": f"{difference['relative']:.1e}",
     }
 
 
@@ -240,7 +224,7 @@ def cell(name: str, way: str, found: Cell) -> str:
 
 def broken_promises(
     measured: Sequence[Measured],
-    differences: Sequence[GradientDifference],
+    differences: Sequence[dict[str, Any]],
     checked: Sequence[report.Row],
 ) -> list[str]:
     """What nnce promises and does not keep, a sentence each."""
@@ -258,9 +242,9 @@ def broken_promises(
         if row.by == "nnce" and not is_kept(row)
     ]
     sentences += [
-        f"{difference.loss}, {difference.parameter}: off by {difference.relative:.1e} in norm"
-        for difference in differences
-        if not difference.relative <= SAME_IN_NORM
+        f"{of['loss']}, {of['parameter']}: off by {of['relative']:.1e} in norm"
+        for of in differences
+        if not of["relative"] <= SAME_IN_NORM
     ]
     return sentences + [
         f"derivatives of {row['derivatives of']}: {name} wrong"

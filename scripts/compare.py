@@ -7,8 +7,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import functools
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +14,12 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nnce import data
+from nnce import _memory, data
 from nnce.engines import ensemble
-from nnce.experiments import command_line, comparison, figures, report, resuming
+from nnce.experiments import command_line, comparison, comparison_report, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.comparison import Run, SideBySide, Variant
-from nnce.experiments.report import Log
+from nnce.experiments.comparison_report import Log
 from nnce.losses import LOSSES, Loss
 from nnce.training import Settings, parallel
 from nnce.training.parallel import World
@@ -58,10 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare as asked; the exit status."""
     options_parser = parser()
     world = parallel.join()
-    options, found, run_dir = resuming.start(options_parser, arguments, "compare.py", world)
-    command = shlex.join(
-        ["scripts/compare.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    start = resuming.start(options_parser, arguments, "compare.py", world)
+    options, found = start.options, start.found
     with options_parser.user_errors():
         settings, dataset = prepare(options)
         runs = comparison.make_runs(settings, dataset)
@@ -69,84 +65,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
         training = Training(options, dataset, runs, world, found)
-    name = f"compare-{options.data}-{dashed(sizes)}-{options.init}-seeds{options.seeds}"
-    with command_line.undisturbed(), contextlib.ExitStack() as stack:
-        stack.callback(parallel.leave)
-        path = stack.enter_context(
-            options_parser.run_directory(
-                run_dir or options.run_dir, name, resumed=found is not None, world=world
-            )
-        )
-        if world.rank:
-            training.run(None, command)
-            return 0
-        introduce(options, dataset, training)
-        run(training, path, command if found is None else found["command"])
+    name = f"compare-{options.data}-{_memory.dashed(sizes)}-{options.init}-seeds{options.seeds}"
+    try:
+        with start.directory(options_parser, name, world=world) as path:
+            if world.rank:
+                training.run(None, start.command)
+                return 0
+            introduce(options, dataset, training)
+            run(training, path, start.command)
+    finally:
+        parallel.leave()
     return 0
 
 
 def run(training: "Training", run_dir: Path, command: str) -> None:
     """Train, log, and write what came out."""
-    options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
-    costs = training.costs
-    stopped: BaseException | None = None
+    options, runs = training.options, training.side_by_side.runs
     log = Log(run_dir, vars(options), runs, training.controls.runs, training.controls.finished)
     with log:
-        try:
+        ending = resuming.Ending(run_dir, lambda: log.finished >= 1, lambda: training.saver.save())
+        with ending:
             training.run(log, command)
-        except (KeyboardInterrupt, OSError) as error:
-            stopped = error
-            if isinstance(error, KeyboardInterrupt | BrokenPipeError):
-                training.saver.save()
-                command_line.keep(run_dir)
-            elif log.finished < 1:
-                raise
+        if ending.stopped is not None:
             for one in runs:  # an epoch that is not logged of all of them does not count
                 del one.records[log.finished + 1 :]
         if log.finished >= 1:
-            findings = comparison.conclude(runs, training.controls.runs, dataset)
-
-            def write() -> None:
-                seconds_of = costs.by_part(runs, log)
-                report.write_results(
-                    run_dir,
-                    config=vars(options),
-                    device=dataset.train.x.device,
-                    seconds=sum(seconds_of.values()),
-                    rows=[report.summary_row(summary) for summary in findings.summaries],
-                    command=command,
-                    interrupted=stopped is not None,
-                    seconds_of=seconds_of,
-                    **report.more_results(findings),
-                )
-
-            write()  # before the pictures: what is computed is safe from now on
-            page = report.page(findings, options.dtype)
-            layers = dashed(runs[0].network.sizes)
-            title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
-            figure = figures.learning_curves(
-                runs, findings.best_lrs, f"{title}: mean and 95 % interval"
-            )
-            report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
-            markdown = f"{page}\n\nMade by `{command}`.\n"
-            report.write_text(run_dir / "results.md", markdown)
-            log.finish(
-                [*runs, *training.controls.runs], findings.best_lrs, dataset, markdown, figure
-            )
-            write()
+            page = write(training, log, command, interrupted=ending.stopped is not None)
+    kept = ""
     if log.finished >= 1:
-        print(f"\n{page}\n")
-        seconds_of = costs.by_part(runs, log)
+        kept = "what was finished is in the table; "
+        seconds_of = training.costs.by_part(runs, log)
         parts = ", ".join(f"{name} {s:.1f}" for name, s in seconds_of.items())
-        print(f"{sum(seconds_of.values()):.1f} s: {parts}")
-        print(f"Tables, every epoch of every network, and a picture: {run_dir}")
-        print(f"Curves: {report.tensorboard_command(run_dir)}")
-    if isinstance(stopped, KeyboardInterrupt):
-        kept = "what was finished is in the table; " if log.finished >= 1 else ""
-        print(f"Interrupted; {kept}to go on:", file=sys.stderr)
-        print(command_line.command_to_resume(run_dir), file=sys.stderr)
-    if stopped is not None:
-        raise stopped
+        print(f"\n{page}\n\n{sum(seconds_of.values()):.1f} s: {parts}")
+        report.print_places(run_dir, "Tables, every epoch of every network, and a picture")
+    ending.close(f"Interrupted; {kept}to go on:")
+
+
+def write(training: "Training", log: Log, command: str, *, interrupted: bool) -> str:
+    """Write what came out; the page of tables."""
+    options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
+    controls, run_dir = training.controls.runs, log.run_dir
+    findings = comparison.conclude(runs, controls, dataset)
+    results = comparison_report.results(findings)
+
+    def write_results() -> None:
+        seconds_of = training.costs.by_part(runs, log)
+        report.write_results(
+            run_dir,
+            config=vars(options),
+            device=dataset.train.x.device,
+            seconds=sum(seconds_of.values()),
+            command=command,
+            interrupted=interrupted,
+            seconds_of=seconds_of,
+            **results,
+        )
+
+    write_results()  # before the pictures: what is computed is safe from now on
+    page = comparison_report.page(findings, options.dtype)
+    layers = _memory.dashed(runs[0].network.sizes)
+    title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
+    best = findings.best_lrs
+    figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
+    report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
+    markdown = f"{page}\n\nMade by `{command}`.\n"
+    report.write_text(run_dir / "results.md", markdown)
+    log.finish([*runs, *controls], best, dataset, markdown, figure)
+    write_results()
+    return page
 
 
 class Training:
@@ -168,7 +154,6 @@ class Training:
         world: World,
         found: Mapping[str, Any] | None,
     ) -> None:
-        """Make everything, or take it to where the checkpoint is; ValueError if it cannot be."""
         self.options, self.dataset, self.world, self._found = options, dataset, world, found
         threads = command_line.threads(options)
         self.side_by_side = SideBySide(runs, dataset, threads, world)
@@ -243,16 +228,10 @@ class Training:
                     bar.update((epoch + 1) * len(self.controls.runs) - bar.n)
 
 
-def dashed(sizes: Sequence[int]) -> str:
-    """784-30-10."""
-    return "-".join(map(str, sizes))
-
-
 class Costs:
     """Where the time goes, in seconds."""
 
     def __init__(self, processes: int) -> None:
-        """Begin, in so many processes side by side."""
         self._began, self._processes = time.perf_counter(), processes
         self._logging = 0.0  # before a run went on
         self._parts = {"side by side": 0.0, "control": 0.0}
@@ -302,7 +281,6 @@ class Costs:
 def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Training) -> None:
     """Say what is going to be trained."""
     runs = training.side_by_side.runs
-    n_train, n_validation, n_test = (len(split.x) for split in dataset)
     variants = comparison.by_variant(runs)
     threads = command_line.threads(options) or parallel.processors()
     processes = f" in each of {training.world.size} processes" if training.world.joined else ""
@@ -312,8 +290,8 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Trai
     )
     command_line.announce_threads(options)
     print(
-        f"{options.data}: {n_train:,} training, {n_validation:,} validation and {n_test:,} test "
-        f"examples\n{len(runs)} networks {'-'.join(map(str, runs[0].network.sizes))} side by side, "
+        f"{report.describe(options.data, dataset)}\n"
+        f"{len(runs)} networks {_memory.dashed(runs[0].network.sizes)} side by side, "
         f"starts of each: {options.seeds}; {grids}\n{options.dtype} on "
         f"{report.device_name(dataset.train.x.device)}, threads {threads}{processes}{after}",
         flush=True,

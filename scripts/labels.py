@@ -10,7 +10,6 @@ import gzip
 import itertools
 import math
 import re
-import sys
 import time
 import zlib
 from array import array
@@ -25,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from nnce import LinearSigmoidCrossEntropyLoss, Positives
-from nnce.experiments import command_line, report
+from nnce.experiments import command_line, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.timing import resident
 from nnce.labels import blocks
@@ -66,10 +65,12 @@ def _bags(rows: scipy.sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Dense features as they are, or a sum of embeddings of sparse ones; then all labels."""
+    """Dense features as they are, or a sum of embeddings of sparse ones; then all labels.
+
+    The biases start from the share of the targets which are 1.
+    """
 
     def __init__(self, inputs: int | None, features: int, labels: int, share: float) -> None:
-        """Draw it; share is that of the targets which are 1, from which the biases start."""
         super().__init__()
         self.embedding = (
             None if inputs is None else nn.EmbeddingBag(inputs, features, mode="sum", sparse=False)
@@ -396,48 +397,44 @@ def learn(
     rows: list[report.Row] = [
         {"epoch": "the most frequent", **most_frequent(train, test, num_labels)}
     ]
-    stopped: KeyboardInterrupt | None = None
+    ending = resuming.Ending(run_dir, lambda: len(rows) > 1)
     steps = math.ceil(n / options.batch_size)
     with (
+        ending,
         SummaryWriter(str(run_dir)) as writer,
         tqdm(total=options.epochs * steps, unit="step", disable=None, leave=False) as bar,
     ):
-        try:
-            for epoch in range(1, options.epochs + 1):
-                total = 0.0
-                order = torch.randperm(n, generator=generator)
-                for step, (x, positives) in enumerate(train.batches(options.batch_size, order)):
-                    optimizer.zero_grad()
-                    C = model(x, positives)
-                    C.backward()
-                    optimizer.step()
-                    total += C.item() * len(positives)
-                    writer.add_scalar("loss/step", C.item(), (epoch - 1) * steps + step)
-                    bar.update()
-                check_loss(total, "training", epoch)
-                found = evaluate(model, test, num_labels, options.batch_size)
-                check_loss(found["loss"], "test", epoch)
-                with command_line.undisturbed():
-                    rows.append(
-                        {
-                            "epoch": epoch,
-                            "loss_train": total / n,
-                            "loss_test": found.pop("loss"),
-                            **found,
-                        }
-                    )
-                    for name, value in rows[-1].items():
-                        if isinstance(value, float):
-                            writer.add_scalar(f"test/{name}", value, epoch)
-                    command_line.keep(run_dir)
-                    bar.write(
-                        f"epoch {epoch}: loss {total / n:.3f}, precision@1 "
-                        f"{100 * found['precision@1']:.2f} %"
-                    )
-        except KeyboardInterrupt as error:
-            if len(rows) == 1:
-                raise
-            stopped = error
+        for epoch in range(1, options.epochs + 1):
+            total = 0.0
+            order = torch.randperm(n, generator=generator)
+            for step, (x, positives) in enumerate(train.batches(options.batch_size, order)):
+                optimizer.zero_grad()
+                C = model(x, positives)
+                C.backward()
+                optimizer.step()
+                total += C.item() * len(positives)
+                writer.add_scalar("loss/step", C.item(), (epoch - 1) * steps + step)
+                bar.update()
+            check_loss(total, "training", epoch)
+            found = evaluate(model, test, num_labels, options.batch_size)
+            check_loss(found["loss"], "test", epoch)
+            with command_line.undisturbed():
+                rows.append(
+                    {
+                        "epoch": epoch,
+                        "loss_train": total / n,
+                        "loss_test": found.pop("loss"),
+                        **found,
+                    }
+                )
+                for name, value in rows[-1].items():
+                    if isinstance(value, float):
+                        writer.add_scalar(f"test/{name}", value, epoch)
+                command_line.keep(run_dir)
+                bar.write(
+                    f"epoch {epoch}: loss {total / n:.3f}, precision@1 "
+                    f"{100 * found['precision@1']:.2f} %"
+                )
     peak = resident(peak=True) / 1e6
     with command_line.undisturbed():
         report.write_results(
@@ -446,7 +443,7 @@ def learn(
             device=torch.device("cpu"),
             seconds=time.perf_counter() - began,
             rows=rows,
-            interrupted=stopped is not None,
+            interrupted=ending.stopped is not None,
             memory={"before_MB": before, "bound_MB": bound, "peak_MB": peak},
         )
     print(f"\n{report.table([readable(row) for row in rows])}\n")
@@ -454,11 +451,8 @@ def learn(
         f"{time.perf_counter() - began:.1f} s; memory at its peak {peak:,.0f} MB, "
         f"{'within' if peak <= bound else 'MORE THAN'} the {bound:,.0f} MB stated"
     )
-    print(f"Results: {run_dir}")
-    print(f"Curves: {report.tensorboard_command(run_dir)}")
-    if stopped is not None:
-        print(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.", file=sys.stderr)
-        raise stopped
+    report.print_places(run_dir, "Results")
+    ending.close(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.")
 
 
 def check_loss(loss: float, examples: str, epoch: int) -> None:

@@ -7,8 +7,6 @@ if __name__ == "__main__":
 import argparse
 import functools
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,11 +46,7 @@ def parser() -> ArgumentParser:
         type=int,
         help="at most so many, to try it out; not the published protocol then",
     )
-    parser.add_argument(
-        "--train-size",
-        type=int,
-        help="use the first so many training examples, to try it out; all if not given",
-    )
+    parser.add_train_size_option()
     parser.add_speed_options()
     resuming.add_options(parser)
     parser.set_defaults(checkpoint_every="60s")
@@ -62,49 +56,37 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """List the tables, or reproduce one; the exit status."""
     options_parser = parser()
-    options, found, run_dir = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
+    start = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
+    options = start.options
     if options.table is None:
         print("\n\n".join(map(listing, TABLES)))
         return 0
-    command = shlex.join(
-        ["scripts/reproduce.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
     with options_parser.user_errors():
         if parallel.launched():
             raise ValueError("expected one process; the networks are side by side in it")
-        work = Work(options, found)
-    with (
-        command_line.undisturbed(),
-        options_parser.run_directory(
-            run_dir or options.run_dir, f"reproduce-{options.table}", resumed=found is not None
-        ) as path,
-    ):
+        work = Work(options, start.found)
+    with start.directory(options_parser, f"reproduce-{options.table}") as path:
         command_line.announce_threads(options)
-        run(work, path, command if found is None else found["command"])
+        run(work, path, start.command)
     return 0
 
 
 def listing(name: str) -> str:
     """A table and its rows, in words."""
     table = TABLES[name]
-    rows = [
-        f"  {row.name:8}{published_in_words(row):38}"
-        f"{reproduction.in_words(row, row.settings, 784, 10)}"
-        for row in table.rows
-    ]
-    return "\n".join([f"{name}: {table.title} ({table.measure} in percent)", *rows])
-
-
-def published_in_words(row: Row) -> str:
-    """The figure and what it is of."""
-    return "" if row.published is None else f"{row.published:g}, {row.of}"
+    lines = [f"{name}: {table.title} ({table.measure} in percent)"]
+    for row in table.rows:
+        figure = "" if row.published is None else f"{row.published:g}, {row.of}"
+        lines.append(
+            f"  {row.name:8}{figure:38}{reproduction.in_words(row, row.settings, 784, 10)}"
+        )
+    return "\n".join(lines)
 
 
 class Work:
     """What is asked for, and how far it has come."""
 
     def __init__(self, options: argparse.Namespace, found: Mapping[str, Any] | None) -> None:
-        """Check everything; ValueError where something makes no sense or does not fit."""
         self.table, self.rows = published.find(options.table, options.rows)
         options.device = command_line.device(options.device).type
         self.options = options
@@ -201,7 +183,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
     introduce(work)
     if not work.outcomes and work.attempt is None:
         saver.save()
-    try:
+    with resuming.Ending(run_dir, lambda: False, saver.save) as ending:
         under_way = [] if work.attempt is None else [work.attempt.row]
         for row in dict.fromkeys([*under_way, *work.rows]):
             if row.name in work.outcomes:
@@ -214,8 +196,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             so_far = [attempt.records(epoch) for epoch in range(attempt.next_epoch)]
             with Monitor(run_dir / row.name, config, so_far) as monitor:
                 train(attempt, settings, monitor, saver)
-                split = None if work.table.validation_only else work.dataset.test
-                work.outcomes[row.name] = attempt.finish(split)
+                work.outcomes[row.name] = attempt.finish(work.dataset.test)
                 if settings.distortion is not None:
                     figure = figures.distortions(work.dataset.train.x, settings.distortion)
                     monitor.log_figure("distortion", figure)
@@ -225,17 +206,10 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             command_line.keep(run_dir)
             write(work, run_dir, command)
             print(in_a_line(work, row), flush=True)
-    except KeyboardInterrupt:
-        saver.save()
-        command_line.keep(run_dir)
-        print("Interrupted; to go on:", file=sys.stderr)
-        print(command_line.command_to_resume(run_dir), file=sys.stderr)
-        raise
+    ending.close("Interrupted; to go on:")
     write(work, run_dir, command)  # once more: a run may have been killed before the last time
-    print(f"\n{page(work, command)}\n")
-    print(f"{work.seconds:.1f} s")
-    print(f"Results and a picture: {run_dir}")
-    print(f"Curves: {report.tensorboard_command(run_dir)}")
+    print(f"\n{page(work, command)}\n\n{work.seconds:.1f} s")
+    report.print_places(run_dir, "Results and a picture")
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
@@ -254,14 +228,13 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
 
 def introduce(work: Work) -> None:
     """Say what is going to be trained."""
-    n_train, n_validation, n_test = (len(split.x) for split in work.dataset)
     rows = ", ".join(row.name for row in work.rows)
     threads = command_line.threads(work.options) or parallel.processors()
     trial = " (cut short: not the published protocol)" if work.is_trial else ""
     done = f"\ngoing on after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
     print(
-        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n{work.options.data}: "
-        f"{n_train:,} training, {n_validation:,} validation and {n_test:,} test examples; "
+        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n"
+        f"{report.describe(work.options.data, work.dataset)}; "
         f"{work.options.dtype} on {report.device_name(work.dataset.train.x.device)}, threads "
         f"{threads}{done}",
         flush=True,
@@ -285,25 +258,16 @@ def in_a_line(work: Work, row: Row) -> str:
 def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> report.Row:
     """The published figure, the same of ours, and the honest ones."""
     chosen = outcome.spread(table, "chosen_validation")
-    quoted: dict[str, object] = {}
-    test: dict[str, object] = {}
-    if not table.validation_only:
-        same = outcome.spread(table, reproduction.like_published(row))
-        quoted = {
-            "published": f"{row.published:.2f}" if row.published and compares else "",
-            "ours, the same figure": in_words(same),
-            "verdict": verdict(table, row, same) if compares else "",
-        }
-        test = {
-            "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
-            "test, last epoch": in_words(outcome.spread(table, "last_test")),
-        }
+    same = outcome.spread(table, reproduction.like_published(row))
     diverged = sum(one.diverged for one in outcome.trained)
     return {
         "row": row.name,
-        **quoted,
+        "published": f"{row.published:.2f}" if row.published and compares else "",
+        "ours, the same figure": in_words(same),
+        "verdict": verdict(table, row, same) if compares else "",
         "validation, chosen epoch": in_words(chosen),
-        **test,
+        "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
+        "test, last epoch": in_words(outcome.spread(table, "last_test")),
         "n": f"{chosen.n}" + (f" ({diverged} diverged)" if diverged else ""),
         "minutes": f"{outcome.seconds / 60:.1f}",
     }
@@ -359,11 +323,6 @@ def page(work: Work, command: str) -> str:
     return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
 
 
-def shown(table: Table, row: Row) -> str:
-    """Which figure of `Trained` the picture shows."""
-    return "chosen_validation" if table.validation_only else reproduction.like_published(row)
-
-
 def write(work: Work, run_dir: Path, command: str) -> None:
     """`results.json`, `results.md`, the picture, and both in TensorBoard."""
     table = work.table
@@ -387,7 +346,7 @@ def write(work: Work, run_dir: Path, command: str) -> None:
                 row.name,
                 row.published if work.compares else None,
                 [
-                    reproduction.percent(table, getattr(one, shown(table, row)))
+                    reproduction.percent(table, getattr(one, reproduction.like_published(row)))
                     for one in work.outcomes[row.name].trained
                 ],
             )

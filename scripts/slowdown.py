@@ -91,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log(stories, run_dir)
         print(f"\n{report.table([readable(story) for story in stories])}\n")
-        print(f"Results and a picture: {run_dir}")
-        print(f"Curves: {report.tensorboard_command(run_dir)}")
+        report.print_places(run_dir, "Results and a picture")
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import nnce
-from nnce import data, training
+from nnce import _memory, data, training
 from nnce.engines import ensemble
 from nnce.experiments import command_line, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as asked; the exit status."""
     options_parser = parser()
     world = parallel.join()
-    options, found, run_dir = resuming.start(options_parser, arguments, "train.py", world)
+    start = resuming.start(options_parser, arguments, "train.py", world)
+    options, found = start.options, start.found
     try:
         with options_parser.user_errors():
             settings, dataset = prepare(options)
@@ -84,21 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command_line.announce_compilation(options, state.network.sizes, settings.engine)
             so_far = go_on(state, found) if found else SoFar([])
         config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
-        with (
-            command_line.undisturbed(),
-            options_parser.run_directory(
-                run_dir or options.run_dir,
-                run_name(options, settings),
-                dry_run=options.dry_run,
-                resumed=found is not None,
-                world=world,
-            ) as path,
-        ):
+        name, dry_run = run_name(options, settings), options.dry_run
+        with start.directory(options_parser, name, dry_run=dry_run, world=world) as path:
             if world.rank:
                 follow(state, settings, dataset, options.checkpoint_every)
                 return 0
             command_line.announce_threads(options)
-            run(state, settings, dataset, so_far, path, config)
+            Training(state, settings, dataset, config, path, so_far).run()
     except training.Diverged as error:
         parallel.after_the_first()
         print(f"{options_parser.prog}: {error}", file=sys.stderr)
@@ -112,22 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
     """A telling name for the run's directory."""
-    layers = "-".join(map(str, options.hidden)) or "single-layer"
+    layers = _memory.dashed(options.hidden) or "single-layer"
     return f"{options.data}-{options.loss}-{layers}-{settings.engine}-seed{options.seed}"
 
 
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
     """Settings and data out of the options; ValueError where they make no sense."""
     options.device = command_line.device(options.device).type
-    settings = command_line.settings(
-        options,
-        loss=options.loss,
-        engine=options.engine,
-        optimizer=options.optimizer,
-        lr=options.lr,
-        dropout=options.dropout,
-        input_dropout=options.input_dropout,
-    )
+    own = ("loss", "engine", "optimizer", "lr", "dropout", "input_dropout")
+    settings = command_line.settings(options, **{name: getattr(options, name) for name in own})
     dataset = command_line.load_data(options)
     if options.dry_run:
         x, y = dataset.train
@@ -170,106 +156,117 @@ def follow(
         saver.after(record.epoch, settings.epochs)
 
 
-def run(
-    state: training.State,
-    settings: training.Settings,
-    dataset: data.Dataset,
-    so_far: SoFar,
-    run_dir: Path,
-    config: dict[str, Any],
-) -> None:
-    """Train, log each epoch, and write what came out."""
-    records = so_far.records
-    began = time.perf_counter() - so_far.seconds
-    device = dataset.train.x.device
-    introduce(state, settings, dataset, config)
-    header = resuming.header("train.py", config, state.world)
-    network_path = run_dir / "network.pt"
+class Training:
+    """The training of one network in a run's directory, logged, saved and reported."""
 
-    def content() -> dict[str, Any]:
-        """All that decides the rest; and the network of the last record, if it is another one."""
-        at_hand = state.cursor.position == 0 and state.cursor.recorded == state.cursor.epoch
-        finished = None if at_hand or not records else dict(nnce.load(network_path).state_dict())
+    def __init__(
+        self,
+        state: training.State,
+        settings: training.Settings,
+        dataset: data.Dataset,
+        config: Mapping[str, object],
+        run_dir: Path,
+        so_far: SoFar,
+    ) -> None:
+        self.state, self.settings, self.dataset, self.config = state, settings, dataset, config
+        self.run_dir, self.network_path = run_dir, run_dir / "network.pt"
+        self.records, self._finished = so_far.records, so_far.finished
+        self._began = time.perf_counter() - so_far.seconds
+        self._header = resuming.header("train.py", config, state.world)
+
+    @property
+    def seconds(self) -> float:
+        """Of the run, with those before it was stopped."""
+        return time.perf_counter() - self._began
+
+    @property
+    def training_seconds(self) -> float:
+        """Of training alone."""
+        return sum(record.seconds for record in self.records)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Content of a checkpoint; with the last record's network if training is beyond it."""
+        cursor = self.state.cursor
+        at_hand = cursor.position == 0 and cursor.recorded == cursor.epoch
+        beyond = bool(self.records) and not at_hand
         return {
-            **header,
-            "seconds": time.perf_counter() - began,
-            "state": state.state_dict(),
-            "records": training.pack(records),
-            "finished": finished,
+            **self._header,
+            "seconds": self.seconds,
+            "state": self.state.state_dict(),
+            "records": training.pack(self.records),
+            "finished": dict(nnce.load(self.network_path).state_dict()) if beyond else None,
         }
 
-    stopped: BaseException | None = None
-    with Monitor(run_dir, config, [[record] for record in records]) as monitor:
-        saver = resuming.Saver(
-            run_dir, config["checkpoint_every"], content, monitor.flush, state.world
-        )
-        if so_far.finished:
-            nnce.save(so_far.finished, network_path)
-        if not state.cursor.step:
-            saver.save()
-        epochs = training.train(state, settings, dataset, between=saver.between)
+    def run(self) -> None:
+        """Train to the end, and write and print the results."""
+        records, state = self.records, self.state
+        introduce(state, self.settings, self.dataset, self.config)
+        with Monitor(self.run_dir, self.config, [[record] for record in records]) as monitor:
+            every = str(self.config["checkpoint_every"])
+            saver = resuming.Saver(self.run_dir, every, self.state_dict, monitor.flush, state.world)
+            if self._finished:
+                nnce.save(self._finished, self.network_path)
+            if not state.cursor.step:
+                saver.save()
+            with resuming.Ending(self.run_dir, lambda: len(records) > 1, saver.save) as ending:
+                self._train(monitor, saver)
+            rows, seconds = report.closing_rows(records) if records else [], self.seconds
+            if records:
+                self._write(monitor, rows, seconds, interrupted=ending.stopped is not None)
+        if records:
+            print(f"\n{report.table(rows)}\n")
+            print(f"{seconds:.1f} s, {self.training_seconds:.1f} s of them training")
+        if not self.config["dry_run"]:
+            report.print_places(self.run_dir, "Results and network")
+        kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
+        ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}to go on:")
+
+    def _train(self, monitor: Monitor, saver: resuming.Saver) -> None:
+        """Log and save the network after each epoch."""
+        network, settings = self.state.network, self.settings
         bar = tqdm(
-            epochs,
+            training.train(self.state, settings, self.dataset, between=saver.between),
             total=settings.epochs + 1,
-            initial=len(records),
+            initial=len(self.records),
             unit="epoch",
             disable=None,
             leave=False,
         )
-        try:
+        with bar:
             for record in bar:
                 monitor.log(record)
                 monitor.log_histograms(
-                    state.network, dataset.validation, settings.loss, record.epoch
+                    network, self.dataset.validation, settings.loss, record.epoch
                 )
-                nnce.save(state.network, network_path)
-                records.append(record)
+                nnce.save(network, self.network_path)
+                self.records.append(record)
                 if record.epoch:
-                    command_line.keep(run_dir)
+                    command_line.keep(self.run_dir)
                 saver.after(record.epoch, settings.epochs)
                 bar.write(report.epoch_line(record))
-        except (KeyboardInterrupt, OSError, training.Diverged) as error:
-            stopped = error
-            if isinstance(error, KeyboardInterrupt | BrokenPipeError):
-                saver.save()
-                command_line.keep(run_dir)
-            elif len(records) < 2:
-                raise
-        bar.close()
-        if records:
-            seconds = time.perf_counter() - began
-            rows = report.closing_rows(records)
-            report.write_results(  # before the pictures, which are worth less
-                run_dir,
-                config=config,
-                device=device,
-                seconds=seconds,
-                rows=rows,
-                interrupted=stopped is not None,
-                training_seconds=sum(record.seconds for record in records),
-                epochs=[report.record_as_dict(record) for record in records],
-            )
-            # The network at hand may be in the midst of an epoch that does not count.
-            finished = nnce.load(network_path, device)
-            monitor.log_images(finished, dataset.test, records[-1].epoch)
-            monitor.log_hparams(records[-1])
-            if settings.distortion is not None:
-                figure = figures.distortions(dataset.train.x, settings.distortion)
-                monitor.log_figure("distortion", figure)
 
-    if records:
-        print(f"\n{report.table(rows)}\n")
-        trained = sum(record.seconds for record in records)
-        print(f"{seconds:.1f} s, {trained:.1f} s of them training")
-    if not config["dry_run"]:
-        print(f"Results and network: {run_dir}")
-        print(f"Curves: {report.tensorboard_command(run_dir)}")
-    if isinstance(stopped, KeyboardInterrupt):
-        last = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
-        print(f"Interrupted after step {state.cursor.step:,}; {last}to go on:", file=sys.stderr)
-        print(command_line.command_to_resume(run_dir), file=sys.stderr)
-    if stopped is not None:
-        raise stopped
+    def _write(
+        self, monitor: Monitor, rows: Sequence[report.Row], seconds: float, *, interrupted: bool
+    ) -> None:
+        """Write results.json and, worth less, the pictures."""
+        device = self.dataset.train.x.device
+        report.write_results(
+            self.run_dir,
+            config=self.config,
+            device=device,
+            seconds=seconds,
+            rows=rows,
+            interrupted=interrupted,
+            training_seconds=self.training_seconds,
+            epochs=[report.record_as_dict(record) for record in self.records],
+        )
+        # The network in memory may be in an epoch that does not count.
+        finished = nnce.load(self.network_path, device)
+        monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
+        monitor.log_hparams(self.records[-1])
+        if self.settings.distortion is not None:
+            figure = figures.distortions(self.dataset.train.x, self.settings.distortion)
+            monitor.log_figure("distortion", figure)
 
 
 def introduce(
@@ -282,9 +279,8 @@ def introduce(
     processes = f", {state.world.size} processes" if state.world.joined else ""
     after = f"\ngoing on after step {state.cursor.step:,}" if state.cursor.step else ""
     print(
-        f"{config['data']}: {len(dataset.train.x):,} training, {len(dataset.validation.x):,} "
-        f"validation and {len(dataset.test.x):,} test examples\n"
-        f"network {'-'.join(map(str, state.network.sizes))}, {settings.loss} loss, "
+        f"{report.describe(str(config['data']), dataset)}\n"
+        f"network {_memory.dashed(state.network.sizes)}, {settings.loss} loss, "
         f"engine {settings.engine}, {config['dtype']} on "
         f"{report.device_name(dataset.train.x.device)}, threads {torch.get_num_threads()}"
         f"{processes}{after}",

@@ -1,9 +1,9 @@
-import importlib.util
 import os
 import signal
 from pathlib import Path
 
 import hypothesis
+import killed
 import matplotlib.font_manager  # noqa: F401  makes its cache; scripts would say that they make it
 import pytest
 import torch
@@ -66,15 +66,8 @@ def mnist_like():
 
 @pytest.fixture
 def script():
-    """Import a script by name, for its main()."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    """A function that imports a script by name, for its main()."""
+    return killed.loaded
 
 
 @pytest.fixture

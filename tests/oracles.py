@@ -19,6 +19,17 @@ HAND_WRITTEN = {
 }
 
 
+def laid_out(tensor, layout):
+    """The same shape with other strides (and, expanded, other values)."""
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    if layout == "strided":
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    if layout == "expanded" and tensor.dim() and len(tensor):
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
 def bce(z, y):
     return torch.nn.BCELoss(reduction="none")(z.sigmoid(), y)
 

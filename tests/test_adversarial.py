@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from oracles import laid_out
 from torch import nn
 
 import nnce
@@ -57,9 +58,9 @@ VALUES = {
     "1": torch.ones_like,
 }
 LAYOUTS = {
-    "transposed": lambda t: t.detach().mT.contiguous().mT if t.dim() > 1 else t,
-    "strided": lambda t: torch.stack([t.detach(), t.detach()], -1)[..., 0],
-    "expanded": lambda t: t.detach()[:1].expand(t.shape),
+    "transposed": lambda t: laid_out(t.detach(), "transposed"),
+    "strided": lambda t: laid_out(t.detach(), "strided"),
+    "expanded": lambda t: laid_out(t.detach(), "expanded"),
     "one row": lambda t: t.detach()[:1],
     "no rows": lambda t: t.detach()[:0],
     "no columns": lambda t: t.detach()[..., :0],

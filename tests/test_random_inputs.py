@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracles import laid_out
 
 import nnce
 
@@ -27,17 +28,6 @@ def cases(draw):
     }
 
 
-def lay_out(tensor, layout):
-    """The same shape, other strides (and, expanded, other values)."""
-    if layout == "transposed" and tensor.dim() > 1:
-        return tensor.mT.contiguous().mT
-    if layout == "strided":
-        return torch.stack([tensor, tensor], dim=-1)[..., 0]
-    if layout == "expanded" and tensor.dim() and len(tensor):
-        return tensor[:1].expand(tensor.shape)
-    return tensor
-
-
 def softplus(z):
     return torch.log1p(torch.exp(-z.abs())) + z.clamp(min=0)
 
@@ -54,14 +44,14 @@ def check(case):
 
     def normal(*shape, scale=1.0):
         values = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-        return lay_out(values.to(dtype), case["layout"])
+        return laid_out(values.to(dtype), case["layout"])
 
     if case["function"] == "linear":
         return check_linear(normal, shape, dtype)
 
     z = normal(*shape, scale=case["spread"]).requires_grad_()
     y = torch.rand(shape, generator=generator, dtype=torch.float64)
-    y = lay_out((y.round() if case["hard"] else y).to(dtype), case["layout"])
+    y = laid_out((y.round() if case["hard"] else y).to(dtype), case["layout"])
     function = getattr(nnce, case["function"])
     options = {} if case["function"] == "sigmoid" else {"reduction": case["reduction"]}
     got = function(z, *([y] if options else []), **options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnce import _torch_private, kernels
 from nnce._arguments import check_alike, check_size, is_integer, is_number, is_size, plain
-from nnce._memory import check_memory
+from nnce._memory import check_memory, dashed
 from nnce.algorithm import Hyperparameters
 from nnce.engines import loops
 from nnce.engines.loops import Loops
@@ -448,7 +448,7 @@ def _check(
     }
     if len(kinds) > 1:
         kinds_in_words = "; ".join(
-            f"{'-'.join(map(str, sizes))} in {dtype} on {device}"
+            f"{dashed(sizes)} in {dtype} on {device}"
             for sizes, dtype, device in sorted(kinds, key=str)
         )
         raise ValueError(f"expected networks of one shape, dtype and device, got {kinds_in_words}")

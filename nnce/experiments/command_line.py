@@ -59,7 +59,6 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser: defaults in the help, and an error is one line on standard error."""
 
     def __init__(self, description: str | None) -> None:
-        """Take a script's docstring for its description."""
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
         self.register("type", int, _whole_number)
 
@@ -92,11 +91,21 @@ class ArgumentParser(argparse.ArgumentParser):
             help="where the results go, a new or empty folder (default: a new one under runs/)",
         )
 
+    def add_hidden_option(self, meaning: str) -> None:
+        """--hidden."""
+        self.add_argument("--hidden", type=int, nargs="*", default=[30], help=meaning)
+
+    def add_train_size_option(self) -> None:
+        """--train-size, for `load_data`."""
+        self.add_argument(
+            "--train-size",
+            type=int,
+            help="use the first so many training examples; all if not given",
+        )
+
     def add_training_options(self) -> None:
         """What `settings` takes, and --train-size."""
-        self.add_argument(
-            "--hidden", type=int, nargs="*", default=[30], help="neurons of each hidden layer"
-        )
+        self.add_hidden_option("neurons of each hidden layer")
         self.add_argument("--epochs", type=int, default=30, help="passes over the training data")
         self.add_argument("--batch-size", type=int, default=10, help="examples in a mini-batch")
         self.add_argument("--momentum", type=float, default=0.0, help="as torch.optim.SGD's")
@@ -112,11 +121,7 @@ class ArgumentParser(argparse.ArgumentParser):
             metavar="|".join((*modules.INITS, "SD")),
             help="weights from N(0, 1/n_in), or from N(0, 1); or all parameters from N(0, SD^2)",
         )
-        self.add_argument(
-            "--train-size",
-            type=int,
-            help="use the first so many training examples; all if not given",
-        )
+        self.add_train_size_option()
 
     def _add_schedule_options(self) -> None:
         add = self.add_argument_group("learning-rate schedule").add_argument

@@ -56,7 +56,6 @@ class Variant(NamedTuple):
         return self.engine == CONTROL
 
     def __str__(self) -> str:
-        """Its name, fit for a folder."""
         control = f"-{CONTROL}" if self.is_control else ""
         return f"{self.loss}-lr{self.lr:g}{control}"
 
@@ -194,7 +193,6 @@ class SideBySide:
         world: World = ALONE,
         splits: Sequence[str] = data.SPLITS,
     ) -> None:
-        """Make the ensemble of this process's share."""
         self.runs, self._world, self._train = runs, world, dataset.train
         self._share = list(runs[world.rank :: world.size])
         self._common = runs[0].settings
@@ -449,7 +447,6 @@ class InTurn:
         world: World = ALONE,
         splits: Sequence[str] = data.SPLITS,
     ) -> None:
-        """Make the networks."""
         if len({of_one.epochs for of_one in settings}) > 1:
             raise ValueError("expected as many epochs for each of the networks in turn")
         self._settings, self._dataset, self._world = settings, dataset, world

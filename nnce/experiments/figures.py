@@ -3,8 +3,8 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -15,7 +15,6 @@ from nnce.experiments.comparison import Run, Variant, by_variant
 from nnce.experiments.estimates import estimate
 from nnce.experiments.proof.precision import Curve
 from nnce.losses import Loss
-from nnce.training import Record
 
 
 def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve]) -> Figure:
@@ -103,21 +102,22 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
 
 def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     """How many examples of each class (row) are taken for which (column)."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # takes a second, which few callers need
+
     classes = split.y.shape[1]
     pairs = split.y.argmax(-1) * classes + z.argmax(-1)
     counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     panel = figure.subplots()
-    wrong = counts.clone().fill_diagonal_(0)  # colours are for the mistakes
-    # Pale, for the numbers to be read.
-    panel.imshow(wrong.tolist(), cmap="Reds", vmin=0, vmax=2 * max(1, int(wrong.max())))
-    if classes <= 20:
-        for row, line in enumerate(counts.tolist()):
-            for column, number in enumerate(line):
-                if number:
-                    panel.text(column, row, str(number), ha="center", va="center", fontsize=7)
-    panel.set_xlabel("taken for")
-    panel.set_ylabel("class")
+    ConfusionMatrixDisplay(counts.numpy()).plot(
+        ax=panel,
+        include_values=classes <= 20,
+        cmap="Reds",
+        colorbar=False,
+        text_kw={"fontsize": 7},
+        # Colors are for the mistakes.
+        im_kw={"vmax": 2 * max(1, int(counts.clone().fill_diagonal_(0).max()))},
+    )
     right = int(counts.diagonal().sum())
     panel.set_title(f"{right:,} of {len(z):,} right")
     return figure
@@ -207,59 +207,6 @@ def _most(values: Sequence[float], published: Sequence[float]) -> tuple[float, f
     return min(shown) - margin, max(shown) + margin
 
 
-class Band(NamedTuple):
-    """A curve with its band: a mean and its confidence interval at each place."""
-
-    x: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-
-
-def _three_panels(
-    by_epoch: Mapping[str, Band],
-    by_lr: Mapping[str, Band],
-    meter: Mapping[str, Band],
-    title: str,
-) -> Figure:
-    """The comparison in three panels, a colour a loss; one without curves says so.
-
-    Args:
-        by_epoch: test accuracy in percent against the epoch, by name of the curve.
-        by_lr: test accuracy after the last epoch in percent against the learning rate.
-        meter: the slowdown meter against the epoch.
-        title: what was trained, and how many.
-    """
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    epochs, lrs, meters = figure.subplots(1, 3)
-    for panel, bands, style in (
-        (epochs, by_epoch, "-"),
-        (lrs, by_lr, "o-"),
-        (meters, meter, "-"),
-    ):
-        for color, (label, band) in zip(("C0", "C1", "C2", "C3"), bands.items(), strict=False):
-            panel.plot(band.x, band.mean, style, color=color, ms=4, label=label)
-            panel.fill_between(band.x, band.low, band.high, color=color, alpha=0.25, lw=0)
-        panel.grid(alpha=0.3)
-        if bands:
-            panel.legend(fontsize=8)
-        else:
-            panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
-    epochs.set_xlabel("epoch")
-    epochs.set_ylabel("test accuracy, %")
-    shown = [value for band in by_epoch.values() for value in band.mean[1:]]
-    if shown:  # the start, at chance, would squeeze what is compared
-        epochs.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
-    lrs.set_xscale("log")
-    lrs.set_xlabel("learning rate")
-    lrs.set_ylabel("test accuracy after the last epoch, %")
-    meters.set_xlabel("epoch")
-    meters.set_ylabel("‖dz quadratic‖ / ‖dz cross-entropy‖")
-    meters.set_ylim(bottom=0)
-    figure.suptitle(title)
-    return figure
-
-
 def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str) -> Figure:
     """The comparison in three panels: accuracy by epoch and by rate, and the slowdown meter.
 
@@ -269,51 +216,52 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         title: what was trained, and how many.
     """
     variants = by_variant([run for run in runs if not run.diverged])
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    by_epoch, by_lr, meter = figure.subplots(1, 3)
+    shown: list[float] = []
+    for color, loss in zip(("C0", "C1"), sorted(best), strict=False):
+        chosen = variants[Variant(loss, best[loss])]
+        of_loss = sorted(variant for variant in variants if variant.loss == loss)
+        epochs = list(zip(*(run.records for run in chosen), strict=True))
+        numbers = [records[0].epoch for records in epochs]
+        accuracies = [[100 * one.accuracy["test"] for one in records] for records in epochs]
+        slowdowns = [[one.layers[-1].slowdown for one in records] for records in epochs]
+        last = [[100 * run.last.accuracy["test"] for run in variants[v]] for v in of_loss]
+        label = f"{loss}, rate {best[loss]:g}"
+        shown += _draw_band(by_epoch, numbers, accuracies, "-", color, label)[1:]
+        _draw_band(by_lr, [variant.lr for variant in of_loss], last, "o-", color, loss)
+        _draw_band(meter, numbers, slowdowns, "-", color, label)
+    for panel in (by_epoch, by_lr, meter):
+        panel.grid(alpha=0.3)
+        if best:
+            panel.legend(fontsize=8)
+        else:
+            panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
+    by_epoch.set_xlabel("epoch")
+    by_epoch.set_ylabel("test accuracy, %")
+    if shown:  # the start, at chance, would squeeze what is compared
+        by_epoch.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
+    by_lr.set_xscale("log")
+    by_lr.set_xlabel("learning rate")
+    by_lr.set_ylabel("test accuracy after the last epoch, %")
+    meter.set_xlabel("epoch")
+    meter.set_ylabel("‖dz quadratic‖ / ‖dz cross-entropy‖")
+    meter.set_ylim(bottom=0)
+    figure.suptitle(title)
+    return figure
 
-    def band(places: Sequence[float], values: Sequence[Sequence[float]]) -> Band:
-        estimates = [estimate([v for v in some if math.isfinite(v)]) for some in values]
-        return Band(
-            list(places),
-            [e.mean for e in estimates],
-            [e.low for e in estimates],
-            [e.high for e in estimates],
-        )
 
-    def by_epoch(runs: Sequence[Run], value: Callable[[Record], float]) -> Band:
-        epochs = list(zip(*(run.records for run in runs), strict=True))
-        return band(
-            [records[0].epoch for records in epochs],
-            [[value(record) for record in records] for records in epochs],
-        )
-
-    chosen = {
-        f"{loss}, rate {lr:g}": variants[Variant(loss, lr)] for loss, lr in sorted(best.items())
-    }
-    grids = {
-        loss: sorted(variant.lr for variant in variants if variant.loss == loss)
-        for loss in sorted(best)
-    }
-    return _three_panels(
-        {
-            name: by_epoch(best_runs, lambda record: 100 * record.accuracy["test"])
-            for name, best_runs in chosen.items()
-        },
-        {
-            loss: band(
-                lrs,
-                [
-                    [100 * run.last.accuracy["test"] for run in variants[Variant(loss, lr)]]
-                    for lr in lrs
-                ],
-            )
-            for loss, lrs in grids.items()
-        },
-        {
-            name: by_epoch(best_runs, lambda record: record.layers[-1].slowdown)
-            for name, best_runs in chosen.items()
-        },
-        title,
-    )
+def _draw_band(
+    panel: Any, x: Sequence[float], values: Sequence[Sequence[float]], style: str, *look: str
+) -> list[float]:
+    """Draw the mean of the values at each place, in a band of its confidence interval."""
+    color, label = look
+    estimates = [estimate([value for value in some if math.isfinite(value)]) for some in values]
+    means = [one.mean for one in estimates]
+    panel.plot(x, means, style, color=color, ms=4, label=label)
+    low, high = [one.low for one in estimates], [one.high for one in estimates]
+    panel.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
+    return means
 
 
 def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]]]]) -> Figure:

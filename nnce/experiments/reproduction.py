@@ -5,6 +5,7 @@ The exception are rows whose source quotes the best epoch as the test set shows 
 reported as what it is, and nothing else is made of it.
 """
 
+import copy
 import dataclasses
 import math
 import statistics
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnce import data, training
+from nnce import _memory, data, training
 from nnce.experiments import comparison, estimates
 from nnce.experiments.comparison import InTurn, Run, SideBySide
 from nnce.experiments.published import Row, Table
@@ -29,11 +30,6 @@ def protocol(row: Row, *, epochs: int | None = None) -> Settings:
     whole = row.settings.epochs
     most = whole if epochs is None else min(epochs, whole)
     return dataclasses.replace(row.settings, epochs=most)
-
-
-def without_test(dataset: data.Dataset) -> data.Dataset:
-    """The data for what must not see the test set: the validation set is in its place."""
-    return dataset._replace(test=dataset.validation)
 
 
 class Trained(NamedTuple):
@@ -70,11 +66,11 @@ class Attempt:
         seeds: Sequence[int],
         threads: int | None = None,
     ) -> None:
-        """Make the networks."""
         self.row = row
         self._shown = row.of == "best test epoch"
         by_seed = [dataclasses.replace(settings, seed=seed) for seed in seeds]
-        seen = dataset if self._shown else without_test(dataset)
+        # What trains and chooses sees the validation set in place of the test set.
+        seen = dataset if self._shown else dataset._replace(test=dataset.validation)
         splits = ("validation", "test") if self._shown else ("validation",)
         self._training: SideBySide | InTurn
         if settings.engine in training.ENSEMBLE_ENGINES:
@@ -132,12 +128,8 @@ class Attempt:
                     training.check_fits(name, chosen[name], parameter)
             self._chosen = list(state["chosen"])
 
-    def finish(self, test: data.Split | None) -> "Outcome":
-        """What has come of it, once all is trained.
-
-        Args:
-            test: the test set; None for candidates, which are not to be measured on it.
-        """
+    def finish(self, test: data.Split) -> "Outcome":
+        """Measure the trained networks on the test set."""
         chosen = [
             _network(run.network, of_run)
             for run, of_run in zip(self.runs, self._chosen, strict=True)
@@ -146,7 +138,7 @@ class Attempt:
         for run, best in zip(self.runs, chosen, strict=True):
 
             def accuracy(network: MLP, run: Run = run) -> float:
-                if test is None or run.diverged:
+                if run.diverged:
                     return math.nan
                 return training.evaluate(network, test, run.settings.loss).accuracy
 
@@ -171,7 +163,6 @@ class Attempt:
                 statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in sound)
                 for epoch in range(len(sound[0][0].records))
             ]
-        if sound and test is not None:
             committee = committee_accuracy([best for _, best in sound], test)
         return Outcome(self.row.name, trained, committee, curve, self.seconds)
 
@@ -181,8 +172,7 @@ def _parameters(network: MLP) -> dict[str, Tensor]:
 
 
 def _network(like: MLP, parameters: Mapping[str, Tensor]) -> MLP:
-    weight = like[0].weight
-    network = MLP(like.sizes, device=weight.device, dtype=weight.dtype)
+    network = copy.deepcopy(like)
     network.load_state_dict(parameters)
     return network
 
@@ -218,8 +208,7 @@ class Outcome:
     row: str
     trained: Sequence[Trained]
     committee: float
-    """The accuracy of all the chosen networks together, on the test set; NaN for candidates. As in
-    the curve, those that have diverged are left out."""
+    """Test accuracy of all chosen networks together, without those that have diverged."""
     curve: Sequence[float]
     """The mean validation accuracy after each epoch; empty if all have diverged."""
     seconds: float
@@ -277,7 +266,7 @@ def like_published(row: Row) -> str:
 
 def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
     """A row's protocol in a line."""
-    sizes = "-".join(map(str, (features, *settings.hidden, classes)))
+    sizes = _memory.dashed((features, *settings.hidden, classes))
     start = {"large": "N(0, 1)", "scaled": "N(0, 1/n_in)"}.get(
         str(settings.init), f"N(0, {settings.init}²)"
     )

@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import time
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nnce import training
 from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.training import checkpoints, mismatch_is_value_error, parallel
 from nnce.training.checkpoints import CheckpointError
-from nnce.training.parallel import World
+from nnce.training.parallel import ALONE, World
 
 # What does not change the numbers, or only by rounding, may be another on resuming.
 _MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
@@ -68,6 +70,22 @@ class Start(NamedTuple):
     """The content of its checkpoint."""
     run_dir: Path | None
     """Where it goes on."""
+    command: str
+    """The script's command, of a run that goes on its first one."""
+
+    @contextlib.contextmanager
+    def directory(
+        self, parser: ArgumentParser, name: str, *, dry_run: bool = False, world: World = ALONE
+    ) -> Iterator[Path]:
+        """The run's directory; signals wait for the end of a step or of the block."""
+        chosen, resumed = self.run_dir or self.options.run_dir, self.found is not None
+        with (
+            command_line.undisturbed(),
+            parser.run_directory(
+                chosen, name, dry_run=dry_run, resumed=resumed, world=world
+            ) as path,
+        ):
+            yield path
 
 
 def start(
@@ -87,6 +105,7 @@ def start(
     it.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = shlex.join([f"scripts/{script}", *arguments])
     options = parser.parse_args(arguments)
     run_dir: Path | None = options.resume
     if run_dir is None and parallel.launched() and world.rank == 0:
@@ -96,11 +115,11 @@ def start(
     if wrong:
         parser.error(wrong)
     if run_dir is None:
-        return Start(options, None, None)
+        return Start(options, None, None, command)
     _set_defaults(parser, found["config"], run_dir)
     recorded = parser.parse_args([])
     if options.resume is None:  # restarted, with the same arguments as at first
-        return Start(recorded, found, run_dir)
+        return Start(recorded, found, run_dir, found["command"])
     asked = parser.parse_args(arguments)
     positional = [action.dest for action in parser._actions if not action.option_strings]
     if any(getattr(options, name) for name in positional):  # then all of them are given again
@@ -117,7 +136,7 @@ def start(
                 f"{_in_words(was)}; omit it, or begin a new run"
             )
     asked.resume = None
-    return Start(asked, found, run_dir)
+    return Start(asked, found, run_dir, found["command"])
 
 
 def _set_defaults(parser: ArgumentParser, config: Mapping[str, object], run_dir: Path) -> None:
@@ -283,7 +302,6 @@ class Saver:
         flush: Callable[[], None],
         world: World,
     ) -> None:
-        """Nothing is written yet."""
         self._run_dir, self._content, self._flush, self._world = run_dir, content, flush, world
         seconds = every.endswith("s")
         self._seconds = float(every[:-1]) if seconds else math.inf
@@ -328,3 +346,50 @@ class Saver:
             self._flush()
             checkpoints.write_checkpoint(self._run_dir, content)
         self._saved = time.monotonic()
+
+
+# ------------------------------------------------------------------------------------- how it ends
+
+
+class Ending:
+    """Around training: hold back what stops it until the results so far are written.
+
+    Args:
+        run_dir: the run's directory.
+        has_results: whether there is anything to write if the run stops now.
+        save: writes a checkpoint; None for a script without them, which holds back Ctrl-C only.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        has_results: Callable[[], bool],
+        save: Callable[[], None] | None = None,
+    ) -> None:
+        self._run_dir, self._has_results, self._save = run_dir, has_results, save
+        self.stopped: BaseException | None = None
+
+    def __enter__(self) -> "Ending":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        held: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
+        can_go_on = False
+        if self._save is not None:
+            held = (KeyboardInterrupt, OSError, training.Diverged)
+            can_go_on = isinstance(error, KeyboardInterrupt | BrokenPipeError)
+            if can_go_on:
+                self._save()
+                command_line.keep(self._run_dir)
+        if can_go_on or (isinstance(error, held) and self._has_results()):
+            self.stopped = error
+        return self.stopped is not None
+
+    def close(self, interrupted: str) -> None:
+        """Raise what has stopped the run; of a Ctrl-C print the sentence and how to go on."""
+        if isinstance(self.stopped, KeyboardInterrupt):
+            print(interrupted, file=sys.stderr)
+            if self._save is not None:
+                print(command_line.command_to_resume(self._run_dir), file=sys.stderr)
+        if self.stopped is not None:
+            raise self.stopped

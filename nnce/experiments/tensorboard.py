@@ -122,7 +122,6 @@ class Monitor:
         config: Mapping[str, object],
         so_far: Sequence[Sequence[Record]] = (),
     ) -> None:
-        """Open the log, and write the configuration where it begins."""
         self._run_dir = run_dir
         for old in run_dir.glob(f"{_EVENTS}{_CLOSING}" if so_far else _EVENTS):
             old.unlink()
@@ -232,11 +231,9 @@ class Monitor:
         self._closing.add_text(tag, markdown)
 
     def __enter__(self) -> "Monitor":
-        """Close the log at the block's end."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the log."""
         self._writer.close()
         if "_closing" in vars(self):
             self._closing.close()

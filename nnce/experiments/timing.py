@@ -128,7 +128,6 @@ class Neighbors:
     """Processor time that other programs take while this one measures."""
 
     def __init__(self) -> None:
-        """Start to count."""
         self._began, self._others = time.perf_counter(), self._seconds()
 
     def share(self) -> float:

@@ -127,7 +127,7 @@ def _add_row(_: Any, to: Any, t: Any, row: Any, r: Any, x: Any) -> tuple[Any, An
 
 
 @_intrinsic
-def _add_rows(
+def _add_rows(  # noqa: PLR0913  an intrinsic takes each pointer and index by itself
     _: Any,
     to: Any,
     t: Any,

@@ -65,7 +65,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
     label_weight: Tensor | None
     pos_weight: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  like torch.nn's loss modules: options, each with a default
         self,
         in_features: int,
         num_labels: int,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # not every build of PyTorch has it
     from torch.distributed import ProcessGroup
 
 
-def linear_sigmoid_cross_entropy(
+def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's losses
     input: Tensor,
     linear_weight: Tensor,
     target: Target,

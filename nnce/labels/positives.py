@@ -307,6 +307,11 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
             f"expected target to be a tensor or nnce.Positives, got {type(target).__name__}"
         )
     check_device("target", target, device, like="input")
+    return _targets_of_dense(target, n, num_labels)
+
+
+def _targets_of_dense(target: Tensor, n: int, num_labels: int) -> Targets:
+    """Targets of a dense tensor: the targets of all labels, or label numbers."""
     if target.layout != torch.strided:
         raise TypeError(f"expected a dense, CSR or COO target, got {target.layout}")
     if target.dtype.is_complex:
@@ -329,7 +334,7 @@ def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Ta
             f"target.bool() makes it dense"
         )
     k = target.shape[1] if target.dim() == 2 else 1
-    rows = torch.arange(n, device=device).repeat_interleave(k)
+    rows = torch.arange(n, device=target.device).repeat_interleave(k)
     return Targets(None, rows, target.reshape(n * k).long(), None, once=k == 1)
 
 

@@ -8,34 +8,16 @@ import shutil
 import killed
 import pytest
 import torch
+from toys import FILES, IMAGES, N, header, size_of, write_blank
 
 from nnce import data
-
-IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
-N = {"train": 60_000, "t10k": 10_000}
-FILES = [f"{half}-{kind}" for half in N for kind in (IMAGES, LABELS)]
-
-
-def header(name, n=None, side=28):
-    """The first bytes of a file of MNIST's."""
-    n = N[name.split("-")[0]] if n is None else n
-    numbers = [0x803, n, side, side] if IMAGES in name else [0x801, n]
-    return b"".join(number.to_bytes(4, "big") for number in numbers)
-
-
-def size_of(name):
-    return len(header(name)) + N[name.split("-")[0]] * (784 if IMAGES in name else 1)
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """Blank images of one class: files in order, with holes for what is 0."""
     raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in FILES:
-        with (raw / name).open("wb") as file:
-            file.write(header(name))
-            file.truncate(size_of(name))
+    write_blank(raw)
     return raw
 
 

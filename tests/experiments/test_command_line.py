@@ -20,7 +20,7 @@ from conftest import ROOT, slow_unless
 
 import nnce
 from nnce import _memory, data, training
-from nnce.experiments import command_line, comparison, report
+from nnce.experiments import command_line, comparison, comparison_report
 from nnce.training import Settings
 
 SCRIPTS = ROOT / "scripts"
@@ -376,7 +376,7 @@ def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path, digits):
     short = data.Dataset(*(data.Split(x[:20], y[:20]) for x, y in digits))
     state = training.initial_state(settings, short)
     run = comparison.Run(settings, state.network)
-    with report.Log(tmp_path, {}) as log:
+    with comparison_report.Log(tmp_path, {}) as log:
         for record in training.train(state, settings, short):
             run.records.append(record)
             if record.epoch == 1:

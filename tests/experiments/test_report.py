@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nnce
-from nnce.experiments import report
+from nnce.experiments import comparison_report, report
 from nnce.experiments.estimates import Estimate
 
 
@@ -15,7 +15,7 @@ def test_a_table_has_numbers_to_the_right():
     rows = [{"name": "a", "value": 1.23456}, {"name": "long", "value": 12}]
     assert report.table(rows).splitlines() == [
         "| name |  value |",
-        "|------|-------:|",
+        "|:-----|-------:|",
         "| a    | 1.2346 |",
         "| long |     12 |",
     ]
@@ -85,7 +85,7 @@ def test_the_version_is_that_of_the_source_with_its_commit(tmp_path, monkeypatch
     ],
 )
 def test_percent(estimate, text):
-    assert report.percent(estimate) == text
+    assert comparison_report.percent(estimate) == text
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_percent(estimate, text):
     ],
 )
 def test_median(epochs, text):
-    assert report.median(epochs) == text
+    assert comparison_report.median(epochs) == text

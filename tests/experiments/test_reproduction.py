@@ -4,24 +4,12 @@ import math
 
 import pytest
 import torch
+from toys import ROW
 
 from nnce import data, training
-from nnce.data import Distortion
 from nnce.experiments import reproduction
 from nnce.experiments.published import Row, Table
 from nnce.training import Settings
-from nnce.training.schedules import Schedule
-
-ROW = Row(
-    "T1",
-    Settings(
-        hidden=(8,),
-        epochs=2,
-        init=0.05,
-        schedule=Schedule("cosine", cosine_epochs=2),
-        distortion=Distortion(rotation=5, alpha=3, sigma=1),
-    ),
-)
 
 
 def test_a_committee_decides_by_the_mean_output(digits):
@@ -67,12 +55,6 @@ def test_what_trains_and_chooses_cannot_see_the_test_set(digits, monkeypatch):
         assert a[:5] == b[:5] and a.chosen_test != b.chosen_test
         assert math.isnan(a.best_test)
     assert honest.curve == scrambled.curve
-    monkeypatch.undo()
-    # Candidates are not measured on it at all.
-    attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
-    list(attempt.epochs())
-    (one,) = attempt.finish(None).trained
-    assert math.isnan(one.chosen_test) and math.isnan(one.last_test)
 
 
 def test_a_spread_is_of_what_there_is():

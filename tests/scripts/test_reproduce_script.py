@@ -5,11 +5,10 @@ import json
 
 import killed
 import pytest
-import test_damaged_data as damaged
-from test_reproduction import ROW
+from toys import ROW, write_blank
 
 from nnce import data, kernels, training
-from nnce.experiments import figures, published, reproduction
+from nnce.experiments import published, reproduction
 from nnce.experiments.published import TABLES, Row, Table
 from nnce.training import Settings
 
@@ -100,33 +99,6 @@ def test_a_network_that_diverges_is_counted_out(toy, digits, reproduce, monkeypa
     assert "together" not in (tmp_path / "run" / "results.md").read_text()
 
 
-def test_candidates_are_not_measured_on_the_test_set(toy, digits, reproduce, monkeypatch, tmp_path):
-    """Through the whole script: its data are taken, and the test set is never looked at."""
-    candidates = Table("Candidates", "no one", "error", 2, (toy.row("T1"),), validation_only=True)
-    monkeypatch.setattr(published, "TABLES", {"candidates": candidates})
-    monkeypatch.setattr(data, "load", lambda *_, **__: digits)
-    looked, drawn = [], []
-    evaluate, picture = training.evaluate, figures.reproduced
-    monkeypatch.setattr(
-        training, "evaluate", lambda *of: (looked.append(of[1].x.data_ptr()), evaluate(*of))[1]
-    )
-    monkeypatch.setattr(
-        figures, "reproduced", lambda rows, title: (drawn.append(rows), picture(rows, title))[1]
-    )
-    monkeypatch.setattr(reproduction, "committee_accuracy", pytest.fail)
-    run_dir = tmp_path / "run"
-    assert reproduce.main(["candidates", "--data", "digits", "--run-dir", str(run_dir)]) == 0
-    assert looked and digits.test.x.data_ptr() not in looked
-    results = json.loads((run_dir / "results.json").read_text())
-    (line,), outcome = results["rows"], results["outcomes"]["T1"]
-    assert list(line) == ["row", "validation, chosen epoch", "n", "minutes"]
-    assert outcome["committee"] is None
-    assert all(one["chosen_test"] is one["last_test"] is None for one in outcome["trained"])
-    ((name, figure, ours),) = drawn[-1]
-    errors = [100 * (1 - one["chosen_validation"]) for one in outcome["trained"]]
-    assert (name, figure, ours) == ("T1", None, pytest.approx(errors))
-
-
 @pytest.mark.parametrize(
     ("measure", "figure", "expected"),
     [
@@ -213,12 +185,7 @@ def test_other_sets_of_mnists_format_go_through_the_same_commands(
     name, folder, reproduce, tmp_path, monkeypatch
 ):
     """Blank images, in files as they would be."""
-    raw = tmp_path / folder / "raw"
-    raw.mkdir(parents=True)
-    for file in damaged.FILES:
-        with (raw / file).open("wb") as images:
-            images.write(damaged.header(file))
-            images.truncate(damaged.size_of(file))
+    write_blank(tmp_path / folder / "raw")
     options = ["--data", name, "--data-dir", str(tmp_path), "--train-size", "50", "--seeds", "1"]
     run_dir = tmp_path / "run"
     command = ["nielsen", "N1", *options, "--max-epochs", "1", "--run-dir", str(run_dir)]

@@ -29,7 +29,6 @@ class Work(NamedTuple):
     labels: int
 
     def __str__(self) -> str:
-        """In words."""
         return f"{self.labels:,} labels, {self.features} features, n {self.n:,}"
 
     @property
@@ -56,7 +55,6 @@ class Problem:
     """The same tensors for all; dense targets are made where a peer wants them, before its time."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
-        """Draw them."""
         self.work = work
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(work.n, work.features, generator=generator)

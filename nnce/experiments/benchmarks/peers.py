@@ -47,10 +47,9 @@ class Work(NamedTuple):
     """What was asked for."""
 
     def __str__(self) -> str:
-        """As the table has it."""
         inputs = "" if self.density < 1 else ", no zeros"
         orders = ", own orders" if self.own_orders else ""
-        return f"{'-'.join(map(str, self.sizes))}, batch {self.batch_size}{inputs}{orders}"
+        return f"{_memory.dashed(self.sizes)}, batch {self.batch_size}{inputs}{orders}"
 
     def indices(self, order: Tensor, networks: int, generator: torch.Generator) -> Tensor:
         """The order for so many networks side by side, [n], or [networks, n] of their own."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nnce import functional
-from nnce.experiments.proof.contenders import CONTENDERS
 from nnce.training.twin import LossFunction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,16 +28,34 @@ class Quantity(NamedTuple):
     """The truth, from mpmath's σ(z), σ(−z), z itself, and y."""
     promised_ulps: float
     """What nnce promises for y ∈ {0, 1}, in units in the last place, of normal numbers."""
+    limits: tuple[tuple[float, float], tuple[float, float]]
+    """The limits at z = −∞ and ∞, for y = 0 and for y = 1."""
 
 
-_OURS: dict[str, LossFunction] = {
-    "cross-entropy": lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="none"),
-    "quadratic": lambda z, y: functional.sigmoid_quadratic(z, y, reduction="none"),
-    "sigmoid": lambda z, y: functional.sigmoid(z),
+_F = torch.nn.functional
+
+
+def _textbook_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    a = z.sigmoid()
+    return -(y * a.log() + (1 - y) * (1 - a).log())
+
+
+_CROSS_ENTROPY: dict[str, LossFunction] = {
+    "nnce": lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="none"),
+    "BCEWithLogitsLoss": lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="none"),
+    "BCELoss of σ(z)": lambda z, y: _F.binary_cross_entropy(z.sigmoid(), y, reduction="none"),
+    "textbook formula": _textbook_cross_entropy,
 }
-_CROSS_ENTROPY, _QUADRATIC, _SIGMOID = (
-    {"nnce": ours, **CONTENDERS[name]} for name, ours in _OURS.items()
-)
+_QUADRATIC: dict[str, LossFunction] = {
+    "nnce": lambda z, y: functional.sigmoid_quadratic(z, y, reduction="none"),
+    "½ MSELoss of σ(z)": lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="none"),
+    "textbook formula": lambda z, y: (1 / (1 + torch.exp(-z)) - y).square() / 2,
+}
+_SIGMOID: dict[str, LossFunction] = {
+    "nnce": lambda z, y: functional.sigmoid(z),
+    "torch.sigmoid": lambda z, y: z.sigmoid(),
+}
+_NOTHING = ((0.0, 0.0), (0.0, 0.0))
 
 
 def _softplus(mp: Any, z: Any) -> Any:
@@ -51,30 +68,26 @@ def quantities() -> tuple[Quantity, ...]:
 
     return (
         Quantity(
-            "cross-entropy, dC/dz", _CROSS_ENTROPY, True, lambda s, t, z, y: -t if y else s, 3.0
+            *("cross-entropy, dC/dz", _CROSS_ENTROPY, True),
+            lambda s, t, z, y: -t if y else s,
+            *(3.0, ((0.0, 1.0), (-1.0, 0.0))),
         ),
         Quantity(
-            "cross-entropy, C",
-            _CROSS_ENTROPY,
-            False,
+            *("cross-entropy, C", _CROSS_ENTROPY, False),
             lambda s, t, z, y: _softplus(mp, -z if y else z),
-            4.0,
+            *(4.0, ((0.0, math.inf), (math.inf, 0.0))),
         ),
         Quantity(
-            "quadratic, dC/dz",
-            _QUADRATIC,
-            True,
+            *("quadratic, dC/dz", _QUADRATIC, True),
             lambda s, t, z, y: -t * s * t if y else s * s * t,
-            8.0,
+            *(8.0, _NOTHING),
         ),
         Quantity(
-            "quadratic, C",
-            _QUADRATIC,
-            False,
+            *("quadratic, C", _QUADRATIC, False),
             lambda s, t, z, y: (t * t if y else s * s) / 2,
-            8.0,
+            *(8.0, ((0.0, 0.5), (0.5, 0.0))),
         ),
-        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, z, y: s * t, 6.0),
+        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, z, y: s * t, 6.0, _NOTHING),
     )
 
 
@@ -151,11 +164,9 @@ def measure(
             except (RuntimeError, NotImplementedError):
                 continue  # PyTorch has no such kernel for this dtype and device
             computed[by] = results[0]
-            rows.append(
-                _measured(quantity, by, z, results, exact, device)._replace(
-                    right_at_infinity=_right_at_infinity(quantity, contender, dtype, device)
-                )
-            )
+            right = _right_at_infinity(quantity, contender, dtype, device)
+            row = _measured(quantity, by, z, results, exact)
+            rows.append(row._replace(device=str(device), right_at_infinity=right))
         if quantity.derivative and quantity.contenders is not _SIGMOID:
             curves.append(Curve(_name(dtype), z, exact[0][0], computed))
     return rows, curves
@@ -194,7 +205,6 @@ def _measured(
     z: Tensor,
     results: dict[int, Tensor],
     exact: dict[int, tuple[Tensor, Tensor]],
-    device: torch.device | str,
 ) -> Measured:
     dtype = z.dtype
     result = torch.cat([results[0], results[1]]).double()
@@ -216,7 +226,7 @@ def _measured(
         quantity=quantity.name,
         by=by,
         dtype=_name(dtype),
-        device=str(device),
+        device="",
         absolute=float(error.max()),
         relative=float(relative.max()),
         ulps=float(ulps[worst]),
@@ -306,14 +316,7 @@ _INFINITE = torch.tensor([-math.inf, math.inf, math.nan])
 def _right_at_infinity(
     quantity: Quantity, contender: LossFunction, dtype: torch.dtype, device: torch.device | str
 ) -> bool:
-    expected = {
-        "cross-entropy, dC/dz": {0: (0.0, 1.0), 1: (-1.0, 0.0)},
-        "cross-entropy, C": {0: (0.0, math.inf), 1: (math.inf, 0.0)},
-        "quadratic, dC/dz": {0: (0.0, 0.0), 1: (0.0, 0.0)},
-        "quadratic, C": {0: (0.0, 0.5), 1: (0.5, 0.0)},
-        "sigmoid, da/dz": {0: (0.0, 0.0), 1: (0.0, 0.0)},
-    }[quantity.name]
-    for y, (low, high) in expected.items():
+    for y, (low, high) in enumerate(quantity.limits):
         try:
             got = _compute(quantity, contender, _INFINITE.to(dtype), y, device)
         except RuntimeError:  # BCELoss refuses NaN

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from nnce.experiments.proof.contenders import CONTENDERS
 from torch.testing import assert_close
 
-from nnce.experiments.proof.contenders import CONTENDERS
 from nnce.losses import LOSSES
 
 
