@@ -56,6 +56,11 @@ def version(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
+def owner(tensor: Tensor) -> Tensor:
+    """The tensor that a view is a view of, which lives as long as their memory; else the tensor."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def uncoalesced(target: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and values of a COO tensor, whose public names require it to be coalesced first."""
     return target._indices(), target._values()

@@ -14,6 +14,13 @@ from nnce._arguments import check_alike
 from nnce.losses import LOSSES, Loss, check_loss
 from nnce.modules import MLP
 
+__all__ = [
+    "Hyperparameters",
+    "Pass",
+    "backprop",
+    "deltas",
+]
+
 
 class Hyperparameters(NamedTuple):
     """What may differ from network to network, in the words of `torch.optim.SGD`."""

@@ -37,6 +37,20 @@ from nnce._arguments import (
 from nnce._torch_private import forward_mode_levels
 from nnce.losses import Loss
 
+__all__ = [
+    "LOSS_FUNCTIONS",
+    "LinearFunction",
+    "Reduction",
+    "SigmoidCrossEntropyFunction",
+    "SigmoidFunction",
+    "SigmoidQuadraticFunction",
+    "linear",
+    "sigmoid",
+    "sigmoid_cross_entropy",
+    "sigmoid_quadratic",
+]
+
+
 Reduction = Literal["none", "sum", "mean", "batchmean"]
 
 # ------------------------------------------------------------------------------- the Functions

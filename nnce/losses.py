@@ -7,6 +7,14 @@ from torch import Tensor
 
 from nnce import rules
 
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "LossRules",
+    "check_loss",
+]
+
+
 Loss = Literal["quadratic", "cross-entropy"]
 
 

@@ -22,6 +22,17 @@ from nnce._arguments import (
 )
 from nnce.functional import Reduction
 
+__all__ = [
+    "INITS",
+    "MLP",
+    "Init",
+    "Linear",
+    "Sigmoid",
+    "SigmoidCrossEntropyLoss",
+    "SigmoidQuadraticLoss",
+]
+
+
 Init = Literal["scaled", "large"] | float
 INITS: tuple[str, ...] = ("scaled", "large")
 

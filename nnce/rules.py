@@ -20,6 +20,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+__all__ = [
+    "cross_entropy",
+    "dW",
+    "da_prev",
+    "db",
+    "dz_cross_entropy",
+    "dz_hidden",
+    "dz_quadratic",
+    "linear",
+    "quadratic",
+    "residual",
+    "sigmoid",
+    "sigmoid_prime",
+    "softplus",
+    "weighted",
+]
+
+
 # Rules that are made of σ or softplus take them as arguments, so that they can also be
 # differentiated: nnce.functional hands in its own, whose derivatives stay exact in saturation.
 Elementwise = Callable[[Tensor], Tensor]

@@ -22,28 +22,17 @@ hypothesis.settings.register_profile("nnce", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("nnce")
 
 
-# The files that take longest, first, so that none of them is begun when the others are done.
-LONGEST = (
-    "parallel",
-    "resuming",
-    "command_line",
-    "browser",
-    "ensemble",
-    "labels",
-    "check_gradients_script",
-)
-
-
-def pytest_collection_modifyitems(items):
-    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
-
-
 def missing(what, why):
     """Skip, or fail where $NNCE_REQUIRE says that this machine must have it."""
     if what in os.environ.get("NNCE_REQUIRE", "").split(","):
         pytest.fail(f"$NNCE_REQUIRE names {what}, but {why}")
     pytest.skip(why)
+
+
+def slow_unless(is_ordinary, cases):
+    """Parameters for `parametrize`, of which only the ordinary cases run without -m slow."""
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(*case, marks=marks[bool(is_ordinary(*case))]) for case in cases]
 
 
 @pytest.fixture(scope="session")

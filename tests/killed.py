@@ -125,7 +125,7 @@ def several_stops_in_an_epoch():
     """Without a graph, too, where so few digits are taken at once."""
     from nnce.engines import ensemble, products
 
-    ensemble._CHUNK_WORK, products._BLOCK_BYTES = 200_000, 30_000
+    ensemble.CHUNK_WORK, products.BLOCK_BYTES = 200_000, 30_000
 
 
 def stopped_after(monkeypatch, calls):

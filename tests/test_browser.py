@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, missing
 
+pytestmark = pytest.mark.slow
+
 # What is drawn in every element of a name, inside shadow roots too, of which TensorBoard is made.
 DRAWN = """
 const walk = (root, visit) => {

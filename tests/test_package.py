@@ -41,12 +41,16 @@ FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-OUTSIDE = [name for name in FILES if not name.startswith("experiments")]
+# Experiments need nnce[scripts]; these kernels need Numba. All are imported on first use.
+NEED_NUMBA = {"kernels._numba", "kernels.training", "kernels.losses"}
 
 
 def part(name):
     """The file or package of nnce that a module belongs to."""
     return name.split(".")[0]
+
+
+OUTSIDE = [name for name in FILES if part(name) != "experiments" and name not in NEED_NUMBA]
 
 
 def imported(path):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import slow_unless
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import HAND_WRITTEN, REDUCTIONS, bce_with_logits, half_mse, random
@@ -370,9 +371,15 @@ def test_the_ends_of_an_integer_dtype_are_ignored():
             assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", HAND_WRITTEN)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("how", [lambda f: f, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("loss", "dtype", "how"),
+    slow_unless(
+        lambda loss, dtype, how: how is not compiled or dtype == torch.bfloat16,
+        itertools.product(
+            HAND_WRITTEN, (torch.bfloat16, torch.float16, torch.float32), (lambda f: f, compiled)
+        ),
+    ),
+)
 def test_a_rounded_sentinel_is_ignored_under_autocast(loss, dtype, how):
     """−999 is −1000 in bfloat16, and −2,049 is −2,048 in float16, with and without autocast."""
     index = {torch.bfloat16: -999, torch.float16: -2049, torch.float32: -(2**24) - 1}[dtype]

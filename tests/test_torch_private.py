@@ -75,6 +75,11 @@ def test_version():
     assert _torch_private.version(x) > before
 
 
+def test_owner():
+    x = torch.zeros(4)
+    assert _torch_private.owner(x) is x and _torch_private.owner(x[1:][1:]) is x
+
+
 def test_uncoalesced():
     """Pairs that stand twice are given as they are, which `indices()` refuses."""
     rows, values = torch.tensor([[0, 0], [1, 1]]), torch.tensor([1.0, 2.0])

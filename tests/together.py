@@ -1,8 +1,8 @@
 """What test_parallel.py has several processes do, each started by torchrun.
 
-    torchrun … tests/together.py FOLDER
+    torchrun … tests/together.py FOLDER CASE…
 
-trains every engine with every optimizer, and leaves the parameters in FOLDER.
+trains the networks of these cases, and leaves their parameters in FOLDER.
 """
 
 import sys
@@ -51,7 +51,8 @@ def trained(settings, world):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     world = parallel.join()
-    found = {name: trained(settings, world) for name, settings in CASES.items()}
+    folder, *names = sys.argv[1:]
+    found = {name: trained(CASES[name], world) for name in names}
     # Every process has the same network.
     everyone = world.exchange({name: state["0.weight"].tolist() for name, state in found.items()})
     assert all(one == everyone[0] for one in everyone)
@@ -61,6 +62,6 @@ if __name__ == "__main__":
     assert world.broadcast(world.rank) == 0
     assert world.gather(world.rank) == (list(range(world.size)) if world.rank == 0 else [])
     if world.rank == 0:
-        torch.save(found, Path(sys.argv[1]) / "found.pt")
+        torch.save(found, Path(folder) / "found.pt")
     parallel.leave()
     parallel.exit_at_once(0)

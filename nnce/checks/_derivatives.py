@@ -1,6 +1,5 @@
 """The derivatives that a function computes: by backward, by double backward and in forward mode."""
 
-import copy
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,12 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from nnce.checks._subject import Subject, sentence
-from nnce.checks._torch_private import NO_DERIVATIVE, NO_FORWARD_MODE, refuses_derivative
+from nnce.checks._torch_private import (
+    NO_DERIVATIVE,
+    NO_FORWARD_MODE,
+    operators_without_tangents,
+    refuses_derivative,
+)
 
 Arrange = Callable[[Tensor], Tensor]
 """Makes a tensor of the same shape, in another layout, say, of the one that is passed."""
@@ -22,6 +26,13 @@ class Unsupported(Exception):
 
 class Broken(Exception):
     """A derivative cannot be computed; the message says why."""
+
+
+def element(of: str, at: int, shape: torch.Size) -> str:
+    """What to call an element of a tensor, by its place in memory: "output, element (0, 2)"."""
+    index = torch.unravel_index(torch.tensor(at), shape) if shape else ()
+    places = ", ".join(str(int(i)) for i in index)
+    return f"{of}, element ({places})" if shape else of
 
 
 class Recorded(NamedTuple):
@@ -42,14 +53,24 @@ class Derivatives:
 
     def at(self, x: Tensor) -> "Derivatives":
         """The same function at another x."""
-        moved = copy.copy(self)
-        moved.x = x
+        moved = object.__new__(Derivatives)
+        moved.subject, moved.shapes, moved.sizes, moved.x = self.subject, self.shapes, self.sizes, x
         return moved
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The inputs that a vector like x is made of."""
+        if len(self.shapes) == 1:
+            return [x.reshape(self.shapes[0])]
         parts = x.split(self.sizes)
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def place(self, at: int) -> str:
+        """What to call an element of x: "input 1, element (0, 2)"."""
+        i = 0
+        while at >= self.sizes[i]:
+            at -= self.sizes[i]
+            i += 1
+        return element(f"input {self.subject.places[i]}", at, self.shapes[i])
 
     def call(self, parts: Iterable[Tensor]) -> Tensor:
         """The output for these inputs, which the function may overwrite."""
@@ -115,15 +136,18 @@ class Derivatives:
         leaves, output = self.record(arrange=arrange)
         upstream = upstream.clone().requires_grad_()
         gradients = self._differentiate(output, leaves, arrange(upstream), create_graph=True)
-        slope = (torch.cat([gradient.flatten() for gradient in gradients]) * along).sum()
-        if not slope.requires_grad:  # the backward hides from autograd
+        roots = [gradient for gradient in gradients if gradient.requires_grad]
+        if not roots:  # the backward hides from autograd
             return torch.zeros_like(self.x), torch.zeros_like(upstream)
-        if refuses_derivative(slope):
+        if any(refuses_derivative(root) for root in roots):
             raise Unsupported("marked with @once_differentiable")
+        # Split into views, so that an expanded direction stays expanded.
+        pairs = zip(gradients, self.parts(along), strict=True)
+        weights = [part for gradient, part in pairs if gradient.requires_grad]
         try:
             for _ in range(times):
                 *by_x, by_upstream = self._differentiate(
-                    slope, [*leaves, upstream], None, retain_graph=times > 1
+                    roots, [*leaves, upstream], weights, retain_graph=times > 1
                 )
         except Broken as error:
             if NO_DERIVATIVE.search(str(error)):
@@ -144,24 +168,21 @@ class Derivatives:
         arrange: Arrange = torch.clone,
         *,
         wanted: Container[int] | None = None,
-        arrange_tangent: Arrange | None = None,
     ) -> Tensor:
         """The derivative of the output along a direction, in forward mode.
 
         Args:
             along: the direction, as long as x.
-            arrange: what the inputs pass through.
+            arrange: what inputs and tangents pass through.
             wanted: which inputs have a tangent (default: all).
-            arrange_tangent: what the tangents pass through (default: arrange).
         """
-        arrange_tangent = arrange_tangent or arrange
         try:
             with warnings.catch_warnings(), fwAD.dual_level():
                 # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
                 warnings.filterwarnings("ignore", message="`torch.jit.script")
                 pairs = zip(self.parts(self.x), self.parts(along), strict=True)
                 output = self.call(
-                    fwAD.make_dual(arrange(part), arrange_tangent(dx))
+                    fwAD.make_dual(arrange(part), arrange(dx))
                     if wanted is None or i in wanted
                     else arrange(part)
                     for i, (part, dx) in enumerate(pairs)
@@ -175,6 +196,13 @@ class Derivatives:
             name = self.subject.name
             raise Broken(f"the jvp of {name} failed: {sentence(cause)}") from error
 
+    def ignores_tangents(self) -> str:
+        """Operators in the function that have no forward mode, whose tangents PyTorch drops."""
+        with torch.no_grad():
+            return ", ".join(
+                operators_without_tangents(lambda: self.call(self.parts(self.x.clone())))
+            )
+
     def jacobian_along(self, along: Tensor) -> Tensor:
         """The same as `tangent`, output by output, by backward."""
         recorded = self.record()
@@ -187,7 +215,11 @@ class Derivatives:
         return torch.stack(slopes).view(output.shape)
 
     def _differentiate(
-        self, output: Tensor, inputs: Sequence[Tensor], upstream: Tensor | None, **options: Any
+        self,
+        output: Tensor | Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        upstream: Tensor | Sequence[Tensor],
+        **options: Any,
     ) -> tuple[Tensor, ...]:
         try:
             return torch.autograd.grad(

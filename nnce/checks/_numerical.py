@@ -15,6 +15,16 @@ EPS = torch.finfo(torch.float64).eps
 VALUE_ULPS = 8
 # A value may move in jumps, as where a function computes in float32; up to this share of it.
 COARSEST_JUMP = 2.0**-7
+# A derivative that is this small next to the slope at a 64th of the size of x is 0: 2^16 units in
+# the last place of that slope, extrapolated to the size of x.
+NOTHING = 2.0**22 * EPS
+# At the larger one of two small steps a slope may differ by this many times rtol, and at the
+# smaller one rounding must leave three digits.
+_CURVED, _DIGITS = 4096, 1e-3
+# Places of those steps in the ladder from 64 times the size of x, a 64th and a quarter of it, and
+# the largest power of the distance with which slopes may shrink in between.
+_NEAR, _FAR = 6, 4
+_STEEPEST_POWER = 6
 
 
 class Ladder(NamedTuple):
@@ -51,7 +61,7 @@ class Slopes(NamedTuple):
     kinked: Tensor
     """Where those two differ however small the step."""
     zero: Tensor
-    """Where the values show a derivative of exactly 0."""
+    """Derivatives up to this size are 0 to within rounding; −1 where the values do not show it."""
 
 
 class _Estimates(NamedTuple):
@@ -61,6 +71,25 @@ class _Estimates(NamedTuple):
     kink: Tensor
     """The difference of the one-sided slopes; of a smooth function it shrinks with the third power
     of the step."""
+
+
+def quick(ladder: Ladder, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    """Where two small steps show that a computed derivative is right, and the numerical one.
+
+    That is where at the smaller one the slope agrees with it to rtol, and at the larger one as far
+    as the function may curve; or at the larger one to rtol, and at the smaller one as far as it is
+    rounded. And the slopes from below and above approach each other in between.
+    """
+    slope, bend = _slope_and_bend(ladder)
+    bound = rtol * computed.abs()
+    noise = (VALUE_ULPS * EPS * ladder.size + torch.finfo(torch.float64).tiny) / ladder.step
+    off = (slope - computed).abs()
+    small = (off[0] <= _CURVED * bound) & (off[1] <= bound) & (noise[1] <= bound / 4)
+    large = (off[0] <= bound) & (noise[0] <= bound / 4) & (off[1] <= bound + noise[1])
+    agrees = small | (large & (noise[1] <= _DIGITS * computed.abs()))
+    smooth = bend[1].abs() <= bend[0].abs() / 8 + 8 * noise[1]
+    ratio = float(ladder.step[0] / ladder.step[1]) ** 2
+    return computed.isfinite() & agrees & smooth, (ratio * slope[1] - slope[0]) / (ratio - 1)
 
 
 def slopes(ladder: Ladder, rtol: float) -> Slopes:
@@ -94,14 +123,20 @@ def slopes(ladder: Ladder, rtol: float) -> Slopes:
         below=below,
         above=above,
         kinked=known & _kinked(estimates.kink, noise, row, rtol * steep),
-        zero=known & _zero(ladder, row),
+        zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best), -1.0),
     )
 
 
-def _richardson(ladder: Ladder) -> _Estimates:
+def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:
+    """The mean of the one-sided slopes at each step, and their difference."""
     slope = (ladder.rise_up + ladder.rise_down) / (ladder.up + ladder.down)
     bend = ladder.rise_up / ladder.up - ladder.rise_down / ladder.down
-    slope, bend = (torch.where(ladder.taken, t, math.nan) for t in (slope, bend))
+    nothing = torch.full_like(slope, math.nan)
+    return torch.where(ladder.taken, slope, nothing), torch.where(ladder.taken, bend, nothing)
+
+
+def _richardson(ladder: Ladder) -> _Estimates:
+    slope, bend = _slope_and_bend(ladder)
     return _Estimates((16 * slope[1:] - slope[:-1]) / 15, (4 * bend[1:] - bend[:-1]).abs() / 3)
 
 
@@ -157,10 +192,22 @@ def _kinked(kink: Tensor, noise: Tensor, best_row: Tensor, bound: Tensor) -> Ten
     return (telling.sum(0) > 1) & (least > bound) & (least >= most / 2)
 
 
-def _zero(ladder: Ladder, best_row: Tensor) -> Tensor:
-    """Whether the values show a derivative of exactly 0."""
+def _zero(ladder: Ladder, estimate: Tensor, uncertainty: Tensor) -> Tensor:
+    """Up to what size a derivative is 0 to within rounding; −1 where it is not seen to be 0.
+
+    Either f(x + h) − f(x − h) is 0 at every step, or the derivative is nothing next to the slopes
+    nearby, which shrink towards x as a power of the distance does. In saturation they shrink
+    exponentially.
+    """
     rise = ladder.rise_up + ladder.rise_down
-    rows = torch.arange(len(rise), device=rise.device).unsqueeze(1)
-    flat = (rise.abs() <= VALUE_ULPS * EPS * ladder.size) | ~ladder.taken
-    constant = (ladder.size == 0) | ~ladder.taken | (rows <= best_row)
-    return flat.all(0) | constant.all(0)
+    even = (rise.abs() <= VALUE_ULPS * EPS * ladder.size) | ~ladder.taken
+    steep = torch.maximum(
+        (ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs()
+    )
+    near, far = steep[_NEAR], steep[_FAR]
+    distance = float(ladder.step[_FAR] / ladder.step[_NEAR])
+    as_a_power = (near > 0) & (far <= distance**_STEEPEST_POWER * near)
+    nothing = estimate.abs() + uncertainty <= NOTHING * near
+    moves = (ladder.size > 0).any(0) & ladder.taken.any(0)
+    is_zero = (even.all(0) & moves) | (nothing & as_a_power)
+    return torch.where(is_zero, (NOTHING * near).nan_to_num(0.0, 0.0, 0.0), -1.0)

@@ -4,15 +4,22 @@ The checks import nothing of nnce, so that they can be copied elsewhere; hence a
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 # PyTorch has no exception type of its own for either; these are the beginnings of its sentences.
 NO_DERIVATIVE = re.compile("derivative for aten::|no second derivatives")
 """What an operation says that has no (second) derivative."""
 NO_FORWARD_MODE = ("You must implement the jvp function", "Trying to use forward AD with")
 """What a Function or an operation says that has no forward mode."""
+TANGENT_IGNORED = "PyTorch ignores the tangent of this operator, which has no forward mode"
+"""What it does not say of an operator of `torch.library.custom_op`."""
 
 
 class Unavailable(Exception):
@@ -50,3 +57,46 @@ def compile_counter() -> Any:
         raise Unavailable("this PyTorch has no torch._dynamo.testing") from error
     counter: Any = CompileCounterWithBackend
     return counter("aot_eager")
+
+
+class _Operators(TorchDispatchMode):
+    """Keeps the calls of operators that are not PyTorch's own; no public way shows them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prim", "prims"):
+            self.calls.append((func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def operators_without_tangents(call: Callable[[], object]) -> list[str]:
+    """The custom operators in a call whose tangents PyTorch drops without an error.
+
+    It does so for `torch.library.custom_op` with `register_autograd`, which has no forward mode.
+    """
+    with _Operators() as operators:
+        call()
+    return list(
+        dict.fromkeys(str(func.name()) for func, *rest in operators.calls if _drops(func, *rest))
+    )
+
+
+def _drops(func: Any, args: Any, kwargs: Any) -> bool:
+    def dual(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return fwAD.make_dual(value.detach().clone(), torch.ones_like(value))
+        return value
+
+    try:
+        with fwAD.dual_level():
+            outputs = tree_leaves(func(*tree_map(dual, args), **tree_map(dual, kwargs)))
+            real = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+            return bool(real) and all(fwAD.unpack_dual(t).tangent is None for t in real)
+    except Exception:  # it says itself that it has no forward mode
+        return False

@@ -17,7 +17,12 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from nnce.checks._subject import Subject, alike, copied
-from nnce.checks._torch_private import Unavailable, compile_counter
+from nnce.checks._torch_private import (
+    TANGENT_IGNORED,
+    Unavailable,
+    compile_counter,
+    operators_without_tangents,
+)
 
 Verdict = Literal["works", "wrong", "fails", "not tried"]
 
@@ -26,7 +31,8 @@ class Cell(NamedTuple):
     """The result of one check."""
 
     verdict: Verdict
-    """"wrong" is a result that differs without an error; "fails" an exception."""
+    """"wrong" is a result that differs without an error; "fails" an exception, or an operator
+    without a forward mode, whose tangent PyTorch ignores."""
     detail: str = ""
     """Where and by how much it differs, PyTorch's reason, or why it was not tried."""
 
@@ -109,7 +115,13 @@ def check_composability(
         raise ValueError(f"expected only names of checks ({', '.join(COLUMNS)}), got {unknown}")
     case = _Case(function, inputs, reference, examples)
     names = COLUMNS if only is None else [name for name in COLUMNS if name in only]
-    return Composability({name: _try(COLUMNS[name], case) for name in names})
+    found = Composability({name: _try(COLUMNS[name], case) for name in names})
+    if any(found[name].verdict == "wrong" for name in _FORWARD_MODE if name in found):
+        ignoring = ", ".join(operators_without_tangents(lambda: case.number(*case.inputs)))
+        for name in _FORWARD_MODE if ignoring else ():
+            if name in found and found[name].verdict == "wrong":
+                found[name] = Cell("fails", f"{TANGENT_IGNORED}: {ignoring}")
+    return found
 
 
 class _Differs(Exception):
@@ -687,3 +699,4 @@ COLUMNS: dict[str, Check] = {
     "meta device": _meta,
 }
 """A check for each column."""
+_FORWARD_MODE = ("func.jvp", "func.hessian", "forward mode in forward mode", "compile(hessian)")

@@ -1,8 +1,8 @@
-"""Are the derivatives of a Function right? And how far is a number from the true one?
+"""Whether the derivatives of a function are right.
 
-`check_gradients` is for a `torch.autograd.Function` of your own. It does not say "right" where it
-cannot know: in saturation a numerical derivative has no digits, and `torch.autograd.gradcheck`,
-with its absolute tolerance, lets a backward of all zeros pass there.
+`check_gradients` is for a custom `torch.autograd.Function`. It does not say "right" where it cannot
+know: in saturation a numerical derivative has no digits, and `torch.autograd.gradcheck`, with its
+absolute tolerance, lets a backward of all zeros pass there.
 """
 
 import math
@@ -13,56 +13,62 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nnce.checks._derivatives import Broken, Derivatives, Unsupported
-from nnce.checks._numerical import EPS, Ladder, Slopes, slopes
+from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
+from nnce.checks._lines import Direction, Line, quick_together
+from nnce.checks._numerical import EPS, Slopes
 from nnce.checks._subject import Subject, alike, equal
-from nnce.checks._variations import Setting, variations
+from nnce.checks._torch_private import TANGENT_IGNORED
+from nnce.checks._variations import Setting, Variation, variations
 
 Verdict = Literal["right", "wrong", "cannot tell", "unsupported"]
 
-# Where not every element is probed, so many directions through all of them are tried besides.
+# Where not every element is probed, this many directions through all of them are tried as well.
 _DENSE_DIRECTIONS = 4
-# Numerical derivatives come from steps that shrink from 64 times the size of x to a unit in its
-# last place, each a quarter of the one before.
+# Two small steps decide for most functions, ...
+_QUICK_STEPS = (2.0**-9, 2.0**-17)
+# ... and steps that shrink from 64 times the size of x to a unit in its last place, each a quarter
+# of the one before, where those do not.
 _STEPS = 30
 _LARGEST_STEP = 64.0
 # A derivative is wrong only if the numerical one is certain to three digits: two or three estimates
 # may agree by accident.
 _CERTAIN = 1e-3
+# Sums in another order differ by some units in the last place of their largest terms.
+_ROUNDING = 64 * EPS
+_REORDERED = 1e4 * EPS
 
 
 class Finding(NamedTuple):
-    """What is known of one derivative."""
+    """The verdict on one derivative."""
 
     verdict: Verdict
-    """"unsupported" is said of a forward mode that the Function does not have, and of second
-    derivatives that it refuses (by `once_differentiable`, or an error that says that there are "no
-    second derivatives")."""
+    """"unsupported" is a forward mode that the function does not have, and second derivatives that
+    it refuses (by `once_differentiable`, or an error that says "no second derivatives")."""
     error: float
     """The largest relative error seen, where there was one to see; else NaN."""
     detail: str
     """Where that was, or why nothing can be told."""
     probed: int = 0
-    """How many elements of the inputs were looked at one by one."""
+    """The number of elements of the inputs that were looked at one by one."""
     elements: int = 0
-    """How many there are."""
+    """The number of elements of the inputs."""
 
 
 class Report(NamedTuple):
-    """What `check_gradients` found."""
+    """The report of `check_gradients`."""
 
     value: Finding
-    """The output itself; without a reference there is nothing to hold it to."""
+    """The output itself; without a reference there is nothing to compare it with."""
     first: Finding
     """First derivatives by backward."""
     forward_mode: Finding
     """First derivatives by `jvp`."""
     second: Finding
-    """Second derivatives: those of the backward by the inputs and by the upstream gradient."""
+    """Second derivatives: those of the backward with respect to inputs and upstream gradient."""
 
     @property
     def right(self) -> bool:
-        """First derivatives are right everywhere, and all others right or not there."""
+        """First derivatives are right everywhere, and all others right or unsupported."""
         return (
             self.first.verdict == "right"
             and self.value.verdict != "wrong"
@@ -75,17 +81,32 @@ class Report(NamedTuple):
         return self.right
 
     def __str__(self) -> str:
-        """A line for each."""
-        lines = []
+        """The verdict in words, then one line per finding."""
+        lines = [self._summary()]
         for name, finding in self._asdict().items():
-            probed = (
-                f" ({finding.probed:,} of {finding.elements:,} elements probed)"
-                if finding.elements
-                else ""
-            )
             title = name.replace("_", " ")
-            lines.append(f"{title:<13}{finding.verdict:<12}{finding.detail}{probed}")
+            lines.append(f"{title:<13}{finding.verdict:<12}{finding.detail}")
         return "\n".join(lines)
+
+    def _summary(self) -> str:
+        verdicts = [finding.verdict for finding in self[1:]]
+        verdict: Verdict = "right" if self.right else "cannot tell"
+        if "wrong" in (self.value.verdict, *verdicts):
+            verdict = "wrong"
+        sentence = f"{verdict}: {_listed(self, verdict)}"
+        if "unsupported" in verdicts:
+            sentence += f"; unsupported: {_listed(self, 'unsupported')}"
+        return f"{sentence}; {self.first.probed:,} of {self.first.elements:,} elements probed"
+
+
+def _listed(report: Report, verdict: Verdict) -> str:
+    """What has a verdict, in words: "values, first and second derivatives, forward mode"."""
+    value, first, forward_mode, second = (finding.verdict == verdict for finding in report)
+    orders = [order for order, has in (("first", first), ("second", second)) if has]
+    words = ["values"] if value and verdict != "cannot tell" else []
+    words += [f"{' and '.join(orders)} derivatives"] if orders else []
+    words += ["forward mode"] if forward_mode else []
+    return ", ".join(words)
 
 
 def check_gradients(
@@ -96,23 +117,24 @@ def check_gradients(
     elements: int | Literal["all"] = 64,
     seed: int = 0,
 ) -> Report:
-    """Hold a function's derivatives to numerical ones, or to those of a reference.
+    """Compare a function's derivatives with numerical ones, or with those of a reference.
 
-    Everything is computed in float64, under a random upstream gradient, and repeated with inputs
-    and upstream gradients that are not contiguous and with some of the inputs frozen.
+    Everything is computed in float64, under a random upstream gradient, and repeated under the
+    conditions of real graphs: inputs and upstream gradients that are expanded, strided, or at an
+    offset in memory; upstream gradients with zeros, and very small and large ones; some inputs
+    frozen, or two of them the same tensor; and a graph that is differentiated twice.
 
-    Without a reference, first and second derivatives are compared element by element with
-    extrapolated central differences. These say themselves how many digits they have:
+    Without a reference, first and second derivatives are compared element by element with central
+    differences, whose steps show how many digits they have:
 
     - right: numerical and computed derivative agree within rtol, and the numerical one is certain
-      to rtol. A computed 0 is right where the values are exactly 0 about x, or where
-      f(x + h) − f(x − h) is 0, up to 8 units in the last place of f, at every step from 64 times
-      the size of x down to its last digit.
+      to rtol. A computed 0 is right on a plateau that ends in a kink or a jump, and where the
+      slopes nearby shrink to 0 as a power of the distance.
     - wrong: the numerical derivative is certain to three digits, and they differ by more than rtol
-      and twice its uncertainty, or the computed one is not finite; or the backward gives another
-      gradient in another layout, with frozen inputs or the second time, or the jvp raises.
-    - cannot tell: else, so in saturation; at a kink, where the derivatives from below and from
-      above differ; and where not all elements were probed.
+      and twice its uncertainty, or the computed one is not finite; or the derivative changes under
+      one of the conditions above; or the jvp raises.
+    - cannot tell: otherwise, so in saturation; at a kink, where the derivatives from below and from
+      above differ; at a pole; and where not all elements were probed.
 
     A function whose output has the shape of each of its inputs and whose elements do not depend on
     one another is probed at all elements at once. Of any other, the elements of the smallest and
@@ -128,57 +150,64 @@ def check_gradients(
 
     Args:
         function: takes the inputs and returns a tensor; a Function's `apply`, for instance. It is
-            handed copies, and so may work in place.
-        inputs: floating-point tensors are differentiated by; all else is handed on as it is.
-        reference: computes the same by means that are trusted.
+            passed copies, and so may work in place.
+        inputs: the function is differentiated with respect to the floating-point tensors that
+            require a gradient, or to all of them where none does; all else is passed as it is.
+        reference: a trusted implementation of the same function.
         rtol: the relative error from which a derivative is wrong, above 0. There is no absolute
             one.
-        elements: how many elements to probe where that is done one by one (at some 60 calls of the
-            function each, and as many of its backward), or "all".
-        seed: fixes directions, steps and upstream gradients.
+        elements: the number of elements to probe where that is done one by one, or "all".
+        seed: of directions, steps and upstream gradients.
 
     Returns:
         A finding each for the value, the first derivatives, those in forward mode, and the second.
 
     Raises:
         TypeError: no input is a floating-point tensor, or an output is not a real one.
-        ValueError: the inputs are empty, the function cannot take them in float64, is random, or
-            does not depend on them differentiably, its backward fails, or an option makes no
+        ValueError: the inputs are empty, sparse or on the meta device, gradients are disabled, the
+            function cannot take the inputs in float64, is random, returns an empty tensor, or does
+            not depend on its inputs differentiably, its backward fails, or an option makes no
             sense; the sentence says which and why.
     """
-    if not (elements == "all" or (_is_number(elements, Integral) and elements >= 1)):
-        raise ValueError(f"expected elements 'all' or a number of at least 1, got {elements!r}")
-    if not (_is_number(rtol, Real) and 0 < rtol < 1):
-        raise ValueError(f"expected rtol between 0 and 1, got {rtol!r}")
-    if not _is_number(seed, Integral):
-        raise ValueError(f"expected seed to be an integer, got {seed!r}")
+    _check_options(rtol, elements, seed)
     subject = Subject(function, inputs, "the function")
-    value = subject.observe().double()
+    subject.observe()
     ours = Derivatives(subject)
+    value = ours.value()
     draw = _Draw(int(seed))
     upstream = draw.like(value)
     try:
         first = ours.first(upstream)
         if reference is None:
             count = ours.x.numel() if elements == "all" else int(elements)
-            report = _by_differences(ours, value, first, upstream, draw, count, float(rtol))
+            finder = _ByDifferences(ours, value, first, upstream, draw, count, rtol)
+            report = finder.report()
+            start = finder.start()
         else:
             trusted = Subject(reference, inputs, "the reference")
             trusted.observe()
-            report = _by_reference(ours, Derivatives(trusted), upstream, draw, float(rtol))
+            report = _by_reference(ours, Derivatives(trusted), upstream, draw, rtol)
+            start = _start(ours, value, first, upstream, draw)
     except Broken as error:
         raise ValueError(str(error)) from error
-    setting = Setting(ours, value, first, upstream, draw.like(ours.x), draw.mask)
-    wrong = {
-        name: Finding("wrong", math.nan, detail)
-        for name, detail in _differs_elsewhere(setting, float(rtol)).items()
+    changes = {
+        name: getattr(report, name)._replace(verdict="wrong", error=math.nan, detail=detail)
+        for name, detail in _changes(start, rtol).items()
         if getattr(report, name).verdict != "wrong"
     }
-    return report._replace(**wrong)
+    return report._replace(**changes)
 
 
-def _is_number(value: object, type_: type) -> bool:
-    return isinstance(value, type_) and not isinstance(value, bool)
+def _check_options(rtol: object, elements: object, seed: object) -> None:
+    def is_number(value: object, type_: type) -> bool:
+        return isinstance(value, type_) and not isinstance(value, bool)
+
+    if elements != "all" and not (is_number(elements, Integral) and int(elements) >= 1):  # type: ignore[call-overload]
+        raise ValueError(f"expected elements 'all' or a number of at least 1, got {elements!r}")
+    if not (is_number(rtol, Real) and 0 < float(rtol) < 1):  # type: ignore[arg-type]
+        raise ValueError(f"expected rtol between 0 and 1, got {rtol!r}")
+    if not is_number(seed, Integral):
+        raise ValueError(f"expected seed to be an integer, got {seed!r}")
 
 
 class _Draw:
@@ -188,23 +217,30 @@ class _Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Of either sign and of magnitudes from ½ to 1½, so that nothing is weighed down to 0."""
-        shape = tensor.shape
-        magnitude = 0.5 + torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        sign = 2 * torch.randint(2, shape, generator=self.generator).double() - 1
-        return (magnitude * sign).to(tensor.device)
+        """Of either sign and of magnitudes from ½ to 1½, no two of them nearly the same.
+
+        So nothing is weighed down to 0, and the gradients of elements that change places differ.
+        """
+        n, generator = tensor.numel(), self.generator
+        places = torch.randperm(n, generator=generator)
+        within = torch.rand(n, generator=generator, dtype=torch.float64) / 2
+        sign = 2 * torch.randint(2, (n,), generator=generator).double() - 1
+        drawn = sign * (0.5 + (places + within) / max(n, 1))
+        return drawn.view(tensor.shape).to(tensor.device)
 
     def mask(self, tensor: Tensor) -> Tensor:
         """Zeros and ones."""
         return torch.randint(2, tensor.shape, generator=self.generator).to(tensor)
 
-    def steps(self, device: torch.device) -> Tensor:
-        """The steps of one derivative; drawn, since a period of the function may divide others."""
-        largest = _LARGEST_STEP * (1 - float(torch.rand((), generator=self.generator)) / 2)
-        return largest * 0.25 ** torch.arange(_STEPS, dtype=torch.float64, device=device)
+    def steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A few small steps, and many; drawn, since a period of the function may divide others."""
+        share = 1 - float(torch.rand((), generator=self.generator)) / 2
+        many = 0.25 ** torch.arange(_STEPS, dtype=torch.float64, device=device)
+        few = torch.tensor(_QUICK_STEPS, dtype=torch.float64, device=device)
+        return share * few, share * _LARGEST_STEP * many
 
     def some_of(self, indices: Tensor, count: int) -> Tensor:
-        """So many of the indices."""
+        """This many of the indices."""
         chosen = torch.randperm(len(indices), generator=self.generator)[:count]
         return indices[chosen.to(indices.device)]
 
@@ -212,42 +248,79 @@ class _Draw:
 # ---------------------------------------------------------------------- under other conditions
 
 
-def _differs_elsewhere(setting: Setting, rtol: float) -> dict[str, str]:
-    """Sentences that say what differs under the `variations`, by the name of the finding."""
-    differs: dict[str, str] = {}
-    upstream = setting.upstream.clone()
-    for variation in variations(setting):
-        name = variation.of
+def _start(
+    ours: Derivatives, value: Tensor, first: Tensor, upstream: Tensor, draw: _Draw
+) -> Setting:
+    """What the variations start from."""
+    along = draw.like(ours.x)
+
+    def unless_missing(compute: Callable[[], Tensor]) -> Tensor | None:
+        try:
+            return compute()
+        except (Unsupported, Broken):
+            return None
+
+    tangent = unless_missing(lambda: ours.tangent(along))
+    second = unless_missing(lambda: ours.second_as_one(upstream, along))
+    return Setting(ours, value, first, upstream, along, tangent, second, draw.mask)
+
+
+def _changes(start: Setting, rtol: float) -> dict[str, str]:
+    """Sentences that say what changes under the `variations`, by the name of the finding."""
+    changes: dict[str, str] = {}
+    upstream = start.upstream.clone()
+    for variation in variations(start):
         try:
             got, expected = variation.compute()
         except Broken as error:
-            if name == "first":
-                differs.setdefault(name, f"{variation.where}, {error}")
-            continue  # judged elsewhere
+            # Second derivatives and the jvp as such are judged elsewhere.
+            if variation.required:
+                changes.setdefault(variation.of, f"{variation.where}: {error}")
+            continue
         except (Unsupported, TypeError, ValueError):
             continue  # judged elsewhere, or the function refuses such inputs
-        if not equal(upstream, setting.upstream):
-            differs.setdefault("first", "the backward overwrites its upstream gradient")
-            setting.upstream.copy_(upstream)
-        elif detail := _difference(setting, name, got.flatten(), expected.flatten(), rtol):
-            differs.setdefault(name, f"{variation.where}, {detail}")
-    return differs
+        if not torch.equal(upstream, start.upstream):
+            changes.setdefault("first", "the backward overwrites its upstream gradient")
+            start.upstream.copy_(upstream)
+        elif not torch.equal(got, expected):
+            detail = _difference(start, variation, got.flatten(), expected.flatten(), rtol)
+            if detail:
+                changes.setdefault(variation.of, detail)
+    return changes
 
 
-def _difference(setting: Setting, name: str, got: Tensor, expected: Tensor, rtol: float) -> str:
+def _difference(
+    start: Setting, variation: Variation, got: Tensor, expected: Tensor, rtol: float
+) -> str:
     """Where two vectors differ by more than rounding, in words; else an empty string."""
-    if not len(expected):
-        return ""
+    usual = {"value": start.value, "first": start.first, "forward_mode": start.tangent}
+    like = [expected, usual.get(variation.of, start.second)]
     # Another layout may be summed in another order.
-    like = torch.cat([expected, setting.first]) if name == "first" else expected
-    rounding = 1e4 * EPS * like.nan_to_num(0.0, 0.0, 0.0).abs().max()
-    bound = rtol * torch.maximum(got.abs(), expected.abs()) + rounding
+    largest = max(float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in like if t is not None)
+    bound = rtol * torch.maximum(got.abs(), expected.abs()) + _REORDERED * largest
     off = (got - expected).abs()
-    wrong = ~(alike(got, expected) | (off <= bound))
+    wrong = ~(alike(got, expected) | (off.isfinite() & (off <= bound)))
     if not wrong.any():
         return ""
-    at = int(torch.where(wrong, off.nan_to_num(torch.inf), -1.0).argmax())
-    return f"at element {at}: {got[at]:.6g}, expected {expected[at]:.6g}"
+    at = int(torch.where(wrong, off.nan_to_num(math.inf), -1.0).argmax())
+    name = _names(start.ours, start.value.shape, variation.of)(at)
+    return f"{name}: {got[at]:.6g}, expected {expected[at]:.6g} ({variation.where})"
+
+
+def _names(ours: Derivatives, shape: torch.Size, of: str) -> Callable[[int], str]:
+    """What to call an element of a vector of values, gradients, tangents or second derivatives."""
+    n = len(ours.x)
+
+    def output(at: int) -> str:
+        return element("output", at, shape)
+
+    def first(at: int) -> str:
+        return ours.place(at % n)
+
+    def second(at: int) -> str:
+        return ours.place(at) if at < n else element("upstream gradient", at - n, shape)
+
+    return {"value": output, "forward_mode": output, "first": first}.get(of, second)
 
 
 # ------------------------------------------------------------------------- against a reference
@@ -258,13 +331,7 @@ def _by_reference(
 ) -> Report:
     along = draw.like(ours.x)
     moved = [ours.x * (1 + 2 * EPS * draw.like(ours.x).sign()) for _ in range(5)]
-
-    def first(function: Derivatives) -> Tensor:
-        return function.first(upstream)
-
-    def second(function: Derivatives) -> Tensor:
-        by_x, by_upstream = function.second(upstream, along)
-        return torch.cat([by_x, by_upstream.flatten()])
+    n = len(ours.x)
 
     def forward_mode(function: Derivatives) -> Tensor:
         try:
@@ -274,23 +341,27 @@ def _by_reference(
                 raise
             return function.jacobian_along(along)
 
-    def compare(what: Callable[[Derivatives], Tensor]) -> Finding:
-        got, expected = what(ours), what(theirs)
+    def compare(of: str, compute: Callable[[Derivatives], Tensor]) -> Finding:
+        got, expected = compute(ours), compute(theirs)
         if got.shape != expected.shape:
             shapes = f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-            return Finding("wrong", math.inf, shapes)
+            return Finding("wrong", math.inf, shapes, n, n)
         # How far rounding the inputs moves the truth.
         noise = torch.zeros_like(expected)
         for x in moved:
-            moved_by = (what(theirs.at(x)) - expected).abs()
+            moved_by = (compute(theirs.at(x)) - expected).abs()
             noise = torch.maximum(noise, moved_by.nan_to_num(0.0, 0.0, 0.0))
-        return _compare(got.flatten(), expected.flatten(), noise.flatten(), rtol)
+        names = _names(ours, upstream.shape, of)
+        found = _compare(got.flatten(), expected.flatten(), noise.flatten(), names, rtol)
+        return found._replace(probed=n, elements=n)
 
     return Report(
-        value=compare(Derivatives.value),
-        first=compare(first),
-        forward_mode=_or_wrong(lambda: compare(forward_mode)),
-        second=_or_unsupported(lambda: compare(second)),
+        value=compare("value", Derivatives.value),
+        first=compare("first", lambda function: function.first(upstream)),
+        forward_mode=_or_wrong(ours, lambda: compare("forward_mode", forward_mode)),
+        second=_or_unsupported(
+            lambda: compare("second", lambda function: function.second_as_one(upstream, along))
+        ),
     )
 
 
@@ -301,18 +372,23 @@ def _or_unsupported(find: Callable[[], Finding]) -> Finding:
         return Finding("unsupported", math.nan, str(error))
 
 
-def _or_wrong(find: Callable[[], Finding]) -> Finding:
-    """A jvp that raises is wrong; that there is none is no fault."""
+def _or_wrong(ours: Derivatives, find: Callable[[], Finding]) -> Finding:
+    """A jvp that raises is wrong; to have none is no fault, nor that PyTorch drops tangents."""
     try:
-        return _or_unsupported(find)
+        finding = _or_unsupported(find)
     except Broken as error:
         return Finding("wrong", math.inf, str(error))
+    ignoring = ours.ignores_tangents() if finding.verdict != "right" else ""
+    if ignoring:
+        detail = f"{TANGENT_IGNORED}: {ignoring}"
+        return Finding("unsupported", math.nan, detail)
+    return finding
 
 
-def _compare(got: Tensor, expected: Tensor, noise: Tensor, rtol: float) -> Finding:
+def _compare(
+    got: Tensor, expected: Tensor, noise: Tensor, names: Callable[[int], str], rtol: float
+) -> Finding:
     """Element by element, relatively; equal infinities and two NaNs are equal."""
-    if not len(got):
-        return Finding("cannot tell", math.nan, "there is nothing to compare")
     error = torch.where(alike(got, expected), 0.0, (got - expected).abs() / expected.abs())
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     blind = (error > rtol) & ((got - expected).abs() <= 4 * noise)
@@ -326,7 +402,7 @@ def _compare(got: Tensor, expected: Tensor, noise: Tensor, rtol: float) -> Findi
     return Finding(
         verdict,
         math.nan if verdict == "cannot tell" else float(error[worst]),
-        f"{how} relative error {error[worst]:.1e} at element {worst}: {got[worst]:.6g}, "
+        f"{how} relative error {error[worst]:.1e} at {names(worst)}: {got[worst]:.6g}, "
         f"expected {expected[worst]:.6g}",
     )
 
@@ -334,89 +410,242 @@ def _compare(got: Tensor, expected: Tensor, noise: Tensor, rtol: float) -> Findi
 # ------------------------------------------------------------------- against numerical derivatives
 
 
-class _Direction(NamedTuple):
-    """A direction to probe along."""
-
-    v: Tensor
-    """As long as x is large, so that a step of 1 is of the size of x."""
-    elements: Tensor | None
-    """The elements of x that it moves, one for each cell; None for all of them."""
-
-
 class _Evidence(NamedTuple):
-    """Computed derivatives beside numerical ones."""
+    """A computed derivative next to the values along a line."""
 
+    line: Line
     computed: Tensor
-    slopes: Slopes
-    direction: _Direction
+    """One for each cell."""
+    floor: Tensor
+    """Up to this size a derivative may be rounding alone."""
+    names: Callable[[int], str]
+    """What to call a cell."""
 
 
-def _by_differences(
-    ours: Derivatives,
-    value: Tensor,
-    first: Tensor,
-    upstream: Tensor,
-    draw: _Draw,
-    count: int,
-    rtol: float,
-) -> Report:
+class _ByDifferences:
     """At all elements at once where they do not depend on one another, else at `count` of them."""
-    n = len(ours.x)
-    alone = _is_element_by_element(ours, value, draw)
-    probed = n if alone else min(n, count)
-    probe = _Probe(ours, value.numel() if alone else 1, draw, rtol)
 
-    def directions(gradient: Tensor) -> list[_Direction]:
-        return probe.each_input() if alone else probe.some_elements(gradient, count)
+    def __init__(
+        self,
+        ours: Derivatives,
+        value: Tensor,
+        first: Tensor,
+        upstream: Tensor,
+        draw: _Draw,
+        count: int,
+        rtol: float,
+    ) -> None:
+        self.ours, self.value, self.first, self.upstream = ours, value, first, upstream
+        self.draw, self.count, self.rtol = draw, count, rtol
+        self.few, self.many = draw.steps(ours.x.device)
+        self.size = ours.x.abs().clamp(min=1)
+        self.alone = _is_element_by_element(ours, value, draw)
+        self.cells = value.numel() if self.alone else 1
+        self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
+        self.everywhere = Direction(draw.like(ours.x) * self.size, None)
+        self.tangent: Tensor | None = None
+        self.second: Tensor | None = None
 
-    def judge(evidence: Sequence[_Evidence]) -> Finding:
-        finding = _judge(evidence, rtol)._replace(probed=probed, elements=n)
+    def report(self) -> Report:
+        """All findings."""
+        of_first = [self._of_f(direction) for direction in self._directions(self.first)]
+        first = self._judge(of_first)
+        lines = [piece.line for piece in of_first]
+        return Report(
+            value=Finding("cannot tell", math.nan, "there is no reference to compare it with"),
+            first=first,
+            forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, lines)),
+            second=_or_unsupported(lambda: self._second(first)),
+        )
+
+    def start(self) -> Setting:
+        """What the variations start from, after the report."""
+        return Setting(
+            self.ours,
+            self.value,
+            self.first,
+            self.upstream,
+            self.everywhere.v,
+            self.tangent,
+            self.second,
+            self.draw.mask,
+        )
+
+    # -------------------------------------------------------------------------------- evidence
+
+    def _f(self, x: Tensor) -> Tensor:
+        return self.ours.at(x).value()
+
+    def _gradient(self, x: Tensor) -> Tensor:
+        return self.ours.at(x).first(self.upstream)
+
+    def _of_f(self, direction: Direction, line: Line | None = None) -> _Evidence:
+        """The gradient along a direction."""
+        line = line or Line(self._f, self.ours.x, direction, self.upstream, self.cells, self.value)
+        return self._evidence(line, self._sum(self.first * direction.v), self.first)
+
+    def _evidence(self, line: Line, computed: Tensor, gradient: Tensor) -> _Evidence:
+        floor = line.magnitude
+        if not self.alone:  # sums of terms of the size of the largest derivatives
+            floor = floor.clamp(min=float((gradient * self.size).nan_to_num(0, 0, 0).abs().max()))
+        elements = line.direction.elements
+
+        def names(cell: int) -> str:
+            return (
+                "a random direction" if elements is None else self.ours.place(int(elements[cell]))
+            )
+
+        return _Evidence(line, computed, _ROUNDING * floor, names)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Values in their cells."""
+        return values.reshape(-1, self.cells).sum(0)
+
+    def _directions(self, gradient: Tensor) -> list[Direction]:
+        """Each input, all of its elements together, or some elements one by one."""
+        numbers = torch.arange(len(self.ours.x), device=self.ours.x.device)
+        if self.alone:
+            return [self._along(elements) for elements in numbers.split(self.ours.sizes)]
+        return self._some_elements(gradient, numbers)
+
+    def _some_elements(self, gradient: Tensor, numbers: Tensor) -> list[Direction]:
+        """Single elements: those of the smallest and the largest gradients, and some at random.
+
+        Where those are not all, a few directions through all elements follow.
+        """
+        n, count = len(numbers), self.count
+        if count >= n:
+            return [self._along(element) for element in numbers.split(1)]
+        by_size = (gradient * self.size).abs().argsort()
+        third = count // 3
+        chosen = [by_size[:third], by_size[n - third :]]
+        chosen.append(self.draw.some_of(by_size[third : n - third], count - 2 * third))
+        dense = (self.draw.like(self.ours.x) * self.size for _ in range(_DENSE_DIRECTIONS))
+        return [
+            *(self._along(element) for element in torch.cat(chosen).split(1)),
+            *(Direction(v, None) for v in dense),
+        ]
+
+    def _along(self, elements: Tensor) -> Direction:
+        v = torch.zeros_like(self.ours.x).index_copy(0, elements, self.size[elements])
+        return Direction(v, elements)
+
+    # -------------------------------------------------------------------------------- findings
+
+    def _judge(self, pieces: Sequence[_Evidence]) -> Finding:
+        finding = _judge(pieces, self.few, self.many, self.rtol)
+        return self._counted(finding, self.probed)
+
+    def _counted(self, finding: Finding, probed: int) -> Finding:
+        n = len(self.ours.x)
+        finding = finding._replace(probed=probed, elements=n)
         if finding.verdict == "right" and probed < n:
             detail = f"{finding.detail}; elements='all' probes the others too"
             return finding._replace(verdict="cannot tell", detail=detail)
         return finding
 
-    def f(x: Tensor) -> Tensor:
-        return ours.at(x).value()
+    def _forward_mode(self, first: Finding, lines: Sequence[Line]) -> Finding:
+        """Tangents next to the gradient along the same direction, and to values where they differ.
 
-    def gradient_at(x: Tensor) -> Tensor:
-        return ours.at(x).first(upstream)
+        Both are computed, so that along a direction through all elements they differ by rounding
+        alone; only where they do not, one element follows after the other.
+        """
+        self.tangent = self.ours.tangent(self.everywhere.v)
+        everywhere = self._of_tangent(self._of_f(self.everywhere), self.tangent)
+        if first.verdict != "wrong" and self._same_as_gradient(everywhere, 0.0).all():
+            return first
+        tangents = [self._of_tangent(self._of_f(line.direction, line)) for line in lines]
+        if first.verdict == "wrong":
+            return self._judge(tangents)
+        differing = [t for t in tangents if not self._same_as_gradient(t, self.rtol).all()]
+        if not differing:
+            return first
+        found = self._judge(differing)
+        if found.verdict != "right" and first.verdict == "right":
+            detail = found.detail if found.verdict == "wrong" else "differs from the gradient"
+            return found._replace(verdict="wrong", detail=detail)
+        return found
 
-    everywhere = _Direction(draw.like(ours.x) * probe.size, None)
-    of_f = [
-        (direction, probe.along(f, direction, upstream))
-        for direction in [*directions(first), everywhere]
-    ]
+    def _of_tangent(self, piece: _Evidence, tangent: Tensor | None = None) -> _Evidence:
+        """The tangent in place of the gradient."""
+        if tangent is None:
+            tangent = self.ours.tangent(piece.line.direction.v)
+        terms = self.upstream * tangent
+        floor = piece.floor + _REORDERED * self._sum(terms.abs()).nan_to_num(0, 0, 0)
+        return piece._replace(computed=self._sum(terms), floor=floor)
 
-    def forward_mode() -> Finding:
-        return judge(
-            [
-                _Evidence(probe.sum(upstream * ours.tangent(direction.v)), slopes, direction)
-                for direction, slopes in of_f
-            ]
+    def _same_as_gradient(self, tangent: _Evidence, rtol: float) -> Tensor:
+        expected = self._sum(self.first * tangent.line.direction.v)
+        bound = tangent.floor + rtol * torch.maximum(tangent.computed.abs(), expected.abs())
+        off = (tangent.computed - expected).abs()
+        return alike(tangent.computed, expected) | (off.isfinite() & (off <= bound))
+
+    def _second(self, first: Finding) -> Finding:
+        v = self.everywhere.v
+        by_x, by_upstream = self.ours.second(self.upstream, v)
+        self.second = torch.cat([by_x, by_upstream.flatten()])
+        jacobian = self._jacobian(first, by_upstream)
+        if jacobian.verdict == "wrong":
+            return self._counted(jacobian, self.probed)
+        if self.alone or first.verdict != "right":
+            pieces = [self._of_gradient(direction, by_x) for direction in self._directions(by_x)]
+            found = self._judge(pieces)
+        else:
+            found = self._by_symmetry(by_x)
+        return (
+            jacobian._replace(probed=found.probed, elements=found.elements)
+            if (found.verdict == "right" and jacobian.verdict != "right")
+            else found
         )
 
-    def second() -> Finding:
-        weights = everywhere.v
-        by_x, by_upstream = ours.second(upstream, weights)
-        by_x_evidence = [
-            _Evidence(
-                probe.sum(by_x * direction.v),
-                probe.along(gradient_at, direction, weights),
-                direction,
-            )
-            for direction in directions(by_x)
-        ]
-        # What the backward makes of the upstream gradient is linear in it: the Jacobian.
-        jacobian = _Evidence(probe.sum(upstream * by_upstream), of_f[-1][1], everywhere)
-        return judge([*by_x_evidence, jacobian])
+    def _of_gradient(self, direction: Direction, by_x: Tensor) -> _Evidence:
+        line = Line(
+            self._gradient, self.ours.x, direction, self.everywhere.v, self.cells, self.first
+        )
+        return self._evidence(line, self._sum(by_x * direction.v), by_x)
 
-    return Report(
-        value=Finding("cannot tell", math.nan, "there is no reference to hold it to"),
-        first=judge([_Evidence(probe.sum(first * d.v), slopes, d) for d, slopes in of_f]),
-        forward_mode=_or_wrong(forward_mode),
-        second=_or_unsupported(second),
-    )
+    def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
+        """The backward is linear in the upstream gradient: along v, its derivative is J v."""
+        terms = self.upstream * by_upstream
+        along = self._of_f(self.everywhere)._replace(computed=self._sum(terms))
+        if first.verdict != "right":
+            return _judge([along], self.few, self.many, self.rtol)
+        expected = self._sum(self.first * self.everywhere.v)
+        bound = self.rtol * expected.abs() + along.floor
+        bound += _REORDERED * (
+            self._sum(terms.abs()) + self._sum((self.first * self.everywhere.v).abs())
+        )
+        off = (along.computed - expected).abs()
+        wrong = ~(off <= bound)
+        if wrong.any():
+            cell = int(wrong.int().argmax())
+            detail = (
+                f"with respect to the upstream gradient, along a random direction: "
+                f"{along.computed[cell]:.6g}, expected {expected[cell]:.6g}"
+            )
+            return Finding("wrong", math.inf, detail)
+        return Finding("right", 0.0, "")
+
+    def _by_symmetry(self, by_x: Tensor) -> Finding:
+        """The second derivatives times v are what the gradient changes by along v.
+
+        That is so where the first derivatives are right, and takes one direction instead of one for
+        each element. Elements at which it does not decide follow one by one.
+        """
+        n = len(by_x)
+        line = Line(
+            self._gradient, self.ours.x, self.everywhere, torch.ones_like(by_x), n, self.first
+        )
+        largest = (by_x * self.size).nan_to_num(0, 0, 0).abs().max()
+        floor = _ROUNDING * torch.maximum(line.magnitude * self.size, largest) / self.size
+        dense = _Evidence(line, by_x, floor, self.ours.place)
+        found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
+        if found.verdict != "cannot tell":
+            return self._counted(found, n)
+        if len(undecided) > self.count:
+            return self._counted(found, self.probed)
+        pieces = [self._of_gradient(self._along(e), by_x) for e in undecided.split(1)]
+        return self._counted(_judge(pieces, self.few, self.many, self.rtol), n)
 
 
 def _is_element_by_element(ours: Derivatives, value: Tensor, draw: _Draw) -> bool:
@@ -443,138 +672,127 @@ def _is_element_by_element(ours: Derivatives, value: Tensor, draw: _Draw) -> boo
     return True
 
 
-class _Probe:
-    """Takes numerical derivatives of a function's values, in cells.
+def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) -> Finding:
+    """The verdict over all evidence: wrong where one is, else cannot tell where one cannot.
 
-    With one cell, the weighted values are added up; with a cell for each element, element by
-    element over all that have one (the output, or the gradients by each of the inputs).
+    Two small steps decide first, for all of it. Of the rest the worst comes first.
     """
-
-    def __init__(self, ours: Derivatives, cells: int, draw: _Draw, rtol: float) -> None:
-        self._x, self._cells, self._draw, self._rtol = ours.x, cells, draw, rtol
-        self._inputs = torch.arange(len(ours.x), device=ours.x.device).split(ours.sizes)
-        self.size = ours.x.abs().clamp(min=1)
-
-    def each_input(self) -> list[_Direction]:
-        """One input after the other, all of its elements together."""
-        return [self._along(elements) for elements in self._inputs]
-
-    def some_elements(self, gradient: Tensor, count: int) -> list[_Direction]:
-        """Single elements: those of the smallest and the largest gradients, and some at random.
-
-        Where those are not all, a few directions through all elements follow.
-        """
-        n = len(gradient)
-        if count >= n:
-            return [self._along(element) for element in torch.arange(n).to(self._x.device).split(1)]
-        by_size = (gradient * self.size).abs().argsort()
-        third = count // 3
-        chosen = [by_size[:third], by_size[n - third :]]
-        chosen.append(self._draw.some_of(by_size[third : n - third], count - 2 * third))
-        dense = (self._draw.like(self._x) * self.size for _ in range(_DENSE_DIRECTIONS))
-        return [
-            *(self._along(element) for element in torch.cat(chosen).split(1)),
-            *(_Direction(v, None) for v in dense),
-        ]
-
-    def _along(self, elements: Tensor) -> _Direction:
-        v = torch.zeros_like(self._x).index_copy(0, elements, self.size[elements])
-        return _Direction(v, elements)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Values in their cells."""
-        return values.reshape(-1, self._cells).sum(0)
-
-    def along(
-        self, f: Callable[[Tensor], Tensor], direction: _Direction, weights: Tensor
-    ) -> Slopes:
-        """The derivatives along a direction of what f gives, weighted and in cells."""
-        x, (v, elements) = self._x, direction
-        steps = self._draw.steps(x.device)
-        weights = weights.reshape(-1, self._cells)
-        nothing = torch.full_like(weights, math.nan)
-
-        def values(x: Tensor) -> Tensor:
-            try:
-                return f(x).reshape(weights.shape)
-            except (TypeError, ValueError, Broken):  # outside of the function's domain
-                return nothing
-
-        center = values(x)
-        moves = torch.zeros_like(center, dtype=torch.bool)
-        rows = []
-        for step in steps:
-            above, below = x + step * v, x - step * v
-            plus, minus = values(above), values(below)
-            magnitude = weights.abs() * torch.stack([plus, minus, center]).abs().amax(0)
-            # What does not move, at larger steps either, adds nothing to the rounding error.
-            moves |= (plus != center) | (minus != center)
-            size = torch.where(moves.any(0), (magnitude * moves).sum(0), magnitude.sum(0))
-            # The steps that were really taken, after rounding.
-            up, down = (
-                (step, step)
-                if elements is None
-                else ((above - x)[elements] / v[elements], (x - below)[elements] / v[elements])
-            )
-            rows.append(
-                (
-                    (weights * (plus - center)).sum(0),
-                    (weights * (center - minus)).sum(0),
-                    up.expand(self._cells),
-                    down.expand(self._cells),
-                    size,
-                )
-            )
-        table = (torch.stack(column) for column in zip(*rows, strict=True))
-        return slopes(Ladder(steps.unsqueeze(1), *table), self._rtol)
-
-
-def _judge(evidence: Sequence[_Evidence], rtol: float) -> Finding:
-    """The verdict over all evidence: wrong where one is, else cannot tell where one cannot."""
-    findings = [_judge_one(*piece, rtol) for piece in evidence]
-    for verdict in ("wrong", "cannot tell"):
-        for finding in findings:
-            if finding.verdict == verdict:
-                return finding
-    return max(findings, key=lambda finding: finding.error)
-
-
-def _judge_one(computed: Tensor, slopes: Slopes, direction: _Direction, rtol: float) -> Finding:
-    difference = (computed - slopes.derivative).abs()
-    finite = computed.isfinite()
-    size = torch.maximum(torch.where(finite, computed.abs(), 0.0), slopes.derivative.abs())
-    known = slopes.uncertainty.isfinite() & ~slopes.kinked
-    agrees = (slopes.uncertainty <= rtol * size) & (difference <= rtol * size)
-    is_zero = (computed == 0) & slopes.zero
-    right = known & finite & (agrees | is_zero)
-    certain = slopes.uncertainty <= _CERTAIN * size
-    wrong = known & certain & ~right & ~(difference <= 2 * slopes.uncertainty + rtol * size)
-    error = torch.where(is_zero, 0.0, (difference / size).nan_to_num(math.inf, math.inf))
-    if wrong.any():
-        verdict: Verdict = "wrong"
-        cell = int(torch.where(wrong, error, -1.0).argmax())
-    elif right.all():
-        verdict, cell = "right", int(error.argmax())
+    lines = [piece.line for piece in pieces]
+    if all(line.single for line in lines):
+        computed = torch.cat([piece.computed for piece in pieces])
+        right, derivative = quick_together(lines, few, computed, rtol)
+        errors = _relative(computed, derivative).tolist()
+        decided = right.tolist()
     else:
-        verdict, cell = "cannot tell", int((~right).int().argmax())
+        quick = [
+            line.quick(few, piece.computed, rtol) for line, piece in zip(lines, pieces, strict=True)
+        ]
+        errors = [
+            float(_relative(p.computed, d).max()) for p, (_, d) in zip(pieces, quick, strict=True)
+        ]
+        decided = [bool(right.all()) for right, _ in quick]
+    findings = []
+    if any(decided):
+        worst = max((error, i) for i, error in enumerate(errors) if decided[i])[1]
+        findings = [_judge_one(pieces[worst], few, many, rtol)[0]]
+    rest = [(errors[i], piece) for i, piece in enumerate(pieces) if not decided[i]]
+    for _, piece in sorted(rest, key=lambda pair: -pair[0]):
+        finding, _ = _judge_one(piece, few, many, rtol)
+        if finding.verdict == "wrong":
+            return finding
+        findings.append(finding)
+    undecided = [finding for finding in findings if finding.verdict == "cannot tell"]
+    return undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
 
-    elements = direction.elements
-    where = "in a random direction" if elements is None else f"at element {int(elements[cell])}"
-    length = 1.0 if elements is None else direction.v[elements[cell]].item()
+
+def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
+    """The relative error, 0 where both are 0, infinite where one of them is not a number."""
+    size = torch.maximum(computed.abs(), derivative.abs())
+    error = torch.where(computed == derivative, 0.0, (computed - derivative).abs() / size)
+    return error.nan_to_num(math.inf, math.inf)
+
+
+def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tuple[Finding, Tensor]:
+    """The verdict on one line, and the cells at which it cannot tell."""
+    line, computed = piece.line, piece.computed
+    right, derivative = line.quick(few, computed, rtol)
+    small = computed.abs() <= piece.floor
+    flat = fades = torch.zeros_like(right)
+    if (small & ~right).any():
+        flat, fades = line.plateau()
+        right = right | (small & flat)
+        derivative = torch.where(flat, 0.0, derivative)
+    if right.all():
+        error = torch.where(small & flat, 0.0, _relative(computed, derivative))
+        return _finding("right", piece, derivative, error, int(error.argmax())), right.nonzero()[:0]
+    found = line.slopes(many, rtol)
+    is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(piece.floor, found.zero))
+    certain, agrees = _compared(computed, found, rtol)
+    known = found.uncertainty.isfinite() & ~found.kinked
+    right = right | (known & (agrees | is_zero))
+    # Both are 0 to within rounding.
+    nothing = small & (found.derivative.abs() <= 2 * found.uncertainty)
+    wrong = known & certain & ~right & ~nothing
+    wrong |= known & ~computed.isfinite() & (found.zero >= 0)
+    if not (right | wrong | small).all():
+        flat, fades = line.plateau()  # where the derivative is 0, and the computed one is not
+        wrong |= flat & ~small & ~right
+        found = found._replace(derivative=torch.where(flat, 0.0, found.derivative))
+    error = torch.where(is_zero | (small & flat), 0.0, _relative(computed, found.derivative))
+    if wrong.any():
+        cell = int(torch.where(wrong, error, -1.0).argmax())
+        return _finding("wrong", piece, found.derivative, error, cell), right.nonzero()[:0]
+    if right.all():
+        cell = int(error.argmax())
+        return _finding("right", piece, found.derivative, error, cell), right.nonzero()[:0]
+    undecided = (~right).nonzero().flatten()
+    return _undecided(piece, found, fades, int(undecided[0])), undecided
+
+
+def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Tensor]:
+    """Where a derivative certainly differs from the numerical one, and where it agrees with it."""
+    finite = computed.isfinite()
+    difference = (computed - found.derivative).abs()
+    size = torch.maximum(torch.where(finite, computed.abs(), 0.0), found.derivative.abs())
+    agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size)
+    differs = ~(difference <= 2 * found.uncertainty + rtol * size)
+    return (found.uncertainty <= _CERTAIN * size) & differs, agrees
+
+
+def _length(piece: _Evidence, cell: int) -> float:
+    """How long a step is: a derivative is with respect to one of 1."""
+    elements = piece.line.direction.elements
+    return 1.0 if elements is None else piece.line.direction.v[elements[cell]].item()
+
+
+def _finding(
+    verdict: Verdict, piece: _Evidence, derivative: Tensor, error: Tensor, cell: int
+) -> Finding:
+    length = _length(piece, cell)
+    ours, theirs = piece.computed[cell].item() / length, derivative[cell].item() / length
+    detail = (
+        f"largest relative error {error[cell].item():.1e} at {piece.names(cell)}: {ours:.6g}, "
+        f"numerically {theirs:.6g}"
+    )
+    return Finding(verdict, error[cell].item(), detail)
+
+
+def _undecided(piece: _Evidence, found: Slopes, fades: Tensor, cell: int) -> Finding:
+    length, where = _length(piece, cell), piece.names(cell)
     ours, theirs, uncertainty, below, above = (
         t[cell].item() / length
-        for t in (computed, slopes.derivative, slopes.uncertainty, slopes.below, slopes.above)
+        for t in (piece.computed, found.derivative, found.uncertainty, found.below, found.above)
     )
-    if verdict != "cannot tell":
+    if found.kinked[cell]:
         detail = (
-            f"largest relative error {error[cell].item():.1e} {where}: {ours:.6g}, "
-            f"numerically {theirs:.6g}"
+            f"a kink at {where}: from below the derivative is {below:.3g}, from above {above:.3g}"
         )
-        return Finding(verdict, error[cell].item(), detail)
-    if slopes.kinked[cell]:
-        detail = f"a kink {where}: from below the derivative is {below:.3g}, from above {above:.3g}"
+    elif fades[cell]:
+        detail = f"saturation at {where}: the values do not move"
     elif not math.isfinite(uncertainty):
-        detail = f"there is no numerical derivative {where}"
+        detail = f"there is no numerical derivative at {where}"
     else:
-        detail = f"the numerical derivative {theirs:.2g} {where} is uncertain by {uncertainty:.2g}"
-    return Finding(verdict, math.nan, f"{detail}; computed was {ours:.2g}")
+        detail = (
+            f"the numerical derivative {theirs:.2g} at {where} is uncertain by {uncertainty:.2g}"
+        )
+    return Finding("cannot tell", math.nan, f"{detail}; computed was {ours:.2g}")

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nnce import kernels
+from nnce import _torch_private, kernels
 from nnce._arguments import check_alike, check_size, is_integer, is_number, is_size, plain
 from nnce._memory import check_memory, dashed
 from nnce.algorithm import Hyperparameters
@@ -30,7 +30,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 # Below this many multiplications in the largest product of a step a second thread does not pay.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
 # Weights times examples of a chunk, which takes some tenths of a second.
-_CHUNK_WORK = 10_000_000_000
+CHUNK_WORK = 10_000_000_000
 
 
 class Ensemble:
@@ -210,7 +210,7 @@ class Ensemble:
         networks = len(self.networks) if networks is None else networks
         step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
         weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(self.sizes))
-        examples = _CHUNK_WORK // (weights * networks)
+        examples = CHUNK_WORK // (weights * networks)
         return step * max(1, (examples if at_most is None else min(examples, at_most)) // step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -419,17 +419,10 @@ def _check_network(network: MLP) -> None:
             raise ValueError(
                 "expected networks that autograd can use, but one was made under inference_mode"
             )
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if _torch_private.tensor_hooks_of(parameter):
             raise ValueError("expected no hooks, which are not called, but a parameter has some")
     for module in network.modules():
-        if any(
-            (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ):
+        if _torch_private.hooks_of(module):
             kind = type(module).__name__
             raise ValueError(f"expected no hooks, which are not called, but a {kind} has some")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnce import kernels
+from nnce._torch_private import owner, version
 from nnce.algorithm import Hyperparameters
 from nnce.losses import LOSSES
 from nnce.modules import MLP
@@ -54,7 +55,7 @@ def is_cached() -> bool:
 
 def _kernels() -> Any:
     """The compiled loops, imported on first use: Numba is optional, and takes time to import."""
-    with _interrupts_wait():
+    with interrupts_wait():
         from nnce.kernels import training
     return training
 
@@ -76,7 +77,7 @@ def _subnormals_are_0() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of the block.
 
     Raised inside a compiler's callback they would be lost; raised while parameters are written,
@@ -127,7 +128,7 @@ def make_inputs(x: Tensor, *, dense: bool) -> Any:
     np.cumsum(-(-counts // kernels.INPUTS_AT_ONCE) * kernels.INPUTS_AT_ONCE, out=starts[1:])
     indices = np.full(starts[-1], n_in, dtype=np.uint32)
     values = np.zeros(starts[-1], dtype=rows.dtype)
-    with _interrupts_wait():  # the first call for a dtype compiles
+    with interrupts_wait():  # the first call for a dtype compiles
         training.list_inputs(rows, starts, indices, values)
     return training.Inputs(starts, indices, values, np.zeros((0, n_in), dtype=rows.dtype))
 
@@ -145,8 +146,8 @@ class InputCache:
         if x.is_inference():  # PyTorch does not record whether it has been changed
             return make_inputs(x, dense=dense)
         # Each slice of a data set is a new tensor, but the data set that it is a view of remains.
-        whole = x if x._base is None else x._base
-        place = (x.storage_offset(), tuple(x.shape), x.stride(), x._version, dense)
+        whole = owner(x)
+        place = (x.storage_offset(), tuple(x.shape), x.stride(), version(x), dense)
         key = (id(whole), *place)
         with self._lock:
             source, made = self._made.pop(key, (lambda: None, None))
@@ -154,7 +155,7 @@ class InputCache:
                 made = make_inputs(x, dense=dense)
             self._made[key] = weakref.ref(whole), made  # the last used is last
             for other, (source, _) in list(self._made.items()):
-                changed = other[0] == key[0] and other[-2] != x._version
+                changed = other[0] == key[0] and other[-2] != version(x)
                 if source() is None or changed or len(self._made) > _MAX_INPUTS:
                     del self._made[other]
         return made
@@ -309,7 +310,7 @@ class Loops:
         for network in self._networks:
             network.read_parameters()
         jobs = list(zip(self._networks, [order.numpy() for order in orders], strict=True))
-        with _interrupts_wait():  # the first call for a dtype compiles
+        with interrupts_wait():  # the first call for a dtype compiles
             self._networks[0].train(inputs, targets, jobs[0][1][:0])
         stop = threading.Event()
         try:
@@ -318,7 +319,7 @@ class Loops:
             else:
                 self._share_out(inputs, targets, jobs, threads, stop)
         finally:
-            with _interrupts_wait():
+            with interrupts_wait():
                 for network in self._networks:
                     network.write_parameters()
 
@@ -352,7 +353,7 @@ class Loops:
         network = self._networks[number]
         network.read_parameters()
         inputs = INPUTS.get(x, dense=self._dense)
-        with _interrupts_wait():  # the first call for a dtype compiles
+        with interrupts_wait():  # the first call for a dtype compiles
             return torch.from_numpy(network.outputs(inputs, len(x)))
 
     def _share_out(

@@ -30,8 +30,8 @@ from nnce.modules import MLP
 # Examples are gathered into mini-batches a block at a time, about this many bytes of them: on a CPU
 # they are still in the cache when the steps read them; on CUDA a block is one graph, and as many
 # steps as keep its launch cheap.
-_BLOCK_BYTES = 1_000_000
-_BLOCK_BYTES_CUDA = 1_000_000_000
+BLOCK_BYTES = 1_000_000
+BLOCK_BYTES_CUDA = 1_000_000_000
 _BLOCK_STEPS_CUDA = 100
 
 
@@ -142,8 +142,8 @@ class Products:
 def _block_steps(step: int, device: torch.device) -> int:
     """Mini-batches in a block, each of `step` bytes."""
     if device.type == "cuda":
-        return min(_BLOCK_STEPS_CUDA, max(1, _BLOCK_BYTES_CUDA // step))
-    return max(1, _BLOCK_BYTES // step)
+        return min(_BLOCK_STEPS_CUDA, max(1, BLOCK_BYTES_CUDA // step))
+    return max(1, BLOCK_BYTES // step)
 
 
 def block_examples(

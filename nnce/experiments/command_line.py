@@ -611,7 +611,7 @@ def run_directory(
                 world.broadcast(path)
                 yield path
         finally:
-            if dry_run or mark.exists():
+            if path.is_dir() and (dry_run or mark.exists()):
                 clear(path)
                 # Another run may have begun in the same place meanwhile.
                 with contextlib.suppress(OSError):

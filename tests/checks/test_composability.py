@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from companions import COMPANIONS, NESTED
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -253,7 +254,6 @@ def twice(function):
     return lambda z: function(z, z.flip(0))
 
 
-NESTED = "forward mode in forward mode"  # silently wrong for whatever has a jvp: pytorch #192985
 WRONG = [
     (SavesWhatItMade.apply, "double backward", "second derivative: "),
     (SavesWhatItMade.apply, "func.hessian", "hessian: "),
@@ -381,3 +381,59 @@ def test_bad_input_is_one_sentence(function, inputs, error, sentence):
 def test_bad_options_are_one_sentence(options, error, sentence):
     with pytest.raises(error, match=sentence):
         check_composability(torch.exp, Z, **options)
+
+
+EAGER = [name for name in COLUMNS if "compile" not in name and name != "export"]
+
+
+@pytest.mark.parametrize("companion", COMPANIONS, ids=lambda companion: companion.name)
+def test_companions(companion):
+    """Those that are silently wrong in one way are, and no others; what needs no compiler."""
+    columns = [*EAGER, companion.wrong] if "compile" in companion.wrong else EAGER
+    examples = [True for _ in companion.inputs]
+    report = check_composability(
+        companion.function, *companion.inputs, examples=examples, only=columns
+    )
+    silently = set(report.wrong) - {NESTED}
+    assert companion.wrong in silently if companion.wrong else not silently, str(report)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("companion", COMPANIONS, ids=lambda companion: companion.name)
+def test_companions_with_the_compiler(companion):
+    examples = [True for _ in companion.inputs]
+    report = check_composability(companion.function, *companion.inputs, examples=examples)
+    assert report.right == (not companion.wrong) or set(report.wrong) <= {NESTED}, str(report)
+
+
+def test_there_are_many_companions():
+    assert len(COMPANIONS) == len({companion.name for companion in COMPANIONS}) >= 60
+
+
+def test_the_callers_tensors_are_left_alone():
+    z, labels = Z.double(), torch.tensor([1, 2, 3])
+    before = z.clone(), labels.clone()
+
+    def overwrites(z, labels):
+        output = z * labels.double().unsqueeze(1)
+        z.data.zero_()
+        labels.zero_()
+        return output
+
+    report = check_composability(overwrites, z, labels, only=EAGER)
+    assert torch.equal(z, before[0]) and torch.equal(labels, before[1])
+    assert "inputs untouched" in report.wrong
+    assert report["inputs untouched"].detail.startswith("input 0 after the call: ")
+
+
+def test_a_function_that_says_that_it_works_in_place_may():
+    (companion,) = (c for c in COMPANIONS if c.name == "in place, marked dirty")
+    report = check_composability(companion.function, Z, only=EAGER)
+    assert report["inputs untouched"].verdict == report["frozen inputs"].verdict == "works"
+
+
+def test_the_report_begins_with_the_verdict():
+    right = str(found(torch.sin, only=["func.grad", "func.vmap"])).splitlines()[0]
+    assert right == "right: nothing silently wrong; 2 work"
+    wrong = str(found(NoTangent.apply, only=["func.jvp", "func.vmap"])).splitlines()[0]
+    assert wrong == "wrong: func.jvp; 1 work"

@@ -374,3 +374,456 @@ add(
     right=True,
 )
 add("cumsum of large numbers", lambda x: x.cumsum(0), lambda n, g: normal(n, g, 1e17), right=True)
+
+
+# -------------------------------------------------- what real graphs send, and what caches do wrong
+
+
+class Sine(Function):
+    """Right; the base of those that are wrong in one way. Its rules are looked up when called."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return upstream * z.cos()
+
+
+def sine(name, backward, inputs=normal, *, right=False, forward=None, once=False):
+    """The sine with another backward, of ctx and the upstream gradient."""
+    rule = once_differentiable(backward) if once else backward
+    rules = {"backward": staticmethod(rule)}
+    if forward is not None:
+        rules["forward"] = staticmethod(forward)
+    add(name, type("Wrong", (Sine,), rules).apply, inputs, right=right)
+
+
+def saved(ctx):
+    return ctx.saved_tensors[0]
+
+
+def pops(ctx, upstream):
+    return upstream * ctx.kept.pop().cos()
+
+
+def keeps(ctx, z):
+    ctx.kept = [z.detach()]
+    return z.sin()
+
+
+def overwrites_saved(ctx, upstream):
+    z = saved(ctx)
+    gradient = upstream * z.cos()
+    z.data.zero_()
+    return gradient
+
+
+def saves_a_copy(ctx, z):
+    ctx.save_for_backward(z.clone())
+    return z.sin()
+
+
+def accumulates(ctx, upstream):
+    ctx.total = getattr(ctx, "total", 0) + upstream * saved(ctx).cos()
+    return ctx.total.clone()
+
+
+def keeps_cosine(ctx, z):
+    ctx.buffer = z.detach().cos()
+    return z.sin()
+
+
+def scales_its_buffer(ctx, upstream):
+    return ctx.buffer.mul_(upstream).clone()
+
+
+def counts_calls(ctx, upstream):
+    ctx.calls = getattr(ctx, "calls", 0) + 1
+    return upstream * saved(ctx).cos() * (1 if ctx.calls == 1 else 1.01)
+
+
+for once in (False, True):
+    how = ", once differentiable" if once else ""
+    sine(f"second backward: pops what it saved{how}", pops, forward=keeps, once=once)
+    sine(
+        f"second backward: overwrites what it saved{how}",
+        overwrites_saved,
+        forward=saves_a_copy,
+        once=once,
+    )
+    sine(f"second backward: accumulates on ctx{how}", accumulates, once=once)
+    sine(
+        f"second backward: scales its buffer in place{how}",
+        scales_its_buffer,
+        forward=keeps_cosine,
+        once=once,
+    )
+sine("second backward: counts its calls", counts_calls)
+
+
+def frees(ctx, upstream):
+    z, ctx.kept = ctx.kept, None
+    return upstream * (z.cos() if z is not None else 0 * upstream)
+
+
+def keeps_alone(ctx, z):
+    ctx.kept = z.detach()
+    return z.sin()
+
+
+sine("second backward: frees what it kept", frees, forward=keeps_alone)
+
+
+class LastCall(Sine):
+    """Keeps z on the class: wrong where two forwards precede the backward."""
+
+    @staticmethod
+    def forward(ctx, z):
+        LastCall.z = z.detach()
+        return z.sin()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * LastCall.z.cos()
+
+
+class Cached(Sine):
+    """Keeps one buffer of cosines for all calls of a shape, overwritten by each forward."""
+
+    buffers: dict = {}  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.buffer = Cached.buffers.setdefault(z.shape, torch.empty(z.shape, dtype=z.dtype))
+        ctx.buffer.copy_(z.detach().cos())
+        return z.sin()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.buffer
+
+
+add("two forwards: the last call's z", LastCall.apply, right=False)
+add("two forwards: one buffer for all calls", Cached.apply, right=False)
+
+
+# Upstream gradients with zeros, of any size, all ones.
+sine("zeros: g g / g", lambda ctx, u: u * u / u * saved(ctx).cos())
+sine("zeros: skips where any is 0", lambda ctx, u: u * saved(ctx).cos() * (u != 0).all())
+sine(
+    "zeros: by the logarithm",
+    lambda ctx, u: u.sign() * u.abs().log().exp() / u.sign().abs() * saved(ctx).cos(),
+)
+sine("zeros: ε for 0", lambda ctx, u: torch.where(u == 0, 1e-3, u) * saved(ctx).cos())
+sine("zeros: by the norm", lambda ctx, u: u / u.norm() * u.norm() * saved(ctx).cos())
+sine(
+    "tiny: cut below 1e-7", lambda ctx, u: torch.where(u.abs() < 1e-7, 0 * u, u) * saved(ctx).cos()
+)
+sine("large: clipped at 1000", lambda ctx, u: u.clamp(-1e3, 1e3) * saved(ctx).cos())
+sine("large: tanh of a thousandth", lambda ctx, u: 1e4 * (u / 1e4).tanh() * saved(ctx).cos())
+sine("small: through half precision", lambda ctx, u: (u * 1.0).half().double() * saved(ctx).cos())
+sine("ones: a shortcut that is off", lambda ctx, u: saved(ctx).cos() * (2 if (u == 1).all() else u))
+sine(
+    "largest alone decides the scale",
+    lambda ctx, u: (u / u.abs().max()).round(decimals=3) * u.abs().max() * saved(ctx).cos(),
+)
+sine(
+    "right: a shortcut for ones",
+    lambda ctx, u: saved(ctx).cos() * (1 if (u == 1).all() else u),
+    right=True,
+)
+sine(
+    "second derivative: 0 where the upstream gradient is",
+    lambda ctx, u: torch.where(u == 0, 0 * u, u * saved(ctx).cos()),
+)
+
+
+# Layouts that real graphs send.
+def of_storage(t):
+    """From the first number in memory on, as if there were no offset."""
+    return torch.as_strided(t, t.shape, t.stride(), 0)
+
+
+def wide_matrices(n, generator):
+    return normal(6 * n, generator).view(2, 3 * n)
+
+
+def images(n, generator):
+    return normal(24 * n, generator).view(2, 3, 2, 2 * n)
+
+
+def flat_memory(t):
+    """The numbers in memory order, for the shape's order."""
+    if (
+        not t.is_contiguous()
+        and t.dim() == 4
+        and t.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return t.permute(0, 2, 3, 1).reshape(t.shape)
+    return t
+
+
+def expanded_along(dim):
+    def rule(ctx, upstream):
+        off = upstream.dim() > dim and upstream.stride(dim) == 0 and upstream.shape[dim] > 1
+        return upstream * saved(ctx).cos() * (1.5 if off else 1)
+
+    return rule
+
+
+sine("upstream expanded along dimension 0", expanded_along(0), wide_matrices)
+sine("upstream expanded along dimension 1", expanded_along(1), wide_matrices)
+sine(
+    "upstream expanded along all",
+    lambda ctx, u: (
+        u * saved(ctx).cos() * (2 if u.dim() and not any(u.stride()) and u.numel() > 1 else 1)
+    ),
+    wide_matrices,
+)
+sine(
+    "upstream at an offset",
+    lambda ctx, u: (of_storage(u) if u.storage_offset() else u) * saved(ctx).cos(),
+    matrices,
+)
+sine("upstream channels_last", lambda ctx, u: flat_memory(u) * saved(ctx).cos(), images)
+sine(
+    "upstream strided",
+    lambda ctx, u: torch.as_strided(u, u.shape, torch.empty(u.shape).stride()) * saved(ctx).cos(),
+    wide_matrices,
+)
+
+
+def sine_of(change):
+    """A sine whose backward reads its input in a way that depends on the layout."""
+
+    def backward(ctx, upstream):
+        return upstream * change(saved(ctx)).cos()
+
+    return backward
+
+
+sine("input at an offset", sine_of(lambda z: of_storage(z) if z.storage_offset() else z), matrices)
+sine("input channels_last", sine_of(flat_memory), images)
+sine(
+    "input with stride 0",
+    sine_of(lambda z: z * (2 if 0 in z.stride() and z.numel() > 1 else 1)),
+    wide_matrices,
+)
+sine("input transposed", sine_of(lambda z: z if z.is_contiguous() else z + 0.1), wide_matrices)
+sine("right: whatever the layout", sine_of(lambda z: z.contiguous()), images, right=True)
+
+
+# Two inputs that are one, values that depend on who asks, tangents that are not there.
+class Aliased(Function):
+    """x y, of which the gradients are wrong where x and y are the same tensor."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        ctx.same = x.data_ptr() == y.data_ptr()
+        return x * y
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, y = ctx.saved_tensors
+        return (upstream * x, None) if ctx.same else (upstream * y, upstream * x)
+
+
+def pair(n, generator):
+    return normal(n, generator), normal(n, generator)
+
+
+add("x y: wrong where both are the same tensor", Aliased.apply, pair, right=False)
+add(
+    "value: 1e-3 more where a gradient is requested",
+    lambda x: x.sin() * (1.001 if x.requires_grad else 1),
+    right=False,
+)
+add("x y of one and the same", lambda x: x * x, right=True)
+
+
+class Tangents(Function):
+    """x y with a jvp that is told what is not there by None."""
+
+    @staticmethod
+    def forward(x, y):
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, y = ctx.saved_tensors
+        return upstream * y, upstream * x
+
+    @staticmethod
+    def jvp(ctx, dx, dy):
+        x, y = ctx.saved_tensors
+        return dx * y + x * dy  # fails where one of them is None
+
+
+class IgnoresTangents(Tangents):
+    @staticmethod
+    def jvp(ctx, dx, dy):
+        x, y = ctx.saved_tensors
+        return torch.zeros_like(x) if dx is None or dy is None else dx * y + x * dy
+
+
+class RightTangents(Tangents):
+    @staticmethod
+    def jvp(ctx, dx, dy):
+        x, y = ctx.saved_tensors
+        return (0 if dx is None else dx * y) + (0 if dy is None else x * dy)
+
+
+add("jvp: fails where a tangent is None", Tangents.apply, pair, right=False)
+add("jvp: 0 where a tangent is None", IgnoresTangents.apply, pair, right=False)
+add("jvp: tangents may be None", RightTangents.apply, pair, right=True)
+wrong(
+    "jvp clipped",
+    torch.sin,
+    lambda ctx, z, u: u * z.cos(),
+    jvp=lambda z, dz: dz.clamp(-9, 9) * z.cos(),
+)
+wrong(
+    "jvp one element off",
+    lambda z: z.softmax(-1),
+    lambda ctx, z, u: z.softmax(-1) * (u - (u * z.softmax(-1)).sum(-1, keepdim=True)),
+    lambda n, g: normal(n + 1, g),
+    jvp=lambda z, dz: one_element(
+        z.softmax(-1) * (dz - (dz * z.softmax(-1)).sum(-1, keepdim=True)), lambda t: 1e-3 * t
+    ),
+)
+
+
+# Second derivatives.
+class Cosine(Function):
+    """cos, whose own derivative is half of what it should be."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.cos()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (z,) = ctx.saved_tensors
+        return -upstream * z.sin() / 2
+
+
+sine("second derivative: half", lambda ctx, u: u * Cosine.apply(saved(ctx)))
+sine(
+    "gradient under create_graph differs",
+    lambda ctx, u: u * saved(ctx).cos() * (1.1 if torch.is_grad_enabled() else 1),
+)
+
+
+class CosineOnce(Cosine):
+    """Its backward pops what it kept: wrong the second time."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.kept = [z.detach()]
+        return z.cos()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return -upstream * (ctx.kept.pop().sin() if ctx.kept else 0 * upstream)
+
+
+sine("second derivative: wrong the second time", lambda ctx, u: u * CosineOnce.apply(saved(ctx)))
+
+
+# ---------------------------------------------- piecewise functions, plateaus, zeros of derivatives
+
+
+def away(*kinks):
+    """At least 0.3 from every kink."""
+
+    def made(n, generator):
+        x = 8 * torch.rand(400 * n, generator=generator, dtype=torch.float64) - 4
+        far = torch.stack([(x - kink).abs() >= 0.3 for kink in kinks]).all(0)
+        return x[far][:n]
+
+    return made
+
+
+def spaced(n, generator):
+    """Numbers of which any two are at least 0.3 apart."""
+    return 0.32 * torch.randperm(n, generator=generator).double() - 2
+
+
+for name, function, kinks in (
+    ("relu", F.relu, (0,)),
+    ("abs", torch.abs, (0,)),
+    ("hardtanh", F.hardtanh, (-1, 1)),
+    ("leaky relu", F.leaky_relu, (0,)),
+    ("hardswish", F.hardswish, (-3, 3)),
+    ("relu²", lambda x: F.relu(x) ** 2, (0,)),
+    ("hinge", lambda x: F.relu(1 - x).mean(), (1,)),
+    ("squared hinge", lambda x: (F.relu(1 - x) ** 2).mean(), (1,)),
+    ("floor", torch.floor, range(-5, 6)),
+    ("fraction", torch.frac, range(-5, 6)),
+    ("triangle wave", lambda x: (x - 2 * (x / 2).round()).abs(), range(-5, 6)),
+):
+    add(f"away from kinks: {name}", function, away(*kinks), right=True)
+for name, function in (
+    ("cummax", lambda x: x.cummax(0).values),
+    ("topk", lambda x: x.topk(max(1, len(x) // 3)).values),
+    ("median", torch.median),
+    ("range", lambda x: x.max() - x.min()),
+    ("second largest", lambda x: x.sort(descending=True).values[: min(2, len(x))].sum()),
+):
+    add(f"away from ties: {name}", function, spaced, right=True)
+for name, function in (
+    ("x³ at 0", lambda x: x**3),
+    ("5 + x³ at 0", lambda x: 5 + x**3),
+    ("Σ x⁵ at 0", lambda x: (x**5).sum()),
+    ("cos at 0", torch.cos),
+    ("x² (1 + x) at 0", lambda x: x * x * (1 + x)),
+):
+    add(f"zero of a derivative: {name}", function, lambda n, g: torch.zeros(n).double(), right=True)
+add(
+    "zero of a derivative: sin at π/2",
+    torch.sin,
+    lambda n, g: torch.full((n,), math.pi / 2).double(),
+    right=True,
+)
+wrong(
+    "NaN at a zero of the derivative",
+    lambda z: z**3,
+    lambda ctx, z, u: u * (3 * z**2) ** 2 / (3 * z**2),
+    lambda n, g: torch.zeros(n).double(),
+)
+wrong(
+    "0.1 on a plateau",
+    F.hardtanh,
+    lambda ctx, z, u: u * torch.where(z.abs() < 1, 1.0, 0.1),
+    lambda n, g: 2 + positive(n, g),
+)
+wrong(
+    "1e-6 on a plateau",
+    F.relu,
+    lambda ctx, z, u: u * torch.where(z > 0, 1.0, 1e-6),
+    lambda n, g: -1 - positive(n, g),
+)
+wrong(
+    "0 in tanh's saturation",
+    torch.tanh,
+    lambda ctx, z, u: u * torch.where(z.abs() < 9, 1 - z.tanh() ** 2, 0 * z),
+    lambda n, g: 9.5 + 0.1 * positive(n, g),
+)
+wrong(
+    "0 where the exponential is small",
+    torch.exp,
+    lambda ctx, z, u: u * torch.where(z > -30, z.exp(), 0 * z),
+    lambda n, g: -40 - positive(n, g),
+)

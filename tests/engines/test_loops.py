@@ -217,7 +217,7 @@ def test_a_weight_whose_input_is_0_is_not_touched():
 
 @pytest.mark.filterwarnings("ignore:threads=")
 @pytest.mark.skipif(os.name != "posix", reason="timers of POSIX")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_is_answered_soon_and_between_two_steps(threads):
     x, y = drawn(n=200_000, n_in=100)
     some = networks(2, (100, 30, 3))
@@ -305,6 +305,7 @@ def in_a_process(code, begin=ONE_NETWORK, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow  # everything is compiled anew
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_during_compilation_is_answered_when_that_ends_and_never_lost(tmp_path):
     """No step has been taken then, and training can go on."""
@@ -312,6 +313,7 @@ def test_ctrl_c_during_compilation_is_answered_when_that_ends_and_never_lost(tmp
     assert said == ["answered", "1", "True", "False"]
 
 
+@pytest.mark.slow
 def test_compiled_code_is_found_by_another_process(tmp_path):
     assert in_a_process(CACHED, NUMBA_CACHE_DIR=str(tmp_path)) == ["False", "0"]
     assert in_a_process(CACHED, NUMBA_CACHE_DIR=str(tmp_path)) == ["True", "1"]

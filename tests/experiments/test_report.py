@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 
 import pytest
@@ -45,27 +46,34 @@ def test_the_version_is_that_of_the_source_with_its_commit(tmp_path, monkeypatch
     """Not of the installed metadata, nor of a repository that a virtual environment lies in."""
     monkeypatch.setattr(nnce, "__version__", "9.9")
     assert report.versions()["nnce"] == "9.9"
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
 
     def git(*arguments):
         names = ("user.name=nnce", "user.email=nnce", "commit.gpgsign=false")
         options = [option for name in names for option in ("-c", name)]
-        command = ["git", "-C", str(tmp_path), *options, *arguments]
+        command = ["git", "-C", str(checkout), *options, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    inner = tmp_path / "site-packages"
-    inner.mkdir()
     git("init")
-    (tmp_path / "file").write_text("1")
+    (checkout / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
     git("tag", "-m", "a name", "v1")
     commit = git("rev-parse", "HEAD")[:12]
-    assert report._commit.__wrapped__(tmp_path) == commit
-    assert report._commit.__wrapped__(inner) is None
-    (tmp_path / "file").write_text("2")
-    assert report._commit.__wrapped__(tmp_path) == f"{commit}-dirty"
-    monkeypatch.setenv("PATH", "")  # without git
-    assert report._commit.__wrapped__(tmp_path) is None
+    for name in ("dirty", "without git"):
+        shutil.copytree(checkout, tmp_path / name)
+    (tmp_path / "dirty" / "file").write_text("2")
+
+    def commit_of(root):
+        monkeypatch.setattr(nnce, "__file__", str(root / "nnce" / "__init__.py"))
+        return report.versions().get("commit")
+
+    assert commit_of(checkout) == commit
+    assert commit_of(checkout / "site-packages") is None
+    assert commit_of(tmp_path / "dirty") == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(tmp_path / "without git") is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import os
 import random
 import re
@@ -16,7 +17,7 @@ import killed
 import peak
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_unless
 
 import nnce
 from nnce import training
@@ -44,8 +45,8 @@ def compare(script):
 @pytest.fixture(autouse=True)
 def several_stops_in_an_epoch(monkeypatch):
     """As in tests/killed.py."""
-    monkeypatch.setattr(ensemble, "_CHUNK_WORK", 200_000)
-    monkeypatch.setattr(products, "_BLOCK_BYTES", 30_000)
+    monkeypatch.setattr(ensemble, "CHUNK_WORK", 200_000)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 30_000)
 
 
 def same_as_alone(alone, run_dir):
@@ -60,30 +61,39 @@ CHANGING = {
     "distortion": Distortion(rotation=10, alpha=5, sigma=1.5),
 }
 DROPOUT = {"dropout": 0.5, "input_dropout": 0.2}
+SGD = {"optimizer": "sgd", "momentum": 0.9}
+ADAM = {"optimizer": "adam", "momentum": 0.0}
+# Engines without a graph have neither Adam nor dropout, and dropout is the same under Adam.
+VARIANTS = {
+    f"{engine}, {name}": {"engine": engine, **options}
+    for engine in training.ENGINES
+    for name, options in {
+        "sgd": SGD,
+        "sgd, schedule and distortion": SGD | CHANGING,
+        "sgd, dropout": SGD | DROPOUT,
+        "adam": ADAM,
+        "adam, schedule and distortion": ADAM | CHANGING,
+    }.items()
+    if engine not in training.ENSEMBLE_ENGINES or not ("dropout" in name or "adam" in name)
+}
 
 
 @pytest.mark.parametrize(
-    "more", [{}, CHANGING, DROPOUT], ids=["plain", "schedule and distortion", "dropout"]
+    ("variant", "stop"),
+    slow_unless(
+        lambda variant, stop: stop in (0, 5) or variant == "functions, sgd",
+        itertools.product(VARIANTS, (0, 1, 2, 5, 7)),
+    ),
 )
-@pytest.mark.parametrize("stop", [0, 1, 2, 5, 7])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("engine", training.ENGINES)
-def test_a_state_goes_on_to_the_same_bits(engine, optimizer, stop, more, digits, tmp_path):
+def test_a_state_goes_on_to_the_same_bits(variant, stop, digits, tmp_path):
     """Between any two steps, through a file: before the first one, within and between epochs."""
-    if optimizer == "adam" and engine in training.ENSEMBLE_ENGINES:
-        pytest.skip("engines without a graph know SGD alone")
-    if more == DROPOUT and (engine in training.ENSEMBLE_ENGINES or optimizer == "adam"):
-        pytest.skip("engines without a graph know no dropout; Adam is nothing new to it")
     settings = Settings(
         hidden=(9, 8),
-        engine=engine,
-        optimizer=optimizer,
         epochs=2,
         batch_size=70,
-        momentum=0.0 if optimizer == "adam" else 0.9,
         l2=1.0,
         lr=0.01,
-        **more,
+        **VARIANTS[variant],
     )
     short = digits._replace(train=type(digits.train)(*(part[:200] for part in digits.train)))
 
@@ -134,14 +144,14 @@ def plain(value):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of each script that nothing has stopped."""
+    """An uninterrupted run of each script, not to be changed."""
     folder = tmp_path_factory.mktemp("alone")
     for name, options in (("train", TRAIN), ("compare", COMPARE)):
         assert killed.loaded(name).main([*options, "--run-dir", str(folder / name)]) == 0
     return {name: folder / name for name in ("train", "compare")}
 
 
-@pytest.mark.parametrize("calls", [0, 3, 8])
+@pytest.mark.parametrize("calls", [0, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     calls, train, alone, tmp_path, monkeypatch
 ):
@@ -153,7 +163,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     same_as_alone(alone["train"], run_dir)
 
 
-@pytest.mark.parametrize("calls", [0, 9, 14])
+@pytest.mark.parametrize(("calls",), slow_unless(lambda calls: calls == 9, [(0,), (9,), (14,)]))
 def test_a_comparison_that_was_stopped_goes_on_as_if_it_had_not(
     calls, compare, alone, tmp_path, monkeypatch
 ):
@@ -185,28 +195,36 @@ def test_a_clock_that_was_set_back_does_not_disorder_the_curves(
     same_as_alone(alone["train"], run_dir)
 
 
-def test_more_epochs_may_be_asked_for(train, compare, tmp_path, capsys):
-    """A comparison chooses its controls anew; what it had logged of the old ones goes."""
-    for name, module, options in (("t", train, TRAIN), ("c", compare, COMPARE)):
-        alone, run_dir = tmp_path / f"{name}-alone", tmp_path / f"{name}-run"
-        assert module.main([*options, "--epochs", "5", "--run-dir", str(alone)]) == 0
-        assert module.main([*options, "--run-dir", str(run_dir)]) == 0
-        (run_dir / "quadratic-lr99-autograd").mkdir()
-        assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
-        expected, found = killed.outcome(alone), killed.outcome(run_dir)
-        # The command is the one that it was begun with.
-        expected["results"].pop("command", None), found["results"].pop("command", None)
-        if name == "t":
-            shutil.rmtree(run_dir / "quadratic-lr99-autograd")
-        assert killed.differences(expected, found) == []
-        assert not (run_dir / "quadratic-lr99-autograd").exists()
-        if name == "t":  # what is finished may be asked for once more, and is the same
-            assert module.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
-            again = killed.outcome(run_dir)
-            again["results"].pop("command", None)
-            assert killed.differences(expected, again) == []
+def outcome_without_command(run_dir):
+    """All but the command, which is the one that the run was begun with."""
+    found = killed.outcome(run_dir)
+    found["results"].pop("command", None)
+    return found
 
 
+def test_more_epochs_may_be_asked_for(begun, train, tmp_path):
+    """And again what is finished: the same."""
+    alone, run_dir = tmp_path / "alone", begun / "train"
+    assert train.main([*TRAIN, "--epochs", "5", "--run-dir", str(alone)]) == 0
+    expected = outcome_without_command(alone)
+    for _ in range(2):
+        assert train.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+        assert killed.differences(expected, outcome_without_command(run_dir)) == []
+
+
+@pytest.mark.slow
+def test_a_comparison_of_more_epochs_chooses_its_controls_anew(begun, compare, tmp_path):
+    """What it had logged of the old ones goes."""
+    alone, run_dir = tmp_path / "alone", begun / "compare"
+    assert compare.main([*COMPARE, "--epochs", "5", "--run-dir", str(alone)]) == 0
+    (run_dir / "quadratic-lr99-autograd").mkdir()
+    assert compare.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
+    assert not (run_dir / "quadratic-lr99-autograd").exists()
+    expected, found = outcome_without_command(alone), outcome_without_command(run_dir)
+    assert killed.differences(expected, found) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "compare"])
 def test_killed_over_and_over_it_comes_to_the_same(name, tmp_path):
     kills, options = (2, TRAIN) if name == "train" else (1, COMPARE)
@@ -255,20 +273,11 @@ def kill(name, kills, seed, folder, *options):
 # ------------------------------------------------------------------------- what is asked for again
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of each script, not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    for name, options in (("train", TRAIN), ("compare", COMPARE)):
-        module = killed.loaded(name)
-        assert module.main([*options, "--run-dir", str(folder / name)]) == 0
-    return folder
-
-
 @pytest.fixture
-def begun(finished, tmp_path):
-    """Runs that may be changed."""
-    shutil.copytree(finished, tmp_path / "begun")
+def begun(alone, tmp_path):
+    """Finished runs that may be changed."""
+    for name, run_dir in alone.items():
+        shutil.copytree(run_dir, tmp_path / "begun" / name)
     return tmp_path / "begun"
 
 
@@ -317,7 +326,7 @@ def test_where_there_is_nothing_to_resume(place, message, begun, train, refused)
     assert message in refused(train.main, "--resume", str(begun / place))
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, tmp_path, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, alone, capsys):
     before, newest = sorted((begun / "train").glob("checkpoint-*"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -325,9 +334,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, tmp_path
     assert train.main(["--resume", str(begun / "train")]) == 0
     err = capsys.readouterr().err
     assert f"{newest} is damaged: its checksum is wrong; going on from {before}" in err
-    alone = tmp_path / "alone"
-    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
-    same_as_alone(alone, begun / "train")
+    same_as_alone(alone["train"], begun / "train")
 
 
 def test_where_all_are_damaged_it_is_one_line(begun, train, refused):
@@ -337,10 +344,11 @@ def test_where_all_are_damaged_it_is_one_line(begun, train, refused):
     assert line.count("is cut off") == 2
 
 
-def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(train, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(
+    train, alone, tmp_path, monkeypatch
+):
     """Its first checkpoint has no more than its configuration and the start."""
-    alone, run_dir = tmp_path / "alone", tmp_path / "run"
-    assert train.main([*TRAIN, "--run-dir", str(alone)]) == 0
+    run_dir = tmp_path / "run"
 
     def goes(*arguments, **more):
         os._exit(9)
@@ -353,9 +361,10 @@ def test_a_run_that_was_killed_before_its_first_epoch_starts_anew(train, tmp_pat
                 train.main([*TRAIN, "--run-dir", str(run_dir)])
             os._exit(1)
         assert killed.status_of(child) == 9
-    assert (run_dir / command_line._NOTHING_YET).exists()
+    content = checkpoints.latest_checkpoint(run_dir).content
+    assert content["state"]["cursor"]["step"] == 0 and training.unpack(content["records"]) == []
     assert train.main(["--resume", str(run_dir)]) == 0
-    same_as_alone(alone, run_dir)
+    same_as_alone(alone["train"], run_dir)
 
 
 def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
@@ -369,26 +378,31 @@ def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
 
 def test_another_commit_or_version_is_said(begun, train, capsys, monkeypatch):
     """Those of the running code, not of what was once installed."""
+    whole = report.versions
+
+    def of_commit(commit):
+        monkeypatch.setattr(report, "versions", lambda: {**whole(), "commit": commit})
+
     monkeypatch.setattr(nnce, "__version__", "9.9")
-    monkeypatch.setattr(report, "_commit", lambda root: "0123456789ab")
-    assert train.main(["--resume", str(begun / "train")]) == 0
+    of_commit("0123456789ab")
+    assert train.main(["--resume", str(begun / "train"), "--epochs", "4"]) == 0
     assert f"nnce 9.9 (was {VERSION})" in capsys.readouterr().err
     recorded = checkpoints.latest_checkpoint(begun / "train").content["circumstances"]
     assert recorded["nnce"] == "9.9" and recorded["commit"] == "0123456789ab"
-    monkeypatch.setattr(report, "_commit", lambda root: "ba9876543210")
+    of_commit("ba9876543210")
     assert train.main(["--resume", str(begun / "train")]) == 0
     assert "commit ba9876543210 (was 0123456789ab)" in capsys.readouterr().err
 
 
 def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, tmp_path):
     run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / command_line._NOTHING_YET).touch()
-    line = refused(train.main, "--resume", str(run_dir))
+    with command_line.run_directory(run_dir, ""):
+        shutil.copytree(run_dir, tmp_path / "killed")
+    line = refused(train.main, "--resume", str(tmp_path / "killed"))
     assert "it was killed before its first checkpoint: start it again as at first" in line
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
+@pytest.mark.parametrize("name", ["train", pytest.param("compare", marks=pytest.mark.slow)])
 def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
     """From the records in the checkpoint; histograms are not in there."""
     run_dir = tmp_path / "run"
@@ -396,49 +410,57 @@ def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
     for events in run_dir.rglob("events.out.tfevents.*"):
         events.unlink()
     assert script(name).main(["--resume", str(run_dir)]) == 0
-    expected, found = killed.outcome(alone[name]), killed.outcome(run_dir)
+    expected, found = outcome_without_command(alone[name]), outcome_without_command(run_dir)
     for outcome in (expected, found):
-        outcome["results"].pop("command", None)
         for place in [place for place in outcome if place[0] == "curves"]:
             curves = outcome[place]
             outcome[place] = {key: of for key, of in curves.items() if key[0] != "histogram"}
-    assert ("scalar", "loss/validation") in found["curves", Path()] or name == "compare"
+    logged = {"train": Path(), "compare": Path("quadratic-lr1")}[name]
+    assert ("scalar", "loss/validation") in found["curves", logged]
     assert killed.differences(expected, found) == []
 
 
-def test_a_directory_that_is_deleted_during_the_run_is_not_called_kept(
-    train, tmp_path, monkeypatch, capsys
-):
-    run_dir, whole = tmp_path / "run", training.records
+def test_a_directory_that_is_deleted_during_the_run_is_not_called_kept(tmp_path):
+    from test_command_line import command
 
-    def deleted(*arguments, epoch, **more):
-        if epoch == 2:
-            shutil.rmtree(run_dir)
-        return whole(*arguments, epoch=epoch, **more)
+    run_dir = tmp_path / "run"
+    change = f"""
+import shutil
+from nnce import training
+whole = training.records
+def deleted(*arguments, epoch, **more):
+    if epoch == 2:
+        shutil.rmtree({str(run_dir)!r})
+    return whole(*arguments, epoch=epoch, **more)
+training.records = deleted
+"""
+    process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
+    done = subprocess.run(process, capture_output=True, text=True, timeout=120)
+    expected = f"train.py: error: the run directory {run_dir} was deleted during the run\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+    assert "Results" not in done.stdout and not run_dir.exists()
 
-    monkeypatch.setattr(training, "records", deleted)
-    with pytest.raises(command_line.Failed, match=f"{run_dir} was deleted during the run"):
-        train.main([*TRAIN, "--run-dir", str(run_dir)])
-    assert "Results" not in capsys.readouterr().out and not run_dir.exists()
 
-
-def test_a_restarted_job_finds_its_own_directory(train, tmp_path, monkeypatch):
+def test_a_restarted_job_finds_its_own_directory(train, alone, tmp_path, monkeypatch):
     """Among those of other jobs of the same second; what it left unfinished is removed."""
+    content = checkpoints.latest_checkpoint(alone["train"]).content
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "launched", lambda: True)
     monkeypatch.setattr(command_line, "date_and_time", lambda: "now")
     jobs = {"a-now": "none 1-1.0", "a-now-2": "none 2-2.0", "a-now-3": "none 1-1.0"}
     for name, job in jobs.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        checkpoints.write_checkpoint(tmp_path / "runs" / name, {"job": job})
-    options = train.parser().parse_args([])
+        checkpoints.write_checkpoint(tmp_path / "runs" / name, {**content, "job": job})
+
+    def start():
+        return resuming.start(train.parser(), [], "train.py", parallel.ALONE)
+
     monkeypatch.setattr(command_line, "job", lambda: "none 2-2.0")
-    assert resuming._begun_by_this_job(options) == Path("runs/a-now-2")
-    unfinished = tmp_path / "runs" / "a-now-4"
-    unfinished.mkdir()
-    (unfinished / command_line._NOTHING_YET).write_text("none 3-3.0")
+    assert start().run_dir == Path("runs/a-now-2") and start().options.momentum == 0.5
     monkeypatch.setattr(command_line, "job", lambda: "none 3-3.0")
-    assert resuming._begun_by_this_job(options) is None
+    with command_line.run_directory(tmp_path / "begun", "") as run_dir:
+        shutil.copytree(run_dir, tmp_path / "runs" / "a-now-4")
+    assert start().run_dir is None
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == list(jobs)
 
 
@@ -499,9 +521,14 @@ def mutated(value, chance):
     return chance.choice(others)
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
 @pytest.mark.parametrize(
-    "trials", [12, pytest.param(500, marks=pytest.mark.exhaustive, id="exhaustive")]
+    ("name", "trials"),
+    [
+        ("train", 12),
+        pytest.param("compare", 12, marks=pytest.mark.slow),
+        pytest.param("train", 500, marks=pytest.mark.exhaustive),
+        pytest.param("compare", 500, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_strangers_checkpoint_is_a_sentence_or_a_run(
     name, trials, begun, script, capsys, record_property
@@ -555,18 +582,21 @@ def small_disk(folder, size):
     return folder if mounted and mounted.returncode == 0 else None
 
 
-@pytest.mark.parametrize("name", ["train", "compare"])
 @pytest.mark.parametrize(
-    "moments", [1, pytest.param(20, marks=pytest.mark.exhaustive, id="exhaustive")]
+    ("name", "moments"),
+    [
+        ("train", 1),
+        pytest.param("compare", 1, marks=pytest.mark.slow),
+        pytest.param("train", 20, marks=pytest.mark.exhaustive),
+        pytest.param("compare", 20, marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property):
+def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_property):
     """At a random moment; with space again, the run goes on to what it would have come to."""
     from test_command_line import command
 
     chance = random.Random(name)
     options = TRAIN if name == "train" else COMPARE
-    alone = tmp_path / "alone"
-    assert killed.loaded(name).main([*options, "--run-dir", str(alone)]) == 0
     stopped = on_disk = 0
     for number in range(moments):
         place = tmp_path / f"disk-{number}"
@@ -591,32 +621,35 @@ def test_a_full_disk_takes_nothing_away(name, moments, tmp_path, record_property
                 subprocess.run(["umount", str(disk)], check=True)
         with_space = tmp_path / f"with-space-{number}"
         assert killed.loaded(name).main(["--resume", str(with_space)]) == 0
-        expected, found = killed.outcome(alone), killed.outcome(with_space)
-        for outcome in (expected, found):
-            outcome["results"].pop("command", None)
+        expected = outcome_without_command(alone[name])
+        found = outcome_without_command(with_space)
         assert killed.differences(expected, found) == []
     assert stopped
     record_property("trials", f"{moments}, {stopped} stopped, {on_disk} by a file system")
 
 
+@pytest.mark.slow
 def test_a_lost_permission_is_one_sentence(tmp_path):
     """In the midst of a run; what was finished stays."""
     from test_command_line import command
 
-    change = full_after(12).replace("ENOSPC", "EACCES").replace("No space left on device", "denied")
+    change = full_after(40).replace("ENOSPC", "EACCES").replace("No space left on device", "denied")
     run_dir = tmp_path / "run"
     process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
     done = subprocess.run(process, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "denied" in done.stderr
-    if run_dir.exists():
-        assert checkpoints.latest_checkpoint(run_dir).damaged == []
+    assert checkpoints.latest_checkpoint(run_dir).damaged == []
 
 
 # -------------------------------------------------------------------------- nothing is left behind
 
 
 @pytest.mark.parametrize(
-    "count", [4, pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive")]
+    "count",
+    [
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(100, marks=pytest.mark.exhaustive, id="exhaustive"),
+    ],
 )
 def test_nothing_is_left_of_many_epochs_and_resumes(count, train, tmp_path, record_property):
     """Memory, file handles, threads and processes are as many after a hundred as after a few."""

@@ -1,5 +1,6 @@
 """The walk over blocks of labels: its own arithmetic. What comes of it all is in test_labels.py."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -8,9 +9,15 @@ import sys
 import mpmath
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_unless
 
+from nnce import linear_sigmoid_cross_entropy
 from nnce.labels import blocks
+from nnce.labels.positives import Targets
+
+
+def without_positives(n):
+    return torch.full((n,), -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -19,14 +26,15 @@ def test_softplus_is_right_to_some_units_in_the_last_place(dtype):
     eps = torch.finfo(dtype).eps
     z = torch.cat([torch.linspace(-80, 80, 4001), torch.linspace(-1, 1, 2001)]).to(dtype)
     edge = torch.tensor([math.log(eps * f) for f in (0.1, 0.4, 0.5, 0.6, 1, 1.4, 1.6, 2, 3)])
-    z = torch.cat([z, edge.to(dtype)])[None]
-    how = blocks._Rows(blocks._Room(z.numel(), z), 1, z.new_ones(1, 1), True, True)
-    C = blocks._use_up(z.clone(), blocks.Options(None, None, None, 0), None, None, how.factor, how)
+    z = torch.cat([z, edge.to(dtype)])
+    one = torch.ones(1, 1, dtype=dtype)
+    # z = x · 1 with one label, which is not a positive: C = softplus(z).
+    C = linear_sigmoid_cross_entropy(z[:, None], one, without_positives(len(z)), reduction="none")
     with mpmath.workdps(60):
-        exact = [mpmath.log1p(mpmath.exp(mpmath.mpf(float(number)))) for number in z[0]]
+        exact = [mpmath.log1p(mpmath.exp(mpmath.mpf(number))) for number in z.tolist()]
         worst = max(
-            abs(mpmath.mpf(float(got)) - right) / right
-            for got, right in zip(C[0], exact, strict=True)
+            abs(mpmath.mpf(got) - right) / right
+            for got, right in zip(C.tolist(), exact, strict=True)
         )
     assert worst < 4 * eps
 
@@ -34,12 +42,12 @@ def test_softplus_is_right_to_some_units_in_the_last_place(dtype):
 @pytest.mark.parametrize("z", [math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0])
 def test_the_ends_of_the_line(z):
     """softplus and σ of what is not finite, without a warning and without NaN but for NaN."""
-    z = torch.full((1, 1), z)
-    how = blocks._Rows(blocks._Room(1, z), 1, z.new_ones(1, 1), True, True)
-    expected = -torch.nn.functional.logsigmoid(-z), z.sigmoid()
-    options = blocks.Options(None, None, None, 0)
-    C = blocks._use_up(z, options, None, None, how.factor, how)
-    torch.testing.assert_close((C, z), expected, equal_nan=True)
+    b = torch.full((1,), z, requires_grad=True)
+    zero = torch.zeros(1, 1)
+    C = linear_sigmoid_cross_entropy(zero, zero, without_positives(1), linear_bias=b)
+    (dz,) = torch.autograd.grad(C, b)
+    expected = -torch.nn.functional.logsigmoid(-b.detach()), b.detach().sigmoid()
+    torch.testing.assert_close((C.detach().reshape(1), dz), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -63,19 +71,25 @@ def test_examples_are_taken_in_equal_parts():
     ]
 
 
+# Dtypes of the parameters, and of autocast.
+MEMORY_IN = (
+    ("float32",),
+    ("float64",),
+    ("bfloat16",),
+    ("float16",),
+    ("float32", "bfloat16"),
+    ("float32", "float16"),
+    ("bfloat16", "float16"),
+)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.parametrize("n", [1000, 2500])
 @pytest.mark.parametrize(
-    "dtypes",
-    [
-        ("float32",),
-        ("float64",),
-        ("bfloat16",),
-        ("float16",),
-        ("float32", "bfloat16"),
-        ("float32", "float16"),
-        ("bfloat16", "float16"),
-    ],
+    ("n", "dtypes"),
+    slow_unless(  # a process each
+        lambda n, dtypes: n == 1000 and dtypes in (("float32",), ("float32", "bfloat16")),
+        itertools.product((1000, 2500), MEMORY_IN),
+    ),
 )
 def test_a_loss_takes_the_memory_that_is_stated(n, dtypes):
     """Within 10 %, for parameters in the first dtype and autocast to the second."""
@@ -90,22 +104,44 @@ def test_a_loss_takes_the_memory_that_is_stated(n, dtypes):
     assert float(done.stdout) == pytest.approx(stated, rel=0.1)
 
 
-def test_a_product_in_float16_neither_overflows_nor_underflows():
+def walked(x, W, factor):
+    """dx, and dW in its own units, of a walk in float16 over labels of which none is positive."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return blocks.walk(
+        x, W,
+        Targets(dense=None, rows=nothing, labels=nothing, values=None, once=True),
+        blocks.Options(None, None, None, 0.0),
+        factor,
+        block=len(W),
+        product_dtype=torch.half,
+        wants=blocks.Wants(value=False, dx=True, dW=True, db=False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [2.0**-7, 1.0, 2.0**7])
+@pytest.mark.parametrize("magnitude", [2.0**-60, 2.0**-20, 1.0, 2.0**20])
+def test_a_product_in_float16_neither_overflows_nor_underflows(magnitude, scale):
     """The unit of dz is chosen for each block, whatever the magnitude of dz, x and W."""
     generator = torch.Generator().manual_seed(0)
-    for magnitude in (2.0**-60, 2.0**-20, 1.0, 2.0**20):
-        z = torch.rand(64, 300, generator=generator) * magnitude
-        x, W = (torch.rand(rows, 8, generator=generator).half() * 100 for rows in (64, 300))
-        dz, unit = blocks._dz(z.clone(), torch.empty_like(z, dtype=torch.half), x, W)
-        for exact, rounded in ((z @ W.float(), dz @ W), (z.mT @ x.float(), dz.mT @ x)):
-            assert (rounded.float() * unit - exact).norm() <= 2**-10 * exact.norm()
+    x = (torch.randn(64, 8, generator=generator) * scale).half()
+    W = (torch.randn(300, 8, generator=generator) / scale).half()
+    factor = torch.rand(64, generator=generator) * magnitude
+    found = walked(x, W, factor)
+    dz = factor[:, None].double() * (x.double() @ W.double().T).sigmoid()
+    dx, dW = dz @ W.double(), dz.T @ x.double()
+    assert found.dW.dtype == torch.half
+    assert (found.dx - dx).norm() <= 2**-9 * dx.norm()
+    assert (found.dW.double() * found.dW_unit[:, None] - dW).norm() <= 2**-9 * dW.norm()
 
 
 @pytest.mark.parametrize("number", [0.0, math.inf, math.nan])
 def test_a_unit_is_finite(number):
-    unit = blocks._unit(torch.tensor(number))
-    assert unit > 0 and unit.isfinite()
-    assert torch.frexp(unit).mantissa == 0.5
+    """Whatever is in dz."""
+    found = walked(torch.ones(3, 2).half(), torch.ones(4, 2).half(), torch.full((3,), number))
+    assert ((found.dW_unit > 0) & found.dW_unit.isfinite()).all()
+    assert (torch.frexp(found.dW_unit).mantissa == 0.5).all()
+    dW = found.dW * found.dW_unit[:, None]
+    torch.testing.assert_close(dW, torch.full((4, 2), number), equal_nan=True)
 
 
 def test_an_upstream_gradient_beyond_float16_is_no_infinity():

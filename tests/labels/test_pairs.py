@@ -85,8 +85,15 @@ def half_pairs():
     return inputs, torch.autograd.grad(siglip(*exact) * 2.0**16, exact)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", ["autocast", "half"])
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [
+        ("autocast", False),
+        ("half", False),
+        ("half", True),
+        pytest.param("autocast", True, marks=pytest.mark.slow),
+    ],
+)
 def test_float16(mode, compiled):
     """With scale and bias in float32, whose gradients are beyond float16 at a usual loss scale."""
     torch.compiler.reset()
@@ -158,7 +165,7 @@ def test_hooks_unpack_each_saved_tensor_once(group, grouped):
 @pytest.mark.parametrize(
     "n",
     [
-        "10000",  # one n × n tensor would be 400 MB
+        pytest.param("10000", marks=pytest.mark.slow),  # one n × n tensor would be 400 MB
         pytest.param("32768", marks=pytest.mark.exhaustive),  # and here 4 GB
     ],
 )

@@ -40,7 +40,7 @@ def drawn():
         "torch.func, vmap over networks",
         "JAX, vmap over networks",
         "torch.nn eager",
-        "torch.compile",
+        pytest.param("torch.compile", marks=pytest.mark.slow),
         "nnce functions",
         "JAX jit + scan",
         "scikit-learn",
@@ -96,6 +96,7 @@ def test_the_floor_is_five_products_a_step(drawn, R):
     assert all(torch.equal(a, b) for a, b in zip(before, fresh[0].parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run(benchmark, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert benchmark.main(["--quick", "--repetitions", "2", "--run-dir", str(run_dir)]) == 0
@@ -123,6 +124,7 @@ def test_a_run(benchmark, tmp_path, capsys):
     assert "| torch.nn eager " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_peer_that_goes_wrong_is_said(benchmark, tmp_path, capsys, monkeypatch):
     def too_far(work, x, y, fresh):
         epoch, parameters = peers.eager(work, x, y, fresh)
@@ -146,7 +148,12 @@ def test_bad_input_is_one_line(benchmark, options, message, refused):
 
 
 @pytest.mark.parametrize(
-    "peer", ["nnce, dense targets", "PyTorch compiled", "PyTorch checkpointed"]
+    "peer",
+    [
+        "nnce, dense targets",
+        pytest.param("PyTorch compiled", marks=pytest.mark.slow),
+        "PyTorch checkpointed",
+    ],
 )
 def test_peers_of_many_labels_come_to_the_same_gradients(peer):
     problem = labels.Problem(labels.Work(64, 16, 9_000), torch.device("cpu"))

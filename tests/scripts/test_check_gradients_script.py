@@ -64,6 +64,7 @@ def test_a_wrong_rule_and_a_wrong_gradient_break_the_promise(check, tmp_path, mo
     assert "derivatives of sigmoid: first wrong" in err
 
 
+@pytest.mark.slow
 def test_the_matrix(check, tmp_path, capsys, monkeypatch):
     kept = {name: composability.COLUMNS[name] for name in ("func.grad", "compile, double backward")}
     for module in (composability, check):

@@ -305,6 +305,7 @@ def test_a_used_run_directory_is_refused(compare, tmp_path, refused):
     assert "already used; choose a new one" in refused(compare.main, "--run-dir", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_default_comparison_stays_small(tmp_path):
     """Under 20 MB in all; what logging costs is in results.json."""
     done = subprocess.run(

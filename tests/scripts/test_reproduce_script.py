@@ -67,10 +67,7 @@ def test_a_run(reproduce, toy, tmp_path, capsys):
             # The same network, trained alone and looked at with everything in sight.
             settings = Settings(**{**vars(row.settings), "seed": one["seed"]})
             state = training.initial_state(settings, dataset)
-            records, networks = [], []
-            for record in training.train(state, settings, dataset):
-                records.append(record)
-                networks.append(reproduction._parameters(state.network))
+            records = list(training.train(state, settings, dataset))
             best = max(records, key=lambda record: record.accuracy["validation"])
             assert one["chosen_epoch"] == best.epoch and not one["diverged"]
             assert one["chosen_validation"] == best.accuracy["validation"]
@@ -200,7 +197,7 @@ def test_other_sets_of_mnists_format_go_through_the_same_commands(
 # --------------------------------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("calls", [0, 7])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_run_that_was_stopped_goes_on_to_the_same(calls, reproduce, toy, tmp_path, monkeypatch):
     alone, run_dir = tmp_path / "alone", tmp_path / "run"
     options = ["toy", "--data", "digits", "--checkpoint-every", "1"]

@@ -15,8 +15,9 @@ import together
 import torch
 from conftest import ROOT
 
-from nnce.experiments.command_line import ArgumentParser
-from nnce.training import parallel
+from nnce import training
+from nnce.experiments import command_line
+from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -32,20 +33,31 @@ def torchrun(processes, *command, restarts=0, **more):
     )
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
-def test_several_processes_train_the_same_network(processes, tmp_path):
-    """As one does on the same mini-batches, the short last ones included, every engine."""
-    job = torchrun(processes, ROOT / "tests" / "together.py", tmp_path)
+EACH_ENGINE = [name for name in together.CASES if "cross-entropy, sgd, momentum 0.9" in name]
+
+
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [
+        pytest.param(3, EACH_ENGINE, id="each engine"),
+        pytest.param(3, list(together.CASES), marks=pytest.mark.slow, id="all"),
+        pytest.param(2, list(together.CASES), marks=pytest.mark.exhaustive, id="all of two"),
+    ],
+)
+def test_several_processes_train_the_same_network(processes, names, tmp_path):
+    """As one does on the same mini-batches, the short last ones included."""
+    job = torchrun(processes, ROOT / "tests" / "together.py", tmp_path, *names)
     assert job.wait(timeout=300) == 0
     found = torch.load(tmp_path / "found.pt")
-    assert found.keys() == together.CASES.keys() and len(found) == 20
-    for name, settings in together.CASES.items():
-        for parameter, expected in together.trained(settings, ALONE).items():
+    assert found.keys() == set(names) and len(names) in (4, 20)
+    for name in names:
+        for parameter, expected in together.trained(together.CASES[name], ALONE).items():
             torch.testing.assert_close(
                 found[name][parameter], expected, rtol=0, atol=1e-12, msg=f"{name}, {parameter}"
             )
 
 
+@pytest.mark.slow
 def test_networks_shared_out_over_processes_are_the_same_bits(tmp_path):
     """More networks of one kind than processes, and fewer controls."""
     options = ["--epochs", "2", "--seeds", "3", "--lrs", "1", "--train-size", "200"]
@@ -88,7 +100,10 @@ def workers(job):
     return sorted(children, key=lambda child: int(child.environ().get("RANK", 99)))
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
+@pytest.mark.parametrize(
+    "rank",
+    [pytest.param(0, marks=pytest.mark.exhaustive), pytest.param(1, marks=pytest.mark.slow)],
+)
 def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path):
     """From its last checkpoint, to the same bits."""
     options = ["--epochs", "8", "--engine", "functions", "--checkpoint-every", "0.2s"]
@@ -111,6 +126,7 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path
     assert killed.differences(expected, found) == []
 
 
+@pytest.mark.slow
 def test_a_killed_worker_takes_the_job_down(tmp_path):
     """Without restarts, and it is said why."""
     job, run_dir = begun(tmp_path, "--epochs", "100000")
@@ -124,7 +140,11 @@ def test_a_killed_worker_takes_the_job_down(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)]
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_job_that_is_asked_to_stop_saves_once_and_leaves(number, tmp_path):
     """Ctrl-C comes to all processes, and torchrun passes it on to them once more."""
@@ -137,6 +157,7 @@ def test_a_job_that_is_asked_to_stop_saves_once_and_leaves(number, tmp_path):
     assert not list(run_dir.glob(".unfinished*"))
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once(tmp_path):
     job = torchrun(
         2,
@@ -147,34 +168,67 @@ def test_what_is_wrong_is_said_once(tmp_path):
     _, err = job.communicate(timeout=120)
     assert job.returncode != 0
     assert err.count("train.py: error: ") == 1
-    assert "expected another engine than 'loops' for several processes" in err
+    assert "expected an engine other than 'loops' for several processes" in err
 
 
-def test_the_first_process_has_the_time_to_say_what_is_wrong(tmp_path):
-    script = tmp_path / "late.py"
-    script.write_text(
-        "import time\n"
-        "from nnce import parallel\n"
-        "from nnce.experiments import command_line\n"
-        "def main():\n"
-        "    if parallel.is_first():\n"
-        "        time.sleep(1)\n"
-        "    command_line.ArgumentParser(None).error('expected something else')\n"
-        "command_line.run_script(main)\n"
-    )
-    job = torchrun(2, script, stderr=subprocess.PIPE)
-    _, err = job.communicate(timeout=120)
-    assert job.returncode != 0
-    assert re.findall(r"late.py: error: .*", err) == ["late.py: error: expected something else"]
+@pytest.fixture
+def of_a_job(monkeypatch):
+    """This process as one of two of a job."""
+
+    def become(rank):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+
+    return become
 
 
-def test_what_is_wrong_with_another_process_alone_is_said_by_it(monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(parallel, "_MOMENT", 0.0)
+def test_an_engine_for_one_process_alone_is_refused_to_several():
+    settings = Settings((3,), engine="loops")
+    with pytest.raises(ValueError, match="an engine other than 'loops' for several processes"):
+        training.initial_state(settings, together.dataset(), parallel.World(0, 2, joined=True))
+
+
+@pytest.mark.parametrize(("rank", "where"), [(0, ""), (1, "process 1: ")])
+def test_the_first_process_has_the_time_to_say_what_is_wrong(
+    rank, where, of_a_job, monkeypatch, capsys
+):
+    """The other one waits, in which torchrun ends it; where it is not ended, it says it itself."""
+    of_a_job(rank)
+    waits = []
+
+    def wait(seconds):
+        assert capsys.readouterr().err == ""  # nothing is said before
+        waits.append(seconds)
+
+    monkeypatch.setattr("time.sleep", wait)
     with pytest.raises(SystemExit, match="2"):
-        ArgumentParser(None).error("no such folder")
-    assert capsys.readouterr().err.endswith("error: process 1: no such folder\n")
+        command_line.ArgumentParser(None).error("no such folder")
+    assert capsys.readouterr().err.endswith(f"error: {where}no such folder\n")
+    assert (sum(waits) > 1) == (rank == 1)
+
+
+def test_a_job_that_has_lost_a_process_says_how_to_go_on(of_a_job, tmp_path, monkeypatch):
+    """Unless torchrun will restart it."""
+    of_a_job(0)
+    commands = {}
+    gone = RuntimeError("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:29500")
+    for restarts in ("1", "0"):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        run_dir = tmp_path / restarts
+        with (
+            pytest.raises(command_line.Failed) as failed,
+            command_line.run_directory(run_dir, "") as path,
+        ):
+            command_line.keep(path)
+            raise gone
+        sentence, *how = str(failed.value).splitlines()
+        assert re.match(r"process 0 has lost another one: .*Connection closed by peer", sentence)
+        assert f"what was finished is kept in {run_dir}" in sentence
+        commands[restarts] = how
+    assert commands["1"] == []
+    (command,) = commands["0"]
+    assert re.search(rf"torchrun --nproc-per-node 2 \S+ --resume {run_dir}$", command)
 
 
 def test_one_process_alone_asks_nobody():

@@ -1,0 +1,255 @@
+"""A function along one direction through its inputs: differences, and plateaus.
+
+The values of a function are counted in *cells*. With one cell all weighted values are added up;
+with a cell for each element, as many derivatives are probed at once.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnce.checks._derivatives import Broken
+from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, slopes
+
+# A plateau is looked for from a small share of the size of x to many times it.
+_GRID = tuple(4.0**k for k in range(-8, 4))
+_SPARSE_GRID = (4.0**-5, 1.0, 4.0**3)
+# An edge is located to this share of x; beyond it is a little further.
+_EDGE, _BEYOND = 2.0**-32, 2.0**-20
+# Near 0 these are shares of this much.
+_LEAST = 2.0**-10
+# At an edge that is not a jump a value has moved by at most these few units in its last place. A
+# little beyond it, one that fades out has moved by fewer than many.
+_FEW, _MANY = 4.0, 16.0
+# Beyond a kink a value moves by this many times as much as at it; up a staircase by fewer.
+_STEEP = 512.0
+# Values that scatter by rounding move by up to this many units in their last place.
+_SCATTER = 64.0
+# What is below the smallest number of float32 counts as having faded to 0.
+_TINY = torch.finfo(torch.float32).tiny
+_MOST_HALVINGS = 80
+
+
+class Direction(NamedTuple):
+    """A direction to probe along."""
+
+    v: Tensor
+    """As long as x is large, so that a step of 1 is of the size of x."""
+    elements: Tensor | None
+    """The elements of x that it moves, one for each cell; None for all of them."""
+
+
+class Plateau(NamedTuple):
+    """Where values do not move about x, one for each cell."""
+
+    flat: Tensor
+    """Whether they do not, and the plateau ends in a kink or a jump, if anywhere."""
+    fades: Tensor
+    """Whether they do not, but begin to by a unit in the last place: saturation."""
+
+
+class Line:
+    """Values along a direction from x, where they are `center`; NaN outside of the domain."""
+
+    def __init__(
+        self,
+        f: Callable[[Tensor], Tensor],
+        x: Tensor,
+        direction: Direction,
+        weights: Tensor,
+        cells: int,
+        center: Tensor,
+    ) -> None:
+        self._f, self._x, self.direction = f, x, direction
+        self._quick: Ladder | None = None
+        self._slopes: Slopes | None = None
+        self._weights = weights.reshape(-1, cells)
+        self._center = center.reshape(-1, cells)
+        self.magnitude = (self._weights * self._center).abs().sum(0)
+        """Of the weighted values in each cell."""
+
+    @property
+    def single(self) -> bool:
+        """Whether it moves a single element, and all values are in one cell."""
+        elements = self.direction.elements
+        return elements is not None and len(elements) == self._weights.shape[1] == 1
+
+    def _moved(self, step: Tensor) -> Tensor:
+        """x after a step, or after a step for each cell."""
+        v, elements = self.direction
+        if elements is None or not step.dim():
+            return self._x + step * v
+        return self._x.index_add(0, elements, step * v[elements])
+
+    def _at(self, step: Tensor) -> Tensor:
+        try:
+            return self._f(self._moved(step)).reshape(self._weights.shape)
+        except (TypeError, ValueError, Broken):  # outside of the function's domain
+            return torch.full_like(self._weights, math.nan)
+
+    def ladder(self, steps: Tensor, *, whole: bool) -> Ladder:
+        """Differences over these steps.
+
+        Args:
+            steps: the largest first.
+            whole: whether values that have not moved at any larger step add to the rounding error.
+        """
+        plus, minus = self._values(steps), self._values(-steps)
+        steps = steps.unsqueeze(1)
+        taken = self._taken(steps), self._taken(-steps)
+        return _ladder(self._weights, self._center, plus, minus, steps, *taken, whole=whole)
+
+    def _values(self, steps: Tensor) -> Tensor:
+        """[steps, rows, cells]."""
+        return torch.stack([self._at(step) for step in steps])
+
+    def _taken(self, steps: Tensor) -> Tensor:
+        """How far steps [steps, 1] really go, after rounding: [steps, cells], above 0."""
+        v, elements = self.direction
+        if elements is None:
+            return steps.abs().expand(len(steps), self._weights.shape[1])
+        x, v = self._x[elements], v[elements]
+        return (((x + steps * v) - x) / v).abs()
+
+    def quick(self, steps: Tensor, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+        """Where a few small steps show that a derivative is right, and the numerical one."""
+        if self._quick is None:
+            self._quick = self.ladder(steps, whole=True)
+        return quick(self._quick, computed, rtol)
+
+    def slopes(self, steps: Tensor, rtol: float) -> Slopes:
+        """Numerical derivatives from many steps."""
+        if self._slopes is None:
+            self._slopes = slopes(self.ladder(steps, whole=False), rtol)
+        return self._slopes
+
+    def plateau(self) -> Plateau:
+        """Whether the values are constant about x, and how that ends.
+
+        Both ways from x the nearest step is looked for at which a value moves, and bisected. There
+        a hard function has a kink or a jump: a little further on it has moved by very many units in
+        the last place. A saturated one has moved by one. A jump of less than 2⁻⁷ of the value may
+        be that of a staircase, as of a function that computes in a lower precision.
+        """
+        exact = self._ends(exact=True)
+        if (exact.flat | exact.fades).all():
+            return exact
+        scattered = self._ends(exact=False)
+        fades = exact.fades | (scattered.fades & ~exact.flat)
+        return Plateau((exact.flat | scattered.flat) & ~fades, fades)
+
+    def _ends(self, exact: bool) -> Plateau:
+        """Of values that are exactly constant, or else of values that scatter by rounding."""
+        up, up_fades = self._end(1.0, exact)
+        if not (up | up_fades).any():
+            return Plateau(up, up_fades)
+        down, down_fades = self._end(-1.0, exact)
+        return Plateau(up & down, up_fades | down_fades)
+
+    def _end(self, side: float, exact: bool) -> tuple[Tensor, Tensor]:
+        """Where a plateau on one side of x ends hard, or nowhere; and where it fades out."""
+        cells = self._weights.shape[1]
+        inside = torch.zeros(cells, dtype=self._x.dtype, device=self._x.device)
+        outside = torch.full_like(inside, math.nan)
+        # Along all elements at once only endless plateaus count.
+        grid = _GRID if self.direction.elements is not None else _SPARSE_GRID
+        for size in grid:
+            step = inside.new_tensor(side * size)
+            moved = ~(self._amount(step, exact) <= _still(exact))
+            outside = torch.where(outside.isnan() & moved, step, outside)
+            inside = torch.where(outside.isnan(), step, inside)
+            if not outside.isnan().any() or not inside.any():
+                break
+        endless = (inside != 0) & outside.isnan()
+        ends = (inside != 0) & ~endless
+        if not ends.any() or self.direction.elements is None:
+            return endless, torch.zeros_like(endless)
+        hard, fades = self._edge(inside * ends, torch.where(ends, outside, 0.0), exact)
+        return endless | (ends & hard), ends & fades
+
+    def _edge(self, inside: Tensor, outside: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        """Whether the edge between two steps is a kink or a jump, or one that fades out."""
+        outside = self._bisect(inside, outside, exact)
+        moved = self._amount(outside, exact)
+        further = self._amount(outside + outside.sign() * _BEYOND * self._scale(outside), exact)
+        unit = EPS if exact else _SCATTER * EPS
+        continuous = moved <= _FEW
+        kink = further >= torch.where(continuous, _MANY, _STEEP * moved)
+        jump = moved * unit >= COARSEST_JUMP
+        return kink | jump, continuous & (further < _MANY)
+
+    def _bisect(self, inside: Tensor, outside: Tensor, exact: bool) -> Tensor:
+        """The first step at which a value has moved."""
+        for _ in range(_MOST_HALVINGS):
+            if not ((outside - inside).abs() > _EDGE * self._scale(outside)).any():
+                break
+            middle = (inside + outside) / 2
+            moved = ~(self._amount(middle, exact) <= _still(exact))
+            inside, outside = (
+                torch.where(moved, inside, middle),
+                torch.where(moved, middle, outside),
+            )
+        return outside
+
+    def _scale(self, step: Tensor) -> Tensor:
+        """The magnitude of the element of x after a step, as a step."""
+        v, elements = self.direction
+        assert elements is not None
+        return self._moved(step)[elements].abs().clamp(min=_LEAST) / v[elements]
+
+    def _amount(self, step: Tensor, exact: bool) -> Tensor:
+        """How far the values at a step are from those at x, in units; NaN outside the domain."""
+        values, center = self._at(step), self._center
+        size = torch.maximum(values.abs(), center.abs())
+        unit = EPS * size if exact else (_SCATTER * EPS * size.amax(0)).expand(size.shape)
+        amount = (values - center).abs() / unit.clamp(min=_TINY)
+        return torch.where(values == center, 0.0, amount).amax(0)
+
+
+def quick_together(
+    lines: Sequence[Line], steps: Tensor, computed: Tensor, rtol: float
+) -> tuple[Tensor, Tensor]:
+    """The same as `quick` of `single` lines of one function, in fewer operations."""
+    first = lines[0]
+    # [steps, rows, lines]
+    plus, minus = (
+        torch.cat([line._values(side * steps) for line in lines], dim=2) for side in (1, -1)
+    )
+    column = steps.unsqueeze(1)
+    places = [line.direction.elements for line in lines]
+    x = torch.cat([first._x[place] for place in places])
+    v = torch.cat([line.direction.v[line.direction.elements] for line in lines])
+    up, down = (((x + side * column * v) - x).abs() / v.abs() for side in (1, -1))
+    ladder = _ladder(first._weights, first._center, plus, minus, column, up, down, whole=True)
+    for i, line in enumerate(lines):
+        line._quick = Ladder(column, *(table[:, i : i + 1] for table in ladder[1:]))
+    return quick(ladder, computed, rtol)
+
+
+def _ladder(
+    weights: Tensor,
+    center: Tensor,
+    plus: Tensor,
+    minus: Tensor,
+    steps: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    whole: bool,
+) -> Ladder:
+    magnitude = weights.abs() * torch.maximum(torch.maximum(plus.abs(), minus.abs()), center.abs())
+    if whole:
+        size = magnitude.sum(1)
+    else:
+        moves = ((plus != center) | (minus != center)).cummax(0).values
+        size = torch.where(moves.any(1), (magnitude * moves).sum(1), magnitude.sum(1))
+    rise_up, rise_down = (weights * (plus - center)).sum(1), (weights * (center - minus)).sum(1)
+    return Ladder(steps, rise_up, rise_down, up, down, size)
+
+
+def _still(exact: bool) -> float:
+    """By how many units values may move that count as constant."""
+    return 0.0 if exact else 1.0

@@ -1,0 +1,82 @@
+"""Benchmark of the checks: `check_gradients` next to `gradcheck` and `gradgradcheck`.
+
+Both look at the same smooth functions of [4, 3], in turns; `ratio` is the peer's time over nnce's.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from nnce import functional
+from nnce.checks import check_gradients
+
+_F = torch.nn.functional
+SHAPE = (4, 3)
+SLOWEST = 2.0
+"""How many times as long as the peer it may take."""
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sin": torch.sin,
+    "nnce.sigmoid": functional.sigmoid,
+    "softplus": _F.softplus,
+    "softmax": lambda x: x.softmax(-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "layer_norm": lambda x: _F.layer_norm(x, SHAPE[1:]),
+    "x @ x.T": lambda x: x @ x.T,
+    "cumsum": lambda x: x.cumsum(0),
+    "mse_loss": lambda x: _F.mse_loss(x, torch.ones_like(x)),
+    "norm": torch.linalg.vector_norm,
+    "sum": torch.sum,
+}
+NNCE, PEER = "nnce", "gradcheck + gradgradcheck"
+
+
+def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of all functions.
+
+    Args:
+        options: `repetitions`, the number of turns, and `quick`, whether to measure three functions
+            only.
+        device: where the functions compute.
+    """
+    names = list(FUNCTIONS)[: 3 if options.quick else None]
+    return [row for name in names for row in _measure(name, options.repetitions, device)]
+
+
+def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str, Any]]:
+    function = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    contenders: dict[str, Callable[[], bool]] = {
+        NNCE: lambda: check_gradients(function, x).right,
+        PEER: lambda: gradcheck(function, x) and gradgradcheck(function, x),
+    }
+    right = {peer: contender() for peer, contender in contenders.items()}  # and warm
+    seconds: dict[str, list[float]] = {peer: [] for peer in contenders}
+    for _ in range(repetitions):
+        for peer, contender in contenders.items():
+            began = time.perf_counter()
+            contender()
+            seconds[peer].append(time.perf_counter() - began)
+    rows = []
+    for peer, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds[NNCE], strict=True)]
+        rows.append(
+            {
+                "work": f"{name} of [{', '.join(map(str, SHAPE))}]",
+                "peer": peer,
+                "outcome": "done" if right[peer] else "wrong",
+                "note": "" if right[peer] else "a right function is not called right",
+                "seconds": statistics.median(times),
+                "ratio": statistics.median(ratios),
+                "ratio_least": min(ratios),
+                "ratio_most": max(ratios),
+                "peak_bytes": float("nan"),
+            }
+        )
+    return rows
