@@ -29,12 +29,14 @@ ORDER = (
     ),
     *("ensemble", "checkpoint", "parallel"),
     *(f"checks.{name}" for name in ("_torch_private", "_subject", "_derivatives", "_numerical")),
+    "checks._lines",
     *("checks._variations", "checks.gradients", "checks.composability", "checks.__init__"),
     *("reference", "data", "saturation", "watching"),
     *("schedules", "dropout", "training"),
     *(f"experiments.{name}" for name in ("__init__", "command_line", "estimates", "comparison")),
     *(f"experiments.proof.{name}" for name in ("__init__", "contenders", "precision", "table")),
     "experiments.figures",
+    *("experiments.benchmarks.__init__", "experiments.benchmarks.checks"),
     *("experiments.tensorboard", "experiments.report", "experiments.resuming"),
     *("experiments.published", "experiments.reproduction"),
     "__init__",
@@ -76,7 +78,7 @@ def test_the_order_names_every_file():
 def test_a_file_imports_only_what_stands_above_it(name):
     modules, names = imported(FILES[name])
     above = ORDER[: ORDER.index(name)]
-    assert modules - {"experiments", "experiments.proof"} <= set(above)
+    assert modules - {"experiments", "experiments.benchmarks", "experiments.proof"} <= set(above)
     assert not names, "a name of nnce/__init__.py"
 
 
