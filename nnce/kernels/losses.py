@@ -13,6 +13,7 @@ Few functions, because Numba takes a tenth of a second for each: memory is read 
 intrinsics, which cost next to nothing.
 """
 
+import inspect
 from typing import Any
 
 import numba
@@ -154,14 +155,14 @@ def _from_float16(bits: Any) -> Any:
 
 
 def _to_bfloat16(x: Any) -> Any:
-    bits = x.view(np.uint32)
+    bits = np.float32(x).view(np.uint32)
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16)
     return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
 
 
 def _to_float16(x: Any) -> Any:
-    bits = x.view(np.uint32)
+    bits = np.float32(x).view(np.uint32)
     sign = np.uint32(bits & np.uint32(0x80000000)) >> np.uint32(16)
     size = np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32(np.uint32(size >> np.uint32(13)) & np.uint32(1))
@@ -349,20 +350,22 @@ def _dz(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
 
 # ---------------------------------------------------------------------------- parts of a block
 
-# `first` is the index of a block's first element, n their number; `work` is float32 or float64, the
-# dtype that is computed in. options are as `nnce.kernels.fused` packs them.
+# first is the index of a block's first element in z, and at that in the array of targets; n is the
+# number of elements. work is float32 or float64, the dtype that is computed in. options is a tuple:
+# address and period of weight and of pos_weight (0 for none), arrays of the dtype computed in;
+# label_smoothing; the ignored value of y, and whether there is one.
 
 
 @_njit(fastmath=_EXACT)
-def _weights(
-    y: Any, first: Any, n: Any, options: Any, negative: Any, positive: Any, y_dtype: Any, work: Any
-) -> None:
+def _weights(  # type: ignore[no-untyped-def]
+    y, at, first, n, options, negative, positive, y_dtype, work
+):
     """Write the weights of the two terms."""
     _, _, pos_weight, period, smoothing, _, _ = options
     one = _one(work)
     keep, half = _as(1 - smoothing, one), _as(smoothing / 2, one)
     for i in range(n):
-        t = _read(y, first + i, y_dtype, one)
+        t = _read(y, at + i, y_dtype, one)
         _write(negative, i, work, keep * (one - t) + half)
         _write(positive, i, work, keep * t + half)
     if pos_weight != 0:
@@ -372,22 +375,22 @@ def _weights(
 
 
 @_njit(fastmath=_EXACT)
-def _finish(
-    out: Any, at: Any, y: Any, first: Any, n: Any, options: Any, y_dtype: Any, work: Any
-) -> None:
+def _finish(  # type: ignore[no-untyped-def]
+    out, out_at, y, at, first, n, options, y_dtype, work
+):
     """Multiply by weight, where 0 · ∞ is 0, and write 0 where y is the ignored value."""
     weight, period, _, _, _, ignored, ignores = options
     one = _one(work)
     if weight != 0:
         for i in range(n):
-            x, w = _read(out, at + i, work, one), _read(weight, first % period + i, work, one)
+            x, w = _read(out, out_at + i, work, one), _read(weight, first % period + i, work, one)
             product = x * w
-            _write(out, at + i, work, one - one if w == 0 and abs(x) == np.inf else product)
+            _write(out, out_at + i, work, one - one if w == 0 and abs(x) == np.inf else product)
     if ignores:
         for i in range(n):
-            x = _read(out, at + i, work, one)
-            t = _read(y, first + i, y_dtype, ignored)
-            _write(out, at + i, work, one - one if t == ignored else x)
+            x = _read(out, out_at + i, work, one)
+            t = _read(y, at + i, y_dtype, ignored)
+            _write(out, out_at + i, work, one - one if t == ignored else x)
 
 
 @_njit(fastmath=_SUM)
@@ -417,7 +420,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):  # type: 
     total = 0.0
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
-        _weights(y, first, n, options, negative, positive, y_dtype, work)
+        _weights(y, first, first, n, options, negative, positive, y_dtype, work)
         zs, at = z, first
         if not _same(z_dtype, work):
             for i in range(n):
@@ -426,7 +429,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):  # type: 
         for i in range(n):
             p, q = _read(negative, i, work, one), _read(positive, i, work, one)
             _write(out, i, work, _C(_read(zs, at + i, work, one), p, q, one, loss))
-        _finish(out, 0, y, first, n, options, y_dtype, work)
+        _finish(out, 0, y, first, first, n, options, y_dtype, work)
         if C != 0:
             for i in range(n):
                 _write(C, first + i, z_dtype, _read(out, i, work, one))
@@ -450,7 +453,7 @@ def gradient(  # type: ignore[no-untyped-def]
     negative, positive, wide = _scratch(one), _scratch(one), _scratch(one)
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
-        _weights(y, first, n, options, negative, positive, y_dtype, work)
+        _weights(y, first, first, n, options, negative, positive, y_dtype, work)
         zs, out, at = z, dz, first
         if not _same(z_dtype, work):
             for i in range(n):
@@ -464,7 +467,96 @@ def gradient(  # type: ignore[no-untyped-def]
             for i in range(n):
                 g = _read(upstream, first + i, z_dtype, one)
                 _write(out, at + i, work, g * _read(out, at + i, work, one))
-        _finish(out, at, y, first, n, options, y_dtype, work)
+        _finish(out, at, y, first, first, n, options, y_dtype, work)
         if not _same(z_dtype, work):
             for i in range(n):
                 _write(dz, first + i, z_dtype, _read(wide, i, work, one))
+
+
+@_njit(fastmath=_EXACT)
+def joint(  # type: ignore[no-untyped-def]
+    z, y, y_stride, C, factor, begin, end, width, options, loss, z_dtype, y_dtype, work, sums
+):
+    """Write dC/dz in the place of z for the rows from begin to end, and each row's sum of C.
+
+    Args:
+        z: address of the logits, float32 or float64, [rows, width].
+        y_stride: numbers from one row of the targets to the next.
+        C: address of the sums to write, float64, [rows].
+        factor: address of a factor of dC/dz for each row, in z's dtype.
+        options: a tuple, whose weights have the period `width`.
+    """
+    one = _one(work)
+    negative, positive, out = _scratch(one), _scratch(one), _scratch(one)
+    for row in range(begin, end):
+        total, scale = 0.0, _read(factor, row, work, one)
+        for column in range(0, width, BLOCK):
+            n, first = min(BLOCK, width - column), row * width + column
+            at = row * y_stride + column
+            _weights(y, at, first, n, options, negative, positive, y_dtype, work)
+            for i in range(n):
+                p, q = _read(negative, i, work, one), _read(positive, i, work, one)
+                x = _read(z, first + i, work, one)
+                _write(out, i, work, _C(x, p, q, one, loss))
+                _write(z, first + i, work, scale * _dz(x, p, q, one, loss))
+            _finish(out, 0, y, at, first, n, options, y_dtype, work)
+            _finish(z, first, y, at, first, n, options, y_dtype, work)
+            total += _sum(out, n, work)
+        _write(C, row, sums, total)
+
+
+@_njit(fastmath=_EXACT)
+def count(y, begin, end, width, ignored, y_dtype):  # type: ignore[no-untyped-def]
+    """Return how many rows from begin to end have a target other than the ignored one."""
+    number = 0
+    for row in range(begin, end):
+        counts = False
+        for i in range(row * width, (row + 1) * width):
+            counts |= _read(y, i, y_dtype, ignored) != ignored
+        number += counts
+    return number
+
+
+@_njit(fastmath=_EXACT)
+def sigmoid(z, a, begin, end, z_dtype, work):  # type: ignore[no-untyped-def]
+    """Write a = σ(z) (equation 1)."""
+    one = _one(work)
+    for i in range(begin, end):
+        _write(a, i, z_dtype, _sigmoids(_read(z, i, z_dtype, one), one)[0])
+
+
+@_njit(fastmath=_EXACT)
+def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):  # type: ignore[no-untyped-def]
+    """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
+    one = _one(work)
+    for i in range(begin, end):
+        a, not_a = _sigmoids(_read(z, i, z_dtype, one), one)
+        _write(dz, i, z_dtype, _read(da, i, z_dtype, one) * (a * not_a))
+
+
+# ------------------------------------------------------------------------------------ compile
+
+
+def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str) -> Any:
+    """Compile a kernel, or load it from the cache on disk, and return it.
+
+    Args:
+        kernel: name of the kernel.
+        loss: "cross-entropy" or "quadratic".
+        z_dtype, y_dtype: names of dtypes.
+
+    Returns:
+        The compiled function. Its arguments are Python's numbers; markers are None.
+    """
+    work = "float64" if z_dtype == "float64" else "float32"
+    labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
+    ignored = types.float64 if "float" in y_dtype else types.int64
+    kinds = {
+        "scale": types.float64,
+        "ignored": ignored,
+        "options": types.Tuple((*[types.int64] * 4, types.float64, ignored, types.boolean)),
+        **{name: Marker(label) for name, label in labels.items()},
+    }
+    dispatcher = globals()[kernel]
+    parameters = inspect.signature(dispatcher.py_func).parameters
+    return dispatcher.compile(tuple(kinds.get(name, types.int64) for name in parameters))
