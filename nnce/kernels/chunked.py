@@ -16,7 +16,7 @@ from nnce.losses import Loss
 if TYPE_CHECKING:
     from nnce.kernels.fused import Packed
 
-BLOCK = 2**14
+BLOCK = 2**16
 """Elements in a chunk."""
 
 
