@@ -32,7 +32,15 @@ _SUM = {"contract", "nsz", "reassoc"}
 
 
 def _njit(*, fastmath: set[str]) -> Any:
-    return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+
+    def compiled(function: Any) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # "no locator available": no folder can be written
+            return numba.njit(**options)(function)
+
+    return compiled
 
 
 # ------------------------------------------------------------------------------------- memory
