@@ -505,6 +505,8 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
     one = _one(work)
     factor = _as(scale, one)
     negative, positive, wide = _scratch(one), _scratch(one), _scratch(one)
+    # Not the memory of z: a loop that might overwrite what it reads is not vectorized.
+    found = _scratch(one)
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
         _weights(y, first, first, n, options, negative, positive, y_dtype, work)
@@ -512,7 +514,7 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
         if not _same(z_dtype, work):
             for i in range(n):
                 _write(wide, i, work, _read(z, first + i, z_dtype, one))
-            zs, out, at = wide, wide, 0
+            zs, out, at = wide, found, 0
         _all_dz(zs, at, negative, positive, factor, out, n, loss, work)
         if upstream != 0:
             for i in range(n):
@@ -521,7 +523,7 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
         _finish(out, at, y, first, first, n, options, y_dtype, work)
         if not _same(z_dtype, work):
             for i in range(n):
-                _write(dz, first + i, z_dtype, _read(wide, i, work, one))
+                _write(dz, first + i, z_dtype, _read(found, i, work, one))
 
 
 @_njit(fastmath=_EXACT)
