@@ -50,7 +50,7 @@ def _njit(*, fastmath: set[str]) -> Any:
 # ------------------------------------------------------------------------------------- memory
 
 
-class Marker(types.Dummy):  # type: ignore[misc]
+class Marker(types.Dummy):
     """A Numba type whose only value is None: it selects code at compile time.
 
     Args:
@@ -209,8 +209,8 @@ def _float32_to_bfloat16(context: Any, builder: Any, x: Any) -> Any:
     return builder.trunc(rounded, ir.IntType(16))
 
 
-_FROM_BITS = {"float16": _float16_to_float32, "bfloat16": _bfloat16_to_float32}
-_TO_BITS = {"float16": _float32_to_float16, "bfloat16": _float32_to_bfloat16}
+_FROM_BITS: dict[str, Any] = {"float16": _float16_to_float32, "bfloat16": _bfloat16_to_float32}
+_TO_BITS: dict[str, Any] = {"float16": _float32_to_float16, "bfloat16": _float32_to_bfloat16}
 
 
 # ------------------------------------------------------------------------------- e^x and ln(1+e)
