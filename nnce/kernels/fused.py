@@ -233,9 +233,7 @@ def _compiled(kernel: str, loss: str, z_dtype: torch.dtype, y_dtype: torch.dtype
     return losses.compiled(kernel, loss, _FLOATS[z_dtype], y_name)
 
 
-def _values(
-    z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss
-) -> list[float]:
+def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss) -> list[float]:
     """Write C of each element if wanted, and return the sums of parts."""
     packed = _pack(options, z, y)
     if not uses_numba():

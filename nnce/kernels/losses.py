@@ -13,6 +13,10 @@ Few functions, because Numba takes a tenth of a second for each: memory is read 
 intrinsics, which cost next to nothing.
 """
 
+# Numba's decorators and intrinsics, which lose their first argument, have no types for mypy.
+# mypy: disable-error-code="no-untyped-def, call-arg, var-annotated"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
+
 import inspect
 from typing import Any
 
@@ -32,13 +36,21 @@ _SUM = {"contract", "nsz", "reassoc"}
 
 
 def _njit(*, fastmath: set[str]) -> Any:
-    return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+
+    def compiled(function: Any) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # "no locator available": no folder can be written
+            return numba.njit(**options)(function)
+
+    return compiled
 
 
 # ------------------------------------------------------------------------------------- memory
 
 
-class Marker(types.Dummy):  # type: ignore[misc]
+class Marker(types.Dummy):
     """A Numba type whose only value is None: it selects code at compile time.
 
     Args:
@@ -47,6 +59,7 @@ class Marker(types.Dummy):  # type: ignore[misc]
     """
 
     def __init__(self, label: str) -> None:
+        """Make the type, which is equal to others of its label."""
         super().__init__(label)
         self.label = label
 
@@ -84,8 +97,8 @@ def _read(_: Any, address: Any, i: Any, dtype: Any, like: Any) -> Any:
         value = builder.load(_pointer(context, builder, dtype.label, *arguments[:2]))
         stored = _STORED[dtype.label]
         if dtype.label in _FROM_BITS:
-            convert, stored = _FROM_BITS[dtype.label], types.float32
-            value = context.compile_internal(builder, convert, stored(types.uint16), (value,))
+            stored = types.float32
+            value = _FROM_BITS[dtype.label](context, builder, value)
         return context.cast(builder, value, stored, like)
 
     return like(types.int64, types.int64, dtype, like), generate
@@ -100,8 +113,7 @@ def _write(_: Any, address: Any, i: Any, dtype: Any, value: Any) -> Any:
         stored = types.float32 if halves else _STORED[dtype.label]
         number = context.cast(builder, arguments[3], value, stored)
         if halves:
-            convert, bits = _TO_BITS[dtype.label], types.uint16(types.float32)
-            number = context.compile_internal(builder, convert, bits, (number,))
+            number = _TO_BITS[dtype.label](context, builder, number)
         builder.store(number, _pointer(context, builder, dtype.label, *arguments[:2]))
         return context.get_dummy_value()
 
@@ -143,10 +155,6 @@ def _same(_: Any, first: Any, second: Any) -> Any:
     return types.boolean(first, second), lambda *_: ir.Constant(ir.IntType(1), answer)
 
 
-def _from_bfloat16(bits: Any) -> Any:
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
 def _from_float16(bits: Any) -> Any:
     sign = np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
     size = np.uint32(np.uint32(bits) & np.uint32(0x7FFF))
@@ -156,13 +164,6 @@ def _from_float16(bits: Any) -> Any:
     subnormal = np.float32(np.float32(np.int32(size)) * np.float32(2**-24)).view(np.uint32)
     wide = subnormal if size < np.uint32(0x0400) else normal
     return np.uint32(wide | np.uint32(sign)).view(np.float32)
-
-
-def _to_bfloat16(x: Any) -> Any:
-    bits = np.float32(x).view(np.uint32)
-    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-    rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16)
-    return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
 
 
 def _to_float16(x: Any) -> Any:
@@ -183,8 +184,33 @@ def _to_float16(x: Any) -> Any:
     return np.uint16(np.uint32(narrow) | np.uint32(sign))
 
 
-_FROM_BITS = {"float16": _from_float16, "bfloat16": _from_bfloat16}
-_TO_BITS = {"float16": _to_float16, "bfloat16": _to_bfloat16}
+def _float16_to_float32(context: Any, builder: Any, bits: Any) -> Any:
+    signature = types.float32(types.uint16)
+    return context.compile_internal(builder, _from_float16, signature, (bits,))
+
+
+def _float32_to_float16(context: Any, builder: Any, x: Any) -> Any:
+    return context.compile_internal(builder, _to_float16, types.uint16(types.float32), (x,))
+
+
+def _bfloat16_to_float32(context: Any, builder: Any, bits: Any) -> Any:
+    wide = builder.zext(bits, ir.IntType(32))
+    return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, 16)), ir.FloatType())
+
+
+def _float32_to_bfloat16(context: Any, builder: Any, x: Any) -> Any:
+    bits = builder.bitcast(x, ir.IntType(32))
+    places = ir.Constant(bits.type, 16)
+    odd = builder.and_(builder.lshr(bits, places), ir.Constant(bits.type, 1))
+    half = builder.add(odd, ir.Constant(bits.type, 0x7FFF))
+    rounded = builder.lshr(builder.add(bits, half), places)
+    nan = builder.fcmp_unordered("uno", x, x)
+    rounded = builder.select(nan, ir.Constant(bits.type, 0x7FC0), rounded)
+    return builder.trunc(rounded, ir.IntType(16))
+
+
+_FROM_BITS: dict[str, Any] = {"float16": _float16_to_float32, "bfloat16": _bfloat16_to_float32}
+_TO_BITS: dict[str, Any] = {"float16": _float32_to_float16, "bfloat16": _float32_to_bfloat16}
 
 
 # ------------------------------------------------------------------------------- e^x and ln(1+e)
@@ -326,7 +352,7 @@ def _sigmoids(z: Any, one: Any) -> Any:
     return (large, small) if z > 0 else (small, large)
 
 
-def _cross_entropy(z, negative, positive, one, loss):  # type: ignore[no-untyped-def]
+def _cross_entropy(z, negative, positive, one, loss):
     """Equation 3: (1−y) softplus(z) + y softplus(−z) with softplus(z) = max(z, 0) + ln(1 + e)."""
     size = abs(z)
     e = _exp(-size, one)
@@ -335,20 +361,20 @@ def _cross_entropy(z, negative, positive, one, loss):  # type: ignore[no-untyped
     return weight * size + (negative + positive) * _log1p(e, one)
 
 
-def _quadratic(z, negative, positive, one, loss):  # type: ignore[no-untyped-def]
+def _quadratic(z, negative, positive, one, loss):
     """Equation 2: ½ (a − y)²."""
     a, not_a = _sigmoids(z, one)
     difference = negative * a - positive * not_a
     return difference * difference / (one + one)
 
 
-def _dz_cross_entropy(z, negative, positive, one, loss):  # type: ignore[no-untyped-def]
+def _dz_cross_entropy(z, negative, positive, one, loss):
     """Equation 5: a − y = (1−y) σ(z) − y σ(−z)."""
     a, not_a = _sigmoids(z, one)
     return negative * a - positive * not_a
 
 
-def _dz_quadratic(z, negative, positive, one, loss):  # type: ignore[no-untyped-def]
+def _dz_quadratic(z, negative, positive, one, loss):
     """Equation 4: (a − y) σ'(z)."""
     a, not_a = _sigmoids(z, one)
     return (negative * a - positive * not_a) * (a * not_a)
@@ -373,9 +399,7 @@ def _dz(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
 
 
 @_njit(fastmath=_EXACT)
-def _weights(  # type: ignore[no-untyped-def]
-    y, at, first, n, options, negative, positive, y_dtype, work
-):
+def _weights(y, at, first, n, options, negative, positive, y_dtype, work):
     """Write the weights of the two terms."""
     _, _, pos_weight, period, smoothing, _, _ = options
     one = _one(work)
@@ -391,9 +415,7 @@ def _weights(  # type: ignore[no-untyped-def]
 
 
 @_njit(fastmath=_EXACT)
-def _finish(  # type: ignore[no-untyped-def]
-    out, out_at, y, at, first, n, options, y_dtype, work
-):
+def _finish(out, out_at, y, at, first, n, options, y_dtype, work):
     """Multiply by weight, where 0 · ∞ is 0, and write 0 where y is the ignored value."""
     weight, period, _, _, _, ignored, ignores = options
     one = _one(work)
@@ -413,7 +435,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @_njit(fastmath=_EXACT)
-def _all_C(z, at, negative, positive, out, n, loss, work):  # type: ignore[no-untyped-def]
+def _all_C(z, at, negative, positive, out, n, loss, work):
     one = _one(work)
     for i in range(n):
         p, q = _read(negative, i, work, one), _read(positive, i, work, one)
@@ -421,7 +443,7 @@ def _all_C(z, at, negative, positive, out, n, loss, work):  # type: ignore[no-un
 
 
 @_njit(fastmath=_EXACT)
-def _all_dz(z, at, negative, positive, factor, out, n, loss, work):  # type: ignore[no-untyped-def]
+def _all_dz(z, at, negative, positive, factor, out, n, loss, work):
     one = _one(work)
     for i in range(n):
         p, q = _read(negative, i, work, one), _read(positive, i, work, one)
@@ -441,7 +463,7 @@ def _sum(source: Any, n: Any, work: Any) -> Any:
 
 
 @_njit(fastmath=_EXACT)
-def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):  # type: ignore[no-untyped-def]
+def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
     """Compute C of the elements from begin to end, and return their sum.
 
     Args:
@@ -472,9 +494,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):  # type: 
 
 
 @_njit(fastmath=_EXACT)
-def gradient(  # type: ignore[no-untyped-def]
-    z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dtype, work
-):
+def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dtype, work):
     """Write dC/dz of the elements from begin to end, times their upstream gradients.
 
     Args:
@@ -485,6 +505,8 @@ def gradient(  # type: ignore[no-untyped-def]
     one = _one(work)
     factor = _as(scale, one)
     negative, positive, wide = _scratch(one), _scratch(one), _scratch(one)
+    # Not the memory of z: a loop that might overwrite what it reads is not vectorized.
+    found = _scratch(one)
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
         _weights(y, first, first, n, options, negative, positive, y_dtype, work)
@@ -492,7 +514,7 @@ def gradient(  # type: ignore[no-untyped-def]
         if not _same(z_dtype, work):
             for i in range(n):
                 _write(wide, i, work, _read(z, first + i, z_dtype, one))
-            zs, out, at = wide, wide, 0
+            zs, out, at = wide, found, 0
         _all_dz(zs, at, negative, positive, factor, out, n, loss, work)
         if upstream != 0:
             for i in range(n):
@@ -501,11 +523,11 @@ def gradient(  # type: ignore[no-untyped-def]
         _finish(out, at, y, first, first, n, options, y_dtype, work)
         if not _same(z_dtype, work):
             for i in range(n):
-                _write(dz, first + i, z_dtype, _read(wide, i, work, one))
+                _write(dz, first + i, z_dtype, _read(found, i, work, one))
 
 
 @_njit(fastmath=_EXACT)
-def joint(  # type: ignore[no-untyped-def]
+def joint(
     z, y, y_stride, C, factor, begin, end, width, options, loss, z_dtype, y_dtype, work, sums
 ):
     """Write dC/dz in the place of z for the rows from begin to end, and each row's sum of C.
@@ -537,7 +559,7 @@ def joint(  # type: ignore[no-untyped-def]
 
 
 @_njit(fastmath=_EXACT)
-def count(y, begin, end, width, ignored, y_dtype):  # type: ignore[no-untyped-def]
+def count(y, begin, end, width, ignored, y_dtype):
     """Return how many rows from begin to end have a target other than the ignored one."""
     number = 0
     for row in range(begin, end):
@@ -549,7 +571,7 @@ def count(y, begin, end, width, ignored, y_dtype):  # type: ignore[no-untyped-de
 
 
 @_njit(fastmath=_EXACT)
-def sigmoid(z, a, begin, end, z_dtype, work):  # type: ignore[no-untyped-def]
+def sigmoid(z, a, begin, end, z_dtype, work):
     """Write a = σ(z) (equation 1)."""
     one = _one(work)
     for i in range(begin, end):
@@ -557,7 +579,7 @@ def sigmoid(z, a, begin, end, z_dtype, work):  # type: ignore[no-untyped-def]
 
 
 @_njit(fastmath=_EXACT)
-def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):  # type: ignore[no-untyped-def]
+def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
     """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
     one = _one(work)
     for i in range(begin, end):
