@@ -285,7 +285,7 @@ _PLAIN: dict[type[Function], Callable[..., Tensor]] = {
 # -------------------------------------------------------------------- the same in plain eager code
 
 
-def _is_plain(*tensors: Any) -> bool:
+def _is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
     """Whether PyTorch's kernels, and nothing else, would run on these tensors here and now.
 
     False under compile, export and trace, inside transforms of `torch.func` and forward-mode
@@ -294,20 +294,32 @@ def _is_plain(*tensors: Any) -> bool:
     context of its own, with an upstream gradient of another kind.
 
     Args:
-        tensors: arguments. None is skipped, but for the first; any other object is not plain.
+        tensors: arguments; an object that is not a tensor is not plain.
+        optional: more of them, of which None is skipped.
     """
     if torch.compiler.is_compiling() or not _torch_private.nothing_intercepts():
         return False
     for tensor in tensors:
-        if tensor is None and tensor is not tensors[0]:
-            continue
         if type(tensor) not in _PLAIN_TYPES or not _torch_private.is_ordinary(tensor):
+            return False
+    for tensor in optional:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN_TYPES and _torch_private.is_ordinary(tensor)
+        ):
             return False
     device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     return not torch.is_autocast_enabled(device)
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
+    """Whether a backward is plain, given its upstream gradient and its saved tensors.
+
+    It is not if its result is to be differentiated (`create_graph`).
+    """
+    return not torch.is_grad_enabled() and _is_plain(*tensors, optional=optional)
 
 
 class _EagerLinear(LinearFunction):
@@ -338,9 +350,9 @@ class _EagerSigmoid(SigmoidFunction):
         """dC/dz = dC/da ∘ σ'(z)."""
         (da,) = upstream
         (z,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _is_plain(z, da):
-            return rules.dz_hidden(da, z, sigmoid)
-        return fused.sigmoid_backward(z, da) if fused.fits(z, da) else rules.dz_hidden(da, z)
+        if _is_plain_backward(da, z) and fused.fits(z, da):
+            return fused.sigmoid_backward(z, da)
+        return rules.dz_hidden(da, z, sigmoid)
 
 
 class _Settings(NamedTuple):
@@ -379,11 +391,11 @@ class _EagerSigmoidLoss(Function):
         (dC,) = upstream
         z, y, weight, pos_weight = ctx.saved_tensors
         settings = ctx.settings
-        tensors = (z, y, weight, pos_weight)
-        if torch.is_grad_enabled() or not (_is_plain(dC, *tensors) and fused.fits(z, y)):
-            return _differentiable_dz(dC, *tensors, settings), None, None, None, None
-        options = _options(weight, pos_weight, settings)
-        dz = fused.backward(z, y, options, dC, ctx.divisor, settings.loss)
+        if _is_plain_backward(dC, z, y, optional=(weight, pos_weight)) and fused.fits(z, y):
+            options = _options(weight, pos_weight, settings)
+            dz = fused.backward(z, y, options, dC, ctx.divisor, settings.loss)
+        else:
+            dz = _differentiable_dz(dC, z, y, weight, pos_weight, settings)
         return dz, None, None, None, None
 
 
@@ -437,7 +449,7 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         TypeError: an argument is no tensor, is not floating-point, or the dtypes differ.
         ValueError: shapes or devices do not fit.
     """
-    if _is_plain(a_prev, W, b) and _fits_linear(a_prev, W, b):
+    if _is_plain(a_prev, W, optional=(b,)) and _fits_linear(a_prev, W, b):
         return cast(Tensor, _apply_linear(a_prev, W, b))
     a_prev, W, b = _autocast(a_prev, W, b)
     check_alike({"a_prev": a_prev, "W": W}, {"b": b})
@@ -573,7 +585,9 @@ def sigmoid_cross_entropy(
             in [0, 1), or ignore_index is 0 or 1.
     """
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    if _is_plain(z, y, weight, pos_weight) and _fits_loss(z, y, weight, pos_weight, settings):
+    if _is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+        z, y, weight, pos_weight, settings
+    ):
         return _fused_loss(z, y, weight, pos_weight, settings)
     z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
     label_smoothing = check_label_smoothing(label_smoothing)
@@ -630,7 +644,9 @@ def binary_cross_entropy_with_logits(
     z, y = input, target
     kind = cast(Reduction, reduction)
     settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    if _is_plain(z, y, weight, pos_weight) and _fits_loss(z, y, weight, pos_weight, settings):
+    if _is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+        z, y, weight, pos_weight, settings
+    ):
         return _to(_fused_loss(z, y, weight, pos_weight, settings), _value_dtype(z, y))
     z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
     _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
@@ -683,8 +699,10 @@ def _fits_loss(
     if not (fused.fits(z, y) and reduction in ("mean", "batchmean", "sum", "none")):
         return False
     dtype = y.dtype
-    if dtype is not z.dtype and dtype.is_floating_point and not (
-        any_dtype and torch.promote_types(dtype, z.dtype) is z.dtype
+    if (
+        dtype is not z.dtype
+        and dtype.is_floating_point
+        and not (any_dtype and torch.promote_types(dtype, z.dtype) is z.dtype)
     ):
         return False
     if type(smoothing) not in (int, float) or not 0 <= smoothing < 1:
