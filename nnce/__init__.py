@@ -18,12 +18,20 @@ from nnce.labels import (
     positives,
     sampled_sigmoid_cross_entropy,
 )
-from nnce.modules import MLP, Linear, Sigmoid, SigmoidCrossEntropyLoss, SigmoidQuadraticLoss
+from nnce.modules import (
+    MLP,
+    BCEWithLogitsLoss,
+    Linear,
+    Sigmoid,
+    SigmoidCrossEntropyLoss,
+    SigmoidQuadraticLoss,
+)
 from nnce.monitoring.watching import watch
 from nnce.saving import load, save
 
 __all__ = [
     "MLP",
+    "BCEWithLogitsLoss",
     "Ensemble",
     "Hyperparameters",
     "Linear",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 
@@ -38,6 +39,50 @@ def is_functorch_tensor(tensor: Tensor) -> bool:
 def is_batched_gradient(gradient: Tensor) -> bool:
     """Whether autograd's `is_grads_batched` has made it: many gradients in one, without values."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+def _keys(*names: str) -> int:
+    bits = 0
+    for name in names:
+        bits |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+    return bits
+
+
+_NOT_INERT = ~_keys("BackendSelect", "ADInplaceOrView")
+_NOT_ORDINARY = ~_keys(
+    *("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA"),
+    "ADInplaceOrView",
+)
+_dispatch_keys = torch._C._dispatch_keys
+_included_keys = torch._C._dispatch_tls_local_include_set
+
+
+def nothing_intercepts() -> bool:
+    """Whether operations on ordinary tensors go straight to the kernels for their device.
+
+    Not so in a dispatch mode (`make_fx`, `FlopCounterMode`), a transform of `torch.func`, a
+    `jit.trace`, autograd's `is_grads_batched` or a forward-mode level. Public functions tell about
+    few of these; the dispatcher's own state tells about all but the last.
+    """
+    return not _included_keys().raw_repr() & _NOT_INERT and forward_ad._current_level < 0
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether the dispatcher takes it for a dense CPU or CUDA tensor and nothing else.
+
+    No public function tells about tensors that a transform wraps, or about all of the others: fake,
+    meta, sparse, quantized, batched and zero tensors, negative and conjugate views.
+    """
+    return not _dispatch_keys(tensor).raw_repr() & _NOT_ORDINARY
+
+
+def single_level_apply(function: type[Function]) -> Callable[..., Any]:
+    """Return `function.apply` without its Python part, for use outside `torch.func`.
+
+    That part looks for transforms and takes a fifth of the time of a call.
+    """
+    apply: Callable[..., Any] = super(Function, function).apply
+    return apply
 
 
 def assert_later(condition: Tensor) -> None:

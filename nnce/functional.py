@@ -11,20 +11,25 @@ inside forward mode no Function will do: PyTorch switches the outer one off whil
 whose result would silently lack a term. There the rules are differentiated as plain code. `_apply`
 chooses.
 
+In plain eager code (`_is_plain`) none of that is needed, and most of a small training step would go
+into it. There the Functions of the third kind are used: they save what the others save, but call
+the fused kernels, and build a backward that can be differentiated only if `create_graph` is set.
+
 The public functions check shape, dtype and device, never values: a check on values would make CUDA
 wait and break `torch.compile` and `torch.func`. Values are checked where data enters, in
 `nnce.data`.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from nnce import rules
+from nnce import _torch_private, rules
 from nnce._arguments import (
     check_alike,
     check_dense,
@@ -35,6 +40,7 @@ from nnce._arguments import (
     shape_of,
 )
 from nnce._torch_private import forward_mode_levels
+from nnce.kernels import fused
 from nnce.losses import Loss
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "SigmoidCrossEntropyFunction",
     "SigmoidFunction",
     "SigmoidQuadraticFunction",
+    "binary_cross_entropy_with_logits",
     "linear",
     "sigmoid",
     "sigmoid_cross_entropy",
@@ -275,6 +282,155 @@ _PLAIN: dict[type[Function], Callable[..., Tensor]] = {
 }
 
 
+# -------------------------------------------------------------------- the same in plain eager code
+
+
+def _is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
+    """Whether PyTorch's kernels, and nothing else, would run on these tensors here and now.
+
+    False under compile, export and trace, inside transforms of `torch.func` and forward-mode
+    levels, in dispatch modes, under autocast, and for subclasses, fake and batched tensors,
+    negative views and every backend but CPU and CUDA. A backward must ask again: it may run in a
+    context of its own, with an upstream gradient of another kind.
+
+    Args:
+        tensors: arguments; an object that is not a tensor is not plain.
+        optional: more of them, of which None is skipped.
+    """
+    if torch.compiler.is_compiling() or not _torch_private.nothing_intercepts():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES or not _torch_private.is_ordinary(tensor):
+            return False
+    for tensor in optional:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN_TYPES and _torch_private.is_ordinary(tensor)
+        ):
+            return False
+    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
+    return not torch.is_autocast_enabled(device)
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
+    """Whether a backward is plain, given its upstream gradient and its saved tensors.
+
+    It is not if its result is to be differentiated (`create_graph`).
+    """
+    return not torch.is_grad_enabled() and _is_plain(*tensors, optional=optional)
+
+
+class _EagerLinear(LinearFunction):
+    """`LinearFunction`, whose backward consists of PyTorch's operations in every context."""
+
+    @staticmethod
+    def forward(ctx: Any, a_prev: Tensor, W: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
+        """z = W a_prev + b."""
+        ctx.save_for_backward(a_prev, W)
+        return rules.linear(a_prev, W, b)
+
+    setup_context = Function.setup_context
+
+
+class _EagerSigmoid(SigmoidFunction):
+    """`SigmoidFunction` with one pass in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
+        """a = σ(z)."""
+        ctx.save_for_backward(z)
+        return rules.sigmoid(z)
+
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        """dC/dz = dC/da ∘ σ'(z)."""
+        (da,) = upstream
+        (z,) = ctx.saved_tensors
+        if _is_plain_backward(da, z) and fused.fits(z, da):
+            return fused.sigmoid_backward(z, da)
+        return rules.dz_hidden(da, z, sigmoid)
+
+
+class _Settings(NamedTuple):
+    """Arguments of a loss that are not tensors."""
+
+    loss: Loss
+    reduction: Reduction
+    label_smoothing: float = 0
+    ignore_index: int | None = None
+    promotes: bool = False
+    """Whether dtypes may differ, as they may for PyTorch's function."""
+
+
+class _EagerSigmoidLoss(Function):
+    """A whole loss, reduction included: a pass for its value, and one for dC/dz."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        pos_weight: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
+        """C by equation 2 or 3."""
+        ctx.save_for_backward(z, y, weight, pos_weight)
+        ctx.settings = settings
+        options = _options(weight, pos_weight, settings)
+        C, ctx.divisor = fused.forward(z, y, options, settings.reduction, settings.loss)
+        return C
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """dC/dz by equation 4 or 5."""
+        (dC,) = upstream
+        z, y, weight, pos_weight = ctx.saved_tensors
+        settings = ctx.settings
+        if _is_plain_backward(dC, z, y, optional=(weight, pos_weight)) and fused.fits(z, y):
+            options = _options(weight, pos_weight, settings)
+            dz = fused.backward(z, y, options, dC, ctx.divisor, settings.loss)
+        else:
+            dz = _differentiable_dz(dC, z, y, weight, pos_weight, settings)
+        return dz, None, None, None, None
+
+
+def _options(
+    weight: Tensor | None, pos_weight: Tensor | None, settings: _Settings
+) -> fused.Options:
+    _, _, smoothing, ignore_index, _ = settings
+    if weight is None and pos_weight is None and not smoothing and ignore_index is None:
+        return fused._PLAIN
+    return fused.Options(weight, pos_weight, smoothing, ignore_index)
+
+
+def _differentiable_dz(
+    dC: Tensor,
+    z: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """dC/dz by the Functions per component, which can be differentiated and transformed."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view, because y or a weight may be computed from z.
+        own_z = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+        C = _composed_loss(own_z, y, y, weight, pos_weight, settings).to(dC.dtype)
+    (dz,) = torch.autograd.grad(C, own_z, dC, create_graph=create_graph)
+    return dz
+
+
+_apply_linear = _torch_private.single_level_apply(_EagerLinear)
+_apply_sigmoid = _torch_private.single_level_apply(_EagerSigmoid)
+_apply_loss = _torch_private.single_level_apply(_EagerSigmoidLoss)
+
+
 # ------------------------------------------------------------------------ the public functions
 
 
@@ -293,6 +449,8 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         TypeError: an argument is no tensor, is not floating-point, or the dtypes differ.
         ValueError: shapes or devices do not fit.
     """
+    if _is_plain(a_prev, W, optional=(b,)) and _fits_linear(a_prev, W, b):
+        return cast(Tensor, _apply_linear(a_prev, W, b))
     a_prev, W, b = _autocast(a_prev, W, b)
     check_alike({"a_prev": a_prev, "W": W}, {"b": b})
     if W.dim() != 2:
@@ -310,6 +468,20 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return _apply(LinearFunction, a_prev, W, b)
 
 
+def _fits_linear(a_prev: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Whether all checks of `linear` would pass."""
+    dtype, device, shape = W.dtype, W.device, W.shape
+    return (
+        len(shape) == 2
+        and a_prev.dim() > 0
+        and a_prev.shape[-1] == shape[1]
+        and a_prev.dtype is dtype
+        and a_prev.device == device
+        and dtype.is_floating_point
+        and (b is None or (b.shape == shape[:1] and b.dtype is dtype and b.device == device))
+    )
+
+
 def sigmoid(z: Tensor) -> Tensor:
     """a = σ(z) = 1 / (1 + e^(−z)) (equation 1), differentiated by equation 8 from z.
 
@@ -325,6 +497,8 @@ def sigmoid(z: Tensor) -> Tensor:
     Raises:
         TypeError: z is no tensor or not floating-point.
     """
+    if _is_plain(z) and z.dtype.is_floating_point:
+        return cast(Tensor, _apply_sigmoid(z))
     check_alike({"z": z})
     return _apply(SigmoidFunction, z)
 
@@ -359,11 +533,13 @@ def sigmoid_quadratic(
             dtype, or ignore_index is no whole number.
         ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
     """
+    settings = _Settings("quadratic", reduction, 0, ignore_index)
+    if _is_plain(z, y) and _fits_loss(z, y, None, None, settings):
+        return _fused_loss(z, y, None, None, settings)
     z, wide_y = _float32_under_autocast(z, y)
     ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    counts = _counts(y, ignore_index)
-    z, y = _masked(counts, z, wide_y)
-    return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
+    settings = _Settings("quadratic", reduction, 0, ignore_index)
+    return _composed_loss(z, y, wide_y, None, None, settings)
 
 
 def sigmoid_cross_entropy(
@@ -408,19 +584,95 @@ def sigmoid_cross_entropy(
         ValueError: shapes or devices do not fit, the reduction is unknown, label_smoothing is not
             in [0, 1), or ignore_index is 0 or 1.
     """
+    settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
+    if _is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+        z, y, weight, pos_weight, settings
+    ):
+        return _fused_loss(z, y, weight, pos_weight, settings)
     z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
     label_smoothing = check_label_smoothing(label_smoothing)
     ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
     check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
-    weight = _expand("weight", weight, z)
-    pos_weight = _expand("pos_weight", pos_weight, z)
-    counts = _counts(y, ignore_index)
-    z, y = _masked(counts, z, wide_y)
-    C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
-    if label_smoothing:
-        at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
-        C = (1 - label_smoothing) * C + label_smoothing * at_half
-    return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
+    settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
+    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.binary_cross_entropy_with_logits`, by equations 3 and 5.
+
+    It takes what PyTorch's function takes and returns C in the same dtype, the target's, but
+    computes it in float32 at least. It is exact where PyTorch's is not: C is 0 at z = ∞ with y = 1,
+    where PyTorch's is NaN, and a mean of float16 is finite though the sum is not.
+
+    Args:
+        input: z, the logits, of any shape; floating-point.
+        target: y, of z's shape and device, of any floating-point dtype; or, unlike PyTorch's,
+            integers or booleans.
+        weight: multiplies C; of a shape that broadcasts to z's. It may be negative.
+        size_average, reduce: deprecated as in PyTorch; they take precedence over reduction.
+        reduction: "none", "sum" or "mean" over all elements, whatever the shape. (The default of
+            `sigmoid_cross_entropy`, "batchmean", divides by fewer: z [N] by 1, not N.)
+        pos_weight: multiplies the term of y; as weight, and of any real dtype.
+        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
+        ignore_index: an integer other than 0 and 1: elements with this target contribute neither
+            loss nor gradient, and are not counted in the mean.
+
+    Returns:
+        C, z's shape for "none", else a scalar; in the target's dtype, or z's for integers.
+
+    Raises:
+        TypeError: an argument is not a tensor or has an unsupported dtype, label_smoothing is not a
+            number, or ignore_index is not an integer.
+        ValueError: shapes or devices do not match, reduction is unknown, label_smoothing is not in
+            [0, 1), or ignore_index is 0 or 1.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction(size_average, reduce)
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"expected reduction 'none', 'sum' or 'mean', got {reduction!r}")
+    z, y = input, target
+    kind = cast(Reduction, reduction)
+    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
+    if _is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+        z, y, weight, pos_weight, settings
+    ):
+        return _to(_fused_loss(z, y, weight, pos_weight, settings), _value_dtype(z, y))
+    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
+    _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
+    _check_shape("target", y, "input", z)
+    label_smoothing = check_label_smoothing(label_smoothing)
+    ignore_index = check_ignore_index(ignore_index)
+    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
+    C = _composed_loss(z, y, wide_y, weight, pos_weight, settings)
+    return _to(C, _value_dtype(z, wide_y))
+
+
+def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype of C, that of PyTorch's function."""
+    return y.dtype if y.dtype.is_floating_point else z.dtype
+
+
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that PyTorch's two deprecated arguments mean."""
+    mean, summed = size_average is None or size_average, reduce is None or reduce
+    reduction = ("mean" if mean else "sum") if summed else "none"
+    warnings.warn(
+        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' "
+        "instead.",
+        stacklevel=3,
+    )
+    return reduction
 
 
 LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
@@ -430,6 +682,97 @@ LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
 
 
 # ---------------------------------------------------------------------------------- the inside
+
+
+def _fits_loss(
+    z: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> bool:
+    """Whether all checks would pass, and the kernels compute the loss and all its gradients.
+
+    They compute none with respect to y and weights, and work in the dtype of z.
+    """
+    _, reduction, smoothing, ignore_index, any_dtype = settings
+    if not (fused.fits(z, y) and reduction in ("mean", "batchmean", "sum", "none")):
+        return False
+    dtype = y.dtype
+    if (
+        dtype is not z.dtype
+        and dtype.is_floating_point
+        and not (any_dtype and torch.promote_types(dtype, z.dtype) is z.dtype)
+    ):
+        return False
+    if type(smoothing) not in (int, float) or not 0 <= smoothing < 1:
+        return False
+    if ignore_index is not None and (type(ignore_index) is not int or ignore_index in (0, 1)):
+        return False
+    for tensor in (weight, pos_weight):
+        if tensor is None:
+            continue
+        dtype = tensor.dtype
+        if not (dtype is z.dtype or (any_dtype and not dtype.is_complex)):
+            return False
+        if not (tensor.is_cpu and _broadcasts(tensor, z)):
+            return False
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
+    return not (y.requires_grad and torch.is_grad_enabled())
+
+
+def _composed_loss(
+    z: Tensor,
+    y: Tensor,
+    wide_y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """C by a Function per component and PyTorch's operations, for every context.
+
+    Args:
+        wide_y: y as it is computed with; y itself tells what to ignore.
+    """
+    loss, reduction, smoothing, ignore_index, promotes = settings
+    if promotes:
+        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
+    weight = _expand("weight", weight, z)
+    pos_weight = _expand("pos_weight", pos_weight, z)
+    counts = _counts(y, ignore_index)
+    z, y = _masked(counts, z, wide_y)
+    if loss == "quadratic":
+        return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
+    C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
+    if smoothing:
+        at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
+        C = (1 - smoothing) * C + smoothing * at_half
+    return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
+
+
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
+
+
+def _to(tensor: _OptionalTensor, dtype: torch.dtype) -> _OptionalTensor:
+    """Convert if necessary: dynamo's vmap stumbles over a conversion to the same dtype."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _fused_loss(
+    z: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """C by one pass of a kernel."""
+    if z.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _apply_loss(z, y, weight, pos_weight, settings))
+    options = _options(weight, pos_weight, settings)
+    return fused.forward(z, y, options, settings.reduction, settings.loss)[0]
 
 
 def _apply(function: type[Function], *arguments: Tensor | None) -> Tensor:
@@ -462,7 +805,7 @@ def _masked(counts: Tensor | None, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
     `where` gives such components the derivative 0, of any order and in both modes.
     """
-    y = y if y.dtype == z.dtype else y.to(z.dtype)  # dynamo's vmap stumbles over one for nothing
+    y = _to(y, z.dtype)
     return (z, y) if counts is None else (z.where(counts, 0.0), y.where(counts, 0.0))
 
 
@@ -492,21 +835,47 @@ def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) 
         check_alike({"z": z})
         check_dense("y", y)
         check_device("y", y, z.device, like="z")
-    if y.shape != z.shape:
-        raise ValueError(f"expected y of shape {shape_of(z)} like z, got {shape_of(y)}")
+    _check_shape("y", y, "z", z)
     return ignore_index
+
+
+def _check_real(z: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Raise unless they are dense tensors on one device, z floating-point, the others real."""
+    check_alike({"input": z})
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype.is_complex:
+            raise TypeError(f"expected {name} of a real dtype, got {tensor.dtype}")
+        check_dense(name, tensor)
+        check_device(name, tensor, z.device, like="input")
+
+
+def _check_shape(name: str, tensor: Tensor, z_name: str, z: Tensor) -> None:
+    if tensor.shape != z.shape:
+        raise ValueError(
+            f"expected {name} of shape {shape_of(z)} like {z_name}, got {shape_of(tensor)}"
+        )
 
 
 def _expand(name: str, tensor: Tensor | None, z: Tensor) -> Tensor | None:
     if tensor is None:
         return None
-    leading, shape = z.dim() - tensor.dim(), tensor.shape
-    if leading < 0 or any(n not in (1, m) for n, m in zip(shape, z.shape[leading:], strict=True)):
+    if not _broadcasts(tensor, z):
         raise ValueError(
             f"expected {name} of a shape that broadcasts to z's, {shape_of(z)}, got "
             f"{shape_of(tensor)}"
         )
     return tensor.expand_as(z)
+
+
+def _broadcasts(tensor: Tensor, z: Tensor) -> bool:
+    leading, shape = z.dim() - tensor.dim(), tensor.shape
+    if leading < 0:
+        return False
+    return all(n in (1, m) for n, m in zip(shape, z.shape[leading:], strict=True))
 
 
 # What torch.autocast does to PyTorch's own functions, done here because a Function's forward and

@@ -25,6 +25,7 @@ from nnce.functional import Reduction
 __all__ = [
     "INITS",
     "MLP",
+    "BCEWithLogitsLoss",
     "Init",
     "Linear",
     "Sigmoid",
@@ -346,7 +347,64 @@ class SigmoidCrossEntropyLoss(nn.Module):
         )
 
 
-def _options(reduction: Reduction, **others: tuple[object, object]) -> str:
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss`, exact: `nnce.functional.binary_cross_entropy_with_logits`.
+
+    Takes its place with its arguments, defaults, dtypes and `state_dict`.
+
+    Args:
+        weight: multiplies C; of a shape that broadcasts to z's.
+        size_average, reduce: deprecated as in PyTorch.
+        reduction: "none", "sum" or "mean", over all elements.
+        pos_weight: multiplies the term of positive targets; as weight. Both weights are buffers.
+        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
+        ignore_index: an integer other than 0 and 1: elements with this target do not count.
+
+    Shape: input and target of one shape -> a scalar, or that shape for "none".
+
+    Raises:
+        TypeError: label_smoothing is not a number, or ignore_index is not an integer.
+        ValueError: label_smoothing is not in [0, 1), or ignore_index is 0 or 1.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        label_smoothing: float = 0,
+        ignore_index: int | None = None,
+    ) -> None:
+        """Check nnce's options and keep all of them."""
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
+        self.ignore_index = check_ignore_index(ignore_index)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """C of logits and targets."""
+        return functional.binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            pos_weight=self.pos_weight,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        """nnce's options where they are not the defaults, and the reduction."""
+        return _options(
+            self.reduction,
+            label_smoothing=(self.label_smoothing, 0.0),
+            ignore_index=(self.ignore_index, None),
+        )
+
+
+def _options(reduction: str, **others: tuple[object, object]) -> str:
     """The reduction, and of the others, a value and the usual one each, what is unusual."""
     unusual = [f"{name}={value!r}" for name, (value, usual) in others.items() if value != usual]
     return ", ".join([f"reduction={reduction!r}", *unusual])

@@ -154,6 +154,8 @@ def dW(dz: Tensor, a_prev: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     """[..., n] -> [examples, n]; not reshape(-1, n), which cannot be said where n is 0."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 

@@ -118,9 +118,10 @@ def check_gradcheck():
         (nnce.linear, (a_prev, W, b)),
         (nnce.sigmoid, (z,)),
         *(
-            (lambda z, y, f=f, r=r: f(z, y, reduction=r), (z, y))
+            (lambda z, y, f=f, r=r: f(z, y, reduction=r), (z, some_y))
             for f in HAND_WRITTEN.values()
             for r in REDUCTIONS
+            for some_y in (y, y.detach())  # with and without its gradient: two Functions
         ),
     ):
         assert gradcheck(function, inputs, raise_exception=False)

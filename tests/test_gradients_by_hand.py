@@ -5,11 +5,19 @@ import torch
 from oracles import CHECKS
 
 from nnce import functional, rules
+from nnce.kernels import fused
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_gradients(name):
+@pytest.mark.parametrize("fast", [True, False])
+def test_gradients(name, fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(functional, "_is_plain", _never)
     CHECKS[name]()
+
+
+def _never(*_, **__):
+    return False
 
 
 def _drop_upstream(function):
@@ -19,6 +27,11 @@ def _drop_upstream(function):
         return backward(ctx, torch.ones_like(upstream))
 
     return staticmethod(wrong)
+
+
+def _changed(function, change):
+    """The same function with a wrong result."""
+    return lambda *arguments: change(function(*arguments))
 
 
 def _mean_reduction(C, counts, reduction):
@@ -158,11 +171,61 @@ PLANTED = {
 }
 
 
+# In the fused passes, which plain eager code uses instead of the rules.
+PLANTED_IN_PASSES = {
+    "a wrong value": (
+        "forward",
+        _changed(fused.forward, lambda result: (2 * result[0], result[1])),
+        ("losses_by_z", "gradcheck"),
+    ),
+    "a wrong divisor": (
+        "forward",
+        _changed(fused.forward, lambda result: (result[0], 2 * result[1])),
+        ("losses_by_z", "gradcheck", "network"),
+    ),
+    "a flipped sign": (
+        "backward",
+        _changed(fused.backward, lambda dz: -dz),
+        ("losses_by_z", "gradcheck", "network"),
+    ),
+    "a dropped upstream": (
+        "backward",
+        lambda z, y, options, upstream, *others: fused_backward(
+            *(z, y, options, torch.ones_like(upstream)), *others
+        ),
+        ("losses_by_z", "gradcheck"),
+    ),
+    "equation 8: a flipped sign": (
+        "sigmoid_backward",
+        _changed(fused.sigmoid_backward, lambda dz: -dz),
+        ("sigmoid", "gradcheck", "network"),
+    ),
+    "equation 8: a dropped upstream": (
+        "sigmoid_backward",
+        lambda z, da: z.sigmoid() * (-z).sigmoid(),
+        ("sigmoid", "gradcheck", "network"),
+    ),
+}
+fused_backward = fused.backward
+
+
+@pytest.mark.parametrize(
+    ("planted", "check"),
+    [(planted, check) for planted, (*_, checks) in PLANTED_IN_PASSES.items() for check in checks],
+)
+def test_planted_wrong_pass_is_refused(planted, check, monkeypatch):
+    name, wrong, _ = PLANTED_IN_PASSES[planted]
+    monkeypatch.setattr(fused, name, wrong)
+    with pytest.raises(AssertionError):
+        CHECKS[check]()
+
+
 @pytest.mark.parametrize(
     ("planted", "check"),
     [(planted, check) for planted, (*_, checks) in PLANTED.items() for check in checks],
 )
 def test_planted_wrong_rule_is_refused(planted, check, monkeypatch):
+    monkeypatch.setattr(functional, "_is_plain", _never)
     owner, name, wrong, _ = PLANTED[planted]
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError):

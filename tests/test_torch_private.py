@@ -1,9 +1,14 @@
 """One test for each use of PyTorch's private API: it says what it is taken to say."""
 
+import warnings
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnce import _torch_private
 
@@ -53,6 +58,78 @@ def test_is_batched_gradient():
     torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)
     torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
     assert seen == [False, True]
+
+
+def test_nothing_intercepts():
+    seen = {}
+
+    def f(x, name):
+        seen[name] = _torch_private.nothing_intercepts()
+        return 2 * x
+
+    x = torch.ones(2, 2, requires_grad=True)
+    f(x, "plain")
+    with torch.no_grad():
+        f(x, "no_grad")
+    with torch.inference_mode():
+        f(x, "inference_mode")
+    with torch.device("meta"):
+        f(x, "a default device")
+    with FlopCounterMode(display=False):
+        f(x, "dispatch mode")
+    with torch.autograd.forward_ad.dual_level():
+        f(x, "forward mode")
+    make_fx(lambda x: f(x, "make_fx"))(x)
+    torch.func.vmap(lambda x: f(x, "vmap"))(x)
+    torch.func.grad(lambda x: f(x, "grad").sum())(x)
+    torch.func.functionalize(lambda x: f(x, "functionalize"))(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        torch.jit.trace(lambda x: f(x, "jit.trace"), x, check_trace=False)
+    y = x.sum(0)
+    y.register_hook(lambda g: f(g, "is_grads_batched"))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    f(x, "plain afterwards")
+    plain = {"plain", "no_grad", "inference_mode", "a default device", "plain afterwards"}
+    assert {name for name, nothing in seen.items() if nothing} == plain and len(seen) == 13
+
+
+def test_is_ordinary():
+    x = torch.ones(2, 2)
+    with torch.inference_mode():
+        inference = torch.ones(2)
+    for tensor in (x, x[0], x.T, torch.nn.Parameter(x), (2 * x.requires_grad_()), inference):
+        assert _torch_private.is_ordinary(tensor)
+    seen = []
+    torch.func.vmap(lambda t: seen.append(t) or t)(x)
+    torch.func.grad(lambda t: seen.append(t) or t.sum())(x)
+    y = x.sum(0)
+    y.register_hook(lambda g: seen.append(g))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    with FakeTensorMode() as mode:
+        seen.append(mode.from_tensor(torch.ones(2)))
+    seen += [torch.complex(x, x).conj().imag, x.to("meta"), x.detach().to_sparse()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        seen += [torch.quantize_per_tensor(x.detach(), 1, 0, torch.qint8)]
+    assert len(seen) == 8 and not any(map(_torch_private.is_ordinary, seen))
+
+
+def test_single_level_apply():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    x = torch.tensor(3.0, requires_grad=True)
+    y = _torch_private.single_level_apply(Square)(x)
+    y.backward()
+    assert y == 9 and x.grad == 6
 
 
 def test_assert_later():

@@ -1,0 +1,204 @@
+"""The passes of `nnce.kernels.losses` as PyTorch operations, for use without Numba.
+
+They walk the arrays in chunks, and use memory for one chunk again and again, so that intermediate
+results stay in the processor's cache.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnce import rules
+from nnce.losses import Loss
+
+if TYPE_CHECKING:
+    from nnce.kernels.fused import Packed
+
+BLOCK = 2**16
+"""Elements in a chunk."""
+
+
+class _Chunk(NamedTuple):
+    """A chunk of elements in the dtype to compute in, float32 or float64, and memory like z."""
+
+    z: Tensor
+    negative: Tensor
+    """Weights of the term of 1 − y: after label smoothing."""
+    positive: Tensor
+    """Weights of the term of y: after label smoothing and times pos_weight."""
+    weight: Tensor | None
+    ignored: Tensor | None
+    """Where y is the ignored value."""
+    both: Tensor | None
+    """negative + positive; None where it is 1."""
+    first: Tensor
+    second: Tensor
+    third: Tensor
+
+
+class _Work:
+    """Makes chunks of logits and targets.
+
+    Args:
+        z: logits, contiguous.
+        options: weights, smoothing, ignored targets.
+    """
+
+    def __init__(self, z: Tensor, options: "Packed") -> None:
+        self._options = options
+        self._dtype = torch.promote_types(z.dtype, torch.float32)
+        self._memory = z.new_empty(5, min(z.numel(), BLOCK), dtype=self._dtype)
+
+    def chunks(self, z: Tensor, y: Tensor) -> Iterator[tuple[slice, _Chunk]]:
+        """Make the chunks of whole arrays, with their places."""
+        z, y = z.view(-1), y.view(-1)
+        for begin in range(0, len(z), BLOCK):
+            part = slice(begin, begin + BLOCK)
+            yield part, self.chunk(z[part], y[part], begin)
+
+    def chunk(self, z: Tensor, y: Tensor, begin: int) -> _Chunk:
+        """Make a chunk of elements that begin at an index of the whole z."""
+        weight, period, pos_weight, pos_period, smoothing, ignored, ignores = self._options
+        negative, positive, *others = self._memory[:, : len(z)]
+        if y.dtype == self._dtype and not smoothing and pos_weight is None:
+            positive = y
+        else:
+            positive.copy_(y)
+        torch.sub(1, positive, out=negative)
+        if smoothing:
+            negative.mul_(1 - smoothing).add_(smoothing / 2)
+            positive.mul_(1 - smoothing).add_(smoothing / 2)
+        both = None
+        if pos_weight is not None:
+            positive.mul_(pos_weight[begin % pos_period :][: len(z)])
+            both = negative + positive
+        return _Chunk(
+            z.to(self._dtype),
+            negative,
+            positive,
+            None if weight is None else weight[begin % period :][: len(z)],
+            y == ignored if ignores else None,
+            both,
+            *others,
+        )
+
+
+def value(z: Tensor, y: Tensor, C: Tensor | None, options: "Packed", loss: Loss) -> list[float]:
+    """Return the sum of C over each chunk, and write C of each element unless C is None."""
+    sums = []
+    for part, chunk in _Work(z, options).chunks(z, y):
+        found, total = _value(chunk, loss)
+        if C is not None:
+            C.view(-1)[part] = found
+        sums.append(total.item())
+    return sums
+
+
+def gradient(
+    z: Tensor,
+    y: Tensor,
+    dz: Tensor,
+    options: "Packed",
+    upstream: Tensor | None,
+    scale: float,
+    loss: Loss,
+) -> None:
+    """Write dC/dz times scale, and times the elements' upstream gradients unless None."""
+    for part, chunk in _Work(z, options).chunks(z, y):
+        found = _gradient(chunk, loss).mul_(scale)
+        if upstream is not None:
+            found.mul_(upstream.view(-1)[part])
+        dz.view(-1)[part] = _finished(chunk, found)
+
+
+def joint(
+    z: Tensor,
+    y: Tensor | None,
+    C: Tensor,
+    factor: Tensor,
+    options: "Packed",
+    loss: Loss,
+) -> None:
+    """Write factor ∘ dC/dz in the place of z [rows, width], and each row's sum of C."""
+    rows, width = z.shape
+    C.zero_()
+    work, flat = _Work(z, options), z.view(-1)
+    at_once = max(1, BLOCK // max(1, width))
+    for row in range(0, rows, at_once):
+        some = slice(row, min(row + at_once, rows))
+        for column in range(0, width, BLOCK):
+            columns = slice(column, min(column + BLOCK, width))
+            shape = some.stop - some.start, columns.stop - columns.start
+            begin = row * width + column
+            part = slice(begin, begin + shape[0] * shape[1])
+            targets = z.new_zeros(shape) if y is None else y[some, columns]
+            chunk = work.chunk(flat[part], targets.reshape(-1), begin)
+            C[some] += _value(chunk, loss, shape[0])[1]
+            dz = _gradient(chunk, loss).view(shape) * factor[some, None]
+            flat[part] = _finished(chunk, dz.view(-1))
+
+
+def sigmoid_gradient(z: Tensor, da: Tensor, dz: Tensor) -> None:
+    """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
+    for begin in range(0, z.numel(), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        dz.view(-1)[part] = rules.dz_hidden(da.view(-1)[part], z.view(-1)[part])
+
+
+def _finished(chunk: _Chunk, found: Tensor) -> Tensor:
+    """Multiply by weight, where 0 · ∞ is 0, and write 0 for ignored targets."""
+    if chunk.weight is not None:
+        found = rules.weighted(chunk.weight, found)
+    return found if chunk.ignored is None else found.masked_fill_(chunk.ignored, 0)
+
+
+def _value(chunk: _Chunk, loss: Loss, rows: int = 1) -> tuple[Tensor, Tensor]:
+    """C of each element, equation 2 or 3, and its sums over equal parts in float64, [rows]."""
+    find = _quadratic if loss == "quadratic" else _cross_entropy
+    C = _finished(chunk, find(chunk))
+    sums = C.view(rows, -1).sum(1, dtype=torch.float64)
+    if loss == "cross-entropy" and not sums.isfinite().all():
+        C = _finished(chunk, _cross_entropy_at_infinity(chunk))
+        sums = C.view(rows, -1).sum(1, dtype=torch.float64)
+    return C, sums
+
+
+def _quadratic(chunk: _Chunk) -> Tensor:
+    return _residual(chunk).square_().mul_(0.5)
+
+
+def _cross_entropy(chunk: _Chunk) -> Tensor:
+    z, negative, positive, *_, both, first, second, third = chunk
+    # ln(1 + t) = t · ln(u) / (u − 1) with t = e^(−|z|) and u = 1 + t rounded, in which the error of
+    # u cancels (Kahan; Higham, Accuracy and Stability of Numerical Algorithms, 2002, §1.14.1).
+    # PyTorch's log1p takes ten times as long for float32 on a CPU.
+    t, u = torch.abs(z, out=first).neg_().exp_(), second
+    torch.add(t, 1, out=u).clamp_(min=1 + torch.finfo(u.dtype).eps)
+    C = t.div_(torch.sub(u, 1, out=third)).mul_(u.log_())
+    # softplus(±z) = max(±z, 0) + ln(1 + t)
+    if both is not None:
+        C.mul_(both)
+    C.addcmul_(negative, torch.clamp(z, min=0, out=third))
+    return C.addcmul_(positive, torch.clamp(z, max=0, out=third), value=-1)
+
+
+def _cross_entropy_at_infinity(chunk: _Chunk) -> Tensor:
+    """C where 0 · ∞ is 0, which takes longer."""
+    z, negative, positive = chunk[:3]
+    term = rules.weighted(negative, rules.softplus(z))
+    return term + rules.weighted(positive, rules.softplus(-z))
+
+
+def _residual(chunk: _Chunk) -> Tensor:
+    """a − y = (1−y) σ(z) − y σ(−z), equation 5."""
+    z, negative, positive, *_, first, second, _ = chunk
+    a = torch.sigmoid(z, out=first).mul_(negative)
+    return a.addcmul_(torch.neg(z, out=second).sigmoid_(), positive, value=-1)
+
+
+def _gradient(chunk: _Chunk, loss: Loss) -> Tensor:
+    """dC/dz of each element, equation 4 or 5, without weight."""
+    difference = _residual(chunk)
+    return difference if loss == "cross-entropy" else difference.mul_(rules.sigmoid_prime(chunk.z))

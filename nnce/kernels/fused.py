@@ -1,0 +1,435 @@
+"""The losses and the sigmoid in fused passes over z and y on a CPU: the interface to the kernels.
+
+Two passes: `forward` computes the value, `backward` computes dC/dz from z and y, so that nothing
+else is kept. `joint` computes both in one pass. The work is done by Numba (`nnce.kernels.losses`),
+or by PyTorch in chunks that fit the cache (`nnce.kernels.chunked`) where Numba is not installed.
+
+No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels.
+
+Sums are taken in float64 over fixed parts of an array, so that the bits of a result do not depend
+on the number of threads.
+"""
+
+import concurrent.futures
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from nnce import kernels
+from nnce.losses import Loss
+
+_PART = 2**16
+"""Elements in a part: one call of a kernel, one sum in float64."""
+_THREADED = 2**17
+"""Smallest number of elements that is shared out over threads, which costs some 50 µs."""
+
+_FLOATS = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_TARGETS = {
+    **_FLOATS,
+    **{torch.bool: "bool", torch.uint8: "uint8", torch.int8: "int8"},
+    **{torch.int16: "int16", torch.int32: "int32", torch.int64: "int64"},
+}
+
+
+class Options(NamedTuple):
+    """Options of the cross-entropy; of the quadratic loss, ignore_index."""
+
+    weight: Tensor | None = None
+    """Multiplies C; of a shape that broadcasts to z's."""
+    pos_weight: Tensor | None = None
+    """Multiplies the term of y; of a shape that broadcasts to z's."""
+    label_smoothing: float = 0
+    ignore_index: int | None = None
+    """Targets of this value count neither for C nor for a mean."""
+
+
+class Packed(NamedTuple):
+    """Options of one call as the passes read them."""
+
+    weight: Tensor | None
+    """Repeated so that a block, wherever it begins, is within one run; in the dtype of the work."""
+    weight_period: int
+    pos_weight: Tensor | None
+    pos_period: int
+    label_smoothing: float
+    ignored: float
+    ignores: bool
+
+    def addresses(self) -> tuple[Any, ...]:
+        """Return the tuple that the compiled kernels take."""
+        weight, pos_weight = (0 if t is None else t.data_ptr() for t in (self[0], self[2]))
+        return (weight, self.weight_period, pos_weight, *self[3:])
+
+
+_PLAIN = Options()
+_PACKED_PLAIN = Packed(None, 0, None, 0, 0.0, 0, False)
+_ADDRESSES_PLAIN = _PACKED_PLAIN.addresses()
+
+
+def fits(z: Tensor, y: Tensor) -> bool:
+    """Whether the passes take these logits and targets, which may have different dtypes."""
+    return (
+        z.is_cpu
+        and y.is_cpu
+        and z.dtype in _FLOATS
+        and y.dtype in _TARGETS
+        and z.shape == y.shape
+        and z.layout is torch.strided
+        and y.layout is torch.strided
+        and not (z.is_neg() or y.is_neg())
+    )
+
+
+# -------------------------------------------------------------------------------- the passes
+
+
+def forward(
+    z: Tensor,
+    y: Tensor,
+    options: Options = _PLAIN,
+    reduction: str = "mean",
+    loss: Loss = "cross-entropy",
+) -> tuple[Tensor, float]:
+    """Compute a loss, equation 2 or 3.
+
+    Args:
+        z: logits, of any shape; float32, float64, float16 or bfloat16, on the CPU.
+        y: targets of z's shape, of any of these dtypes, whole numbers or booleans.
+        options: weights, smoothing, ignored targets.
+        reduction: "none", "sum", "mean" or "batchmean".
+        loss: "cross-entropy" or "quadratic".
+
+    Returns:
+        C in z's dtype, z's shape for "none", else a scalar; and what its sum was divided by, for
+        `backward`.
+    """
+    z, y = z.contiguous(), y.contiguous()
+    if reduction == "none":
+        C = torch.empty_like(z)
+        _values(z, y, C, options, loss)
+        return C, 1.0
+    total = 0.0
+    for part in _values(z, y, None, options, loss):
+        total += part
+    divisor = _divisor(z, y, options, reduction)
+    return _scalar(total / divisor if divisor else math.nan, z.dtype), divisor
+
+
+def backward(
+    z: Tensor,
+    y: Tensor,
+    options: Options,
+    upstream: Tensor,
+    divisor: float = 1.0,
+    loss: Loss = "cross-entropy",
+) -> Tensor:
+    """Compute the gradient of `forward` with respect to z: equation 4 or 5, times upstream.
+
+    Args:
+        z: logits, as in `forward`.
+        y: targets, as in `forward`.
+        options: as in `forward`.
+        upstream: gradient with respect to C, a scalar or of z's shape.
+        divisor: as returned by `forward`.
+        loss: as in `forward`.
+
+    Returns:
+        The gradient, of z's shape and dtype.
+    """
+    z, y = z.contiguous(), y.contiguous()
+    dz = torch.empty_like(z)
+    each = None
+    if upstream.dim() == 0:
+        scale = upstream.item() / divisor if divisor else math.nan
+    elif not any(upstream.stride()) and upstream.numel():  # expanded, by the backward of sum()
+        scale = upstream[(0,) * upstream.dim()].item() / divisor
+    else:
+        scale, each = 1.0, upstream.to(z.dtype).contiguous()
+    _gradients(z, y, dz, options, each, scale, loss)
+    return dz
+
+
+def joint(
+    z: Tensor,
+    y: Tensor | None,
+    factor: Tensor,
+    options: Options = _PLAIN,
+    loss: Loss = "cross-entropy",
+) -> Tensor:
+    """Compute C of each row, and dC/dz in the place of z, in one pass.
+
+    Some 1.6 times as fast as `forward` and `backward`, and suits where both are wanted and dC/dz
+    has a place: in blocks of labels, whose logits are not kept.
+
+    Args:
+        z: logits [rows, width], float32 or float64, contiguous; overwritten by factor ∘ dC/dz.
+        y: targets [rows, width], whose rows may lie apart; None for zeros.
+        factor: multiplies dC/dz, [rows].
+        options: weights of a shape that broadcasts to [width], smoothing, ignored targets.
+        loss: "cross-entropy" or "quadratic".
+
+    Returns:
+        The sum of C over each row, without the factor, [rows] in float64.
+    """
+    if y is not None and y.stride(-1) != 1 and z.shape[-1] > 1:
+        y = y.contiguous()
+    C = z.new_empty(len(z), dtype=torch.float64)
+    _joint(z, y, C, factor.to(z.dtype).contiguous(), options, loss)
+    return C
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    """Compute a = σ(z), equation 1, in z's dtype."""
+    z = z.contiguous()
+    if not uses_numba():
+        return torch.sigmoid(z)
+    a = torch.empty_like(z)
+    kernel = _compiled("sigmoid", "", z.dtype, z.dtype)
+    at, to = z.data_ptr(), a.data_ptr()
+    _in_parts(lambda begin, end: kernel(at, to, begin, end, None, None), z.numel())
+    return a
+
+
+def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
+    """Compute dC/dz = dC/da ∘ σ'(z), equation 8, from z, so that it is exact in saturation."""
+    z, da = z.contiguous(), da.to(z.dtype).contiguous()
+    dz = torch.empty_like(z)
+    if not uses_numba():
+        from nnce.kernels import chunked
+
+        chunked.sigmoid_gradient(z, da, dz)
+        return dz
+    kernel = _compiled("sigmoid_gradient", "", z.dtype, z.dtype)
+    places = z.data_ptr(), da.data_ptr(), dz.data_ptr()
+    _in_parts(lambda begin, end: kernel(*places, begin, end, None, None), z.numel())
+    return dz
+
+
+# ------------------------------------------------------------------------ the two ways to do them
+
+
+@functools.cache
+def uses_numba() -> bool:
+    """Whether Numba does the work; asked once."""
+    return kernels.numba_problem() is None
+
+
+@functools.cache
+def _compiled(kernel: str, loss: str, z_dtype: torch.dtype, y_dtype: torch.dtype | None) -> Any:
+    from nnce.kernels import losses
+
+    y_name = "zeros" if y_dtype is None else _TARGETS[y_dtype]
+    return losses.compiled(kernel, loss, _FLOATS[z_dtype], y_name)
+
+
+def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss) -> list[float]:
+    """Write C of each element if wanted, and return the sums of parts."""
+    packed = _pack(options, z, y)
+    if not uses_numba():
+        from nnce.kernels import chunked
+
+        return chunked.value(z, y, C, packed, loss)
+    kernel = _compiled("value", loss, z.dtype, y.dtype)
+    places = z.data_ptr(), y.data_ptr(), 0 if C is None else C.data_ptr()
+    addresses = packed.addresses() if packed is not _PACKED_PLAIN else _ADDRESSES_PLAIN
+    return _in_parts(
+        lambda begin, end: kernel(*places, begin, end, addresses, None, None, None, None),
+        z.numel(),
+    )
+
+
+def _gradients(
+    z: Tensor,
+    y: Tensor,
+    dz: Tensor,
+    options: Options,
+    upstream: Tensor | None,
+    scale: float,
+    loss: Loss,
+) -> None:
+    packed = _pack(options, z, y)
+    if not uses_numba():
+        from nnce.kernels import chunked
+
+        chunked.gradient(z, y, dz, packed, upstream, scale, loss)
+        return
+    kernel = _compiled("gradient", loss, z.dtype, y.dtype)
+    places = z.data_ptr(), y.data_ptr(), dz.data_ptr()
+    each = 0 if upstream is None else upstream.data_ptr()
+    addresses = packed.addresses() if packed is not _PACKED_PLAIN else _ADDRESSES_PLAIN
+    _in_parts(
+        lambda begin, end: kernel(
+            *places, begin, end, addresses, each, scale, None, None, None, None
+        ),
+        z.numel(),
+    )
+
+
+def _joint(
+    z: Tensor, y: Tensor | None, C: Tensor, factor: Tensor, options: Options, loss: Loss
+) -> None:
+    packed = _pack(options, z, z if y is None else y)
+    if not uses_numba():
+        from nnce.kernels import chunked
+
+        chunked.joint(z, y, C, factor, packed, loss)
+        return
+    kernel = _compiled("joint", loss, z.dtype, None if y is None else y.dtype)
+    y_place = (0, 0) if y is None else (y.data_ptr(), y.stride(0))
+    places = z.data_ptr(), *y_place, C.data_ptr(), factor.data_ptr()
+    rows, width = z.shape
+    addresses = packed.addresses()
+    _in_parts(
+        lambda begin, end: kernel(
+            *places, begin, end, width, addresses, None, None, None, None, None
+        ),
+        rows,
+        size=width,
+    )
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def _pack(options: Options, z: Tensor, y: Tensor) -> Packed:
+    if options is _PLAIN:
+        return _PACKED_PLAIN
+    weight, pos_weight, label_smoothing, ignore_index = options
+    ignored, ignores = _ignored(y.dtype, ignore_index)
+    return Packed(
+        *_repeated(weight, z),
+        *_repeated(pos_weight, z),
+        float(label_smoothing),
+        ignored,
+        ignores,
+    )
+
+
+def _block() -> int:
+    """Elements that a pass takes at a time."""
+    if uses_numba():
+        from nnce.kernels import losses
+
+        return losses.BLOCK
+    from nnce.kernels import chunked
+
+    return chunked.BLOCK
+
+
+def _repeated(weight: Tensor | None, z: Tensor) -> tuple[Tensor | None, int]:
+    """Return weights in z's order of memory, and after how many elements they repeat."""
+    if weight is None:
+        return None, 0
+    weight = weight.detach().to(torch.promote_types(z.dtype, torch.float32))
+    while weight.dim() and weight.shape[0] == 1:
+        weight = weight[0]
+    last = z.shape[z.dim() - weight.dim() :]
+    weight = weight.expand(last).reshape(-1)
+    period = weight.numel()
+    if 0 < period < z.numel():
+        needed = period + min(_block(), z.numel() - period)
+        weight = weight.repeat(-(-needed // period))
+    return weight, period
+
+
+def _ignored(dtype: torch.dtype, ignore_index: int | None) -> tuple[float, bool]:
+    """Return the value of y to ignore, in y's own precision, and whether y can have it."""
+    if ignore_index is None or dtype is torch.bool:
+        return 0, False
+    if dtype.is_floating_point:
+        return torch.tensor(float(ignore_index), dtype=dtype).item(), True
+    limits = torch.iinfo(dtype)
+    inside = limits.min <= ignore_index <= limits.max
+    return (ignore_index, True) if inside else (0, False)
+
+
+def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
+    """Return what the sum of C is divided by."""
+    if reduction == "sum":
+        return 1.0
+    width = 1 if reduction == "mean" or z.dim() == 0 else z.shape[-1]
+    rows = z.numel() if reduction == "mean" else z.shape[:-1].numel()
+    ignored, ignores = _ignored(y.dtype, options.ignore_index)
+    if not ignores:
+        return float(rows)
+    if not uses_numba():
+        return float((y != ignored).reshape(rows, width).any(-1).sum())
+    kernel = _compiled("count", "", z.dtype, y.dtype)
+    at = y.data_ptr()
+    return float(
+        sum(_in_parts(lambda begin, end: kernel(at, begin, end, width, ignored, None), rows, width))
+    )
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    if -65504 <= value <= 65504:
+        return torch.full((), value, dtype=dtype)
+    return torch.tensor(value, dtype=torch.float64).to(dtype)  # full() refuses too large a number
+
+
+# -------------------------------------------------------------------------------------- threads
+
+_T = TypeVar("_T")
+_pool: concurrent.futures.ThreadPoolExecutor | None = None
+_pool_size = 0
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Forget the pool: a child process has none of its threads."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _workers(number: int) -> concurrent.futures.ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < number:
+            _pool, _pool_size = concurrent.futures.ThreadPoolExecutor(number, "nnce"), number
+        return _pool
+
+
+def _in_parts(task: Callable[[int, int], _T], n: int, size: int = 1) -> list[_T]:
+    """Call task(begin, end) for fixed parts of n items of a size; return the results in order.
+
+    In torch.get_num_threads() threads if there are many elements. A thread of its own has its own
+    mode for subnormal numbers, which is set to that of the caller.
+    """
+    step = max(1, _PART // max(1, size))
+    if n <= step:
+        return [task(0, n)]
+    parts = [(begin, min(begin + step, n)) for begin in range(0, n, step)]
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads == 1 or n * size < _THREADED:
+        return [task(*part) for part in parts]
+    flush = float(torch.tensor(1e-38) * 0.1) == 0
+
+    def run(mine: list[tuple[int, int]]) -> list[_T]:
+        torch.set_flush_denormal(flush)
+        return [task(*part) for part in mine]
+
+    share = -(-len(parts) // threads)
+    shares = [parts[begin : begin + share] for begin in range(0, len(parts), share)]
+    others = [_workers(threads - 1).submit(run, mine) for mine in shares[1:]]
+    try:
+        results = run(shares[0])
+    finally:
+        concurrent.futures.wait(others)  # they write to memory that the caller may free
+    for other in others:
+        results += other.result()
+    return results

@@ -1,0 +1,617 @@
+"""Fused CPU kernels for the losses and the sigmoid, compiled by Numba at their first use.
+
+A kernel walks its arrays in blocks of 1,024 elements, whose intermediate results stay in the cache
+of the processor core. A block takes several short loops: the targets become the weights of the two
+terms of the loss; one loop computes C or dC/dz; further loops apply `weight` and `ignore_index`.
+Sums are taken in float64.
+
+Arrays are passed as addresses, with markers for their dtypes: an array object would cost as much as
+the computation for some hundred elements. Markers are part of a kernel's signature, so that each
+combination of dtypes is compiled at its first use. Everything else is decided at run time.
+
+Few functions, because Numba takes a tenth of a second for each: memory is read and written by
+intrinsics, which cost next to nothing.
+"""
+
+# Numba's decorators and intrinsics, which lose their first argument, have no types for mypy.
+# mypy: disable-error-code="no-untyped-def, call-arg, var-annotated"
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
+
+import inspect
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import NativeValue, intrinsic, models, overload, register_model, unbox
+
+BLOCK = 1024
+"""Elements walked at a time; a kernel needs up to five times as many numbers on the stack."""
+
+# "reassoc" would undo the reduction of x in e^x in two parts; only sums over a block may be
+# reordered. "contract" allows fused multiply-add.
+_EXACT = {"contract", "nsz"}
+_SUM = {"contract", "nsz", "reassoc"}
+
+
+def _njit(*, fastmath: set[str]) -> Any:
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+
+    def compiled(function: Any) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # "no locator available": no folder can be written
+            return numba.njit(**options)(function)
+
+    return compiled
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+class Marker(types.Dummy):
+    """A Numba type whose only value is None: it selects code at compile time.
+
+    Args:
+        label: "cross-entropy", "quadratic", the name of a dtype, or "zeros" for an array of zeros
+            that is not in memory.
+    """
+
+    def __init__(self, label: str) -> None:
+        """Make the type, which is equal to others of its label."""
+        super().__init__(label)
+        self.label = label
+
+
+register_model(Marker)(models.OpaqueModel)
+
+
+@unbox(Marker)
+def _unbox(_: Any, __: Any, c: Any) -> NativeValue:
+    return NativeValue(c.context.get_dummy_value())
+
+
+# Numba has no half-precision numbers on a CPU: they are read and written as bits.
+_STORED = {
+    **{"float32": types.float32, "float64": types.float64},
+    **{"float16": types.uint16, "bfloat16": types.uint16},
+    **{"bool": types.uint8, "uint8": types.uint8, "int8": types.int8},
+    **{"int16": types.int16, "int32": types.int32, "int64": types.int64},
+}
+
+
+def _pointer(context: Any, builder: Any, label: str, address: Any, i: Any) -> Any:
+    """Return the LLVM pointer to element i."""
+    kind = context.get_data_type(_STORED[label])
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [i])
+
+
+@intrinsic
+def _read(_: Any, address: Any, i: Any, dtype: Any, like: Any) -> Any:
+    """Return element i converted to like's type."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if dtype.label == "zeros":
+            return context.get_constant(like, 0)
+        value = builder.load(_pointer(context, builder, dtype.label, *arguments[:2]))
+        stored = _STORED[dtype.label]
+        if dtype.label in _FROM_BITS:
+            stored = types.float32
+            value = _FROM_BITS[dtype.label](context, builder, value)
+        return context.cast(builder, value, stored, like)
+
+    return like(types.int64, types.int64, dtype, like), generate
+
+
+@intrinsic
+def _write(_: Any, address: Any, i: Any, dtype: Any, value: Any) -> Any:
+    """Store a number of float32 or float64 as element i."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        halves = dtype.label in _TO_BITS
+        stored = types.float32 if halves else _STORED[dtype.label]
+        number = context.cast(builder, arguments[3], value, stored)
+        if halves:
+            number = _TO_BITS[dtype.label](context, builder, number)
+        builder.store(number, _pointer(context, builder, dtype.label, *arguments[:2]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, dtype, value), generate
+
+
+@intrinsic
+def _scratch(_: Any, one: Any) -> Any:
+    """Return the address of memory for a block of numbers of a type, on the stack."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Not a power of 2: a processor takes addresses that are 4,096 bytes apart for the same one.
+        memory = cgutils.alloca_once(builder, context.get_data_type(one), size=BLOCK + 256)
+        memory.align = 64
+        return builder.ptrtoint(memory, ir.IntType(64))
+
+    return types.int64(one), generate
+
+
+@intrinsic
+def _one(_: Any, dtype: Any) -> Any:
+    """Return 1 as a float32 or float64."""
+    kind = _STORED[dtype.label]
+    return kind(dtype), lambda context, *_: context.get_constant(kind, 1)
+
+
+@intrinsic
+def _as(_: Any, x: Any, like: Any) -> Any:
+    """Return a float64 converted to like's type."""
+    return like(x, like), lambda context, builder, _, arguments: context.cast(
+        builder, arguments[0], x, like
+    )
+
+
+@intrinsic
+def _same(_: Any, first: Any, second: Any) -> Any:
+    """Return whether two markers are equal."""
+    answer = first == second
+    return types.boolean(first, second), lambda *_: ir.Constant(ir.IntType(1), answer)
+
+
+def _from_float16(bits: Any) -> Any:
+    sign = np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
+    size = np.uint32(np.uint32(bits) & np.uint32(0x7FFF))
+    # The exponent's bias is 112 larger in float32; infinities and NaN have the largest exponent.
+    shift = np.uint32(224 << 23) if size >= np.uint32(0x7C00) else np.uint32(112 << 23)
+    normal = np.uint32(np.uint32(size << np.uint32(13)) + shift)
+    subnormal = np.float32(np.float32(np.int32(size)) * np.float32(2**-24)).view(np.uint32)
+    wide = subnormal if size < np.uint32(0x0400) else normal
+    return np.uint32(wide | np.uint32(sign)).view(np.float32)
+
+
+def _to_float16(x: Any) -> Any:
+    bits = np.float32(x).view(np.uint32)
+    sign = np.uint32(bits & np.uint32(0x80000000)) >> np.uint32(16)
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(size >> np.uint32(13)) & np.uint32(1))
+    narrow = np.uint32(size - np.uint32((112 << 23) - 0xFFF)) + odd
+    narrow = np.uint32(narrow) >> np.uint32(13)
+    # The last place of 0.5 in float32 is 2⁻²⁴, the smallest number of float16.
+    rounded = np.float32(abs(x) + np.float32(0.5)).view(np.uint32)
+    if size < np.uint32(0x38800000):
+        narrow = np.uint32(rounded) - np.uint32(0x3F000000)
+    if size >= np.uint32(0x477FF000):  # rounds beyond the largest number
+        narrow = np.uint32(0x7C00)
+    if x != x:
+        narrow = np.uint32(0x7E00)
+    return np.uint16(np.uint32(narrow) | np.uint32(sign))
+
+
+def _float16_to_float32(context: Any, builder: Any, bits: Any) -> Any:
+    signature = types.float32(types.uint16)
+    return context.compile_internal(builder, _from_float16, signature, (bits,))
+
+
+def _float32_to_float16(context: Any, builder: Any, x: Any) -> Any:
+    return context.compile_internal(builder, _to_float16, types.uint16(types.float32), (x,))
+
+
+def _bfloat16_to_float32(context: Any, builder: Any, bits: Any) -> Any:
+    wide = builder.zext(bits, ir.IntType(32))
+    return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, 16)), ir.FloatType())
+
+
+def _float32_to_bfloat16(context: Any, builder: Any, x: Any) -> Any:
+    bits = builder.bitcast(x, ir.IntType(32))
+    places = ir.Constant(bits.type, 16)
+    odd = builder.and_(builder.lshr(bits, places), ir.Constant(bits.type, 1))
+    half = builder.add(odd, ir.Constant(bits.type, 0x7FFF))
+    rounded = builder.lshr(builder.add(bits, half), places)
+    nan = builder.fcmp_unordered("uno", x, x)
+    rounded = builder.select(nan, ir.Constant(bits.type, 0x7FC0), rounded)
+    return builder.trunc(rounded, ir.IntType(16))
+
+
+_FROM_BITS: dict[str, Any] = {"float16": _float16_to_float32, "bfloat16": _bfloat16_to_float32}
+_TO_BITS: dict[str, Any] = {"float16": _float32_to_float16, "bfloat16": _float32_to_bfloat16}
+
+
+# ------------------------------------------------------------------------------- e^x and ln(1+e)
+
+
+def _generic(choose: Any) -> Any:
+    """Return a function of compiled code that is chosen by the types of its arguments."""
+    choose.__annotations__.clear()  # Numba compares signatures with those of the chosen functions
+
+    def stub(*arguments: Any) -> Any:
+        raise NotImplementedError
+
+    overload(stub, jit_options={"fastmath": _EXACT})(choose)
+    return stub
+
+
+def _polynomial(in_float32: tuple[float, ...], in_float64: tuple[float, ...]) -> Any:
+    """Return an intrinsic function of x: the polynomial with these coefficients, lowest first."""
+
+    def evaluate(_: Any, x: Any) -> Any:
+        coefficients = in_float32 if x == types.float32 else in_float64
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            (value,), flags = arguments, tuple(sorted(_EXACT))
+            total = ir.Constant(value.type, coefficients[-1])
+            for c in coefficients[-2::-1]:
+                product = builder.fmul(total, value, flags=flags)
+                total = builder.fadd(product, ir.Constant(value.type, c), flags=flags)
+            return total
+
+        return x(x), generate
+
+    return intrinsic(evaluate)
+
+
+# e^x for x ≤ 0: x = k ln 2 + r, e^r = 1 + r + r² Q(r). The product of k and the larger part of ln 2
+# is exact. ln(1 + e) = e − e² P(e) in float32; 2 artanh(s) = 2 (s + s³ P(s²)), s = e / (2 + e), in
+# float64. Q and P are minimax in relative error: 0.05 and 0.09 units of 2⁻²⁴ in float32, 0.0005 and
+# 0.01 units of 2⁻⁵³ in float64.
+_least = _polynomial((-104.5,), (-746.0,))  # e^x rounds to 0
+_shift = _polynomial((1.5 * 2**23,), (1.5 * 2**52,))  # added and subtracted, it rounds
+_ln2_large = _polynomial((0.693359375,), (6.93147180369123816490e-01,))
+_log2_e = _polynomial((1.4426950408889634,), (1.4426950408889634,))
+_ln2_small = _polynomial((-2.12194440e-4,), (1.90821492927058770002e-10,))
+_Q = _polynomial(
+    (0.499999934335, 0.166665204022, 0.0416683905176, 0.00836874490391, 0.001381455364),
+    (
+        *(0.50000000000000000441, 0.16666666666666683484, 0.041666666666666092524),
+        *(0.0083333333333169840053, 0.0013888888889116152821, 0.00019841269896512448272),
+        *(0.000024801586926052735274, 2.7557234729792016557e-6, 2.7557582038658133661e-7),
+        *(2.5112084005850369693e-8, 2.0826648732293425774e-9),
+    ),
+)
+_P = _polynomial(
+    (
+        *(0.499999327719, -0.333305114763, 0.249585887728, -0.196954068485, 0.153554132167),
+        *(-0.106805823621, 0.057664693954, -0.0202047108609, 0.00331849915363),
+    ),
+    (
+        *(0.33333333333333151897, 0.20000000000078620883, 0.1428571427392716632),
+        *(0.11111111984845844544, 0.090908719632707665966, 0.07693279943035179833),
+        *(0.06650487044388582197, 0.060530411115526983895, 0.041700595731621486482),
+        0.085092714149811265446,
+    ),
+)
+
+
+@intrinsic
+def _times_power_of_2(_: Any, x: Any, shifted: Any) -> Any:
+    """Return 2^k x for k ≤ 0 that has been rounded by adding `_shift`.
+
+    In two factors, so that a subnormal result is rounded once. The lowest bits of the shifted
+    number are those of k, and end up in the exponents.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, bits, places = (np.float32, np.int32, 23)
+        if x == types.float64:
+            number, bits, places = (np.float64, np.int64, 52)
+        kind = ir.IntType(8 * bits().itemsize)
+        one, least = (
+            ir.Constant(kind, int(number(value).view(bits))) for value in (1, 1.5 * 2**places - 100)
+        )
+        k = builder.bitcast(arguments[1], kind)
+        most = builder.select(builder.icmp_signed(">", k, least), k, least)
+        result = arguments[0]
+        for part in (most, builder.sub(k, most)):
+            power = builder.add(builder.shl(part, ir.Constant(kind, places)), one)
+            result = builder.fmul(result, builder.bitcast(power, result.type))
+        return result
+
+    return x(x, x), generate
+
+
+@_njit(fastmath=_EXACT)
+def _exp(x: Any, one: Any) -> Any:
+    """e^x for x ≤ 0."""
+    x = _least(x) if x < _least(x) else x  # NaN stays NaN
+    shifted = x * _log2_e(x) + _shift(x)
+    k = shifted - _shift(x)
+    r = x - k * _ln2_large(x)
+    r -= k * _ln2_small(x)
+    return _times_power_of_2(one + (r + r * r * _Q(r)), shifted)
+
+
+@_generic
+def _log1p(e: Any, one: Any) -> Any:
+    """ln(1 + e) for e in [0, 1]."""
+    if e == types.float32:
+        return lambda e, one: e - e * (e * _P(e))
+
+    return lambda e, one: _log1p_by_quotient(e)
+
+
+@_njit(fastmath=_EXACT)
+def _log1p_by_quotient(e: Any) -> Any:
+    w = 2 + e
+    t = 2 / w
+    s = e * t  # twice the s of the formula
+    s += (((e + e) - s * w) - s * (e - (w - 2))) * (t / 2)  # what has been lost by rounding
+    v = s * s / 4
+    return s + s * v * _P(v)
+
+
+# ------------------------------------------------------------------------------- the equations
+
+# negative and positive are the weights of the two terms: 1 − y and y, after label smoothing and
+# pos_weight. `one` is 1 in the dtype that is computed in.
+
+
+@_njit(fastmath=_EXACT)
+def _sigmoids(z: Any, one: Any) -> Any:
+    """Equation 1: σ(z) and σ(−z)."""
+    e = _exp(-abs(z), one)
+    w = one + e
+    large = one / w
+    small = e * large
+    small += ((e - small * w) - small * (e - (w - one))) * large  # what has been lost by rounding
+    return (large, small) if z > 0 else (small, large)
+
+
+def _cross_entropy(z, negative, positive, one, loss):
+    """Equation 3: (1−y) softplus(z) + y softplus(−z) with softplus(z) = max(z, 0) + ln(1 + e)."""
+    size = abs(z)
+    e = _exp(-size, one)
+    weight = negative if z > 0 else positive
+    size = size if weight != 0 else one - one  # a term with weight 0 is 0, also at z = ±∞
+    return weight * size + (negative + positive) * _log1p(e, one)
+
+
+def _quadratic(z, negative, positive, one, loss):
+    """Equation 2: ½ (a − y)²."""
+    a, not_a = _sigmoids(z, one)
+    difference = negative * a - positive * not_a
+    return difference * difference / (one + one)
+
+
+def _dz_cross_entropy(z, negative, positive, one, loss):
+    """Equation 5: a − y = (1−y) σ(z) − y σ(−z)."""
+    a, not_a = _sigmoids(z, one)
+    return negative * a - positive * not_a
+
+
+def _dz_quadratic(z, negative, positive, one, loss):
+    """Equation 4: (a − y) σ'(z)."""
+    a, not_a = _sigmoids(z, one)
+    return (negative * a - positive * not_a) * (a * not_a)
+
+
+@_generic
+def _C(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
+    return _cross_entropy if loss.label == "cross-entropy" else _quadratic
+
+
+@_generic
+def _dz(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
+    return _dz_cross_entropy if loss.label == "cross-entropy" else _dz_quadratic
+
+
+# ---------------------------------------------------------------------------- parts of a block
+
+# first is the index of a block's first element in z, and at that in the array of targets; n is the
+# number of elements. work is float32 or float64, the dtype that is computed in. options is a tuple:
+# address and period of weight and of pos_weight (0 for none), arrays of the dtype computed in;
+# label_smoothing; the ignored value of y, and whether there is one.
+
+
+@_njit(fastmath=_EXACT)
+def _weights(y, at, first, n, options, negative, positive, y_dtype, work):
+    """Write the weights of the two terms."""
+    _, _, pos_weight, period, smoothing, _, _ = options
+    one = _one(work)
+    keep, half = _as(1 - smoothing, one), _as(smoothing / 2, one)
+    for i in range(n):
+        t = _read(y, at + i, y_dtype, one)
+        _write(negative, i, work, keep * (one - t) + half)
+        _write(positive, i, work, keep * t + half)
+    if pos_weight != 0:
+        for i in range(n):
+            w = _read(pos_weight, first % period + i, work, one)
+            _write(positive, i, work, w * _read(positive, i, work, one))
+
+
+@_njit(fastmath=_EXACT)
+def _finish(out, out_at, y, at, first, n, options, y_dtype, work):
+    """Multiply by weight, where 0 · ∞ is 0, and write 0 where y is the ignored value."""
+    weight, period, _, _, _, ignored, ignores = options
+    one = _one(work)
+    if weight != 0:
+        for i in range(n):
+            x, w = _read(out, out_at + i, work, one), _read(weight, first % period + i, work, one)
+            product = x * w
+            _write(out, out_at + i, work, one - one if w == 0 and abs(x) == np.inf else product)
+    if ignores:
+        for i in range(n):
+            x = _read(out, out_at + i, work, one)
+            t = _read(y, at + i, y_dtype, ignored)
+            _write(out, out_at + i, work, one - one if t == ignored else x)
+
+
+# Loops of their own, in which the compiler finds registers for all constants.
+
+
+@_njit(fastmath=_EXACT)
+def _all_C(z, at, negative, positive, out, n, loss, work):
+    one = _one(work)
+    for i in range(n):
+        p, q = _read(negative, i, work, one), _read(positive, i, work, one)
+        _write(out, i, work, _C(_read(z, at + i, work, one), p, q, one, loss))
+
+
+@_njit(fastmath=_EXACT)
+def _all_dz(z, at, negative, positive, factor, out, n, loss, work):
+    one = _one(work)
+    for i in range(n):
+        p, q = _read(negative, i, work, one), _read(positive, i, work, one)
+        d = _dz(_read(z, at + i, work, one), p, q, one, loss)
+        _write(out, at + i, work, factor * d)
+
+
+@_njit(fastmath=_SUM)
+def _sum(source: Any, n: Any, work: Any) -> Any:
+    total = 0.0
+    for i in range(n):
+        total += _read(source, i, work, 1.0)
+    return total
+
+
+# ------------------------------------------------------------------------------------ kernels
+
+
+@_njit(fastmath=_EXACT)
+def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
+    """Compute C of the elements from begin to end, and return their sum.
+
+    Args:
+        z, y: addresses of logits and targets.
+        C: address of the losses to write, in z's dtype; 0 to write none.
+        begin, end: indices of the first element, and of the one after the last.
+        options: a tuple.
+        loss, z_dtype, y_dtype, work: markers.
+    """
+    one = _one(work)
+    negative, positive, out, wide = _scratch(one), _scratch(one), _scratch(one), _scratch(one)
+    total = 0.0
+    for first in range(begin, end, BLOCK):
+        n = min(BLOCK, end - first)
+        _weights(y, first, first, n, options, negative, positive, y_dtype, work)
+        zs, at = z, first
+        if not _same(z_dtype, work):
+            for i in range(n):
+                _write(wide, i, work, _read(z, first + i, z_dtype, one))
+            zs, at = wide, 0
+        _all_C(zs, at, negative, positive, out, n, loss, work)
+        _finish(out, 0, y, first, first, n, options, y_dtype, work)
+        if C != 0:
+            for i in range(n):
+                _write(C, first + i, z_dtype, _read(out, i, work, one))
+        total += _sum(out, n, work)
+    return total
+
+
+@_njit(fastmath=_EXACT)
+def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dtype, work):
+    """Write dC/dz of the elements from begin to end, times their upstream gradients.
+
+    Args:
+        dz: address of the gradients to write, in z's dtype.
+        upstream: address of the elements' upstream gradients, in z's dtype, or 0.
+        scale: an upstream gradient of all elements.
+    """
+    one = _one(work)
+    factor = _as(scale, one)
+    negative, positive, wide = _scratch(one), _scratch(one), _scratch(one)
+    # Not the memory of z: a loop that might overwrite what it reads is not vectorized.
+    found = _scratch(one)
+    for first in range(begin, end, BLOCK):
+        n = min(BLOCK, end - first)
+        _weights(y, first, first, n, options, negative, positive, y_dtype, work)
+        zs, out, at = z, dz, first
+        if not _same(z_dtype, work):
+            for i in range(n):
+                _write(wide, i, work, _read(z, first + i, z_dtype, one))
+            zs, out, at = wide, found, 0
+        _all_dz(zs, at, negative, positive, factor, out, n, loss, work)
+        if upstream != 0:
+            for i in range(n):
+                g = _read(upstream, first + i, z_dtype, one)
+                _write(out, at + i, work, g * _read(out, at + i, work, one))
+        _finish(out, at, y, first, first, n, options, y_dtype, work)
+        if not _same(z_dtype, work):
+            for i in range(n):
+                _write(dz, first + i, z_dtype, _read(found, i, work, one))
+
+
+@_njit(fastmath=_EXACT)
+def joint(
+    z, y, y_stride, C, factor, begin, end, width, options, loss, z_dtype, y_dtype, work, sums
+):
+    """Write dC/dz in the place of z for the rows from begin to end, and each row's sum of C.
+
+    Args:
+        z: address of the logits, float32 or float64, [rows, width].
+        y_stride: numbers from one row of the targets to the next.
+        C: address of the sums to write, float64, [rows].
+        factor: address of a factor of dC/dz for each row, in z's dtype.
+        options: a tuple, whose weights have the period `width`.
+    """
+    one = _one(work)
+    negative, positive, out = _scratch(one), _scratch(one), _scratch(one)
+    for row in range(begin, end):
+        total, scale = 0.0, _read(factor, row, work, one)
+        for column in range(0, width, BLOCK):
+            n, first = min(BLOCK, width - column), row * width + column
+            at = row * y_stride + column
+            _weights(y, at, first, n, options, negative, positive, y_dtype, work)
+            for i in range(n):
+                p, q = _read(negative, i, work, one), _read(positive, i, work, one)
+                x = _read(z, first + i, work, one)
+                _write(out, i, work, _C(x, p, q, one, loss))
+                _write(z, first + i, work, scale * _dz(x, p, q, one, loss))
+            _finish(out, 0, y, at, first, n, options, y_dtype, work)
+            _finish(z, first, y, at, first, n, options, y_dtype, work)
+            total += _sum(out, n, work)
+        _write(C, row, sums, total)
+
+
+@_njit(fastmath=_EXACT)
+def count(y, begin, end, width, ignored, y_dtype):
+    """Return how many rows from begin to end have a target other than the ignored one."""
+    number = 0
+    for row in range(begin, end):
+        counts = False
+        for i in range(row * width, (row + 1) * width):
+            counts |= _read(y, i, y_dtype, ignored) != ignored
+        number += counts
+    return number
+
+
+@_njit(fastmath=_EXACT)
+def sigmoid(z, a, begin, end, z_dtype, work):
+    """Write a = σ(z) (equation 1)."""
+    one = _one(work)
+    for i in range(begin, end):
+        _write(a, i, z_dtype, _sigmoids(_read(z, i, z_dtype, one), one)[0])
+
+
+@_njit(fastmath=_EXACT)
+def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
+    """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
+    one = _one(work)
+    for i in range(begin, end):
+        a, not_a = _sigmoids(_read(z, i, z_dtype, one), one)
+        _write(dz, i, z_dtype, _read(da, i, z_dtype, one) * (a * not_a))
+
+
+# ------------------------------------------------------------------------------------ compile
+
+
+def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str) -> Any:
+    """Compile a kernel, or load it from the cache on disk, and return it.
+
+    Args:
+        kernel: name of the kernel.
+        loss: "cross-entropy" or "quadratic".
+        z_dtype, y_dtype: names of dtypes.
+
+    Returns:
+        The compiled function. Its arguments are Python's numbers; markers are None.
+    """
+    work = "float64" if z_dtype == "float64" else "float32"
+    if loss == "quadratic" and kernel != "joint":
+        work = "float64"  # a product of three factors is off by up to 6 units in the last place
+    labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
+    ignored = types.float64 if "float" in y_dtype else types.int64
+    kinds = {
+        "scale": types.float64,
+        "ignored": ignored,
+        "options": types.Tuple((*[types.int64] * 4, types.float64, ignored, types.boolean)),
+        **{name: Marker(label) for name, label in labels.items()},
+    }
+    dispatcher = globals()[kernel]
+    parameters = inspect.signature(dispatcher.py_func).parameters
+    return dispatcher.compile(tuple(kinds.get(name, types.int64) for name in parameters))
