@@ -81,7 +81,8 @@ def single_level_apply(function: type[Function]) -> Callable[..., Any]:
 
     That part looks for transforms and takes a fifth of the time of a call.
     """
-    apply: Callable[..., Any] = super(Function, function).apply
+    base: Any = super(Function, function)
+    apply: Callable[..., Any] = base.apply
     return apply
 
 

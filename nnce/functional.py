@@ -597,7 +597,7 @@ def sigmoid_cross_entropy(
     return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
 
 
-def binary_cross_entropy_with_logits(
+def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,

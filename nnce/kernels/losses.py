@@ -20,11 +20,12 @@ intrinsics, which cost next to nothing.
 import inspect
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import NativeValue, intrinsic, models, overload, register_model, unbox
+
+from nnce.kernels._numba import njit
 
 BLOCK = 1024
 """Elements walked at a time; a kernel needs up to five times as many numbers on the stack."""
@@ -33,18 +34,6 @@ BLOCK = 1024
 # reordered. "contract" allows fused multiply-add.
 _EXACT = {"contract", "nsz"}
 _SUM = {"contract", "nsz", "reassoc"}
-
-
-def _njit(*, fastmath: set[str]) -> Any:
-    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-
-    def compiled(function: Any) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # "no locator available": no folder can be written
-            return numba.njit(**options)(function)
-
-    return compiled
 
 
 # ------------------------------------------------------------------------------------- memory
@@ -136,7 +125,7 @@ def _scratch(_: Any, one: Any) -> Any:
 @intrinsic
 def _one(_: Any, dtype: Any) -> Any:
     """Return 1 as a float32 or float64."""
-    kind = _STORED[dtype.label]
+    kind: Any = _STORED[dtype.label]
     return kind(dtype), lambda context, *_: context.get_constant(kind, 1)
 
 
@@ -305,7 +294,7 @@ def _times_power_of_2(_: Any, x: Any, shifted: Any) -> Any:
     return x(x, x), generate
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _exp(x: Any, one: Any) -> Any:
     """e^x for x ≤ 0."""
     x = _least(x) if x < _least(x) else x  # NaN stays NaN
@@ -325,7 +314,7 @@ def _log1p(e: Any, one: Any) -> Any:
     return lambda e, one: _log1p_by_quotient(e)
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _log1p_by_quotient(e: Any) -> Any:
     w = 2 + e
     t = 2 / w
@@ -341,7 +330,7 @@ def _log1p_by_quotient(e: Any) -> Any:
 # pos_weight. `one` is 1 in the dtype that is computed in.
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _sigmoids(z: Any, one: Any) -> Any:
     """Equation 1: σ(z) and σ(−z)."""
     e = _exp(-abs(z), one)
@@ -398,7 +387,7 @@ def _dz(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
 # label_smoothing; the ignored value of y, and whether there is one.
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _weights(y, at, first, n, options, negative, positive, y_dtype, work):
     """Write the weights of the two terms."""
     _, _, pos_weight, period, smoothing, _, _ = options
@@ -414,7 +403,7 @@ def _weights(y, at, first, n, options, negative, positive, y_dtype, work):
             _write(positive, i, work, w * _read(positive, i, work, one))
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _finish(out, out_at, y, at, first, n, options, y_dtype, work):
     """Multiply by weight, where 0 · ∞ is 0, and write 0 where y is the ignored value."""
     weight, period, _, _, _, ignored, ignores = options
@@ -434,7 +423,7 @@ def _finish(out, out_at, y, at, first, n, options, y_dtype, work):
 # Loops of their own, in which the compiler finds registers for all constants.
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _all_C(z, at, negative, positive, out, n, loss, work):
     one = _one(work)
     for i in range(n):
@@ -442,7 +431,7 @@ def _all_C(z, at, negative, positive, out, n, loss, work):
         _write(out, i, work, _C(_read(z, at + i, work, one), p, q, one, loss))
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def _all_dz(z, at, negative, positive, factor, out, n, loss, work):
     one = _one(work)
     for i in range(n):
@@ -451,7 +440,7 @@ def _all_dz(z, at, negative, positive, factor, out, n, loss, work):
         _write(out, at + i, work, factor * d)
 
 
-@_njit(fastmath=_SUM)
+@njit(fastmath=_SUM)
 def _sum(source: Any, n: Any, work: Any) -> Any:
     total = 0.0
     for i in range(n):
@@ -462,7 +451,7 @@ def _sum(source: Any, n: Any, work: Any) -> Any:
 # ------------------------------------------------------------------------------------ kernels
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
     """Compute C of the elements from begin to end, and return their sum.
 
@@ -493,7 +482,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
     return total
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dtype, work):
     """Write dC/dz of the elements from begin to end, times their upstream gradients.
 
@@ -526,7 +515,7 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
                 _write(dz, first + i, z_dtype, _read(found, i, work, one))
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def joint(
     z, y, y_stride, C, factor, begin, end, width, options, loss, z_dtype, y_dtype, work, sums
 ):
@@ -558,7 +547,7 @@ def joint(
         _write(C, row, sums, total)
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def count(y, begin, end, width, ignored, y_dtype):
     """Return how many rows from begin to end have a target other than the ignored one."""
     number = 0
@@ -570,7 +559,7 @@ def count(y, begin, end, width, ignored, y_dtype):
     return number
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def sigmoid(z, a, begin, end, z_dtype, work):
     """Write a = σ(z) (equation 1)."""
     one = _one(work)
@@ -578,7 +567,7 @@ def sigmoid(z, a, begin, end, z_dtype, work):
         _write(a, i, z_dtype, _sigmoids(_read(z, i, z_dtype, one), one)[0])
 
 
-@_njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT)
 def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
     """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
     one = _one(work)
