@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nnce import data, training
+from nnce import data
 from nnce.experiments import estimates
+from nnce.monitoring import LayerFigures
 from nnce.training import checkpoints
 
 VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
@@ -94,7 +95,7 @@ def events_of(folder):
 
 
 def expected_scalars():
-    layers = [f"{what}/layer{n}" for what in training.LayerFigures._fields for n in (1, 2)]
+    layers = [f"{what}/layer{n}" for what in LayerFigures._fields for n in (1, 2)]
     splits = ("train", "validation", "test")
     return [*layers, *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits)]
 
