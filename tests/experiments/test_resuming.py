@@ -428,13 +428,13 @@ def test_a_directory_that_is_deleted_during_the_run_is_not_called_kept(tmp_path)
     run_dir = tmp_path / "run"
     change = f"""
 import shutil
-from nnce import training
-whole = training.records
+from nnce.training import loop
+whole = loop.records
 def deleted(*arguments, epoch, **more):
     if epoch == 2:
         shutil.rmtree({str(run_dir)!r})
     return whole(*arguments, epoch=epoch, **more)
-training.records = deleted
+loop.records = deleted
 """
     process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
     done = subprocess.run(process, capture_output=True, text=True, timeout=120)
