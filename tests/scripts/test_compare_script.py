@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nnce import data
 from nnce.experiments import estimates
-from nnce.monitoring import LayerFigures
+from nnce.monitoring.saturation import LayerFigures
 from nnce.training import checkpoints
 
 VARIANTS = {f"{loss}-lr{lr}" for loss in ("quadratic", "cross-entropy") for lr in ("0.5", "3")}
