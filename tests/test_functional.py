@@ -171,26 +171,37 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("weighted", "reduction"),
-    slow_unless(  # all second derivatives take long
-        lambda *case: case in (("weight per example", "mean"), ("both", "none")),
-        itertools.product(WEIGHTS, ("none", "sum", "mean")),
-    ),
-)
-def test_weights_mean_what_they_mean_to_pytorch(weighted, reduction):
-    z, y, shapes = random(3, 4), targets(3, 4), WEIGHTS[weighted]
+WEIGHTED = list(itertools.product(WEIGHTS, ("none", "sum", "mean")))
+
+
+def with_weights(weighted):
+    """z, y, and weights of these shapes by name."""
     weights = {
         name: (random(*shape, seed=i).detach().abs() + 0.1).requires_grad_()
-        for i, (name, shape) in enumerate(shapes.items())
+        for i, (name, shape) in enumerate(WEIGHTS[weighted].items())
     }
+    return random(3, 4), targets(3, 4), weights
+
+
+@pytest.mark.parametrize(("weighted", "reduction"), WEIGHTED)
+def test_weights_mean_what_they_mean_to_pytorch(weighted, reduction):
+    z, y, weights = with_weights(weighted)
     ours = nnce.sigmoid_cross_entropy(z, y, reduction=reduction, **weights)
     theirs = torch.nn.functional.binary_cross_entropy_with_logits(
         z, y, reduction=reduction, **{name: w.detach() for name, w in weights.items()}
     )
     same_gradients(ours, theirs, (z, y), rtol=1e-11)
 
-    def by_all(z, y, *w):  # PyTorch's is not differentiable by its weights
+
+@pytest.mark.parametrize(
+    ("weighted", "reduction"),
+    slow_unless(lambda *case: case == ("weight per example", "mean"), WEIGHTED),
+)
+def test_first_and_second_derivatives_with_respect_to_weights(weighted, reduction):
+    """PyTorch's loss has none."""
+    z, y, weights = with_weights(weighted)
+
+    def by_all(z, y, *w):
         named = dict(zip(weights, w, strict=True))
         return nnce.sigmoid_cross_entropy(z, y, reduction=reduction, **named)
 

@@ -73,6 +73,11 @@ def test_every_command_is_one_of_a_scripts(name, options, script):
     script(name).parser().parse_args(options)
 
 
+def test_commands_that_begin_with_a_word_are_among_them():
+    positional = {name for name, options in COMMANDS if options and options[0].isalpha()}
+    assert positional == {"benchmark", "reproduce"}
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#]*)#?[^)]*\)", PAGES[name]):
@@ -95,10 +100,11 @@ def test_what_is_named_beside_the_textbooks_code_exists():
         assert hasattr(home, attribute), name
 
 
-def test_every_file_is_in_the_list_of_rooms():
-    rooms = re.findall(r"^\| \[`([\w/.]+)`\]", INSIDE, re.MULTILINE)
-    files = {path.name for path in (ROOT / "nnce").glob("*.py")} - {"__init__.py"}
-    assert set(rooms) == files | {"experiments/"}
+def test_every_file_and_package_is_in_the_table_of_the_layout():
+    listed = re.findall(r"^\| \[`([\w/.]+)`\]", INSIDE, re.MULTILINE)
+    package = ROOT / "nnce"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert sorted(listed) == sorted(files | {f"{p.parent.name}/" for p in package.glob("*/*.py")})
 
 
 def test_convolutional_example_trains_as_with_pytorchs_loss():
@@ -121,7 +127,7 @@ def test_the_two_commands_name_what_exists():
 
 
 def test_every_rule_named_in_the_table_exists():
-    table = INSIDE[INSIDE.index("## The equations") : INSIDE.index("## The rooms")]
+    table = INSIDE[INSIDE.index("## The equations") : INSIDE.index("## Package layout")]
     names = [
         name
         for row in re.findall(r"^\| \d .*\|([^|]*)\|$", table, re.MULTILINE)

@@ -277,7 +277,7 @@ def test_mismatch_is_value_error_is_refused(digits):
         together.train_epoch(x.tolist(), y, order)
     with pytest.raises(TypeError, match=r"whole numbers \(int64\), got torch.float32"):
         together.train_epoch(x, y, torch.rand(10))
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="indices from 0 to 1196, got 1197"):
         together.train_epoch(x, y, torch.tensor([1_197]))
     with pytest.raises(ValueError, match="at least one index"):
         together.train_epoch(x, y, order[:0])
@@ -433,9 +433,9 @@ def test_a_loss_from_before_cannot_be_differentiated_after(sizes, R):
 def test_what_was_said_at_the_making_cannot_be_changed():
     together = together_of(pair())
     for name, value in (("batch_size", 3), ("networks", pair()), ("hyperparameters", [])):
-        with pytest.raises(AttributeError):
+        with pytest.raises(AttributeError, match=name):
             setattr(together, name, value)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         together.networks[0] = pair()[0]
 
 

@@ -120,10 +120,13 @@ def test_networks_in_turn_that_diverge_are_given_up(digits):
     assert all(one.diverged for one in found.trained) and list(found.curve) == []
 
 
-@pytest.mark.parametrize("change", [{"chosen": []}, {"training": {}}, {"chosen": None}])
-def test_a_state_that_does_not_fit_is_refused(change, digits):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"chosen": []}, "shorter"), ({"training": {}}, "KeyError"), ({"chosen": None}, "TypeError")],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message, digits):
     attempt = reproduction.Attempt(ROW, ROW.settings, digits, [0])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         attempt.load_state_dict({**attempt.state_dict(), **change})
 
 

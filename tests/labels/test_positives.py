@@ -67,7 +67,7 @@ def test_one_example():
     for one in (np.int64(3), np.uint8(3), T(3), T(-1), np.array(3)):
         assert positives[one].col.tolist() == LISTS[3] and len(positives[one]) == 1
     for wrong in (4, -5, [4], np.int64(4), T(-5), T([0, 4])):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=r"expected numbers of 4 examples, got \[(4|-5)\]"):
             positives[wrong]
 
 

@@ -172,6 +172,7 @@ def test_peers_of_many_labels_come_to_the_same_gradients(peer):
     assert labels.difference(wrong, found[0]) == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_many_labels(benchmark, monkeypatch, tmp_path, capsys):
     chosen = {name: labels.PEERS[name] for name in ("nnce", "PyTorch eager")}
     monkeypatch.setattr(labels, "PEERS", chosen)

@@ -50,6 +50,7 @@ def test_on_mnist_in_float64(check, mnist, tmp_path, capsys):
         assert row["relative"] < 1e-12
 
 
+@pytest.mark.slow
 def test_a_wrong_rule_and_a_wrong_gradient_break_the_promise(check, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         rules,

@@ -235,5 +235,5 @@ def test_a_parameter_that_is_no_number_is_seen_where_no_loss_shows_it(digits, en
     (unused, *_) = (dataset.train.x == 0).all(0).nonzero()[:, 0].tolist()
     with torch.no_grad():
         state.network[0].weight[0, unused] = math.nan
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="no longer a finite number"):
         list(training.train(state, settings, dataset))
