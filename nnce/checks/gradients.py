@@ -229,8 +229,10 @@ class _Draw:
         return drawn.view(tensor.shape).to(tensor.device)
 
     def mask(self, tensor: Tensor) -> Tensor:
-        """Zeros and ones."""
-        return torch.randint(2, tensor.shape, generator=self.generator).to(tensor)
+        """Half zeros, half ones; a single one is 0."""
+        n = tensor.numel()
+        ones = torch.randperm(n, generator=self.generator) >= (n + 1) // 2
+        return ones.view(tensor.shape).to(tensor)
 
     def steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A few small steps, and many; drawn, since a period of the function may divide others."""
@@ -731,12 +733,13 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     known = found.uncertainty.isfinite() & ~found.kinked
     right = right | (known & (agrees | is_zero))
     # Both are 0 to within rounding.
-    nothing = small & (found.derivative.abs() <= 2 * found.uncertainty)
+    tiny = computed.abs() <= _REORDERED / _ROUNDING * piece.floor
+    nothing = tiny & (found.derivative.abs() <= 2 * found.uncertainty)
     wrong = known & certain & ~right & ~nothing
     wrong |= known & ~computed.isfinite() & (found.zero >= 0)
-    if not (right | wrong | small).all():
+    if not (right | wrong | tiny).all():
         flat, fades = line.plateau()  # where the derivative is 0, and the computed one is not
-        wrong |= flat & ~small & ~right
+        wrong |= flat & ~tiny & ~right
         found = found._replace(derivative=torch.where(flat, 0.0, found.derivative))
     error = torch.where(is_zero | (small & flat), 0.0, _relative(computed, found.derivative))
     if wrong.any():

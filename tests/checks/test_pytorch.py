@@ -241,7 +241,7 @@ UNDECIDED = {
         "noise, which no difference of gradients tells from a very small derivative"
     ),
 }
-"""Functions of which it cannot tell, and why."""
+"""Functions of which it cannot tell with some inputs, and why."""
 
 
 def visit(name, seed):
@@ -256,7 +256,8 @@ def verdict(report):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_none_is_wrong_and_hardly_any_undecided(name):
     report = visit(name, 0)
-    assert verdict(report) == ("cannot tell" if name in UNDECIDED else "right"), report
+    undecided = ["cannot tell"] if name in UNDECIDED else []
+    assert verdict(report) in ["right", *undecided], report
 
 
 @pytest.mark.exhaustive
