@@ -39,7 +39,7 @@ from nnce._arguments import (
     check_reduction,
     shape_of,
 )
-from nnce._torch_private import forward_mode_levels
+from nnce._torch_private import forward_mode_levels, is_ordinary, nothing_intercepts
 from nnce.kernels import fused
 from nnce.losses import Loss
 
@@ -297,15 +297,13 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
         tensors: arguments; an object that is not a tensor is not plain.
         optional: more of them, of which None is skipped.
     """
-    if torch.compiler.is_compiling() or not _torch_private.nothing_intercepts():
+    if torch.compiler.is_compiling() or not nothing_intercepts():
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or not _torch_private.is_ordinary(tensor):
+        if type(tensor) not in _PLAIN_TYPES or not is_ordinary(tensor):
             return False
     for tensor in optional:
-        if tensor is not None and not (
-            type(tensor) in _PLAIN_TYPES and _torch_private.is_ordinary(tensor)
-        ):
+        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and is_ordinary(tensor)):
             return False
     device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     return not torch.is_autocast_enabled(device)

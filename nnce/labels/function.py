@@ -5,6 +5,7 @@ scales them in place, once; a second backward, and one whose upstream gradient i
 all examples, walks the blocks again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -132,9 +133,12 @@ class Task(NamedTuple):
     def _denominator(self, n: int) -> int:
         return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
 
-    def factor(self, x: Tensor, upstream: Tensor | None = None) -> Tensor:
-        """What multiplies dC/dz of each example, in float64."""
-        factor = x.new_ones(len(x), dtype=torch.float64) / self._denominator(len(x))
+    def factor(
+        self, x: Tensor, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """What multiplies dC/dz of each example, [n]."""
+        denominator = self._denominator(len(x))
+        factor = x.new_full((len(x),), 1 / denominator if denominator else math.inf, dtype=dtype)
         if upstream is not None:
             factor = factor * upstream
         return factor if self.example_weight is None else factor * self.example_weight
@@ -260,7 +264,7 @@ class AtOnce(Function):
         """C; dC/dz for an upstream gradient of 1 is kept in the place of z."""
         task.check()
         z = rules.linear(x, W, b)
-        factor = task.factor(x)
+        factor = task.factor(x, dtype=x.dtype)
         C = fused.joint(z, task.targets.dense_for(*z.shape), factor, task.fused_options())
         ctx.save_for_backward(x, W, z, *(() if b is None else (b,)))
         return task.reduced(C)
@@ -279,6 +283,9 @@ class AtOnce(Function):
                 rules.db(dz) if wants_db else None,
             ]
         return *_refusing_derivatives(gradients, dC, [x, W, *b]), None
+
+
+apply_at_once = _torch_private.single_level_apply(AtOnce)
 
 
 def suits_at_once(x: Tensor, W: Tensor, b: Tensor | None, task: Task) -> bool:
