@@ -11,7 +11,7 @@ inside forward mode no Function will do: PyTorch switches the outer one off whil
 whose result would silently lack a term. There the rules are differentiated as plain code. `_apply`
 chooses.
 
-In plain eager code (`_is_plain`) none of that is needed, and most of a small training step would go
+In plain eager code (`is_plain`) none of that is needed, and most of a small training step would go
 into it. There the Functions of the third kind are used: they save what the others save, but call
 the fused kernels, and build a backward that can be differentiated only if `create_graph` is set.
 
@@ -39,7 +39,7 @@ from nnce._arguments import (
     check_reduction,
     shape_of,
 )
-from nnce._torch_private import forward_mode_levels
+from nnce._torch_private import forward_mode_levels, is_ordinary, nothing_intercepts
 from nnce.kernels import fused
 from nnce.losses import Loss
 
@@ -285,7 +285,7 @@ _PLAIN: dict[type[Function], Callable[..., Tensor]] = {
 # -------------------------------------------------------------------- the same in plain eager code
 
 
-def _is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
+def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
     """Whether PyTorch's kernels, and nothing else, would run on these tensors here and now.
 
     False under compile, export and trace, inside transforms of `torch.func` and forward-mode
@@ -297,15 +297,13 @@ def _is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
         tensors: arguments; an object that is not a tensor is not plain.
         optional: more of them, of which None is skipped.
     """
-    if torch.compiler.is_compiling() or not _torch_private.nothing_intercepts():
+    if torch.compiler.is_compiling() or not nothing_intercepts():
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or not _torch_private.is_ordinary(tensor):
+        if type(tensor) not in _PLAIN_TYPES or not is_ordinary(tensor):
             return False
     for tensor in optional:
-        if tensor is not None and not (
-            type(tensor) in _PLAIN_TYPES and _torch_private.is_ordinary(tensor)
-        ):
+        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and is_ordinary(tensor)):
             return False
     device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     return not torch.is_autocast_enabled(device)
@@ -319,7 +317,7 @@ def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
 
     It is not if its result is to be differentiated (`create_graph`).
     """
-    return not torch.is_grad_enabled() and _is_plain(*tensors, optional=optional)
+    return not torch.is_grad_enabled() and is_plain(*tensors, optional=optional)
 
 
 class _EagerLinear(LinearFunction):
@@ -449,7 +447,7 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         TypeError: an argument is no tensor, is not floating-point, or the dtypes differ.
         ValueError: shapes or devices do not fit.
     """
-    if _is_plain(a_prev, W, optional=(b,)) and _fits_linear(a_prev, W, b):
+    if is_plain(a_prev, W, optional=(b,)) and _fits_linear(a_prev, W, b):
         return cast(Tensor, _apply_linear(a_prev, W, b))
     a_prev, W, b = _autocast(a_prev, W, b)
     check_alike({"a_prev": a_prev, "W": W}, {"b": b})
@@ -497,7 +495,7 @@ def sigmoid(z: Tensor) -> Tensor:
     Raises:
         TypeError: z is no tensor or not floating-point.
     """
-    if _is_plain(z) and z.dtype.is_floating_point:
+    if is_plain(z) and z.dtype.is_floating_point:
         return cast(Tensor, _apply_sigmoid(z))
     check_alike({"z": z})
     return _apply(SigmoidFunction, z)
@@ -534,7 +532,7 @@ def sigmoid_quadratic(
         ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
     """
     settings = _Settings("quadratic", reduction, 0, ignore_index)
-    if _is_plain(z, y) and _fits_loss(z, y, None, None, settings):
+    if is_plain(z, y) and _fits_loss(z, y, None, None, settings):
         return _fused_loss(z, y, None, None, settings)
     z, wide_y = _float32_under_autocast(z, y)
     ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
@@ -585,7 +583,7 @@ def sigmoid_cross_entropy(
             in [0, 1), or ignore_index is 0 or 1.
     """
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    if _is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
         z, y, weight, pos_weight, settings
     ):
         return _fused_loss(z, y, weight, pos_weight, settings)
@@ -644,7 +642,7 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
     z, y = input, target
     kind = cast(Reduction, reduction)
     settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    if _is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
         z, y, weight, pos_weight, settings
     ):
         return _to(_fused_loss(z, y, weight, pos_weight, settings), _value_dtype(z, y))

@@ -282,7 +282,9 @@ class SigmoidQuadraticLoss(nn.Module):
 class SigmoidCrossEntropyLoss(nn.Module):
     """C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))]: `nnce.functional.sigmoid_cross_entropy`.
 
-    With `reduction="mean"` it takes the place of `torch.nn.BCEWithLogitsLoss`, weights included.
+    The default reduction averages over the examples: all dimensions but the last. For z of shape
+    [N] or [N, C, H, W] that is not the mean of `torch.nn.BCEWithLogitsLoss`, but N times or W times
+    it. `BCEWithLogitsLoss` takes that one's place.
 
     Args:
         reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).

@@ -42,7 +42,7 @@ def f(W):
 def composed():
     """Without the fast Functions: the values to compare with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_is_plain", lambda *_, **__: False)
+        patch.setattr(functional, "is_plain", lambda *_, **__: False)
         yield
 
 
@@ -228,7 +228,7 @@ def test_a_context_of_the_forward(context):
 
 @pytest.mark.parametrize("context", FORWARD)
 def test_an_unrecognized_context_of_the_forward_is_noticed(context, monkeypatch):
-    monkeypatch.setattr(functional, "_is_plain", lambda *_, **__: True)
+    monkeypatch.setattr(functional, "is_plain", lambda *_, **__: True)
     with pytest.raises(Exception):  # noqa: B017  an AssertionError or an error of PyTorch
         context()
 
@@ -433,7 +433,7 @@ def test_contexts_that_stay_fast(context, mistake, monkeypatch, tmp_path):
     run = (lambda: context(tmp_path)) if context is data_parallel else context
     if mistake is None:
         return run()
-    name = {"forward": "_is_plain", "backward": "_is_plain_backward"}[mistake]
+    name = {"forward": "is_plain", "backward": "_is_plain_backward"}[mistake]
     monkeypatch.setattr(functional, name, lambda *_, **__: False)
     with pytest.raises(AssertionError):
         run()

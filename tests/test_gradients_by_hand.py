@@ -12,7 +12,7 @@ from nnce.kernels import fused
 @pytest.mark.parametrize("fast", [True, False])
 def test_gradients(name, fast, monkeypatch):
     if not fast:
-        monkeypatch.setattr(functional, "_is_plain", _never)
+        monkeypatch.setattr(functional, "is_plain", _never)
     CHECKS[name]()
 
 
@@ -225,7 +225,7 @@ def test_planted_wrong_pass_is_refused(planted, check, monkeypatch):
     [(planted, check) for planted, (*_, checks) in PLANTED.items() for check in checks],
 )
 def test_planted_wrong_rule_is_refused(planted, check, monkeypatch):
-    monkeypatch.setattr(functional, "_is_plain", _never)
+    monkeypatch.setattr(functional, "is_plain", _never)
     owner, name, wrong, _ = PLANTED[planted]
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError):

@@ -5,6 +5,7 @@ scales them in place, once; a second backward, and one whose upstream gradient i
 all examples, walks the blocks again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -15,7 +16,8 @@ from torch.autograd import Function, forward_ad
 from nnce import _torch_private, rules
 from nnce._arguments import in_unit_interval, some_of
 from nnce._torch_private import checkpoint_stage, is_functorch_tensor, version
-from nnce.functional import Reduction
+from nnce.functional import Reduction, is_plain
+from nnce.kernels import fused
 from nnce.labels.blocks import (
     Options,
     Wants,
@@ -105,11 +107,7 @@ class Task(NamedTuple):
         dtypes of the inputs.
         """
         n = len(x)
-        factor = x.new_ones(n, dtype=torch.float64) / self._denominator(n)
-        if upstream is not None:
-            factor = factor * upstream
-        if self.example_weight is not None:
-            factor = factor * self.example_weight
+        factor = self.factor(x, upstream)
         block = self.block or default_block(n, len(W), x.shape[1], self.product_dtype)
         targets = self.targets
         if targets.labels is not None and self.offset:
@@ -124,7 +122,7 @@ class Task(NamedTuple):
                 if total is not None:
                     torch.distributed.all_reduce(total, group=self.group)
         if C is not None:
-            C = self._reduced(C)
+            C = self.reduced(C)
         return C, dx, *others
 
     def constants(self) -> list[Tensor]:
@@ -135,7 +133,22 @@ class Task(NamedTuple):
     def _denominator(self, n: int) -> int:
         return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
 
-    def _reduced(self, C: Tensor) -> Tensor:
+    def factor(
+        self, x: Tensor, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """What multiplies dC/dz of each example, [n]."""
+        denominator = self._denominator(len(x))
+        factor = x.new_full((len(x),), 1 / denominator if denominator else math.inf, dtype=dtype)
+        if upstream is not None:
+            factor = factor * upstream
+        return factor if self.example_weight is None else factor * self.example_weight
+
+    def fused_options(self) -> fused.Options:
+        """The options of the labels, for a fused pass."""
+        return fused.Options(*self.options[1:])
+
+    def reduced(self, C: Tensor) -> Tensor:
+        """C of all examples, or of each, from the sums over their labels."""
         n = len(C)
         if self.example_weight is not None:
             C = rules.weighted(self.example_weight, C)
@@ -239,6 +252,55 @@ class BlockByBlock(Function):
         return (*consume_gradients(ctx, upstream[0], anew), None, None)
 
 
+SMALL = 1024
+"""Largest number of labels whose logits are computed as a whole."""
+
+
+class AtOnce(Function):
+    """Equations 1, 3 and 5 for few labels in the forward; the products (6, 7) in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, task: Task) -> Tensor:
+        """C; dC/dz for an upstream gradient of 1 is kept in the place of z."""
+        task.check()
+        z = rules.linear(x, W, b)
+        factor = task.factor(x, dtype=x.dtype)
+        C = fused.joint(z, task.targets.dense_for(*z.shape), factor, task.fused_options())
+        ctx.save_for_backward(x, W, z, *(() if b is None else (b,)))
+        return task.reduced(C)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        """The gradients, from dz scaled by the upstream gradient of C."""
+        (dC,) = upstream
+        x, W, dz, *b = ctx.saved_tensors
+        wants_dx, wants_dW, wants_db, _ = ctx.needs_input_grad
+        with torch.no_grad():
+            dz = dz * dC.unsqueeze(-1)
+            gradients = [
+                rules.da_prev(dz, W) if wants_dx else None,
+                rules.dW(dz, x) if wants_dW else None,
+                rules.db(dz) if wants_db else None,
+            ]
+        return *_refusing_derivatives(gradients, dC, [x, W, *b]), None
+
+
+apply_at_once = _torch_private.single_level_apply(AtOnce)
+
+
+def suits_at_once(x: Tensor, W: Tensor, b: Tensor | None, task: Task) -> bool:
+    """Whether the labels are few, and a fused pass computes the loss."""
+    return (
+        len(W) <= SMALL
+        and task.block is None
+        and task.group is None
+        and task.check_values is not False
+        and x.dtype in (torch.float32, torch.float64)
+        and x.is_cpu
+        and is_plain(x, W, *task.constants(), optional=(b,))
+    )
+
+
 Kind = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a tensor that the forward makes for the backward."""
 
@@ -309,9 +371,16 @@ def consume_gradients(
             for gradient, like, wanted, of in zip(made, inputs, needed, units, strict=False)
         ]
         del made, recomputed, saved  # the optimizer's .grad takes over what nothing else refers to
-    if torch.is_grad_enabled():  # someone may want to differentiate the gradients
-        gradients = [None if t is None else _Once.apply(t, dC, *inputs) for t in gradients]
-    return gradients
+    return _refusing_derivatives(gradients, dC, inputs)
+
+
+def _refusing_derivatives(
+    gradients: list[Tensor | None], dC: Tensor, inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients whose derivatives are refused, where they would be computed."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return [None if t is None else _Once.apply(t, dC, *inputs) for t in gradients]
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None) -> Tensor:

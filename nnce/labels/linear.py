@@ -16,7 +16,7 @@ from nnce._arguments import (
 )
 from nnce.functional import Reduction, autocast_dtype
 from nnce.labels.blocks import Wants
-from nnce.labels.function import BlockByBlock, refuse_tangents
+from nnce.labels.function import BlockByBlock, apply_at_once, refuse_tangents, suits_at_once
 from nnce.labels.operator import OPERATOR, VERSION, Operands
 from nnce.labels.positives import Target, Targets, targets_of
 
@@ -118,6 +118,8 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
         return (cast(Tensor, parts) + input.new_empty(shape)).to(task.value_dtype)
     refuse_tangents(*task.constants())
+    if suits_at_once(*inputs, task):
+        return cast(Tensor, apply_at_once(*inputs, task))
     wants = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
     C, *_ = BlockByBlock.apply(*inputs, task, Wants(True, *wants))
     return cast(Tensor, C)

@@ -278,6 +278,19 @@ class Targets(NamedTuple):
     once: bool
     """Whether no label stands twice in one example."""
 
+    def dense_for(self, n: int, num_labels: int) -> Tensor:
+        """All targets, [n, num_labels]; its rows may lie apart."""
+        if self.dense is not None:
+            return self.dense
+        # A column more, the last one, for −1.
+        if self.values is None:
+            dense = torch.zeros(n, num_labels + 1, dtype=torch.uint8)
+            dense[self.rows, self.labels] = 1
+        else:
+            dense = self.values.new_zeros(n, num_labels + 1)
+            dense[self.rows, self.labels] = self.values
+        return dense[:, :-1]
+
 
 def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Targets:
     """Any kind of target for n examples and so many labels.

@@ -25,6 +25,12 @@ from nnce.experiments.proof.table import REFUSED
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
 
+@pytest.fixture(autouse=True)
+def walk(monkeypatch):
+    """The walk for few labels, too; `test_at_once.py` has the other way."""
+    monkeypatch.setattr("nnce.labels.function.SMALL", -1)
+
+
 def eager(
     x, W, y, b=None, weight=None, example_weight=None, pos_weight=None, s=0.0, reduction="batchmean"
 ):
