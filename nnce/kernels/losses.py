@@ -62,7 +62,7 @@ def _unbox(_: Any, __: Any, c: Any) -> NativeValue:
 
 
 # Numba has no half-precision numbers on a CPU: they are read and written as bits.
-_STORED = {
+_STORED: dict[str, Any] = {
     **{"float32": types.float32, "float64": types.float64},
     **{"float16": types.uint16, "bfloat16": types.uint16},
     **{"bool": types.uint8, "uint8": types.uint8, "int8": types.int8},
