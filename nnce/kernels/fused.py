@@ -155,9 +155,7 @@ def backward(
     if backend(z) == "triton":
         from nnce.kernels import triton_losses
 
-        return triton_losses.backward(
-            z, y, _pack(options, z, y, 0), upstream, divisor, loss
-        )
+        return triton_losses.backward(z, y, _pack(options, z, y, 0), upstream, divisor, loss)
     assert not isinstance(divisor, Tensor)
     dz = torch.empty_like(z)
     each = None
@@ -366,9 +364,7 @@ def _block(z: Tensor) -> int:
     return chunked.BLOCK
 
 
-def _repeated(
-    weight: Tensor | None, z: Tensor, block: int | None
-) -> tuple[Tensor | None, int]:
+def _repeated(weight: Tensor | None, z: Tensor, block: int | None) -> tuple[Tensor | None, int]:
     """Return weights in z's order of memory, and after how many elements they repeat."""
     if weight is None:
         return None, 0

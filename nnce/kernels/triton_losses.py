@@ -34,7 +34,7 @@ _PROGRAMS = 4096
 
 @triton.jit
 def _exp(x):
-    """e^x for x ≤ 0."""
+    """e^x for x ≤ 0, and most of what it has lost by rounding."""
     if x.dtype == tl.float32:
         x = tl.where(x < -104.5, -104.5, x)  # rounds to 0; NaN stays NaN
         shifted = x * 1.4426950408889634 + 12582912.0  # 1.5 · 2²³: rounds to a whole number k
@@ -72,7 +72,9 @@ def _exp(x):
         most = tl.maximum(bits, 0x4338000000000000 - 100)
         first = ((most << 52) + 0x3FF0000000000000).to(tl.float64, bitcast=True)
         second = ((bits - most << 52) + 0x3FF0000000000000).to(tl.float64, bitcast=True)
-    return (1.0 + (r + r * r * q)) * first * second
+    q = r + r * r * q
+    e = 1.0 + q
+    return e * first * second, (q - (e - 1.0)) * first * second
 
 
 @triton.jit
@@ -109,11 +111,7 @@ def _log1p(e):
 @triton.jit
 def _quotient(x, y):
     """x / y, rounded correctly."""
-    if x.dtype == tl.float32:
-        result = tl.div_rn(x, y)
-    else:
-        result = x / y
-    return result
+    return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
 
 
 # ------------------------------------------------------------------------------- the equations
@@ -125,10 +123,15 @@ def _quotient(x, y):
 @triton.jit
 def _sigmoids(z):
     """Equation 1: σ(z) and σ(−z)."""
-    e = _exp(-tl.abs(z))
+    e, rest = _exp(-tl.abs(z))
     w = 1.0 + e
-    large = _quotient(w * 0.0 + 1.0, w)
+    large = _quotient(1.0, w)
     small = _quotient(e, w)
+    # What e and w have lost by rounding. Not what the quotients have, which takes a fused
+    # multiply-add, and Triton's interpreter has none.
+    lost = large * (e - (w - 1.0) + rest)
+    large -= large * lost
+    small += large * rest - small * lost
     return tl.where(z > 0, large, small), tl.where(z > 0, small, large)
 
 
@@ -141,9 +144,10 @@ def _loss(z, negative, positive, QUADRATIC: tl.constexpr):
         C = difference * difference * 0.5
     else:
         # softplus(z) = max(z, 0) + ln(1 + e^−|z|)
+        e, _ = _exp(-tl.abs(z))
         weight = tl.where(z > 0, negative, positive)
         size = tl.where(weight != 0, tl.abs(z), 0.0)  # a term with weight 0 is 0, also at ±∞
-        C = weight * size + (negative + positive) * _log1p(_exp(-tl.abs(z)))
+        C = weight * size + (negative + positive) * _log1p(e)
     return C
 
 
@@ -183,8 +187,8 @@ def _repeated(weight, period, start, i, inside):
         result = tl.load(weight + start + i, mask=inside)
     else:
         first = start % period
-        if period.dtype == tl.int64:
-            index = (first + i) % period
+        if period.dtype == tl.int64:  # longer than a block
+            index = tl.where(first + i < period, first + i, first + i - period)
         else:
             index = (first.to(tl.uint32) + i.to(tl.uint32)) % period.to(tl.uint32)
         result = tl.load(weight + index, mask=inside)
@@ -213,11 +217,8 @@ def _weights(t, like, pos_weight, pos_period, smoothing, start, i, inside):
 def _counted(t, ignored):
     """Whether targets differ from the ignored value: a whole number, or the bits of a float64."""
     if t.dtype.is_floating():
-        value = ignored.to(tl.int64).to(tl.float64, bitcast=True)
-        if t.dtype == tl.float64:
-            result = t != value
-        else:
-            result = t.to(tl.float32) != value.to(tl.float32)
+        like = tl.float64 if t.dtype == tl.float64 else tl.float32
+        result = t.to(like) != ignored.to(tl.int64).to(tl.float64, bitcast=True).to(like)
     else:
         result = t.to(tl.int64) != ignored.to(tl.int64)
     return result
@@ -405,11 +406,11 @@ def forward(
     Returns:
         C; and the divisor of its sum, in memory of the device if it has been counted.
     """
-    n, y = z.numel(), _bytes(y)
-    chosen = (*_arguments(options, y, n), loss == "quadratic")
+    n, y, quadratic = z.numel(), _bytes(y), loss == "quadratic"
+    chosen = (*_arguments(options, y, n), quadratic)
     if reduction == "none":
         C = torch.empty_like(z)
-        _launch(value, _blocks(n), z, y, C, None, None, n, 1, *chosen)
+        _launch(value, _blocks(n), z, y, C, None, None, n, 1, *chosen, quadratic=quadratic)
         return C, 1.0
     steps = -(-max(1, _blocks(n)) // _PROGRAMS)
     programs = max(1, -(-_blocks(n) // steps))
@@ -423,7 +424,8 @@ def forward(
         else:
             kept = (y != options.ignored).reshape(_rows(z, reduction)).any(-1)
             counts = kept.sum().double().reshape(1)
-    _launch(value, programs, z, y, None, sums, counted, n, steps, *chosen)
+    places = z, y, None, sums, counted, n, steps
+    _launch(value, programs, *places, *chosen, quadratic=quadratic)
     parts = 0 if counts is None else len(counts)
     _launch(finish, 1, sums, programs, counts, parts, _bits(divisor), C, quotient)
     return C, divisor if quotient is None else quotient
@@ -445,8 +447,9 @@ def backward(
     counted = divisor if isinstance(divisor, Tensor) else None
     bits = _bits(divisor) if counted is None else 0
     places = z, y, dz, upstream, counted, bits, n
-    chosen = *_arguments(options, y, n), each, loss == "quadratic"
-    _launch(gradient, _blocks(n), *places, *chosen)
+    quadratic = loss == "quadratic"
+    chosen = *_arguments(options, y, n), each, quadratic
+    _launch(gradient, _blocks(n), *places, *chosen, quadratic=quadratic)
     return dz
 
 
@@ -464,10 +467,12 @@ def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
     return dz
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
+def _launch(kernel: Any, programs: int, *arguments: Any, quadratic: bool = False) -> None:
+    # 4 elements a thread, as one load takes; 2 in float64, in which registers run out.
+    warps = 16 if quadratic or arguments[0].dtype is torch.float64 else 8
     if programs:
         with torch.cuda.device_of(arguments[0]):
-            kernel[(programs,)](*arguments, BLOCK=BLOCK)
+            kernel[(programs,)](*arguments, BLOCK=BLOCK, num_warps=warps)
 
 
 def _blocks(n: int) -> int:
