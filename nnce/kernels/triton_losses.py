@@ -444,9 +444,8 @@ def backward(
     each = any(upstream.stride())  # all strides are 0 in the backward of sum()
     if each:
         upstream = upstream.to(z.dtype).contiguous()
-    counted = divisor if isinstance(divisor, Tensor) else None
-    bits = _bits(divisor) if counted is None else 0
-    places = z, y, dz, upstream, counted, bits, n
+    divisors = (divisor, None) if isinstance(divisor, Tensor) else (None, _bits(divisor))
+    places = z, y, dz, upstream, *divisors, n
     quadratic = loss == "quadratic"
     chosen = *_arguments(options, y, n), each, quadratic
     _launch(gradient, _blocks(n), *places, *chosen, quadratic=quadratic)

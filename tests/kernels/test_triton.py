@@ -271,8 +271,7 @@ def test_sums_of_many_blocks(monkeypatch):
     monkeypatch.setattr(triton_losses, "_PROGRAMS", 13)  # of 25 blocks
     z, y = 5 * drawn(9, 22), targets(9, 22)
     y[3] = -100
-    for reduction in ("sum", "mean", "batchmean"):
-        check(z, y, Options(drawn(22, seed=3).abs(), ignore_index=-100), reduction)
+    check(z, y, Options(drawn(22, seed=3).abs(), ignore_index=-100), "mean")
 
 
 @runs
