@@ -1,8 +1,9 @@
-"""The losses and the sigmoid in fused passes over z and y on a CPU: the interface to the kernels.
+"""The losses and the sigmoid in fused passes over z and y: the interface to the kernels.
 
 Two passes: `forward` computes the value, `backward` computes dC/dz from z and y, so that nothing
-else is kept. `joint` computes both in one pass. The work is done by Numba (`nnce.kernels.losses`),
-or by PyTorch in chunks that fit the cache (`nnce.kernels.chunked`) where Numba is not installed.
+else is kept. `joint` computes both in one pass. On a CPU the work is done by Numba
+(`nnce.kernels.losses`), or by PyTorch in chunks that fit the cache (`nnce.kernels.chunked`) where
+Numba is not installed; on CUDA by Triton (`nnce.kernels.triton_losses`).
 
 No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels.
 
@@ -16,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,8 +81,7 @@ _ADDRESSES_PLAIN = _PACKED_PLAIN.addresses()
 def fits(z: Tensor, y: Tensor) -> bool:
     """Whether the passes take these logits and targets, which may have different dtypes."""
     return (
-        z.is_cpu
-        and y.is_cpu
+        ((z.is_cpu and y.is_cpu) or (z.device == y.device and backend(z) == "triton"))
         and z.dtype in _FLOATS
         and y.dtype in _TARGETS
         and z.shape == y.shape
@@ -100,11 +100,11 @@ def forward(
     options: Options = _PLAIN,
     reduction: str = "mean",
     loss: Loss = "cross-entropy",
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float | Tensor]:
     """Compute a loss, equation 2 or 3.
 
     Args:
-        z: logits, of any shape; float32, float64, float16 or bfloat16, on the CPU.
+        z: logits, of any shape; float32, float64, float16 or bfloat16.
         y: targets of z's shape, of any of these dtypes, whole numbers or booleans.
         options: weights, smoothing, ignored targets.
         reduction: "none", "sum", "mean" or "batchmean".
@@ -112,9 +112,13 @@ def forward(
 
     Returns:
         C in z's dtype, z's shape for "none", else a scalar; and what its sum was divided by, for
-        `backward`.
+        `backward`: a number, or a scalar on CUDA, where it is not waited for.
     """
     z, y = z.contiguous(), y.contiguous()
+    if backend(z) == "triton":
+        from nnce.kernels import triton_losses
+
+        return triton_losses.forward(z, y, _pack(options, z, y, 0), reduction, loss)
     if reduction == "none":
         C = torch.empty_like(z)
         _values(z, y, C, options, loss)
@@ -131,7 +135,7 @@ def backward(
     y: Tensor,
     options: Options,
     upstream: Tensor,
-    divisor: float = 1.0,
+    divisor: float | Tensor = 1.0,
     loss: Loss = "cross-entropy",
 ) -> Tensor:
     """Compute the gradient of `forward` with respect to z: equation 4 or 5, times upstream.
@@ -148,6 +152,11 @@ def backward(
         The gradient, of z's shape and dtype.
     """
     z, y = z.contiguous(), y.contiguous()
+    if backend(z) == "triton":
+        from nnce.kernels import triton_losses
+
+        return triton_losses.backward(z, y, _pack(options, z, y, 0), upstream, divisor, loss)
+    assert not isinstance(divisor, Tensor)
     dz = torch.empty_like(z)
     each = None
     if upstream.dim() == 0:
@@ -192,7 +201,11 @@ def joint(
 def sigmoid(z: Tensor) -> Tensor:
     """Compute a = σ(z), equation 1, in z's dtype."""
     z = z.contiguous()
-    if not uses_numba():
+    if (chosen := backend(z)) == "triton":
+        from nnce.kernels import triton_losses
+
+        return triton_losses.sigmoid(z)
+    if chosen == "chunked":
         return torch.sigmoid(z)
     a = torch.empty_like(z)
     kernel = _compiled("sigmoid", "", z.dtype, z.dtype)
@@ -204,8 +217,12 @@ def sigmoid(z: Tensor) -> Tensor:
 def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
     """Compute dC/dz = dC/da ∘ σ'(z), equation 8, from z, so that it is exact in saturation."""
     z, da = z.contiguous(), da.to(z.dtype).contiguous()
+    if (chosen := backend(z)) == "triton":
+        from nnce.kernels import triton_losses
+
+        return triton_losses.sigmoid_backward(z, da)
     dz = torch.empty_like(z)
-    if not uses_numba():
+    if chosen == "chunked":
         from nnce.kernels import chunked
 
         chunked.sigmoid_gradient(z, da, dz)
@@ -216,13 +233,33 @@ def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
     return dz
 
 
-# ------------------------------------------------------------------------ the two ways to do them
+# ---------------------------------------------------------------------- the three ways to do them
+
+
+def backend(z: Tensor) -> Literal["numba", "chunked", "triton"]:
+    """Which implementation does the work on z's device."""
+    if z.is_cpu:
+        return "numba" if uses_numba() else "chunked"
+    return "triton" if z.is_cuda and uses_triton(z.device) else "chunked"
 
 
 @functools.cache
 def uses_numba() -> bool:
     """Whether Numba does the work; asked once."""
     return kernels.numba_problem() is None
+
+
+@functools.cache
+def uses_triton(device: torch.device) -> bool:
+    """Whether Triton does the work on a CUDA device; asked once."""
+    # Triton's compiler serves no older devices, and what it makes for AMD's is not tested.
+    if not torch.version.cuda or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 @functools.cache
@@ -236,7 +273,7 @@ def _compiled(kernel: str, loss: str, z_dtype: torch.dtype, y_dtype: torch.dtype
 def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss) -> list[float]:
     """Write C of each element if wanted, and return the sums of parts."""
     packed = _pack(options, z, y)
-    if not uses_numba():
+    if backend(z) != "numba":
         from nnce.kernels import chunked
 
         return chunked.value(z, y, C, packed, loss)
@@ -259,7 +296,7 @@ def _gradients(
     loss: Loss,
 ) -> None:
     packed = _pack(options, z, y)
-    if not uses_numba():
+    if backend(z) != "numba":
         from nnce.kernels import chunked
 
         chunked.gradient(z, y, dz, packed, upstream, scale, loss)
@@ -280,7 +317,7 @@ def _joint(
     z: Tensor, y: Tensor | None, C: Tensor, factor: Tensor, options: Options, loss: Loss
 ) -> None:
     packed = _pack(options, z, z if y is None else y)
-    if not uses_numba():
+    if backend(z) != "numba":  # there is no such pass for CUDA
         from nnce.kernels import chunked
 
         chunked.joint(z, y, C, factor, packed, loss)
@@ -302,23 +339,23 @@ def _joint(
 # -------------------------------------------------------------------------------------- options
 
 
-def _pack(options: Options, z: Tensor, y: Tensor) -> Packed:
+def _pack(options: Options, z: Tensor, y: Tensor, block: int | None = None) -> Packed:
     if options is _PLAIN:
         return _PACKED_PLAIN
     weight, pos_weight, label_smoothing, ignore_index = options
     ignored, ignores = _ignored(y.dtype, ignore_index)
     return Packed(
-        *_repeated(weight, z),
-        *_repeated(pos_weight, z),
+        *_repeated(weight, z, block),
+        *_repeated(pos_weight, z, block),
         float(label_smoothing),
         ignored,
         ignores,
     )
 
 
-def _block() -> int:
-    """Elements that a pass takes at a time."""
-    if uses_numba():
+def _block(z: Tensor) -> int:
+    """Elements that a pass takes at a time, and for which it wants weights repeated."""
+    if backend(z) == "numba":
         from nnce.kernels import losses
 
         return losses.BLOCK
@@ -327,18 +364,18 @@ def _block() -> int:
     return chunked.BLOCK
 
 
-def _repeated(weight: Tensor | None, z: Tensor) -> tuple[Tensor | None, int]:
+def _repeated(weight: Tensor | None, z: Tensor, block: int | None) -> tuple[Tensor | None, int]:
     """Return weights in z's order of memory, and after how many elements they repeat."""
     if weight is None:
         return None, 0
-    weight = weight.detach().to(torch.promote_types(z.dtype, torch.float32))
+    weight = weight.detach().to(z.device, torch.promote_types(z.dtype, torch.float32))
     while weight.dim() and weight.shape[0] == 1:
         weight = weight[0]
     last = z.shape[z.dim() - weight.dim() :]
     weight = weight.expand(last).reshape(-1)
     period = weight.numel()
-    if 0 < period < z.numel():
-        needed = period + min(_block(), z.numel() - period)
+    if 0 < period < z.numel() and block != 0:
+        needed = period + min(block or _block(z), z.numel() - period)
         weight = weight.repeat(-(-needed // period))
     return weight, period
 
@@ -363,7 +400,7 @@ def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
     ignored, ignores = _ignored(y.dtype, options.ignore_index)
     if not ignores:
         return float(rows)
-    if not uses_numba():
+    if backend(z) != "numba":
         return float((y != ignored).reshape(rows, width).any(-1).sum())
     kernel = _compiled("count", "", z.dtype, y.dtype)
     at = y.data_ptr()
