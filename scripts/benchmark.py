@@ -1,8 +1,8 @@
-"""Time an epoch of training, or the loss of many labels, of nnce and of other libraries.
+"""Time an epoch of training, the loss of many labels, or the checks, of nnce and of its peers.
 
 All contenders take turns on one machine; the figures are medians, and `ratio` is a contender's time
 over nnce's, the median of the ratios of each turn. What is measured, and how, is in
-`nnce.experiments.benchmarks.networks` and `.labels`.
+`nnce.experiments.benchmarks`: `networks`, `labels` and `checks`.
 """
 
 if __name__ == "__main__":
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from nnce.experiments import command_line, report
-from nnce.experiments.benchmarks import labels, networks
+from nnce.experiments.benchmarks import checks, labels, networks
 from nnce.experiments.command_line import ArgumentParser
 
-BENCHMARKS = {"networks": networks, "labels": labels}
+BENCHMARKS: dict[str, Any] = {"networks": networks, "labels": labels, "checks": checks}
 
 
 def parser() -> ArgumentParser:
@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
         nargs="?",
         choices=BENCHMARKS,
         default="networks",
-        help="an epoch of training, or the loss of many labels",
+        help="an epoch of training, the loss of many labels, or the checks",
     )
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
@@ -96,11 +96,9 @@ def readable(row: dict[str, Any]) -> report.Row:
         "ratio": "" if math.isnan(row["ratio"]) else number("ratio", ".2f") + spread,
         "peak MB": number("peak_bytes", ",.0f", 1e-6),
     }
-    if "difference" in row:
-        return {
-            **{"work": row["work"], "peer": row["peer"], **cells},
-            "difference": number("difference", ".1e"),
-        }
+    if "networks" not in row:
+        known = {"difference": number("difference", ".1e")} if "difference" in row else {}
+        return {"work": row["work"], "peer": row["peer"], **cells, **known}
     return {
         **{name: row[name] for name in ("work", "networks", "peer")},
         "seconds": cells.pop("seconds"),

@@ -41,8 +41,10 @@ FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-# Experiments need nnce[scripts]; these kernels need Numba. All are imported on first use.
-NEED_NUMBA = {"kernels._numba", "kernels.training", "kernels.losses"}
+# Experiments need nnce[scripts]; these kernels need Numba or Triton. All are imported on first use.
+NEED_A_COMPILER = {
+    *("kernels._numba", "kernels.training", "kernels.losses", "kernels.triton_losses"),
+}
 
 
 def part(name):
@@ -50,7 +52,7 @@ def part(name):
     return name.split(".")[0]
 
 
-OUTSIDE = [name for name in FILES if part(name) != "experiments" and name not in NEED_NUMBA]
+OUTSIDE = [name for name in FILES if part(name) != "experiments" and name not in NEED_A_COMPILER]
 
 
 def imported(path):

@@ -5,7 +5,7 @@ results stay in the processor's cache.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,26 @@ from torch import Tensor
 from nnce import rules
 from nnce.losses import Loss
 
-if TYPE_CHECKING:
-    from nnce.kernels.fused import Packed
-
 BLOCK = 2**16
 """Elements in a chunk."""
+
+
+class Packed(NamedTuple):
+    """Options of one call as the passes read them."""
+
+    weight: Tensor | None
+    """Repeated so that a block, wherever it begins, is within one run; in the dtype of the work."""
+    weight_period: int
+    pos_weight: Tensor | None
+    pos_period: int
+    label_smoothing: float
+    ignored: float
+    ignores: bool
+
+    def addresses(self) -> tuple[Any, ...]:
+        """Return the tuple that the compiled kernels take."""
+        weight, pos_weight = (0 if t is None else t.data_ptr() for t in (self[0], self[2]))
+        return (weight, self.weight_period, pos_weight, *self[3:])
 
 
 class _Chunk(NamedTuple):
@@ -46,7 +61,7 @@ class _Work:
         options: weights, smoothing, ignored targets.
     """
 
-    def __init__(self, z: Tensor, options: "Packed") -> None:
+    def __init__(self, z: Tensor, options: Packed) -> None:
         self._options = options
         self._dtype = torch.promote_types(z.dtype, torch.float32)
         self._memory = z.new_empty(5, min(z.numel(), BLOCK), dtype=self._dtype)
@@ -85,7 +100,7 @@ class _Work:
         )
 
 
-def value(z: Tensor, y: Tensor, C: Tensor | None, options: "Packed", loss: Loss) -> list[float]:
+def value(z: Tensor, y: Tensor, C: Tensor | None, options: Packed, loss: Loss) -> list[float]:
     """Return the sum of C over each chunk, and write C of each element unless C is None."""
     sums = []
     for part, chunk in _Work(z, options).chunks(z, y):
@@ -100,7 +115,7 @@ def gradient(
     z: Tensor,
     y: Tensor,
     dz: Tensor,
-    options: "Packed",
+    options: Packed,
     upstream: Tensor | None,
     scale: float,
     loss: Loss,
@@ -118,7 +133,7 @@ def joint(
     y: Tensor | None,
     C: Tensor,
     factor: Tensor,
-    options: "Packed",
+    options: Packed,
     loss: Loss,
 ) -> None:
     """Write factor ∘ dC/dz in the place of z [rows, width], and each row's sum of C."""

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from nnce import kernels
+from nnce.kernels import chunked
+from nnce.kernels.chunked import Packed
 from nnce.losses import Loss
 
 _PART = 2**16
@@ -53,24 +55,6 @@ class Options(NamedTuple):
     label_smoothing: float = 0
     ignore_index: int | None = None
     """Targets of this value count neither for C nor for a mean."""
-
-
-class Packed(NamedTuple):
-    """Options of one call as the passes read them."""
-
-    weight: Tensor | None
-    """Repeated so that a block, wherever it begins, is within one run; in the dtype of the work."""
-    weight_period: int
-    pos_weight: Tensor | None
-    pos_period: int
-    label_smoothing: float
-    ignored: float
-    ignores: bool
-
-    def addresses(self) -> tuple[Any, ...]:
-        """Return the tuple that the compiled kernels take."""
-        weight, pos_weight = (0 if t is None else t.data_ptr() for t in (self[0], self[2]))
-        return (weight, self.weight_period, pos_weight, *self[3:])
 
 
 _PLAIN = Options()
@@ -223,8 +207,6 @@ def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
         return triton_losses.sigmoid_backward(z, da)
     dz = torch.empty_like(z)
     if chosen == "chunked":
-        from nnce.kernels import chunked
-
         chunked.sigmoid_gradient(z, da, dz)
         return dz
     kernel = _compiled("sigmoid_gradient", "", z.dtype, z.dtype)
@@ -274,8 +256,6 @@ def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss
     """Write C of each element if wanted, and return the sums of parts."""
     packed = _pack(options, z, y)
     if backend(z) != "numba":
-        from nnce.kernels import chunked
-
         return chunked.value(z, y, C, packed, loss)
     kernel = _compiled("value", loss, z.dtype, y.dtype)
     places = z.data_ptr(), y.data_ptr(), 0 if C is None else C.data_ptr()
@@ -297,8 +277,6 @@ def _gradients(
 ) -> None:
     packed = _pack(options, z, y)
     if backend(z) != "numba":
-        from nnce.kernels import chunked
-
         chunked.gradient(z, y, dz, packed, upstream, scale, loss)
         return
     kernel = _compiled("gradient", loss, z.dtype, y.dtype)
@@ -318,8 +296,6 @@ def _joint(
 ) -> None:
     packed = _pack(options, z, z if y is None else y)
     if backend(z) != "numba":  # there is no such pass for CUDA
-        from nnce.kernels import chunked
-
         chunked.joint(z, y, C, factor, packed, loss)
         return
     kernel = _compiled("joint", loss, z.dtype, None if y is None else y.dtype)

@@ -4,9 +4,9 @@ Both look at the same smooth functions of [4, 3], in turns; `ratio` is the peer'
 """
 
 import argparse
-import statistics
-import time
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from nnce import functional
 from nnce.checks import check_gradients
+from nnce.experiments.timing import Timing, in_turns
 
 _F = torch.nn.functional
 SHAPE = (4, 3)
@@ -57,26 +58,21 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
         PEER: lambda: gradcheck(function, x) and gradgradcheck(function, x),
     }
     right = {peer: contender() for peer, contender in contenders.items()}  # and warm
-    seconds: dict[str, list[float]] = {peer: [] for peer in contenders}
-    for _ in range(repetitions):
-        for peer, contender in contenders.items():
-            began = time.perf_counter()
-            contender()
-            seconds[peer].append(time.perf_counter() - began)
-    rows = []
-    for peer, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[NNCE], strict=True)]
-        rows.append(
-            {
-                "work": f"{name} of [{', '.join(map(str, SHAPE))}]",
-                "peer": peer,
-                "outcome": "done" if right[peer] else "wrong",
-                "note": "" if right[peer] else "a right function is not called right",
-                "seconds": statistics.median(times),
-                "ratio": statistics.median(ratios),
-                "ratio_least": min(ratios),
-                "ratio_most": max(ratios),
-                "peak_bytes": float("nan"),
-            }
-        )
-    return rows
+    turns = {peer: partial(_as_it_is, contender) for peer, contender in contenders.items()}
+    seconds = in_turns(turns, repetitions, device, name)
+    return [
+        {
+            "work": f"{name} of [{', '.join(map(str, SHAPE))}]",
+            "peer": peer,
+            "outcome": "right" if right[peer] else "wrong",
+            "note": "" if right[peer] else "a right function is not called right",
+            **Timing.of(times, seconds[NNCE])._asdict(),
+            "peak_bytes": math.nan,
+        }
+        for peer, times in seconds.items()
+    ]
+
+
+def _as_it_is(contender: Callable[[], bool]) -> Callable[[], bool]:
+    """A turn that needs no preparation."""
+    return contender
