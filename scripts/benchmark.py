@@ -1,8 +1,8 @@
-"""Time an epoch of training, the loss of many labels, or the checks, of nnce and of its peers.
+"""Time training, the losses and the checks, of nnce and of its peers.
 
 All contenders take turns on one machine; the figures are medians, and `ratio` is a contender's time
 over nnce's, the median of the ratios of each turn. What is measured, and how, is in
-`nnce.experiments.benchmarks`: `networks`, `labels` and `checks`.
+`nnce.experiments.benchmarks`: `networks`, `labels`, `losses` and `checks`.
 """
 
 if __name__ == "__main__":
@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from nnce.experiments import command_line, report
-from nnce.experiments.benchmarks import checks, labels, networks
+from nnce.experiments.benchmarks import checks, labels, losses, networks
 from nnce.experiments.command_line import ArgumentParser
 
-BENCHMARKS: dict[str, Any] = {"networks": networks, "labels": labels, "checks": checks}
+BENCHMARKS: dict[str, Any] = {
+    **{"networks": networks, "labels": labels},
+    **{"losses": losses, "checks": checks},
+}
 
 
 def parser() -> ArgumentParser:
@@ -34,7 +37,7 @@ def parser() -> ArgumentParser:
         nargs="?",
         choices=BENCHMARKS,
         default="networks",
-        help="an epoch of training, the loss of many labels, or the checks",
+        help="an epoch of training, the loss of many labels, the drop-in loss, or the checks",
     )
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
@@ -92,7 +95,7 @@ def readable(row: dict[str, Any]) -> report.Row:
 
     spread = f" ({number('ratio_least', '.2f')}–{number('ratio_most', '.2f')})"
     cells = {
-        "seconds": number("seconds", ".3f"),
+        "seconds": number("seconds", ".3g"),
         "ratio": "" if math.isnan(row["ratio"]) else number("ratio", ".2f") + spread,
         "peak MB": number("peak_bytes", ",.0f", 1e-6),
     }
