@@ -81,7 +81,7 @@ def single_level_apply(function: type[Function]) -> Callable[..., Any]:
 
     That part looks for transforms and takes a fifth of the time of a call.
     """
-    apply: Callable[..., Any] = super(Function, function).apply
+    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
     return apply
 
 
