@@ -466,7 +466,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
     negative, positive, out, wide = _scratch(one), _scratch(one), _scratch(one), _scratch(one)
     total = 0.0
     for first in range(begin, end, BLOCK):
-        n = min(BLOCK, end - first)
+        n = end - first if end - first < BLOCK else BLOCK
         _weights(y, first, first, n, options, negative, positive, y_dtype, work)
         zs, at = z, first
         if not _same(z_dtype, work):
@@ -497,7 +497,7 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
     # Not the memory of z: a loop that might overwrite what it reads is not vectorized.
     found = _scratch(one)
     for first in range(begin, end, BLOCK):
-        n = min(BLOCK, end - first)
+        n = end - first if end - first < BLOCK else BLOCK
         _weights(y, first, first, n, options, negative, positive, y_dtype, work)
         zs, out, at = z, dz, first
         if not _same(z_dtype, work):
@@ -533,7 +533,7 @@ def joint(
     for row in range(begin, end):
         total, scale = 0.0, _read(factor, row, work, one)
         for column in range(0, width, BLOCK):
-            n, first = min(BLOCK, width - column), row * width + column
+            n, first = width - column if width - column < BLOCK else BLOCK, row * width + column
             at = row * y_stride + column
             _weights(y, at, first, n, options, negative, positive, y_dtype, work)
             for i in range(n):
