@@ -39,7 +39,7 @@ from nnce._arguments import (
     check_reduction,
     shape_of,
 )
-from nnce._torch_private import forward_mode_levels, is_ordinary, nothing_intercepts
+from nnce._torch_private import dispatches_plainly, forward_mode_levels
 from nnce.kernels import fused
 from nnce.losses import Loss
 
@@ -297,19 +297,22 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
         tensors: arguments; an object that is not a tensor is not plain.
         optional: more of them, of which None is skipped.
     """
-    if torch.compiler.is_compiling() or not nothing_intercepts():
+    if torch.compiler.is_compiling():
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or not is_ordinary(tensor):
-            return False
     for tensor in optional:
-        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and is_ordinary(tensor)):
+        if tensor is not None:
+            tensors = (*tensors, tensor)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
             return False
+    if not dispatches_plainly(tensors):
+        return False
     device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     return not torch.is_autocast_enabled(device)
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# A set: a failed comparison of the two types would take longer than a hash.
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
 def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
@@ -468,16 +471,19 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 def _fits_linear(a_prev: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether all checks of `linear` would pass."""
-    dtype, device, shape = W.dtype, W.device, W.shape
-    return (
+    dtype, shape = W.dtype, W.shape
+    if not (
         len(shape) == 2
         and a_prev.dim() > 0
         and a_prev.shape[-1] == shape[1]
         and a_prev.dtype is dtype
-        and a_prev.device == device
         and dtype.is_floating_point
-        and (b is None or (b.shape == shape[:1] and b.dtype is dtype and b.device == device))
-    )
+        and (b is None or (b.dtype is dtype and b.shape == shape[:1]))
+    ):
+        return False
+    if W.is_cpu:  # in half the time of a comparison of devices
+        return a_prev.is_cpu and (b is None or b.is_cpu)
+    return a_prev.device == W.device and (b is None or b.device == W.device)
 
 
 def sigmoid(z: Tensor) -> Tensor:
@@ -531,6 +537,7 @@ def sigmoid_quadratic(
             dtype, or ignore_index is no whole number.
         ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
     """
+    _, ignore_index = _python_numbers(0, ignore_index)
     settings = _Settings("quadratic", reduction, 0, ignore_index)
     if is_plain(z, y) and _fits_loss(z, y, None, None, settings):
         return _fused_loss(z, y, None, None, settings)
@@ -582,6 +589,7 @@ def sigmoid_cross_entropy(
         ValueError: shapes or devices do not fit, the reduction is unknown, label_smoothing is not
             in [0, 1), or ignore_index is 0 or 1.
     """
+    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
         z, y, weight, pos_weight, settings
@@ -640,6 +648,7 @@ def binary_cross_entropy_with_logits(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"expected reduction 'none', 'sum' or 'mean', got {reduction!r}")
     z, y = input, target
+    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     kind = cast(Reduction, reduction)
     settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
@@ -682,6 +691,15 @@ LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
 # ---------------------------------------------------------------------------------- the inside
 
 
+def _python_numbers(label_smoothing: float, ignore_index: int | None) -> tuple[float, int | None]:
+    """Convert numbers of other libraries, which the kernels do not take; raise for others."""
+    if type(label_smoothing) not in (int, float):
+        label_smoothing = check_label_smoothing(label_smoothing)
+    if ignore_index is not None and type(ignore_index) is not int:
+        ignore_index = check_ignore_index(ignore_index)
+    return label_smoothing, ignore_index
+
+
 def _fits_loss(
     z: Tensor,
     y: Tensor,
@@ -703,9 +721,7 @@ def _fits_loss(
         and not (any_dtype and torch.promote_types(dtype, z.dtype) is z.dtype)
     ):
         return False
-    if type(smoothing) not in (int, float) or not 0 <= smoothing < 1:
-        return False
-    if ignore_index is not None and (type(ignore_index) is not int or ignore_index in (0, 1)):
+    if not 0 <= smoothing < 1 or ignore_index in (0, 1):
         return False
     for tensor in (weight, pos_weight):
         if tensor is None:

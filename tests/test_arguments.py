@@ -200,7 +200,8 @@ def test_compiled_modules_take_numpys_numbers(backend):
     options = {"label_smoothing": np.float32(0.25), "ignore_index": np.int64(-7)}
     module = nnce.SigmoidCrossEntropyLoss(**options)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
-    assert torch.equal(compiled(z, y), module(z, y))
+    # Compiled code does not use the fused passes.
+    torch.testing.assert_close(compiled(z, y), module(z, y), rtol=1e-6, atol=0)
     wide = layer(block=np.int64(2), label_smoothing=np.float32(0.25))
     x, target = torch.ones(2, 3), torch.tensor([1, 4])
     compiled = torch.compile(wide, backend=backend, fullgraph=True)
