@@ -417,14 +417,25 @@ def _differentiable_dz(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    """dC/dz by the Functions per component, which can be differentiated and transformed."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view, because y or a weight may be computed from z.
-        own_z = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-        C = _composed_loss(own_z, y, y, weight, pos_weight, settings).to(dC.dtype)
-    (dz,) = torch.autograd.grad(C, own_z, dC, create_graph=create_graph)
-    return dz
+    """dC/dz by PyTorch's operations and `sigmoid`, which can be differentiated and transformed."""
+    loss, reduction, smoothing, _, _ = settings
+    dtype = z.dtype
+    z, y, weight, pos_weight, counts = _operands(z, y, y, weight, pos_weight, settings)
+    dC = _to(dC, z.dtype)
+    if reduction in ("mean", "batchmean"):
+        wide = _to(dC, torch.promote_types(dC.dtype, torch.float32))
+        dC = _to(wide / _divisor(z, counts, reduction), dC.dtype)
+    if weight is not None:
+        dC = dC * weight
+    if loss == "quadratic":
+        dz = rules.dz_quadratic(z, y, sigmoid)
+    else:
+        dz = rules.dz_cross_entropy(z, y, sigmoid, pos_weight)
+        if smoothing:
+            at_half = rules.dz_cross_entropy(z, torch.full_like(z, 0.5), sigmoid, pos_weight)
+            dz = (1 - smoothing) * dz + smoothing * at_half
+    dz = dC * dz
+    return _to(dz if counts is None else dz.where(counts, 0.0), dtype)
 
 
 _apply_linear = _torch_private.single_level_apply(_EagerLinear)
@@ -749,15 +760,8 @@ def _composed_loss(
     Args:
         wide_y: y as it is computed with; y itself tells what to ignore.
     """
-    loss, reduction, smoothing, ignore_index, promotes = settings
-    if promotes:
-        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
-    weight = _expand("weight", weight, z)
-    pos_weight = _expand("pos_weight", pos_weight, z)
-    counts = _counts(y, ignore_index)
-    z, y = _masked(counts, z, wide_y)
+    loss, reduction, smoothing, _, _ = settings
+    z, y, weight, pos_weight, counts = _operands(z, y, wide_y, weight, pos_weight, settings)
     if loss == "quadratic":
         return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
@@ -765,6 +769,26 @@ def _composed_loss(
         at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
         C = (1 - smoothing) * C + smoothing * at_half
     return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
+
+
+def _operands(
+    z: Tensor,
+    y: Tensor,
+    wide_y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """z, y and weights in one dtype and shape, and which components count; None for all."""
+    if settings.promotes:
+        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
+    weight = _expand("weight", weight, z)
+    pos_weight = _expand("pos_weight", pos_weight, z)
+    counts = _counts(y, settings.ignore_index)
+    z, y = _masked(counts, z, wide_y)
+    return z, y, weight, pos_weight, counts
 
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
@@ -830,14 +854,18 @@ def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
         return C
     if reduction == "sum":
         return C.sum()
-    if counts is None:
-        if reduction == "mean":
-            return C.mean()
-        n: Tensor | int = C.shape[:-1].numel()
-    else:
-        n = counts.sum() if reduction == "mean" else counts.any(-1).sum()
+    if counts is None and reduction == "mean":
+        return C.mean()
     # float16 ends at 65,504, and a sum, or the number of components, is soon above it.
-    return (C.sum(dtype=torch.promote_types(C.dtype, torch.float32)) / n).to(C.dtype)
+    total = C.sum(dtype=torch.promote_types(C.dtype, torch.float32))
+    return (total / _divisor(C, counts, reduction)).to(C.dtype)
+
+
+def _divisor(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor | int:
+    """The number of components, or of examples, that count."""
+    if counts is None:
+        return C.numel() if reduction == "mean" else C.shape[:-1].numel()
+    return counts.sum() if reduction == "mean" else counts.any(-1).sum()
 
 
 def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> int | None:
