@@ -343,14 +343,15 @@ def autocast_around_a_backward():
 def compiled_autograd():
     """A backward that dynamo compiles; its name is not public."""
     C, W = plain_forward()
+    whole = f(V1 := leaf())
     compiled = torch.compile(backend="aot_eager")
-    with without_fast(), torch._dynamo.compiled_autograd._enable(compiled):
-        C.backward(UPSTREAM)
+    with warnings.catch_warnings(), without_fast():
+        warnings.simplefilter("ignore")  # of PyTorch's own look at the .grad of each tensor
+        with torch._dynamo.compiled_autograd._enable(compiled):
+            C.backward(UPSTREAM)
+            whole.backward()
     close(W.grad, backward_by_hand(UPSTREAM))
-    C, W = f(W := leaf()), W
-    with without_fast(), torch._dynamo.compiled_autograd._enable(compiled):
-        C.backward()
-    close(W.grad, reference(lambda W: grad(f(W), W)[0], leaf()))
+    close(V1.grad, reference(lambda W: grad(f(W), W)[0], leaf()))
 
 
 BACKWARD = [
