@@ -4,7 +4,7 @@ Imports nothing of nnce. (`nnce/checks` has its own, since it imports nothing of
 Numba's is in `kernels`.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -57,23 +57,21 @@ _dispatch_keys = torch._C._dispatch_keys
 _included_keys = torch._C._dispatch_tls_local_include_set
 
 
-def nothing_intercepts() -> bool:
-    """Whether operations on ordinary tensors go straight to the kernels for their device.
+def dispatches_plainly(tensors: Iterable[Tensor]) -> bool:
+    """Whether operations on these tensors go straight to the kernels for a CPU or CUDA.
 
     Not so in a dispatch mode (`make_fx`, `FlopCounterMode`), a transform of `torch.func`, a
-    `jit.trace`, autograd's `is_grads_batched` or a forward-mode level. Public functions tell about
-    few of these; the dispatcher's own state tells about all but the last.
+    `jit.trace`, autograd's `is_grads_batched` or a forward-mode level, nor for fake, meta, sparse,
+    quantized, batched and zero tensors, tensors wrapped by a transform, and negative views. Public
+    functions tell about few of these, in several calls; the dispatcher's own state tells about all
+    but forward mode.
     """
-    return not _included_keys().raw_repr() & _NOT_INERT and forward_ad._current_level < 0
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether the dispatcher takes it for a dense CPU or CUDA tensor and nothing else.
-
-    No public function tells about tensors that a transform wraps, or about all of the others: fake,
-    meta, sparse, quantized, batched and zero tensors, negative and conjugate views.
-    """
-    return not _dispatch_keys(tensor).raw_repr() & _NOT_ORDINARY
+    if _included_keys().raw_repr() & _NOT_INERT or forward_ad._current_level >= 0:
+        return False
+    for tensor in tensors:  # noqa: SIM110  a generator would take twice the time
+        if _dispatch_keys(tensor).raw_repr() & _NOT_ORDINARY:
+            return False
+    return True
 
 
 def single_level_apply(function: type[Function]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ from nnce._arguments import (
     check_reduction,
     shape_of,
 )
-from nnce._torch_private import forward_mode_levels, is_ordinary, nothing_intercepts
+from nnce._torch_private import dispatches_plainly, forward_mode_levels
 from nnce.kernels import fused
 from nnce.losses import Loss
 
@@ -297,19 +297,22 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
         tensors: arguments; an object that is not a tensor is not plain.
         optional: more of them, of which None is skipped.
     """
-    if torch.compiler.is_compiling() or not nothing_intercepts():
+    if torch.compiler.is_compiling():
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or not is_ordinary(tensor):
-            return False
     for tensor in optional:
-        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and is_ordinary(tensor)):
+        if tensor is not None:
+            tensors = (*tensors, tensor)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
             return False
+    if not dispatches_plainly(tensors):
+        return False
     device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
     return not torch.is_autocast_enabled(device)
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# A set: a failed comparison of the two types would take longer than a hash.
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 
 def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
@@ -414,14 +417,25 @@ def _differentiable_dz(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    """dC/dz by the Functions per component, which can be differentiated and transformed."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view, because y or a weight may be computed from z.
-        own_z = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-        C = _composed_loss(own_z, y, y, weight, pos_weight, settings).to(dC.dtype)
-    (dz,) = torch.autograd.grad(C, own_z, dC, create_graph=create_graph)
-    return dz
+    """dC/dz by PyTorch's operations and `sigmoid`, which can be differentiated and transformed."""
+    loss, reduction, smoothing, _, _ = settings
+    dtype = z.dtype
+    z, y, weight, pos_weight, counts = _operands(z, y, y, weight, pos_weight, settings)
+    dC = _to(dC, z.dtype)
+    if reduction in ("mean", "batchmean"):
+        wide = _to(dC, torch.promote_types(dC.dtype, torch.float32))
+        dC = _to(wide / _divisor(z, counts, reduction), dC.dtype)
+    if weight is not None:
+        dC = dC * weight
+    if loss == "quadratic":
+        dz = rules.dz_quadratic(z, y, sigmoid)
+    else:
+        dz = rules.dz_cross_entropy(z, y, sigmoid, pos_weight)
+        if smoothing:
+            at_half = rules.dz_cross_entropy(z, torch.full_like(z, 0.5), sigmoid, pos_weight)
+            dz = (1 - smoothing) * dz + smoothing * at_half
+    dz = dC * dz
+    return _to(dz if counts is None else dz.where(counts, 0.0), dtype)
 
 
 _apply_linear = _torch_private.single_level_apply(_EagerLinear)
@@ -468,16 +482,19 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 def _fits_linear(a_prev: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether all checks of `linear` would pass."""
-    dtype, device, shape = W.dtype, W.device, W.shape
-    return (
+    dtype, shape = W.dtype, W.shape
+    if not (
         len(shape) == 2
         and a_prev.dim() > 0
         and a_prev.shape[-1] == shape[1]
         and a_prev.dtype is dtype
-        and a_prev.device == device
         and dtype.is_floating_point
-        and (b is None or (b.shape == shape[:1] and b.dtype is dtype and b.device == device))
-    )
+        and (b is None or (b.dtype is dtype and b.shape == shape[:1]))
+    ):
+        return False
+    if W.is_cpu:  # in half the time of a comparison of devices
+        return a_prev.is_cpu and (b is None or b.is_cpu)
+    return a_prev.device == W.device and (b is None or b.device == W.device)
 
 
 def sigmoid(z: Tensor) -> Tensor:
@@ -531,6 +548,7 @@ def sigmoid_quadratic(
             dtype, or ignore_index is no whole number.
         ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
     """
+    _, ignore_index = _python_numbers(0, ignore_index)
     settings = _Settings("quadratic", reduction, 0, ignore_index)
     if is_plain(z, y) and _fits_loss(z, y, None, None, settings):
         return _fused_loss(z, y, None, None, settings)
@@ -582,6 +600,7 @@ def sigmoid_cross_entropy(
         ValueError: shapes or devices do not fit, the reduction is unknown, label_smoothing is not
             in [0, 1), or ignore_index is 0 or 1.
     """
+    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
         z, y, weight, pos_weight, settings
@@ -640,6 +659,7 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"expected reduction 'none', 'sum' or 'mean', got {reduction!r}")
     z, y = input, target
+    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     kind = cast(Reduction, reduction)
     settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
@@ -682,6 +702,15 @@ LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
 # ---------------------------------------------------------------------------------- the inside
 
 
+def _python_numbers(label_smoothing: float, ignore_index: int | None) -> tuple[float, int | None]:
+    """Convert numbers of other libraries, which the kernels do not take; raise for others."""
+    if type(label_smoothing) not in (int, float):
+        label_smoothing = check_label_smoothing(label_smoothing)
+    if ignore_index is not None and type(ignore_index) is not int:
+        ignore_index = check_ignore_index(ignore_index)
+    return label_smoothing, ignore_index
+
+
 def _fits_loss(
     z: Tensor,
     y: Tensor,
@@ -703,9 +732,7 @@ def _fits_loss(
         and not (any_dtype and torch.promote_types(dtype, z.dtype) is z.dtype)
     ):
         return False
-    if type(smoothing) not in (int, float) or not 0 <= smoothing < 1:
-        return False
-    if ignore_index is not None and (type(ignore_index) is not int or ignore_index in (0, 1)):
+    if not 0 <= smoothing < 1 or ignore_index in (0, 1):
         return False
     for tensor in (weight, pos_weight):
         if tensor is None:
@@ -749,15 +776,8 @@ def _composed_loss(
     Args:
         wide_y: y as it is computed with; y itself tells what to ignore.
     """
-    loss, reduction, smoothing, ignore_index, promotes = settings
-    if promotes:
-        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
-    weight = _expand("weight", weight, z)
-    pos_weight = _expand("pos_weight", pos_weight, z)
-    counts = _counts(y, ignore_index)
-    z, y = _masked(counts, z, wide_y)
+    loss, reduction, smoothing, _, _ = settings
+    z, y, weight, pos_weight, counts = _operands(z, y, wide_y, weight, pos_weight, settings)
     if loss == "quadratic":
         return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
@@ -765,6 +785,26 @@ def _composed_loss(
         at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
         C = (1 - smoothing) * C + smoothing * at_half
     return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
+
+
+def _operands(
+    z: Tensor,
+    y: Tensor,
+    wide_y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """z, y and weights in one dtype and shape, and which components count; None for all."""
+    if settings.promotes:
+        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
+    weight = _expand("weight", weight, z)
+    pos_weight = _expand("pos_weight", pos_weight, z)
+    counts = _counts(y, settings.ignore_index)
+    z, y = _masked(counts, z, wide_y)
+    return z, y, weight, pos_weight, counts
 
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
@@ -830,14 +870,18 @@ def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
         return C
     if reduction == "sum":
         return C.sum()
-    if counts is None:
-        if reduction == "mean":
-            return C.mean()
-        n: Tensor | int = C.shape[:-1].numel()
-    else:
-        n = counts.sum() if reduction == "mean" else counts.any(-1).sum()
+    if counts is None and reduction == "mean":
+        return C.mean()
     # float16 ends at 65,504, and a sum, or the number of components, is soon above it.
-    return (C.sum(dtype=torch.promote_types(C.dtype, torch.float32)) / n).to(C.dtype)
+    total = C.sum(dtype=torch.promote_types(C.dtype, torch.float32))
+    return (total / _divisor(C, counts, reduction)).to(C.dtype)
+
+
+def _divisor(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor | int:
+    """The number of components, or of examples, that count."""
+    if counts is None:
+        return C.numel() if reduction == "mean" else C.shape[:-1].numel()
+    return counts.sum() if reduction == "mean" else counts.any(-1).sum()
 
 
 def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> int | None:

@@ -60,11 +60,11 @@ def test_is_batched_gradient():
     assert seen == [False, True]
 
 
-def test_nothing_intercepts():
+def test_dispatches_plainly_in_no_other_context():
     seen = {}
 
     def f(x, name):
-        seen[name] = _torch_private.nothing_intercepts()
+        seen[name] = _torch_private.dispatches_plainly([])
         return 2 * x
 
     x = torch.ones(2, 2, requires_grad=True)
@@ -94,12 +94,12 @@ def test_nothing_intercepts():
     assert {name for name, nothing in seen.items() if nothing} == plain and len(seen) == 13
 
 
-def test_is_ordinary():
+def test_dispatches_plainly_for_no_other_tensor():
     x = torch.ones(2, 2)
     with torch.inference_mode():
         inference = torch.ones(2)
     for tensor in (x, x[0], x.T, torch.nn.Parameter(x), (2 * x.requires_grad_()), inference):
-        assert _torch_private.is_ordinary(tensor)
+        assert _torch_private.dispatches_plainly([tensor])
     seen = []
     torch.func.vmap(lambda t: seen.append(t) or t)(x)
     torch.func.grad(lambda t: seen.append(t) or t.sum())(x)
@@ -112,7 +112,7 @@ def test_is_ordinary():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated
         seen += [torch.quantize_per_tensor(x.detach(), 1, 0, torch.qint8)]
-    assert len(seen) == 8 and not any(map(_torch_private.is_ordinary, seen))
+    assert len(seen) == 8 and not any(_torch_private.dispatches_plainly([x, t]) for t in seen)
 
 
 def test_single_level_apply():

@@ -361,7 +361,7 @@ def _ignored(dtype: torch.dtype, ignore_index: int | None) -> tuple[float, bool]
     if ignore_index is None or dtype is torch.bool:
         return 0, False
     if dtype.is_floating_point:
-        return torch.tensor(float(ignore_index), dtype=dtype).item(), True
+        return torch.tensor(float(ignore_index), dtype=dtype, device="cpu").item(), True
     limits = torch.iinfo(dtype)
     inside = limits.min <= ignore_index <= limits.max
     return (ignore_index, True) if inside else (0, False)
@@ -387,8 +387,9 @@ def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     if -65504 <= value <= 65504:
-        return torch.full((), value, dtype=dtype)
-    return torch.tensor(value, dtype=torch.float64).to(dtype)  # full() refuses too large a number
+        return torch.full((), value, dtype=dtype, device="cpu")  # whatever the default device is
+    large = torch.tensor(value, dtype=torch.float64, device="cpu")
+    return large.to(dtype)  # full() refuses too large a number
 
 
 # -------------------------------------------------------------------------------------- threads
@@ -430,7 +431,7 @@ def _in_parts(task: Callable[[int, int], _T], n: int, size: int = 1) -> list[_T]
     threads = min(torch.get_num_threads(), len(parts))
     if threads == 1 or n * size < _THREADED:
         return [task(*part) for part in parts]
-    flush = float(torch.tensor(1e-38) * 0.1) == 0
+    flush = float(torch.tensor(1e-38, dtype=torch.float32, device="cpu") * 0.1) == 0
 
     def run(mine: list[tuple[int, int]]) -> list[_T]:
         torch.set_flush_denormal(flush)
