@@ -555,7 +555,7 @@ def sigmoid_quadratic(
     z, wide_y = _float32_under_autocast(z, y)
     ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
     settings = _Settings("quadratic", reduction, 0, ignore_index)
-    return _checked_loss(z, y, wide_y, None, None, settings)
+    return _composed_loss(z, y, wide_y, None, None, settings)
 
 
 def sigmoid_cross_entropy(
@@ -611,7 +611,7 @@ def sigmoid_cross_entropy(
     ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
     check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    return _checked_loss(z, y, wide_y, weight, pos_weight, settings)
+    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
 
 
 def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
@@ -672,7 +672,7 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
     label_smoothing = check_label_smoothing(label_smoothing)
     ignore_index = check_ignore_index(ignore_index)
     settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    C = _checked_loss(z, y, wide_y, weight, pos_weight, settings)
+    C = _composed_loss(z, y, wide_y, weight, pos_weight, settings)
     return _to(C, _value_dtype(z, wide_y))
 
 
@@ -745,22 +745,6 @@ def _fits_loss(
         if tensor.requires_grad and torch.is_grad_enabled():
             return False
     return not (y.requires_grad and torch.is_grad_enabled())
-
-
-def _checked_loss(
-    z: Tensor,
-    y: Tensor,
-    wide_y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
-    """C after the checks, which have turned another library's numbers into Python's."""
-    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
-        z, y, weight, pos_weight, settings
-    ):
-        return _fused_loss(z, y, weight, pos_weight, settings)
-    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
 
 
 def _composed_loss(
