@@ -1,6 +1,6 @@
 """TensorBoard in a real browser: what the scripts log can be seen, on every page.
 
-Needs Chromium and its driver. The screenshots stay beside the run, in runs/browser-test.
+Needs Chromium and its driver. The screenshots are kept next to the run, in runs/browser-test-….
 """
 
 import shutil
@@ -148,9 +148,10 @@ def driver():
 
 
 @pytest.fixture(scope="module")
-def board(driver):
+def board(driver, worker_id):
     """A small comparison and a training run, and TensorBoard over both."""
-    runs = ROOT / "runs" / "browser-test"
+    # The tests of this file may be shared out over the processes of pytest-xdist.
+    runs = ROOT / "runs" / f"browser-test-{worker_id}"
     shutil.rmtree(runs, ignore_errors=True)
     for script, options in (
         ("compare", ["--seeds", "3", "--lrs", "0.5", "3", "--epochs", "5"]),
