@@ -1,7 +1,8 @@
 """Argument checks shared by the whole package: numbers, tensors, devices and options of losses.
 
-A check raises TypeError for a non-tensor or a wrong dtype and ValueError for shapes, devices and
-values. Checks of numbers accept those of other libraries, NumPy's for one, and return Python's.
+Imports nothing of nnce. A check raises TypeError for a non-tensor or a wrong dtype and ValueError
+for shapes, devices and values. Checks of numbers accept those of other libraries, such as NumPy,
+and return Python's.
 """
 
 import numbers

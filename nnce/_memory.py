@@ -1,4 +1,7 @@
-"""What fits into memory, asked before anything is made; and what a failed allocation looks like."""
+"""Memory estimates before anything is allocated, and how to recognize a failed allocation.
+
+Imports nothing of nnce.
+"""
 
 import itertools
 import os

@@ -1,6 +1,6 @@
 """The revised algorithm of the notes, whole: forward, last delta by loss, hidden deltas, gradients.
 
-To be read beside the notes, and to look inside a network: every z, a and delta is in the answer.
+To read next to the notes, and to look inside a network: every z, a and delta is in the answer.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""What sets the two losses apart, once: value, last delta, the textbook's rate."""
+"""The differences between the two losses, as a table: value, last delta, the textbook's rate.
+
+May import `rules`.
+"""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple

@@ -1,6 +1,6 @@
 """Save and load a network; write any file whole or not at all.
 
-Nothing in a network's file is executed when it is loaded.
+Nothing in a network's file is executed when it is loaded. May import `modules`.
 """
 
 import contextlib
@@ -67,8 +67,8 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MLP:
     """Load a network that `save` or `scripts/train.py` wrote, in the dtypes it was saved with.
 
-    Only tensors and plain values are read; nothing in the file is executed. What a file claims is
-    held against how large it is before anything is made of it.
+    Only tensors and plain values are read; nothing in the file is executed. The sizes that a file
+    claims are compared with its length before any memory is allocated.
 
     Args:
         path: the file.
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
     with Path(path).open("rb") as file:
         length = os.fstat(file.fileno()).st_size
         try:
-            # PyTorch compresses nothing, so a file that would unfold is none of its own.
+            # PyTorch compresses nothing, so a file that would unfold was not written by it.
             with zipfile.ZipFile(file) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > length:
                     raise ValueError("its parts would be larger than it is")
@@ -98,9 +98,9 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
         raise ValueError(f"{path} is no network that nnce saved")
     try:
         sizes, state = content["sizes"], content["state_dict"]
-        # Before anything is made of them, be it a sentence: they may be millions, or nested.
+        # Before they are used, even in a sentence: they may be millions, or nested.
         if len(state) != 2 * (len(sizes) - 1) or not all(map(is_size, sizes)):
-            raise ValueError("its sizes are none of an MLP with so many parameters")
+            raise ValueError("its sizes do not match the number of its parameters")
         _check_parameters(sizes, state)
         if sum(tensor.numel() * tensor.itemsize for tensor in state.values()) > length:
             raise ValueError("its parameters would be larger than it is")

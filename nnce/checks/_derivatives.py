@@ -17,7 +17,7 @@ from nnce.checks._torch_private import (
 )
 
 Arrange = Callable[[Tensor], Tensor]
-"""Makes a tensor of the same shape, in another layout, say, of the one that is passed."""
+"""Copies a tensor into one of the same shape, possibly of a different layout."""
 
 
 class Unsupported(Exception):
@@ -58,7 +58,7 @@ class Derivatives:
         return moved
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """The inputs that a vector like x is made of."""
+        """The inputs whose elements a vector like x concatenates."""
         if len(self.shapes) == 1:
             return [x.reshape(self.shapes[0])]
         parts = x.split(self.sizes)

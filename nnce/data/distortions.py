@@ -65,7 +65,7 @@ class Distortion:
             object.__setattr__(self, name, plain(value))
 
     def check(self, features: int) -> None:
-        """Raise DataError unless so many features can be a square image."""
+        """Raise DataError unless this number of features makes a square image."""
         if math.isqrt(features) ** 2 != features or features < 4:
             raise DataError(
                 f"expected square images to distort, got examples of {features} features"
@@ -130,7 +130,7 @@ class Distortion:
 
 
 class Distorted:
-    """The examples of an epoch in their order, each distorted anew.
+    """The examples of an epoch in their order, each with a distortion of its own.
 
     What comes of a place in the order depends on the seed, the epoch, the place and how long the
     order is, not on how many are asked for at once, and on a CPU not on the threads. On CUDA the

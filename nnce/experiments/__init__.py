@@ -1,1 +1,4 @@
-"""What the scripts are made of; needs `nnce[scripts]`, which the rest of nnce does not."""
+"""Building blocks of the scripts. Needs `nnce[scripts]`, unlike the rest of nnce.
+
+May import everything; nothing outside this package may import it.
+"""

@@ -100,7 +100,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument(
             "--train-size",
             type=int,
-            help="use the first so many training examples; all if not given",
+            help="number of training examples, the first ones (default: all)",
         )
 
     def add_training_options(self) -> None:
@@ -147,7 +147,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _add_distortion_options(self) -> None:
         add = self.add_argument_group(
-            "distortions of the training images (nnce.data.Distortion), drawn anew in each epoch"
+            "distortions of the training images (nnce.data.Distortion), drawn for each epoch"
         ).add_argument
         for name, (field, what) in _DISTORTIONS.items():
             add(

@@ -71,7 +71,7 @@ class Start(NamedTuple):
     run_dir: Path | None
     """Where it goes on."""
     command: str
-    """The script's command, of a run that goes on its first one."""
+    """The script's command; for a resumed run the one that started it."""
 
     @contextlib.contextmanager
     def directory(

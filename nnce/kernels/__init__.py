@@ -1,4 +1,8 @@
-"""Compiled code. Each module here needs a package beyond torch, and is imported on first use."""
+"""Compiled code, imported on first use: fused losses and training loops.
+
+May import `rules`, `losses` and the files with an underscore. `losses` and `training` need Numba,
+`triton_losses` Triton; `fused` chooses between them and `chunked`, which needs torch alone.
+"""
 
 from typing import Any
 

@@ -193,7 +193,7 @@ class _Once(Function):
 
 
 class Evaluation(Protocol):
-    """Everything that a loss needs besides x, W and b: a `Task`, or an operator's operands."""
+    """What a loss needs in addition to x, W and b: a `Task`, or operands of an operator."""
 
     @property
     def reduction(self) -> Reduction: ...  # noqa: D102
@@ -214,7 +214,7 @@ class Evaluation(Protocol):
 
 
 class BlockByBlock(Function):
-    """Equations 1, 3, 5, 6 and 7 in the forward; the backward scales, or walks anew."""
+    """Equations 1, 3, 5, 6 and 7 in the forward; the backward scales, or walks again."""
 
     @staticmethod
     def forward(
@@ -242,14 +242,14 @@ class BlockByBlock(Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         """The gradients, scaled by the upstream gradient of C."""
 
-        def anew(
+        def walk_again(
             inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
         ) -> tuple[Tensor | None, ...]:
             task: Evaluation = ctx.task
             x, W, b = inputs
             return task.run(x, W, b, dC, Wants(False, *needed))[1:]
 
-        return (*consume_gradients(ctx, upstream[0], anew), None, None)
+        return (*consume_gradients(ctx, upstream[0], walk_again), None, None)
 
 
 SMALL = 1024
@@ -346,9 +346,9 @@ def keep_for_backward(
 
 
 def consume_gradients(
-    ctx: Any, dC: Tensor | None, anew: Callable[..., tuple[Tensor | None, ...]]
+    ctx: Any, dC: Tensor | None, walk_again: Callable[..., tuple[Tensor | None, ...]]
 ) -> list[Tensor | None]:
-    """The gradients made in the forward, scaled, the first time; else those of a walk anew."""
+    """The gradients made in the forward, scaled, the first time; else those of a second walk."""
     needed = ctx.needs_input_grad[: ctx.num_inputs]
     if dC is None:
         return [None for _ in needed]
@@ -364,7 +364,7 @@ def consume_gradients(
             *made, unit = ctx.made.pop() if ctx.made else recomputed
             upstream: Tensor | None = dC
         else:
-            (*made, unit), upstream = anew(inputs, dC, needed), None
+            (*made, unit), upstream = walk_again(inputs, dC, needed), None
         units = (None, unit, None, None)
         gradients = [
             None if gradient is None or not wanted else _scaled(gradient, like.dtype, upstream, of)

@@ -110,7 +110,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights anew, and set the biases."""
+        """Draw new weights, and set the biases."""
         prior = 0.5 if self.prior is None else self.prior
         with torch.no_grad():
             self.weight.normal_(0, self.in_features**-0.5, generator=generator)

@@ -255,11 +255,11 @@ class _AroundTheRing(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        def anew(
+        def walk_again(
             inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
         ) -> tuple[Tensor | None, ...]:
             ring: _Ring = ctx.ring
             x, y, scale, bias = inputs
             return ring.run(x, y, scale, bias, dC, needed, False)[1:]
 
-        return (*consume_gradients(ctx, upstream[0], anew), None, None)
+        return (*consume_gradients(ctx, upstream[0], walk_again), None, None)

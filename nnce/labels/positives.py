@@ -293,10 +293,10 @@ class Targets(NamedTuple):
 
 
 def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Targets:
-    """Any kind of target for n examples and so many labels.
+    """Read any kind of target for n examples and num_labels labels.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a target of any kind.
         ValueError: its shape or device does not fit, or it asks for a gradient.
     """
     if isinstance(target, Tensor) and target.requires_grad:

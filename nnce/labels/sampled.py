@@ -46,7 +46,7 @@ def sampled_sigmoid_cross_entropy(
 
     C = Σ softplus(−z) over the positives + Σ softplus(z) over the negatives, z = W x + b − ln q, of
     the rows of W that are named and of no others. With ln q of the distribution that the negatives
-    were drawn from, z without it comes to estimate the log-odds of all labels (Mikolov et al.,
+    were drawn from, z without it estimates the log-odds of all labels (Mikolov et al.,
     2013; Jean et al., 2015). A negative that is a positive of the example too counts as both.
 
     Args:

@@ -46,7 +46,7 @@ _KEPT = 2
 
 
 def write_checkpoint(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Write a checkpoint beside those that are in a folder, and take away all but the one before.
+    """Write a checkpoint into a folder, and remove all older ones but the previous one.
 
     To a temporary file, flushed to disk, renamed, read back; only then an older one goes.
 
@@ -103,7 +103,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> Found | None:
-    """The newest checkpoint in a folder that can be read; None if there is none at all.
+    """The newest checkpoint in a folder that can be read; None if the folder has no checkpoint.
 
     Raises:
         CheckpointError: there are some, and none is good.

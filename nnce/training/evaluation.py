@@ -1,4 +1,4 @@
-"""Loss, accuracy and layer figures of networks, and the records made of them."""
+"""Loss, accuracy and layer figures of networks, and records of these."""
 
 import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence

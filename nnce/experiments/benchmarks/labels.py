@@ -143,7 +143,7 @@ def gradients(problem: Problem) -> list[Tensor]:
 
 
 def difference(found: Sequence[Tensor], usual: Sequence[Tensor]) -> float:
-    """‖found − usual‖ / ‖usual‖ of all together; NaN if there is none, as for the floor."""
+    """‖found − usual‖ / ‖usual‖ over all tensors; NaN for a peer that computes no gradient."""
     if not found:
         return math.nan
     off = [(a - b).norm().item() for a, b in zip(found, usual, strict=True)]

@@ -1,4 +1,4 @@
-"""Benchmark of training: an epoch of each peer, in turns, beside what no implementation can beat.
+"""Benchmark of training: an epoch of each peer, in turns, and a lower bound of the time.
 
 An epoch is 50,000 examples of MNIST's shape, drawn at random: shuffling and gathering mini-batches
 is part of it, evaluation is not. Every peer starts from the same network, sees the same

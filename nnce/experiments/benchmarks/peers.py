@@ -52,7 +52,7 @@ class Work(NamedTuple):
         return f"{_memory.dashed(self.sizes)}, batch {self.batch_size}{inputs}{orders}"
 
     def indices(self, order: Tensor, networks: int, generator: torch.Generator) -> Tensor:
-        """The order for so many networks side by side, [n], or [networks, n] of their own."""
+        """The order for N networks side by side, [n], or [networks, n] with an order each."""
         if not self.own_orders or networks == 1:
             return order
         others = [data.order(len(order), generator, order.device) for _ in range(1, networks)]

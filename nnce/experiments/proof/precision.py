@@ -334,7 +334,7 @@ def ulp_distance(value: Tensor, exact: Tensor) -> Tensor:
     """|value − exact| in units in the last place that `exact` has in the dtype of `value`.
 
     Below the smallest normal number the unit is that of the subnormal numbers. Equal infinities are
-    0 apart, and so are two NaNs; a NaN beside a number is infinitely far from it.
+    0 apart, and so are two NaNs; a NaN is infinitely far from a number.
 
     Args:
         value: computed, of any floating-point dtype.
