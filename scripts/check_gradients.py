@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.add_figure("saturation atlas", atlas)
         print(f"\n{report.table([readable(row) for row in measured])}\n")
         for row in measured:
-            if row.by != "nnce" and not math.isnan(row.wrong_from):
+            if row.by not in precision.OURS and not math.isnan(row.wrong_from):
                 zero = "" if math.isnan(row.zero_from) else f", and 0 from z = {row.zero_from:g}"
                 print(
                     f"{row.dtype}: {row.by}: {row.quantity} is off by more than 1 % from "
@@ -235,11 +235,11 @@ def broken_promises(
         return row.ulps <= ulps and row.below_normal < 1 and row.right_at_infinity
 
     sentences = [
-        f"{row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the last place at "
+        f"{row.by}: {row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the last place at "
         f"z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers below them, limits "
         f"{'right' if row.right_at_infinity else 'wrong'}"
         for row in measured
-        if row.by == "nnce" and not is_kept(row)
+        if row.by in precision.OURS and not is_kept(row)
     ]
     sentences += [
         f"{of['loss']}, {of['parameter']}: off by {of['relative']:.1e} in norm"

@@ -61,7 +61,7 @@ def test_a_wrong_rule_and_a_wrong_gradient_break_the_promise(check, tmp_path, mo
     monkeypatch.setattr(table, "rows", lambda: {"sigmoid": row})
     assert check.main(["--no-matrix", "--run-dir", str(tmp_path)]) == 1
     err = capsys.readouterr().err
-    assert "cross-entropy, dC/dz in float64 on cpu" in err
+    assert "nnce, rules: cross-entropy, dC/dz in float64 on cpu" in err
     assert "derivatives of sigmoid: first wrong" in err
 
 
