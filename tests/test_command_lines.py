@@ -48,6 +48,8 @@ WHOLE = (
 NUMBERS = ("0.5", "1", "0", "-1", "1e-30", "1e38", "1e300", "1e400", "inf", "nan", "0.999")
 PLACES = ("nowhere/at/all", "file", "folder", "empty", "file/in", "\udcff", "x" * 300, ".")
 MORE = {
+    # A million hidden neurons are valid, and take minutes.
+    "hidden": ("1", "3", "50", "0", "-1", "2.5", "1" + 30 * "0"),
     "lrs": ("0.5", "1", "quadratic=1,3", "cross-entropy=0.5", "hinge=1", "quadratic=", "0", "-1"),
     "checkpoint_every": ("1", "3", "30s", "0", "0s", "s", "-1", "1.5", "infs"),
     "start": ("1", "-1", "0.6", "nan"),
