@@ -5,7 +5,7 @@ numbers, whose sum it is, because one would not do to judge float64.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class Quantity(NamedTuple):
     derivative: bool
     """Whether it is the contender's derivative by z, or its value."""
     exact: Callable[[Any, Any, Any, int], Any]
-    """The truth, from mpmath's σ(z), σ(−z), z itself, and y."""
+    """The truth, from mpmath's σ(z), σ(−z), softplus(z) (of −z where y = 1), and y."""
     promised_ulps: float
     """What nnce promises for y ∈ {0, 1}, in units in the last place, of normal numbers."""
     limits: tuple[tuple[float, float], tuple[float, float]]
@@ -66,36 +66,30 @@ _SIGMOID: dict[str, LossFunction] = {
 _NOTHING = ((0.0, 0.0), (0.0, 0.0))
 
 
-def _softplus(mp: Any, z: Any) -> Any:
-    return mp.log1p(mp.exp(z)) if z < 0 else z + mp.log1p(mp.exp(-z))
-
-
 def quantities() -> tuple[Quantity, ...]:
-    """The values and derivatives that are looked at. Needs mpmath, which comes with torch."""
-    import mpmath as mp
-
+    """The values and derivatives that are looked at."""
     return (
         Quantity(
             *("cross-entropy, dC/dz", _CROSS_ENTROPY, True),
-            lambda s, t, z, y: -t if y else s,
+            lambda s, t, c, y: -t if y else s,
             *(3.0, ((0.0, 1.0), (-1.0, 0.0))),
         ),
         Quantity(
             *("cross-entropy, C", _CROSS_ENTROPY, False),
-            lambda s, t, z, y: _softplus(mp, -z if y else z),
+            lambda s, t, c, y: c,
             *(4.0, ((0.0, math.inf), (math.inf, 0.0))),
         ),
         Quantity(
             *("quadratic, dC/dz", _QUADRATIC, True),
-            lambda s, t, z, y: -t * s * t if y else s * s * t,
+            lambda s, t, c, y: -t * s * t if y else s * s * t,
             *(8.0, _NOTHING),
         ),
         Quantity(
             *("quadratic, C", _QUADRATIC, False),
-            lambda s, t, z, y: (t * t if y else s * s) / 2,
+            lambda s, t, c, y: (t * t if y else s * s) / 2,
             *(8.0, ((0.0, 0.5), (0.5, 0.0))),
         ),
-        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, z, y: s * t, 6.0, _NOTHING),
+        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, c, y: s * t, 6.0, _NOTHING),
     )
 
 
@@ -163,8 +157,8 @@ def measure(
     """The errors of all contenders in one dtype on one device, and the curves they make."""
     z = grid(dtype)
     rows, curves = [], []
-    for quantity in quantities():
-        exact = {y: _exact(quantity, z, y) for y in (0, 1)}
+    every = quantities()
+    for quantity, exact in zip(every, _exact(every, z), strict=True):
         computed: dict[str, Tensor] = {}
         for by, contender in quantity.contenders.items():
             try:
@@ -181,21 +175,26 @@ def measure(
     return rows, curves
 
 
-def _exact(quantity: Quantity, z: Tensor, y: int) -> tuple[Tensor, Tensor]:
+def _exact(every: Sequence[Quantity], z: Tensor) -> list[dict[int, tuple[Tensor, Tensor]]]:
+    """Of each quantity, for y = 0 and y = 1: its truth at z, as the sum of two float64 tensors."""
     import mpmath as mp
 
-    high, low = [], []
+    found = []
     with mp.workdps(60):
         for value in z.double().tolist():
             x = mp.mpf(value)
             # The smaller of σ(z) and σ(−z) from the exponential, so that neither cancels.
             e = mp.exp(-abs(x))
-            large, small = 1 / (1 + e), e / (1 + e)
+            large, small, log = 1 / (1 + e), e / (1 + e), mp.log1p(e)
             s, t = (large, small) if x >= 0 else (small, large)
-            truth = quantity.exact(s, t, x, y)
-            high.append(float(truth))
-            low.append(float(truth - mp.mpf(high[-1])))
-    return torch.tensor(high, dtype=torch.float64), torch.tensor(low, dtype=torch.float64)
+            softplus = (log + max(x, 0), log + max(-x, 0))
+            for quantity in every:
+                for y in (0, 1):
+                    truth = quantity.exact(s, t, softplus[y], y)
+                    high = float(truth)
+                    found.append((high, float(truth - mp.mpf(high))))
+    both = torch.tensor(found, dtype=torch.float64).view(len(z), len(every), 2, 2)
+    return [{y: (pairs[y, 0], pairs[y, 1]) for y in (0, 1)} for pairs in both.permute(1, 2, 3, 0)]
 
 
 def _compute(
