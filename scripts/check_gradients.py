@@ -235,9 +235,9 @@ def broken_promises(
         return row.ulps <= ulps and row.below_normal < 1 and row.right_at_infinity
 
     sentences = [
-        f"{row.by}: {row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the last "
-        f"place at z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers below them, limits "
-        f"{'right' if row.right_at_infinity else 'wrong'}"
+        f"{row.by}: {row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the "
+        f"last place at z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers below "
+        f"them, limits {'right' if row.right_at_infinity else 'wrong'}"
         for row in measured
         if row.by in precision.OURS and not is_kept(row)
     ]
