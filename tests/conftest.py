@@ -12,9 +12,12 @@ from nnce import data
 
 ROOT = Path(__file__).parent.parent
 
-# In a shell's background SIGINT is ignored, and would be by the scripts that are run here, too.
+# In a shell's background SIGINT is ignored, under nohup SIGHUP, and would be by the scripts that are
+# run here, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The networks here are small: one thread is as fast, and stays so beside another busy program.
 torch.set_num_threads(1)
 # The same examples everywhere, however long one of them takes beside another busy program.
