@@ -168,7 +168,7 @@ def check(x: Tensor, y: Tensor) -> None:
             raise DataError(f"expected {name} in [0, 1], got {value} at {row}")
 
 
-def _check_values(name: str, values: Any) -> None:
+def _check_values(name: str, values: object) -> None:
     """Raise DataError unless it is a tensor whose values can be looked at."""
     if not isinstance(values, Tensor):
         raise DataError(f"expected {name} as a tensor, got {type(values).__name__}")

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class Watcher:
         ]
         _WATCHERS.add(self)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[[], "Watcher"], tuple[()]]:
         """A copy of a watched model, deep or pickled, is not watched."""
         return _unwatching, ()
 
@@ -170,7 +170,6 @@ class Watcher:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the watch."""
         self.remove()
 
     def _detach(self) -> None:
@@ -279,8 +278,7 @@ _WATCHERS: "weakref.WeakSet[Watcher]" = weakref.WeakSet()
 
 
 def _unwatching() -> Watcher:
-    nothing: Any = None
-    watcher = Watcher(nn.Module(), nothing, every=1, logits=False)
+    watcher = Watcher(nn.Module(), cast(ScalarWriter, None), every=1, logits=False)
     watcher.remove()
     return watcher
 

@@ -128,7 +128,7 @@ def _one_of(name: str, values: tuple[str, ...]) -> _Check:
     return _field(name, lambda value: value in values, f"{name} {' or '.join(map(repr, values))}")
 
 
-def _is_share(value: Any) -> bool:
+def _is_share(value: object) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
