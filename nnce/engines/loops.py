@@ -35,6 +35,10 @@ DENSE = 0.7
 _MAX_INPUTS = 4
 # Examples whose outputs are computed together.
 _OUTPUTS_AT_ONCE = 100
+# Windows has no SIGHUP.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 # Mini-batches in a call: few, so that Ctrl-C is answered soon and the data of a block are still in
 # the cache when the next network walks over them.
 _BLOCK_STEPS = 20
@@ -91,15 +95,13 @@ def interrupts_wait() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = [
-        signal.signal(number, lambda number, frame: came.append(number)) for number in numbers
+        signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS
     ]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     for waiting in came:
         signal.raise_signal(waiting)
@@ -143,7 +145,6 @@ class InputCache:
     """Inputs in the loops' layout, kept while the tensors they were made from are unchanged."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._lock = threading.Lock()
         self._made: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Inputs]] = {}
 
@@ -296,7 +297,6 @@ class Loops:
         *,
         dense: bool,
     ) -> None:
-        """Allocate the memory."""
         self._dense, self._batch_size = dense, batch_size
         self._networks = [
             _Network(network, values, batch_size)

@@ -56,7 +56,6 @@ class Products:
         *,
         graph: bool,
     ) -> None:
-        """Move the parameters in."""
         self._like = networks[0].weights_and_biases()[0][0].detach()
         self._sizes, self._batch_size = networks[0].sizes, batch_size
         self._graph = graph and captures_graphs(self._like.device)

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import os
 import shlex
 import shutil
@@ -62,9 +61,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
         self.register("type", int, _whole_number)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """What is no option may stand before, between and after the options."""
-        return self.parse_intermixed_args(args, namespace)
+    def parse_args(  # type: ignore[override]  # argparse's may fill an object of another class
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        """Positional arguments may stand before, between and after the options."""
+        return self.parse_intermixed_args(args)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line, of several processes once."""
@@ -202,14 +203,13 @@ def _whole_number(text: str) -> int:
 
 def _init(text: str) -> modules.Init:
     """`--init`, checked: a name, or a standard deviation."""
-    value: Any = text
+    value: object = text
     with contextlib.suppress(ValueError):
         value = float(text)
     try:
-        modules.check_init(value)
+        return modules.check_init(cast(modules.Init, value))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return cast(modules.Init, value)
 
 
 def _distortion(field: str, text: str) -> float:
@@ -243,7 +243,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     )
     threading.excepthook = _thread_failed
     _signals.listen()
-    status: Any
+    status: Any  # of an exit it may be any object
     try:
         try:
             status = main()
@@ -284,7 +284,7 @@ class _Stream(io.FileIO):
         self.lost: OSError | None = None
         """Why something could not be written."""
 
-    def write(self, content: Any) -> int:
+    def write(self, content: Any) -> int:  # a buffer, which has no name before Python 3.12
         try:
             return super().write(content)
         except OSError as error:
@@ -294,7 +294,7 @@ class _Stream(io.FileIO):
             return len(content)
 
 
-def _text(old: Any, stream: _Stream) -> io.TextIOWrapper:
+def _text(old: object, stream: _Stream) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(stream),
         encoding=getattr(old, "encoding", None),
@@ -328,7 +328,7 @@ class _Signals:
 
     def listen(self) -> None:
         # As nohup and a shell's & ignore them.
-        self._numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._numbers = [n for n in loops.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         for number in self._numbers:
             signal.signal(number, self._take)
         read, write = os.pipe()
@@ -339,7 +339,7 @@ class _Signals:
 
     def ignore(self) -> None:
         # Not by a handler of Python's: those go before the process does.
-        for number in _SIGNALS:
+        for number in loops.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -407,10 +407,6 @@ class _Signals:
             self.let_through()
 
 
-# (Windows has no SIGHUP.)
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 _signals = _Signals()
 # Seconds within which a second Ctrl-C is taken for the first one, forwarded.
 _SAME_PRESS = 1.0
@@ -433,15 +429,12 @@ def _beyond_us(error: BaseException) -> str | None:
     if isinstance(error, Failed):
         return str(error)
     if parallel.lost(error):
-        return f"process {os.environ.get('RANK')} has lost another one: {_first_line(error)}"
+        first_line = str(error).strip().splitlines()[0]
+        return f"process {os.environ.get('RANK')} has lost another one: {first_line}"
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
         return _memory.shortage(error)
     where = "" if error.filename is None else f": {error.filename}"
     return f"{error.strerror}{where}" if error.strerror else str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 # ------------------------------------------------------------------------------ what options mean
@@ -473,7 +466,7 @@ def settings(options: argparse.Namespace, **more: Any) -> Settings:
 
 
 def _schedule(options: argparse.Namespace) -> Schedule:
-    depending: dict[str, dict[str, Any]] = {
+    depending: dict[str, dict[str, float]] = {
         "step": {"step_size": 10, "gamma": 0.1},
         "cosine": {"cosine_epochs": max(options.epochs, 1) - options.warmup},
     }
@@ -637,13 +630,14 @@ def _missing(path: Path) -> list[Path]:
 
 def _new_directory(parent: Path, name: str) -> tuple[Path, list[Path]]:
     """A directory that no other process has made, nor will take for its own."""
-    for number in itertools.count(1):
-        path = parent / (name if number == 1 else f"{name}-{number}")
+    path, number = parent / name, 1
+    while True:
         made = _missing(path)
         with contextlib.suppress(FileExistsError):  # two runs within one second
             path.mkdir(parents=True)
             return path, made
-    raise AssertionError("unreachable")
+        number += 1
+        path = parent / f"{name}-{number}"
 
 
 def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
@@ -711,13 +705,9 @@ def _failing(path: Path, keeps: Callable[[], bool]) -> Iterator[None]:
             raise Failed(f"the run directory {path} was deleted during the run") from error
         if not keeps():
             raise
-        how = f"; to go on:\n{command_to_resume(path)}" if _must_be_resumed(error) else ""
+        torchrun_gives_up = parallel.lost(error) and not parallel.restarts_left()
+        how = f"; to go on:\n{command_to_resume(path)}" if torchrun_gives_up else ""
         raise Failed(f"{sentence}; what was finished is kept in {path}{how}") from error
-
-
-def _must_be_resumed(error: Exception) -> bool:
-    """Whether a job has lost a process, and torchrun will not restart it."""
-    return parallel.lost(error) and not parallel.restarts_left()
 
 
 def command_to_resume(run_dir: Path) -> str:
@@ -759,7 +749,7 @@ def _for_this_process(path: Path) -> Iterator[bool]:
 
 
 def clear(run_dir: Path) -> None:
-    """Take away what a run has left."""
+    """Remove everything that a run has left."""
     for leftover in _content(run_dir):
         if leftover.is_dir():
             shutil.rmtree(leftover)

@@ -82,7 +82,6 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the options, and make and draw the parameters."""
         super().__init__()
         in_features = check_size("in_features", in_features)
         num_labels = check_size("num_labels", num_labels)

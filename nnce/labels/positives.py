@@ -154,7 +154,6 @@ class Positives:
         return cls(_starts(rows, int(n)), labels[order], None if values is None else values[order])
 
     def __len__(self) -> int:
-        """The number of examples."""
         return len(self.crow) - 1
 
     def __getitem__(self, examples: "int | slice | Tensor | Sequence[int]") -> "Positives":
@@ -249,7 +248,6 @@ class Positives:
         return dense
 
     def __repr__(self) -> str:
-        """How many."""
         soft = "" if self.values is None else ", soft"
         return f"Positives({len(self.col)} labels in {len(self)} examples{soft})"
 

@@ -122,7 +122,6 @@ class Watcher:
         logits: bool,
         name: str | None = None,
     ) -> None:
-        """Attach the hooks; `watch` checks the arguments."""
         self.step = 0
         """Steps seen so far."""
         self._writer, self._every, self._logits, self._name = writer, every, logits, name
@@ -166,7 +165,6 @@ class Watcher:
         self._detach()
 
     def __enter__(self) -> "Watcher":
-        """End the watch at the block's end."""
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -68,7 +68,6 @@ class Settings:
     mini-batches."""
 
     def __post_init__(self) -> None:
-        """Fill in the engine and the rate, check every value, and keep numbers as Python's."""
         check_loss(self.loss)
         object.__setattr__(self, "init", check_init(self.init))
         check_schedule(self.schedule)

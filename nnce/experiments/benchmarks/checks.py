@@ -19,8 +19,6 @@ from nnce.experiments.timing import Timing, in_turns
 
 _F = torch.nn.functional
 SHAPE = (4, 3)
-SLOWEST = 2.0
-"""How many times as long as the peer it may take."""
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin,
     "nnce.sigmoid": functional.sigmoid,

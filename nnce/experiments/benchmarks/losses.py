@@ -32,7 +32,6 @@ class Work(NamedTuple):
     """Whether targets are booleans, which PyTorch's loss takes as `y.float()`."""
 
     def __str__(self) -> str:
-        """As the table has it."""
         target = ", boolean target" if self.boolean else ""
         return f"{list(self.shape)}, {str(self.dtype).removeprefix('torch.')}{target}"
 
