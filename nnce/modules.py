@@ -273,7 +273,7 @@ class SigmoidQuadraticLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not the usual ones, and the reduction."""
-        return _options(self.reduction, ignore_index=(self.ignore_index, None))
+        return options_of(self)
 
 
 class SigmoidCrossEntropyLoss(nn.Module):
@@ -338,11 +338,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not the usual ones, and the reduction."""
-        return _options(
-            self.reduction,
-            label_smoothing=(self.label_smoothing, 0.0),
-            ignore_index=(self.ignore_index, None),
-        )
+        return options_of(self)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -394,14 +390,15 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def extra_repr(self) -> str:
         """nnce's options where they are not the defaults, and the reduction."""
-        return _options(
-            self.reduction,
-            label_smoothing=(self.label_smoothing, 0.0),
-            ignore_index=(self.ignore_index, None),
-        )
+        return options_of(self)
 
 
-def _options(reduction: str, **others: tuple[object, object]) -> str:
-    """The reduction, and of the others, a value and the usual one each, what is unusual."""
-    unusual = [f"{name}={value!r}" for name, (value, usual) in others.items() if value != usual]
-    return ", ".join([f"reduction={reduction!r}", *unusual])
+def options_of(loss: nn.Module) -> str:
+    """A loss's reduction, and nnce's options where they are not the defaults."""
+    options = {"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None}
+    unusual = [
+        f"{name}={getattr(loss, name)!r}"
+        for name, usual in options.items()
+        if getattr(loss, name, usual) != usual
+    ]
+    return ", ".join([f"reduction={loss.reduction!r}", *unusual])
