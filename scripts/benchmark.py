@@ -9,7 +9,6 @@ if __name__ == "__main__":
     import startup  # noqa: F401  before all else
 
 
-import argparse
 import math
 import sys
 import time
@@ -23,10 +22,7 @@ from nnce.experiments import command_line, report
 from nnce.experiments.benchmarks import checks, labels, losses, networks
 from nnce.experiments.command_line import ArgumentParser
 
-BENCHMARKS: dict[str, Any] = {
-    **{"networks": networks, "labels": labels},
-    **{"losses": losses, "checks": checks},
-}
+BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks": checks}
 
 
 def parser() -> ArgumentParser:
@@ -59,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
     with options_parser.run_directory(options.run_dir, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
-        rows = measure(options, device)
+        rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
         report.write_results(
             run_dir,
             config=vars(options),
@@ -73,12 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of the benchmark that the options name."""
-    rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
-    return rows
 
 
 def complaint(row: dict[str, Any]) -> str | None:

@@ -171,7 +171,7 @@ class Positives:
         values = None if self.values is None else self.values[at]
         return self._trusted(crow, self.col[at], values)
 
-    def _chosen(self, examples: Any) -> Tensor:
+    def _chosen(self, examples: object) -> Tensor:
         """The numbers from 0 of the examples that an index selects, [chosen]."""
         device = self.crow.device
         if isinstance(examples, slice):
@@ -290,7 +290,7 @@ class Targets(NamedTuple):
         return dense[:, :-1]
 
 
-def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Targets:
+def targets_of(target: object, n: int, num_labels: int, device: torch.device) -> Targets:
     """Read any kind of target for n examples and num_labels labels.
 
     Raises:
@@ -377,7 +377,7 @@ def _soft(values: Tensor) -> Tensor:
     return values if values.is_floating_point() else values.float()
 
 
-def _check_values(values: Any, like: Tensor, name: str) -> None:
+def _check_values(values: object, like: Tensor, name: str) -> None:
     """Raise unless values are None or targets in [0, 1], one for each element of `like`."""
     if values is None:
         return
@@ -396,7 +396,7 @@ def _check_values(values: Any, like: Tensor, name: str) -> None:
         raise ValueError(f"expected values in [0, 1], got {some_of(values)}")
 
 
-def _listed(labels: Any) -> list[Any]:
+def _listed(labels: object) -> list[object]:
     """The elements of an iterable other than text, in a list; arrays' as Python's numbers."""
     if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
         kind = type(labels).__name__
@@ -405,15 +405,18 @@ def _listed(labels: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def _integers(labels: Any, example: int) -> list[int]:
+def _integers(labels: object, example: int) -> list[int]:
     """The label numbers of one example as integers of Python."""
     found = _listed(labels)
     if set(map(type, found)) <= {int}:  # at once: there may be millions
-        return found
-    found = [label.tolist() if isinstance(label, Tensor) else label for label in found]
-    wrong = [label for label in found if not is_integer(label)]
-    if wrong:
-        raise TypeError(
-            f"expected label numbers that are whole numbers, got {wrong[0]!r} in example {example}"
-        )
-    return [int(label) for label in found]
+        return cast(list[int], found)
+    numbers = []
+    for label in found:
+        number = label.tolist() if isinstance(label, Tensor) else label
+        if not is_integer(number):
+            raise TypeError(
+                f"expected label numbers that are whole numbers, got {number!r} in example "
+                f"{example}"
+            )
+        numbers.append(int(number))
+    return numbers
