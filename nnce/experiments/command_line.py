@@ -226,13 +226,12 @@ def _distortion(field: str, text: str) -> float:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main() and leave with its status, quietly whatever stops it.
+    """Run a script's main() and exit with its status, without a traceback for what users cause.
 
     Ctrl-C, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt, so that main() can save
-    its state: status 130, 143 and 129. A second Ctrl-C exits at once. Where nobody reads the output
-    any more, as behind `| head`, the status is 141. Where the output cannot be written, as on a
-    full disk, the script continues without it; a success is status 1 then. What main() cannot help,
-    no memory or no space, is one sentence and status 1.
+    its state: status 130, 143 and 129. If the output's reader is gone, as behind `| head`, the
+    status is 141. If the output cannot be written, as on a full disk, the script continues without
+    it, and success is status 1. Lack of memory or space is one sentence and status 1.
     """
     program = Path(sys.argv[0]).name
     out, err = _Stream(1, stops=True), _Stream(2, stops=False)
@@ -271,11 +270,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
 
 class _Stream(io.FileIO):
-    """Standard output or error: what cannot be written goes nowhere, and stops nobody.
+    """Standard output (1) or error (2), which drops what cannot be written.
 
-    Args:
-        number: 1 or 2.
-        stops: whether the first write that nobody reads is to raise BrokenPipeError.
+    With `stops`, the first write to a closed pipe raises BrokenPipeError.
     """
 
     def __init__(self, number: int, *, stops: bool) -> None:
@@ -315,9 +312,9 @@ class _Signals:
     The first one raises KeyboardInterrupt, at the end of an `undisturbed` block if one is running,
     or at `let_through`. A second Ctrl-C exits at once; other signals after the first are ignored.
 
-    Python runs handlers in the main thread only, which may be inside a compiler for many seconds.
-    So a second thread, which reads the signals' numbers from a pipe, acknowledges the first one and
-    exits at the second Ctrl-C.
+    Python runs handlers in the main thread only, which a compiler may block for many seconds. So a
+    second thread reads the signals' numbers from a pipe, acknowledges the first, and exits at the
+    second Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -394,10 +391,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """For a block that writes what belongs together: signals wait until its end.
-
-        In a block within another they wait for the outer one's end.
-        """
+        """Let signals wait for the end of the block, or of an outer one."""
         outer, self._held = self._held, True
         try:
             yield
@@ -441,12 +435,9 @@ def _beyond_us(error: BaseException) -> str | None:
 
 
 def settings(options: argparse.Namespace, **more: Any) -> Settings:
-    """The settings for the training options, and more of a script's own.
+    """The settings for the training options, and for more fields that a script adds.
 
     Defaults that depend on other options are written into the options, to be recorded.
-
-    Raises:
-        ValueError: a value makes no sense.
     """
     fields = {field: getattr(options, name) for name, (field, _) in _DISTORTIONS.items()}
     distortion = data.Distortion(**fields)
@@ -484,12 +475,7 @@ def _schedule(options: argparse.Namespace) -> Schedule:
 
 
 def load_data(options: argparse.Namespace) -> data.Dataset:
-    """The data set that the options name, on their device and in their dtype.
-
-    Raises:
-        DataError: it cannot be had, or is not what it should be.
-        ValueError: there is no such device.
-    """
+    """The data set that the options name, on their device and in their dtype."""
     return data.load(
         options.data,
         data_dir=options.data_dir,
@@ -500,11 +486,7 @@ def load_data(options: argparse.Namespace) -> data.Dataset:
 
 
 def device(name: str) -> torch.device:
-    """The device of --device; "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: CUDA is asked for and there is none, or not one for each process.
-    """
+    """The device of --device; "auto" is CUDA if each process has a GPU, else the CPU."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not there:
         raise ValueError("--device cuda: PyTorch sees no CUDA device on this machine")
@@ -520,16 +502,12 @@ def device(name: str) -> torch.device:
 
 
 def threads(options: argparse.Namespace) -> int | None:
-    """--threads for an `Ensemble`; `announce_threads` says if the machine has not so many."""
+    """--threads for an `Ensemble`, at most one per processor (see `announce_threads`)."""
     return None if options.threads is None else min(options.threads, os.cpu_count() or 1)
 
 
 def set_speed(options: argparse.Namespace, suited: int) -> None:
-    """Do as --threads and --matmul-precision say; `suited` threads if none were asked for.
-
-    Raises:
-        ValueError: no positive number of threads.
-    """
+    """Apply --threads (default: `suited`) and --matmul-precision."""
     threads = suited if options.threads is None else options.threads
     if not 1 <= threads <= 1024:
         raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
@@ -538,7 +516,7 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 
 
 def announce_threads(options: argparse.Namespace) -> None:
-    """Say so where --threads asks for more than there are, once nothing is refused any more."""
+    """Warn if --threads exceeds the processors; called once all options are accepted."""
     processors = os.cpu_count() or 1
     if options.threads is not None and options.threads > processors:
         print(
@@ -553,7 +531,7 @@ def announce_threads(options: argparse.Namespace) -> None:
 def announce_compilation(
     options: argparse.Namespace, sizes: Sequence[int], engine: Engine | None = "backprop"
 ) -> None:
-    """Say so where the loops will be compiled, which takes some seconds and is done once."""
+    """Announce that the loops will be compiled, which takes some seconds, once."""
     dtype, place = DTYPES[options.dtype], device(options.device)
     suits = ensemble.suits_loops(sizes, options.batch_size, dtype, place, density=0.2)
     if (engine == "loops" or (engine == "backprop" and suits)) and not loops.is_cached():
@@ -571,19 +549,15 @@ def run_directory(
 ) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
-    If the block is left, by whatever error, before `keep` has been called (`report.write_results`
-    calls it, too), the directory is removed again, so that no half-written run is left behind; only
-    a process that is killed outright leaves what it had written by then. A later run may begin in
-    such a directory unless it has a checkpoint. Of a dry run nothing is kept. A chosen directory
-    that is resumed exists, and is kept.
-
-    Rank 0 makes the directory; the other processes only learn its path.
+    It is removed again if the block is left before `keep` or `report.write_results` has been
+    called, and after a dry run. A process that is killed outright leaves it; a later run may begin
+    there unless it has a checkpoint. Rank 0 makes the directory; other processes learn its path.
 
     Raises:
         ValueError: the directory has been used, cannot be made or written, has a name that is not
             UTF-8, or another process is writing to it.
-        Failed: in the block memory or space ran out or another process was lost, after there was
-            something to keep; or the directory was deleted.
+        Failed: memory or space ran out in the block, another process was lost, or the directory was
+            deleted, and there is something to keep.
     """
     if world.rank:
         path: Path = world.broadcast(None)
@@ -641,11 +615,7 @@ def _new_directory(parent: Path, name: str) -> tuple[Path, list[Path]]:
 
 
 def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
-    """Mark the directory as one in which nothing is finished yet, or resume in it.
-
-    Raises:
-        ValueError: it has been used.
-    """
+    """Mark the directory as one in which nothing is finished yet, or resume in it."""
     if resumed:
         checkpoints.clear_unfinished(path)
         keep(path)

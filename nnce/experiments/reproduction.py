@@ -82,11 +82,7 @@ class Attempt:
         self._chosen = [_parameters(run.network) for run in self.runs]
 
     def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
-        """Train, yielding each epoch when it is recorded.
-
-        Args:
-            between: called between steps.
-        """
+        """Train, yielding each epoch when it is recorded; `between` is called between steps."""
         for epoch in self._training.epochs(between):
             for number, run in enumerate(self.runs):
                 if run.best.epoch == epoch:
@@ -116,11 +112,7 @@ class Attempt:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Continue from there; raises ValueError if it does not fit."""
         self._training.load_state_dict(state["training"])
         with training.mismatch_is_value_error():
             for run, chosen in zip(self.runs, state["chosen"], strict=True):

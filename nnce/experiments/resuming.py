@@ -93,16 +93,14 @@ def start(
 ) -> Start:
     """Parse the options and, for --resume, read the checkpoint.
 
-    A job that `torchrun` has restarted goes on by itself, if it had come to a checkpoint.
+    A job that `torchrun` has restarted resumes by itself from its checkpoint, if it has one. Exits
+    with status 2 and a sentence if there is no good checkpoint, or the options contradict it.
 
     Args:
-        parser: the script's.
-        arguments: sys.argv's if None.
-        script: its name, which its checkpoints have too.
-        world: its processes. The first one reads the file, and tells the others.
-
-    Exits with status 2 and a sentence where there is no good checkpoint, or the options contradict
-    it.
+        parser: the script's parser.
+        arguments: those of the command line; None for sys.argv's.
+        script: the script's name, recorded in its checkpoints.
+        world: the processes; rank 0 reads the file.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join([f"scripts/{script}", *arguments])
@@ -282,14 +280,14 @@ def loading() -> Iterator[None]:
 
 
 class Saver:
-    """Writes a run's checkpoints where they are due, and stops it between two steps.
+    """Writes a run's checkpoints when they are due, and stops it between two steps.
 
     Args:
-        run_dir: where they go.
+        run_dir: where they go; None in processes that write none.
         every: `--checkpoint-every`.
-        content: all that the rest of the run needs; asked of every process.
-        flush: what must be on the disk before.
-        world: the processes; the first one writes.
+        content: everything that the rest of the run needs; called in every process.
+        flush: writes to disk what must be there before a checkpoint.
+        world: the processes.
     """
 
     def __init__(

@@ -111,8 +111,7 @@ def _walk_without_data(
 
 
 def _value(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
-    found = _walk(x, W, b, *operands, None, True, False, False, False)
-    return found[0]
+    return _walk(x, W, b, *operands, None, True, False, False, False)[0]
 
 
 def _value_without_data(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:

@@ -152,13 +152,12 @@ class _Ring(NamedTuple):
         y_here, dy_here = y.contiguous(), y.new_zeros(y.shape, dtype=dtype) if wants_y else None
         for step in range(world):
             owner = (rank - step) % world
-            own = torch.arange(len(x), device=x.device) if owner == rank else None
-            none = torch.full((len(x),), -1, device=x.device)
             rows = torch.arange(len(x), device=x.device)
+            labels = rows if owner == rank else torch.full_like(rows, -1)
             block = walk(
                 scaled,
                 y_here,
-                Targets(None, rows, none if own is None else own, None, once=True),
+                Targets(None, rows, labels, None, once=True),
                 Options(None if bias is None else bias.expand(len(y_here)), None, None, 0),
                 factor,
                 self.block or default_block(len(x), len(y_here), x.shape[1], self.product_dtype),
@@ -174,11 +173,9 @@ class _Ring(NamedTuple):
             if dy_here is not None:
                 dy_here += multiplied(cast(Tensor, block.dW), dtype, None, block.dW_unit)
                 dy_here = self._pass_on(dy_here, owner)
-            if world > 1 and (step < world - 1 or dy_here is not None):
+            if step < world - 1 or dy_here is not None:
                 y_here = self._pass_on(y_here, owner)
-        d_scale = None
-        if wants_scale and dx is not None:
-            d_scale = (dx.double() * x.double()).sum()
+        d_scale = (dx.double() * x.double()).sum() if wants_scale and dx is not None else None
         for total in (d_scale, db):
             if total is not None:
                 torch.distributed.all_reduce(total, group=self.group)
