@@ -293,8 +293,8 @@ def parser() -> ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training data")
     parser.add_argument("--batch-size", type=int, default=512, help="examples in a mini-batch")
     parser.add_argument("--lr", type=float, default=0.01, help="Adam's learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
-    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_run_dir_option()
     parser.add_speed_options()
     return parser
 

@@ -41,12 +41,9 @@ def parser() -> ArgumentParser:
     parser.add_argument("rows", nargs="*", help="which of its rows; all if none is named")
     parser.add_common_options()
     parser.set_defaults(data="mnist")
-    parser.add_argument("--seeds", type=int, help="starts of each row (if not given, the table's)")
-    parser.add_argument(
-        "--max-epochs",
-        type=int,
-        help="at most so many, to try it out; not the published protocol then",
-    )
+    parser.add_argument("--seeds", type=int, help="starts of each row (default: the table's)")
+    limit = "limit on the epochs, for a trial; with it, the protocol is not the published one"
+    parser.add_argument("--max-epochs", type=int, help=limit)
     parser.add_train_size_option()
     parser.add_speed_options()
     resuming.add_options(parser)

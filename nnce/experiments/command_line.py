@@ -76,21 +76,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_common_options(self) -> None:
         """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
         self.add_argument("--data", choices=data.DATASETS, default="digits", help="data set")
+        folder = "folder of the data, downloaded if missing (default: $NNCE_DATA, else data)"
+        self.add_argument("--data-dir", type=Path, help=folder)
         self.add_argument(
-            "--data-dir",
-            type=Path,
-            help="where the data are, or are downloaded to (default: $NNCE_DATA, else data)",
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on"
         )
-        self.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
-        )
-        self.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
-        self.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
-        self.add_argument(
-            "--run-dir",
-            type=Path,
-            help="where the results go, a new or empty folder (default: a new one under runs/)",
-        )
+        self.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
+        self.add_argument("--seed", type=int, default=0, help="random seed")
+        self.add_run_dir_option()
+
+    def add_run_dir_option(self) -> None:
+        """--run-dir, for `run_directory`."""
+        folder = "new or empty folder for the results (default: a new one under runs/)"
+        self.add_argument("--run-dir", type=Path, help=folder)
 
     def add_hidden_option(self, meaning: str) -> None:
         """--hidden."""
@@ -98,11 +96,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_train_size_option(self) -> None:
         """--train-size, for `load_data`."""
-        self.add_argument(
-            "--train-size",
-            type=int,
-            help="number of training examples, the first ones (default: all)",
-        )
+        first = "number of training examples, from the first on (default: all)"
+        self.add_argument("--train-size", type=int, help=first)
 
     def add_training_options(self) -> None:
         """What `settings` takes, and --train-size."""
@@ -126,25 +121,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _add_schedule_options(self) -> None:
         add = self.add_argument_group("learning-rate schedule").add_argument
-        add(
-            "--schedule",
-            choices=schedules.KINDS,
-            default="constant",
-            help="change of the rate after the warm-up",
-        )
-        add(
-            "--step-size",
-            type=int,
-            help="epochs between two steps of --schedule step (default: 10)",
-        )
+        kind = "change of the rate after the warm-up"
+        add("--schedule", choices=schedules.KINDS, default="constant", help=kind)
+        add("--step-size", type=int, help="epochs per step of --schedule step (default: 10)")
         add("--gamma", type=float, help="factor of a step of --schedule step (default: 0.1)")
-        add(
-            "--cosine-epochs",
-            type=int,
-            help="epochs in which --schedule cosine falls to 0 (default: all after the warm-up)",
-        )
-        add("--warmup", type=int, default=0, help="epochs in which the rate rises evenly")
-        add("--warmup-start", type=float, default=0.1, help="factor of the first of them")
+        fall = "epochs in which --schedule cosine falls to 0 (default: all after the warm-up)"
+        add("--cosine-epochs", type=int, help=fall)
+        add("--warmup", type=int, default=0, help="epochs of linear warm-up")
+        add("--warmup-start", type=float, default=0.1, help="factor of the first warm-up epoch")
 
     def _add_distortion_options(self) -> None:
         add = self.add_argument_group(
@@ -161,14 +145,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_speed_options(self) -> None:
         """--threads and --matmul-precision, for `set_speed`."""
-        self.add_argument(
-            "--threads", type=int, help="CPU threads; if not given, as many as suit the sizes"
-        )
+        self.add_argument("--threads", type=int, help="CPU threads (default: what suits the sizes)")
         self.add_argument(
             "--matmul-precision",
             choices=("highest", "high", "medium"),
             default="highest",
-            help="of float32 matrix products, as torch.set_float32_matmul_precision has it",
+            help="argument of torch.set_float32_matmul_precision",
         )
 
     @contextlib.contextmanager

@@ -140,10 +140,6 @@ class Task(NamedTuple):
             factor = factor * upstream
         return factor if self.example_weight is None else factor * self.example_weight
 
-    def fused_options(self) -> fused.Options:
-        """The options of the labels, for a fused pass."""
-        return fused.Options(*self.options[1:])
-
     def reduced(self, C: Tensor) -> Tensor:
         """C of all examples, or of each, from the sums over their labels."""
         n = len(C)
@@ -242,7 +238,8 @@ class AtOnce(Function):
         task.check()
         z = rules.linear(x, W, b)
         factor = task.factor(x, dtype=x.dtype)
-        C = fused.joint(z, task.targets.dense_for(*z.shape), factor, task.fused_options())
+        options = fused.Options(*task.options[1:])
+        C = fused.joint(z, task.targets.dense_for(*z.shape), factor, options)
         ctx.save_for_backward(x, W, z, *(() if b is None else (b,)))
         return task.reduced(C)
 

@@ -222,25 +222,6 @@ class Positives:
         )
         return self._trusted(cast(Tensor, crow), cast(Tensor, col), values)
 
-    @classmethod
-    def _joined(cls, parts: Sequence["Positives"]) -> "Positives":
-        """The examples of all parts, one part after the other."""
-        ends = itertools.accumulate(len(part.col) for part in parts)
-        begins = (end - len(part.col) for end, part in zip(ends, parts, strict=True))
-        crows = [part.crow[1:] + begin for part, begin in zip(parts, begins, strict=True)]
-        values = None
-        if any(part.values is not None for part in parts):
-            values = torch.cat(
-                [
-                    torch.ones_like(part.col, dtype=torch.get_default_dtype())
-                    if part.values is None
-                    else part.values
-                    for part in parts
-                ]
-            )
-        crow = torch.cat([parts[0].crow[:1], *crows])
-        return cls._trusted(crow, torch.cat([part.col for part in parts]), values)
-
     def to_dense(self, num_labels: int, dtype: torch.dtype | None = None) -> Tensor:
         """The targets as a tensor [n, num_labels]."""
         dense = torch.zeros(len(self), num_labels, dtype=dtype, device=self.col.device)
@@ -253,7 +234,17 @@ class Positives:
 
 
 def _collate(batch: Sequence[Positives], *, collate_fn_map: object = None) -> Positives:
-    return Positives._joined(batch)
+    """The examples of all parts of a batch, one part after the other."""
+    begins = itertools.accumulate((len(part.col) for part in batch), initial=0)
+    crows = [part.crow[1:] + begin for part, begin in zip(batch, begins, strict=False)]
+    values = None
+    if any(part.values is not None for part in batch):
+        dtype = torch.get_default_dtype()
+        values = torch.cat(
+            [torch.ones_like(p.col, dtype=dtype) if p.values is None else p.values for p in batch]
+        )
+    crow = torch.cat([batch[0].crow[:1], *crows])
+    return Positives._trusted(crow, torch.cat([part.col for part in batch]), values)
 
 
 # PyTorch's documented way to extend `torch.utils.data.default_collate`.
