@@ -6,7 +6,7 @@ and return Python's.
 """
 
 import numbers
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device, *, like: str) 
         raise ValueError(f"expected {name} on device {device} like {like}, got {tensor.device}")
 
 
-def check_whole(name: str, tensor: Any) -> None:
+def check_whole(name: str, tensor: object) -> None:
     """Raise TypeError unless it is a tensor of integers."""
     kind = getattr(tensor, "dtype", type(tensor).__name__)
     if not isinstance(tensor, Tensor) or tensor.dtype not in (

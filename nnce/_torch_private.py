@@ -115,7 +115,7 @@ def register_collate(kind: type, collate: Callable[..., Any]) -> None:
     default_collate_fn_map[kind] = collate
 
 
-def hooks_of(module: nn.Module) -> list[Any]:
+def hooks_of(module: nn.Module) -> list[object]:
     """The hooks of a module, which has no public name for them."""
     return [
         hook
@@ -129,7 +129,7 @@ def hooks_of(module: nn.Module) -> list[Any]:
     ]
 
 
-def tensor_hooks_of(parameter: Tensor) -> list[Any]:
+def tensor_hooks_of(parameter: Tensor) -> list[object]:
     """The hooks of a tensor, which has no public name for them."""
     return [
         hook

@@ -87,7 +87,6 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the parameters and draw them."""
         nn.Module.__init__(self)  # torch.nn.Linear's would draw from the global generator
         if not (is_size(in_features) and is_size(out_features)):
             raise ValueError(
@@ -179,7 +178,6 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make and draw the layers."""
         given = tuple(sizes) if isinstance(sizes, Iterable) else ()
         if len(given) < 2 or not all(map(is_size, given)):
             raise ValueError(
@@ -263,7 +261,6 @@ class SigmoidQuadraticLoss(nn.Module):
     def __init__(
         self, reduction: Reduction = "batchmean", *, ignore_index: int | None = None
     ) -> None:
-        """Check and keep the options."""
         super().__init__()
         check_reduction(reduction)
         self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
@@ -276,7 +273,7 @@ class SigmoidQuadraticLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not the usual ones, and the reduction."""
-        return _options(self.reduction, ignore_index=(self.ignore_index, None))
+        return options_of(self)
 
 
 class SigmoidCrossEntropyLoss(nn.Module):
@@ -315,7 +312,6 @@ class SigmoidCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0,
         ignore_index: int | None = None,
     ) -> None:
-        """Check and keep the options."""
         super().__init__()
         check_reduction(reduction)
         self.label_smoothing = check_label_smoothing(label_smoothing)
@@ -342,11 +338,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not the usual ones, and the reduction."""
-        return _options(
-            self.reduction,
-            label_smoothing=(self.label_smoothing, 0.0),
-            ignore_index=(self.ignore_index, None),
-        )
+        return options_of(self)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -380,7 +372,6 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         label_smoothing: float = 0,
         ignore_index: int | None = None,
     ) -> None:
-        """Check nnce's options and keep all of them."""
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         self.label_smoothing = check_label_smoothing(label_smoothing)
         self.ignore_index = check_ignore_index(ignore_index)
@@ -399,14 +390,15 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def extra_repr(self) -> str:
         """nnce's options where they are not the defaults, and the reduction."""
-        return _options(
-            self.reduction,
-            label_smoothing=(self.label_smoothing, 0.0),
-            ignore_index=(self.ignore_index, None),
-        )
+        return options_of(self)
 
 
-def _options(reduction: str, **others: tuple[object, object]) -> str:
-    """The reduction, and of the others, a value and the usual one each, what is unusual."""
-    unusual = [f"{name}={value!r}" for name, (value, usual) in others.items() if value != usual]
-    return ", ".join([f"reduction={reduction!r}", *unusual])
+def options_of(loss: nn.Module) -> str:
+    """A loss's reduction, and nnce's options where they are not the defaults."""
+    options = {"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None}
+    unusual = [
+        f"{name}={getattr(loss, name)!r}"
+        for name, usual in options.items()
+        if getattr(loss, name, usual) != usual
+    ]
+    return ", ".join([f"reduction={loss.reduction!r}", *unusual])

@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +22,7 @@ from nnce.experiments import command_line, report
 from nnce.experiments.benchmarks import checks, labels, losses, networks
 from nnce.experiments.command_line import ArgumentParser
 
-BENCHMARKS: dict[str, Any] = {
-    **{"networks": networks, "labels": labels},
-    **{"losses": losses, "checks": checks},
-}
+BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks": checks}
 
 
 def parser() -> ArgumentParser:
@@ -42,7 +38,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
     parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
-    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_run_dir_option()
     parser.add_speed_options()
     return parser
 

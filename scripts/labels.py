@@ -15,7 +15,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import scipy.sparse
 import torch
@@ -40,28 +40,26 @@ PLANTED_LABELS = 2**24
 """The most that `torch.multinomial` draws from."""
 
 
+Features = Tensor | tuple[Tensor, Tensor, Tensor]
+"""Dense, or as `torch.nn.EmbeddingBag` takes them: numbers, where each row begins, weights."""
+
+
 class Examples(NamedTuple):
     """Features, dense or a SciPy sparse matrix, and the labels that each example has."""
 
     features: Tensor | scipy.sparse.csr_array
     positives: Positives
 
-    def batches(self, size: int, order: Tensor) -> Iterator[tuple[Any, Positives]]:
+    def batches(self, size: int, order: Tensor) -> Iterator[tuple[Features, Positives]]:
         """Mini-batches in this order."""
         for chosen in order.split(size):
             if isinstance(self.features, Tensor):
                 yield self.features[chosen], self.positives[chosen]
-            else:
-                yield _bags(self.features[chosen.numpy()]), self.positives[chosen]
-
-
-def _bags(rows: scipy.sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sparse rows, what `torch.nn.EmbeddingBag` takes: numbers, where each begins, weights."""
-    return (
-        torch.from_numpy(rows.indices).long(),
-        torch.from_numpy(rows.indptr[:-1]).long(),
-        torch.from_numpy(rows.data).float(),
-    )
+                continue
+            rows = self.features[chosen.numpy()]
+            numbers, starts = (torch.from_numpy(t).long() for t in (rows.indices, rows.indptr[:-1]))
+            bags = (numbers, starts, torch.from_numpy(rows.data).float())
+            yield bags, self.positives[chosen]
 
 
 class Classifier(nn.Module):
@@ -77,18 +75,17 @@ class Classifier(nn.Module):
         )
         self.labels = LinearSigmoidCrossEntropyLoss(features, labels, prior=share)
 
-    def encode(self, x: Any) -> Tensor:
+    def encode(self, x: Features) -> Tensor:
         """The features of a mini-batch, [n, features]."""
-        if self.embedding is None:
-            return cast(Tensor, x)
+        if isinstance(x, Tensor):
+            return x
+        assert self.embedding is not None
         numbers, offsets, weights = x
-        embedded: Tensor = self.embedding(numbers, offsets, per_sample_weights=weights)
-        return embedded
+        return cast(Tensor, self.embedding(numbers, offsets, per_sample_weights=weights))
 
-    def forward(self, x: Any, positives: Positives) -> Tensor:
+    def forward(self, x: Features, positives: Positives) -> Tensor:
         """C, a mean over the examples."""
-        loss: Tensor = self.labels(self.encode(x), positives)
-        return loss
+        return cast(Tensor, self.labels(self.encode(x), positives))
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -296,8 +293,8 @@ def parser() -> ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training data")
     parser.add_argument("--batch-size", type=int, default=512, help="examples in a mini-batch")
     parser.add_argument("--lr", type=float, default=0.01, help="Adam's learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
-    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_run_dir_option()
     parser.add_speed_options()
     return parser
 

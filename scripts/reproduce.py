@@ -9,6 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from nnce.experiments import (
 )
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
-from nnce.experiments.reproduction import Attempt, Outcome, Spread
+from nnce.experiments.reproduction import Attempt, Outcome, Spread, but_for_defaults
 from nnce.experiments.tensorboard import Monitor
 from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
@@ -40,12 +41,9 @@ def parser() -> ArgumentParser:
     parser.add_argument("rows", nargs="*", help="which of its rows; all if none is named")
     parser.add_common_options()
     parser.set_defaults(data="mnist")
-    parser.add_argument("--seeds", type=int, help="starts of each row (if not given, the table's)")
-    parser.add_argument(
-        "--max-epochs",
-        type=int,
-        help="at most so many, to try it out; not the published protocol then",
-    )
+    parser.add_argument("--seeds", type=int, help="starts of each row (default: the table's)")
+    limit = "limit on the epochs, for a trial; with it, the protocol is not the published one"
+    parser.add_argument("--max-epochs", type=int, help=limit)
     parser.add_train_size_option()
     parser.add_speed_options()
     resuming.add_options(parser)
@@ -77,9 +75,7 @@ def listing(name: str) -> str:
     lines = [f"{name}: {table.title} ({table.measure} in percent)"]
     for row in table.rows:
         figure = "" if row.published is None else f"{row.published:g}, {row.of}"
-        lines.append(
-            f"  {row.name:8}{figure:38}{reproduction.in_words(row, row.settings, 784, 10)}"
-        )
+        lines.append(f"  {row.name:8}{figure:38}{reproduction.in_words(row.settings, 784, 10)}")
     return "\n".join(lines)
 
 
@@ -111,11 +107,11 @@ class Work:
     def protocols(self) -> dict[str, str]:
         """How each row is trained, so that it is seen if that is not what it was."""
         starts = f"{len(self.seeds)} starts from seed {self.seeds[0]}"
-        # What is as usual is left out: what comes to be an option later was so before.
-        settings = {
-            name: reproduction.but_for_defaults(of_row) for name, of_row in self.settings.items()
+        # Defaults are left out: options that a later version adds had their defaults before.
+        return {
+            row.name: f"{but_for_defaults(self.settings[row.name])}, {row.of}, {starts}"
+            for row in self.rows
         }
-        return {row.name: f"{settings[row.name]}, {row.of}, {starts}" for row in self.rows}
 
     @property
     def compares(self) -> bool:
@@ -159,7 +155,7 @@ class Work:
         """How far it has come, for a checkpoint."""
         return {
             "protocols": self.protocols,
-            "outcomes": {name: outcome.as_dict() for name, outcome in self.outcomes.items()},
+            "outcomes": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
             "attempt": None if self.attempt is None else self.attempt.state_dict(),
             "seconds": self.seconds,
         }
@@ -205,7 +201,8 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             saver.save()
             command_line.keep(run_dir)
             write(work, run_dir, command)
-            print(in_a_line(work, row), flush=True)
+            cells = closing_row(work, row).items()
+            print(", ".join(f"{name} {value}" for name, value in cells if value), flush=True)
     ending.close("Interrupted; to go on:")
     write(work, run_dir, command)  # once more: a run may have been killed before the last time
     print(f"\n{page(work, command)}\n\n{work.seconds:.1f} s")
@@ -244,19 +241,9 @@ def introduce(work: Work) -> None:
 # ----------------------------------------------------------------------------------- what is told
 
 
-def closing_rows(work: Work, rows: Sequence[Row]) -> list[report.Row]:
-    """A line for each row."""
-    return [closing_row(work.table, row, work.outcomes[row.name], work.compares) for row in rows]
-
-
-def in_a_line(work: Work, row: Row) -> str:
-    """What a row has come to, as soon as it has."""
-    (told,) = closing_rows(work, [row])
-    return ", ".join(f"{name} {value}" for name, value in told.items() if value)
-
-
-def closing_row(table: Table, row: Row, outcome: Outcome, compares: bool) -> report.Row:
-    """The published figure, the same of ours, and the honest ones."""
+def closing_row(work: Work, row: Row) -> report.Row:
+    """The published figure, the same figure of ours, and the honest ones."""
+    table, outcome, compares = work.table, work.outcomes[row.name], work.compares
     chosen = outcome.spread(table, "chosen_validation")
     same = outcome.spread(table, reproduction.like_published(row))
     diverged = sum(one.diverged for one in outcome.trained)
@@ -303,23 +290,19 @@ def page(work: Work, command: str) -> str:
         f"{work.options.data}. {table.about}".strip(),
         *(["Cut short: not the published protocol."] if work.is_trial else []),
         "",
-        report.table(closing_rows(work, rows)),
+        report.table([closing_row(work, row) for row in rows]),
         "",
     ]
     for row in rows:
-        settings = work.settings[row.name]
-        words = reproduction.in_words(row, settings, features, classes)
-        of = f"Published: {row.of}." if row.published is not None and work.compares else ""
-        committee = work.outcomes[row.name].committee
-        together = (
-            f"All {len(work.seeds)} networks together: "
-            f"{reproduction.percent(table, committee):.2f}."
-            if len(work.seeds) > 1 and not math.isnan(committee)
-            else ""
-        )
-        lines.append(
-            f"- {row.name}: {' '.join(filter(None, (f'{words}.', of, row.note, together)))}"
-        )
+        sentences = [reproduction.in_words(work.settings[row.name], features, classes) + "."]
+        if row.published is not None and work.compares:
+            sentences.append(f"Published: {row.of}.")
+        if row.note:
+            sentences.append(row.note)
+        committee = reproduction.percent(table, work.outcomes[row.name].committee)
+        if len(work.seeds) > 1 and not math.isnan(committee):
+            sentences.append(f"All {len(work.seeds)} networks together: {committee:.2f}.")
+        lines.append(f"- {row.name}: {' '.join(sentences)}")
     return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
 
 
@@ -332,11 +315,11 @@ def write(work: Work, run_dir: Path, command: str) -> None:
         config=vars(work.options),
         device=work.dataset.train.x.device,
         seconds=work.seconds,
-        rows=closing_rows(work, rows),
+        rows=[closing_row(work, row) for row in rows],
         command=command,
         protocols={row.name: work.protocols[row.name] for row in rows},
         published={row.name: row.published for row in rows},
-        outcomes={name: outcome.as_dict() for name, outcome in work.outcomes.items()},
+        outcomes={name: asdict(outcome) for name, outcome in work.outcomes.items()},
     )
     markdown = page(work, command)
     report.write_text(run_dir / "results.md", f"{markdown}\n")

@@ -9,6 +9,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import nnce
 from nnce.algorithm import backprop
+from nnce.experiments.proof.precision import ulp
 from nnce.losses import LOSSES
 from nnce.training import twin
 
@@ -17,6 +18,25 @@ HAND_WRITTEN = {
     "quadratic": nnce.sigmoid_quadratic,
     "cross-entropy": nnce.sigmoid_cross_entropy,
 }
+
+
+def ulp_distance(value, exact):
+    """|value − exact| in units in the last place that `exact` has in the dtype of `value`.
+
+    Below the smallest normal number the unit is that of the subnormal numbers. Equal infinities are
+    0 apart, and so are two NaNs; a NaN is infinitely far from a number.
+
+    Args:
+        value: computed, of any floating-point dtype.
+        exact: the truth in float64, of value's shape.
+
+    Returns:
+        float64, value's shape, at least 0.
+    """
+    wide = value.double()
+    distance = (wide - exact).abs() / ulp(exact, value.dtype)
+    same = (wide == exact) | (wide.isnan() & exact.isnan())
+    return torch.where(same, 0.0, distance).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def laid_out(tensor, layout):

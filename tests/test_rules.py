@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from oracles import ulp_distance
 from torch.testing import assert_close
 
 from nnce import rules
-from nnce.experiments.proof.precision import ulp_distance
 
 
 def tensor(*values, dtype=torch.float64):

@@ -8,12 +8,11 @@ import torch
 from conftest import slow_unless
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import HAND_WRITTEN, REDUCTIONS, bce_with_logits, half_mse, random
+from oracles import HAND_WRITTEN, REDUCTIONS, bce_with_logits, half_mse, random, ulp_distance
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import nnce
-from nnce.experiments.proof.precision import ulp_distance
 
 SHAPE = (6, 4)
 IGNORED = -100

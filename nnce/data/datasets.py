@@ -168,7 +168,7 @@ def check(x: Tensor, y: Tensor) -> None:
             raise DataError(f"expected {name} in [0, 1], got {value} at {row}")
 
 
-def _check_values(name: str, values: Any) -> None:
+def _check_values(name: str, values: object) -> None:
     """Raise DataError unless it is a tensor whose values can be looked at."""
     if not isinstance(values, Tensor):
         raise DataError(f"expected {name} as a tensor, got {type(values).__name__}")
@@ -243,7 +243,7 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
         # torchvision prints a line for each mirror that fails; the sentences below say it all.
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = loader(data_dir, train=train, download=not complete)
-        shapes = (tuple(dataset.data.shape), tuple(dataset.targets.shape))
+        why = _unlike_mnist(dataset.data, dataset.targets, 60_000 if train else 10_000)
     except Exception as error:  # of many types: what a damaged file gives is left to chance
         if _memory.shortage(error):
             raise
@@ -258,20 +258,24 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
             f"with --data-dir or $NNCE_DATA; it could not be downloaded ({_short(reason)})"
         ) from error
 
-    n = 60_000 if train else 10_000
-    if shapes != ((n, 28, 28), (n,)):
-        why = f"expected {n:,} images of 28 by 28 and as many labels, got {shapes}"
-        raise DataError(_damaged(name, folder, train, why))
-    dtypes = (dataset.data.dtype, dataset.targets.dtype)
-    if dtypes != (torch.uint8, torch.int64):
-        why = f"expected images of bytes and labels of whole numbers, got {dtypes}"
-        raise DataError(_damaged(name, folder, train, why))
-    if not 0 <= dataset.targets.min() <= dataset.targets.max() <= 9:
-        why = f"expected labels from 0 to 9, got {dataset.targets.min()} to {dataset.targets.max()}"
+    if why:
         raise DataError(_damaged(name, folder, train, why))
     if folder is not older:
         _check_sums(dict(loader.resources), name, folder, train)
     return dataset.data.flatten(1) / 255, dataset.targets
+
+
+def _unlike_mnist(images: Tensor, labels: Tensor, n: int) -> str:
+    """How n images and labels differ from the format of MNIST; "" if they do not."""
+    shapes = (tuple(images.shape), tuple(labels.shape))
+    if shapes != ((n, 28, 28), (n,)):
+        return f"expected {n:,} images of 28 by 28 and as many labels, got {shapes}"
+    dtypes = (images.dtype, labels.dtype)
+    if dtypes != (torch.uint8, torch.int64):
+        return f"expected images of bytes and labels of whole numbers, got {dtypes}"
+    if not 0 <= labels.min() <= labels.max() <= 9:
+        return f"expected labels from 0 to 9, got {labels.min()} to {labels.max()}"
+    return ""
 
 
 def _check_sums(packed_md5: dict[str, str], name: str, folder: Path, train: bool) -> None:
@@ -285,17 +289,17 @@ def _check_sums(packed_md5: dict[str, str], name: str, folder: Path, train: bool
         packed = folder / f"{file}.gz"
         if of == name or (of is None and not packed.is_file()):
             continue
-        if of is not None:
-            raise DataError(_damaged(name, folder, train, f"{file} is of {of}"))
-        if _md5(packed.read_bytes()) != packed_md5[packed.name]:
-            why = f"{packed.name} does not have the MD5 sum that torchvision expects"
-            raise DataError(_damaged(name, folder, train, why))
         # A gzip file ends in the CRC-32 and the length of what it holds.
         ends = zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little")
-        if not packed.read_bytes().endswith(ends):
-            raise DataError(
-                _damaged(name, folder, train, f"{file} is not what {packed.name} holds")
-            )
+        if of is not None:
+            why = f"{file} is of {of}"
+        elif _md5(packed.read_bytes()) != packed_md5[packed.name]:
+            why = f"{packed.name} does not have the MD5 sum that torchvision expects"
+        elif not packed.read_bytes().endswith(ends):
+            why = f"{file} is not what {packed.name} holds"
+        else:
+            continue
+        raise DataError(_damaged(name, folder, train, why))
 
 
 def _md5(content: bytes) -> str:

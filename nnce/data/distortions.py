@@ -57,7 +57,6 @@ class Distortion:
     """σ in pixels, a tenth at least."""
 
     def __post_init__(self) -> None:
-        """Check the values, and keep them as Python's numbers."""
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if not is_number(value) or not least <= value <= most:
@@ -147,7 +146,6 @@ class Distorted:
     def __init__(
         self, x: Tensor, order: Tensor, distortion: Distortion, seed: int, epoch: int
     ) -> None:
-        """Nothing is distorted yet."""
         self._x, self._order, self._distortion = x, order, distortion
         parent = torch.Generator().manual_seed(stream(seed, 2) ^ epoch)
         blocks = -(-len(order) // _AT_ONCE)

@@ -77,7 +77,6 @@ class Ensemble:
         threads: int | None = None,
         graph: bool = True,
     ) -> None:
-        """Check everything."""
         if isinstance(networks, MLP):
             raise TypeError("expected a sequence of networks, got one nnce.MLP: put it in a list")
         self._networks = tuple(networks)

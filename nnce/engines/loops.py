@@ -13,7 +13,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from nnce.algorithm import Hyperparameters
 from nnce.losses import LOSSES
 from nnce.modules import MLP
 
+if TYPE_CHECKING:  # needs Numba
+    from nnce.kernels.training import Array, Inputs
+
 DTYPES = (torch.float32, torch.float64)
 # The share of nonzero inputs above which all inputs are walked over.
 DENSE = 0.7
@@ -31,6 +35,10 @@ DENSE = 0.7
 _MAX_INPUTS = 4
 # Examples whose outputs are computed together.
 _OUTPUTS_AT_ONCE = 100
+# Windows has no SIGHUP.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 # Mini-batches in a call: few, so that Ctrl-C is answered soon and the data of a block are still in
 # the cache when the next network walks over them.
 _BLOCK_STEPS = 20
@@ -53,7 +61,7 @@ def is_cached() -> bool:
     return _numba.is_cached(_kernels().train)
 
 
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     """The compiled loops, imported on first use: Numba is optional, and takes time to import."""
     with interrupts_wait():
         from nnce.kernels import training
@@ -87,15 +95,13 @@ def interrupts_wait() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = [
-        signal.signal(number, lambda number, frame: came.append(number)) for number in numbers
+        signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS
     ]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     for waiting in came:
         signal.raise_signal(waiting)
@@ -109,15 +115,17 @@ def density(x: Tensor) -> float:
     return int(torch.count_nonzero(x)) / max(1, x.numel())
 
 
-def make_inputs(x: Tensor, *, dense: bool) -> Any:
-    """x in the loops' layout, a `nnce.kernels.training.Inputs`."""
+def make_inputs(x: Tensor, *, dense: bool) -> "Inputs":
+    """x in the loops' layout."""
     import numpy as np
 
-    training = _kernels()
+    _kernels()
+    from nnce.kernels.training import Inputs, list_inputs
+
     rows = x.detach().contiguous().numpy()
     n, n_in = rows.shape
     if dense:
-        return training.Inputs(
+        return Inputs(
             starts=np.zeros(0, dtype=np.int64),
             indices=np.arange(max(n, n_in), dtype=np.uint32),
             values=np.zeros(0, dtype=rows.dtype),
@@ -129,19 +137,18 @@ def make_inputs(x: Tensor, *, dense: bool) -> Any:
     indices = np.full(starts[-1], n_in, dtype=np.uint32)
     values = np.zeros(starts[-1], dtype=rows.dtype)
     with interrupts_wait():  # the first call for a dtype compiles
-        training.list_inputs(rows, starts, indices, values)
-    return training.Inputs(starts, indices, values, np.zeros((0, n_in), dtype=rows.dtype))
+        list_inputs(rows, starts, indices, values)
+    return Inputs(starts, indices, values, np.zeros((0, n_in), dtype=rows.dtype))
 
 
 class InputCache:
     """Inputs in the loops' layout, kept while the tensors they were made from are unchanged."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._lock = threading.Lock()
-        self._made: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._made: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Inputs]] = {}
 
-    def get(self, x: Tensor, *, dense: bool) -> Any:
+    def get(self, x: Tensor, *, dense: bool) -> "Inputs":
         """The inputs of x, made again if x is a different tensor or has been changed in place."""
         if x.is_inference():  # PyTorch does not record whether it has been changed
             return make_inputs(x, dense=dense)
@@ -150,8 +157,8 @@ class InputCache:
         place = (x.storage_offset(), tuple(x.shape), x.stride(), version(x), dense)
         key = (id(whole), *place)
         with self._lock:
-            source, made = self._made.pop(key, (lambda: None, None))
-            if made is None or source() is not whole:
+            source, made = self._made.pop(key, (None, None))
+            if source is None or made is None or source() is not whole:
                 made = make_inputs(x, dense=dense)
             self._made[key] = weakref.ref(whole), made  # the last used is last
             for other, (source, _) in list(self._made.items()):
@@ -204,12 +211,12 @@ class _Network:
                 LOSSES[values.loss].has_sigmoid_prime,
             )
 
-    def train(self, inputs: Any, y: Any, order: Any) -> None:
+    def train(self, inputs: "Inputs", y: "Array", order: "Array") -> None:
         """Take steps through the examples of an order: whole mini-batches, but for the last."""
         self._make_room(inputs, min(self._rules.batch_size, len(order)))
         self._kernels.train(self._layers, inputs, self._scratch, y, order, self._rules)
 
-    def outputs(self, inputs: Any, n: int) -> Any:
+    def outputs(self, inputs: "Inputs", n: int) -> "Array":
         """z of the last layer, [n, n_out]."""
         import numpy as np
 
@@ -219,10 +226,10 @@ class _Network:
         self._kernels.outputs(self._layers, inputs, self._scratch, rows, _OUTPUTS_AT_ONCE, out)
         return out
 
-    def _zeros(self, size: int) -> Any:
+    def _zeros(self, size: int) -> "Array":
         return self._like.new_zeros(size).numpy()  # PyTorch's memory begins at a cache line
 
-    def _make_room(self, inputs: Any, n: int) -> None:
+    def _make_room(self, inputs: "Inputs", n: int) -> None:
         """Let the scratch memory hold a mini-batch of n: its inputs, if dense, and their z."""
         sizes = {
             "batch": n * inputs.x.shape[1] if len(inputs.x) else 0,
@@ -234,7 +241,7 @@ class _Network:
                 **{name: self._zeros(size) for name, size in small.items()}
             )
 
-    def _places(self, *, velocities: bool = False) -> Iterator[tuple[Any, Any]]:
+    def _places(self, *, velocities: bool = False) -> "Iterator[tuple[Array, Array]]":
         """Views of W [n_out, n_in] and b [n_out] of each layer, or of their velocities."""
         layers = self._layers
         W, bs, V = (
@@ -253,7 +260,7 @@ class _Network:
             b += width
             width_below = width
 
-    def velocities(self) -> list[Any]:
+    def velocities(self) -> "list[Array]":
         """Views of the velocity of each parameter; [] without momentum."""
         pairs = self._places(velocities=True) if self.moves else ()
         return [place for pair in pairs for place in pair]
@@ -290,7 +297,6 @@ class Loops:
         *,
         dense: bool,
     ) -> None:
-        """Allocate the memory."""
         self._dense, self._batch_size = dense, batch_size
         self._networks = [
             _Network(network, values, batch_size)
@@ -317,7 +323,7 @@ class Loops:
             if min(threads, len(jobs)) == 1:
                 self._walk(inputs, targets, jobs, stop)
             else:
-                self._share_out(inputs, targets, jobs, threads, stop)
+                self._share_out(inputs, targets, jobs, min(threads, len(jobs)), stop)
         finally:
             with interrupts_wait():
                 for network in self._networks:
@@ -358,9 +364,9 @@ class Loops:
 
     def _share_out(
         self,
-        inputs: Any,
-        y: Any,
-        jobs: list[tuple[_Network, Any]],
+        inputs: "Inputs",
+        y: "Array",
+        jobs: "list[tuple[_Network, Array]]",
         threads: int,
         stop: threading.Event,
     ) -> None:
@@ -376,13 +382,17 @@ class Loops:
                 stop.set()  # after Ctrl-C; blocks that have begun are finished
 
     def _walk(
-        self, inputs: Any, y: Any, jobs: list[tuple[_Network, Any]], stop: threading.Event
+        self,
+        inputs: "Inputs",
+        y: "Array",
+        jobs: "list[tuple[_Network, Array]]",
+        stop: threading.Event,
     ) -> None:
         """Train block by block, so that a thread reads the data once for all its networks."""
-        length = len(jobs[0][1]) if jobs else 0
+        length = len(jobs[0][1])
         size = min(_BLOCK_STEPS * self._batch_size, length)
         with _subnormals_are_0():
-            for begin in range(0, length, max(1, size)):
+            for begin in range(0, length, size):
                 for network, order in jobs:
                     if stop.is_set():
                         return

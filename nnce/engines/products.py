@@ -56,7 +56,6 @@ class Products:
         *,
         graph: bool,
     ) -> None:
-        """Move the parameters in."""
         self._like = networks[0].weights_and_biases()[0][0].detach()
         self._sizes, self._batch_size = networks[0].sizes, batch_size
         self._graph = graph and captures_graphs(self._like.device)
@@ -81,7 +80,9 @@ class Products:
             # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
             with torch.inference_mode():
                 orders = 1 if order.dim() == 1 else max(group.size for group in self._groups)
-                n = min(self._block_steps(orders) * self._batch_size, order.shape[-1])
+                step = orders * self._batch_size * self._sizes[0] * self._like.itemsize
+                steps = _block_steps(step, self._like.device)
+                n = min(steps * self._batch_size, order.shape[-1])
                 for indices in order.split(n, dim=-1):
                     self._block(orders, indices.shape[-1]).run(x, y, indices)
         finally:
@@ -110,21 +111,15 @@ class Products:
         found: list[dict[int, Tensor]] = []
         moves = any(p.velocity is not None for g in self._groups for pair in g.layers for p in pair)
         for layer in range(len(self._sizes) - 1 if moves else 0):
-            W: dict[int, Tensor] = {}
-            b: dict[int, Tensor] = {}
-            for group in self._groups:
-                for by_network, parameter in zip((W, b), group.layers[layer], strict=True):
-                    velocity = parameter.velocity
-                    velocity = torch.zeros_like(parameter.value) if velocity is None else velocity
-                    velocity = velocity if by_network is W else velocity.squeeze(1)
+            for is_b in (False, True):
+                by_network: dict[int, Tensor] = {}
+                for group in self._groups:
+                    value, velocity, *_ = group.layers[layer][is_b]
+                    velocity = torch.zeros_like(value) if velocity is None else velocity
+                    velocity = velocity.squeeze(1) if is_b else velocity
                     by_network.update(zip(group.members, velocity, strict=True))
-            found += [W, b]
+                found.append(by_network)
         return found
-
-    def _block_steps(self, orders: int) -> int:
-        """Mini-batches in a block, with this many orders side by side."""
-        step = self._batch_size * self._sizes[0] * self._like.itemsize
-        return _block_steps(orders * step, self._like.device)
 
     def _block(self, orders: int, n: int) -> "_Block":
         """The block of n examples; an epoch has one for its whole blocks and one for its last."""

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import os
 import shlex
 import shutil
@@ -62,9 +61,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
         self.register("type", int, _whole_number)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """What is no option may stand before, between and after the options."""
-        return self.parse_intermixed_args(args, namespace)
+    def parse_args(  # type: ignore[override]  # argparse's may fill an object of another class
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        """Positional arguments may stand before, between and after the options."""
+        return self.parse_intermixed_args(args)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line, of several processes once."""
@@ -75,21 +76,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_common_options(self) -> None:
         """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
         self.add_argument("--data", choices=data.DATASETS, default="digits", help="data set")
+        folder = "folder of the data, downloaded if missing (default: $NNCE_DATA, else data)"
+        self.add_argument("--data-dir", type=Path, help=folder)
         self.add_argument(
-            "--data-dir",
-            type=Path,
-            help="where the data are, or are downloaded to (default: $NNCE_DATA, else data)",
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on"
         )
-        self.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
-        )
-        self.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
-        self.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
-        self.add_argument(
-            "--run-dir",
-            type=Path,
-            help="where the results go, a new or empty folder (default: a new one under runs/)",
-        )
+        self.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
+        self.add_argument("--seed", type=int, default=0, help="random seed")
+        self.add_run_dir_option()
+
+    def add_run_dir_option(self) -> None:
+        """--run-dir, for `run_directory`."""
+        folder = "new or empty folder for the results (default: a new one under runs/)"
+        self.add_argument("--run-dir", type=Path, help=folder)
 
     def add_hidden_option(self, meaning: str) -> None:
         """--hidden."""
@@ -97,11 +96,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_train_size_option(self) -> None:
         """--train-size, for `load_data`."""
-        self.add_argument(
-            "--train-size",
-            type=int,
-            help="number of training examples, the first ones (default: all)",
-        )
+        first = "number of training examples, from the first on (default: all)"
+        self.add_argument("--train-size", type=int, help=first)
 
     def add_training_options(self) -> None:
         """What `settings` takes, and --train-size."""
@@ -125,25 +121,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _add_schedule_options(self) -> None:
         add = self.add_argument_group("learning-rate schedule").add_argument
-        add(
-            "--schedule",
-            choices=schedules.KINDS,
-            default="constant",
-            help="change of the rate after the warm-up",
-        )
-        add(
-            "--step-size",
-            type=int,
-            help="epochs between two steps of --schedule step (default: 10)",
-        )
+        kind = "change of the rate after the warm-up"
+        add("--schedule", choices=schedules.KINDS, default="constant", help=kind)
+        add("--step-size", type=int, help="epochs per step of --schedule step (default: 10)")
         add("--gamma", type=float, help="factor of a step of --schedule step (default: 0.1)")
-        add(
-            "--cosine-epochs",
-            type=int,
-            help="epochs in which --schedule cosine falls to 0 (default: all after the warm-up)",
-        )
-        add("--warmup", type=int, default=0, help="epochs in which the rate rises evenly")
-        add("--warmup-start", type=float, default=0.1, help="factor of the first of them")
+        fall = "epochs in which --schedule cosine falls to 0 (default: all after the warm-up)"
+        add("--cosine-epochs", type=int, help=fall)
+        add("--warmup", type=int, default=0, help="epochs of linear warm-up")
+        add("--warmup-start", type=float, default=0.1, help="factor of the first warm-up epoch")
 
     def _add_distortion_options(self) -> None:
         add = self.add_argument_group(
@@ -160,14 +145,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_speed_options(self) -> None:
         """--threads and --matmul-precision, for `set_speed`."""
-        self.add_argument(
-            "--threads", type=int, help="CPU threads; if not given, as many as suit the sizes"
-        )
+        self.add_argument("--threads", type=int, help="CPU threads (default: what suits the sizes)")
         self.add_argument(
             "--matmul-precision",
             choices=("highest", "high", "medium"),
             default="highest",
-            help="of float32 matrix products, as torch.set_float32_matmul_precision has it",
+            help="argument of torch.set_float32_matmul_precision",
         )
 
     @contextlib.contextmanager
@@ -202,14 +185,13 @@ def _whole_number(text: str) -> int:
 
 def _init(text: str) -> modules.Init:
     """`--init`, checked: a name, or a standard deviation."""
-    value: Any = text
+    value: object = text
     with contextlib.suppress(ValueError):
         value = float(text)
     try:
-        modules.check_init(value)
+        return modules.check_init(cast(modules.Init, value))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return cast(modules.Init, value)
 
 
 def _distortion(field: str, text: str) -> float:
@@ -226,13 +208,12 @@ def _distortion(field: str, text: str) -> float:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main() and leave with its status, quietly whatever stops it.
+    """Run a script's main() and exit with its status, without a traceback for what users cause.
 
     Ctrl-C, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt, so that main() can save
-    its state: status 130, 143 and 129. A second Ctrl-C exits at once. Where nobody reads the output
-    any more, as behind `| head`, the status is 141. Where the output cannot be written, as on a
-    full disk, the script continues without it; a success is status 1 then. What main() cannot help,
-    no memory or no space, is one sentence and status 1.
+    its state: status 130, 143 and 129. If the output's reader is gone, as behind `| head`, the
+    status is 141. If the output cannot be written, as on a full disk, the script continues without
+    it, and success is status 1. Lack of memory or space is one sentence and status 1.
     """
     program = Path(sys.argv[0]).name
     out, err = _Stream(1, stops=True), _Stream(2, stops=False)
@@ -243,7 +224,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     )
     threading.excepthook = _thread_failed
     _signals.listen()
-    status: Any
+    status: Any  # of an exit it may be any object
     try:
         try:
             status = main()
@@ -271,11 +252,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
 
 class _Stream(io.FileIO):
-    """Standard output or error: what cannot be written goes nowhere, and stops nobody.
+    """Standard output (1) or error (2), which drops what cannot be written.
 
-    Args:
-        number: 1 or 2.
-        stops: whether the first write that nobody reads is to raise BrokenPipeError.
+    With `stops`, the first write to a closed pipe raises BrokenPipeError.
     """
 
     def __init__(self, number: int, *, stops: bool) -> None:
@@ -284,7 +263,7 @@ class _Stream(io.FileIO):
         self.lost: OSError | None = None
         """Why something could not be written."""
 
-    def write(self, content: Any) -> int:
+    def write(self, content: Any) -> int:  # a buffer, which has no name before Python 3.12
         try:
             return super().write(content)
         except OSError as error:
@@ -294,7 +273,7 @@ class _Stream(io.FileIO):
             return len(content)
 
 
-def _text(old: Any, stream: _Stream) -> io.TextIOWrapper:
+def _text(old: object, stream: _Stream) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(stream),
         encoding=getattr(old, "encoding", None),
@@ -315,9 +294,9 @@ class _Signals:
     The first one raises KeyboardInterrupt, at the end of an `undisturbed` block if one is running,
     or at `let_through`. A second Ctrl-C exits at once; other signals after the first are ignored.
 
-    Python runs handlers in the main thread only, which may be inside a compiler for many seconds.
-    So a second thread, which reads the signals' numbers from a pipe, acknowledges the first one and
-    exits at the second Ctrl-C.
+    Python runs handlers in the main thread only, which a compiler may block for many seconds. So a
+    second thread reads the signals' numbers from a pipe, acknowledges the first, and exits at the
+    second Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -328,7 +307,7 @@ class _Signals:
 
     def listen(self) -> None:
         # As nohup and a shell's & ignore them.
-        self._numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._numbers = [n for n in loops.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         for number in self._numbers:
             signal.signal(number, self._take)
         read, write = os.pipe()
@@ -339,7 +318,7 @@ class _Signals:
 
     def ignore(self) -> None:
         # Not by a handler of Python's: those go before the process does.
-        for number in _SIGNALS:
+        for number in loops.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -394,10 +373,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """For a block that writes what belongs together: signals wait until its end.
-
-        In a block within another they wait for the outer one's end.
-        """
+        """Let signals wait for the end of the block, or of an outer one."""
         outer, self._held = self._held, True
         try:
             yield
@@ -407,10 +383,6 @@ class _Signals:
             self.let_through()
 
 
-# (Windows has no SIGHUP.)
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 _signals = _Signals()
 # Seconds within which a second Ctrl-C is taken for the first one, forwarded.
 _SAME_PRESS = 1.0
@@ -433,27 +405,21 @@ def _beyond_us(error: BaseException) -> str | None:
     if isinstance(error, Failed):
         return str(error)
     if parallel.lost(error):
-        return f"process {os.environ.get('RANK')} has lost another one: {_first_line(error)}"
+        first_line = str(error).strip().splitlines()[0]
+        return f"process {os.environ.get('RANK')} has lost another one: {first_line}"
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
         return _memory.shortage(error)
     where = "" if error.filename is None else f": {error.filename}"
     return f"{error.strerror}{where}" if error.strerror else str(error)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 # ------------------------------------------------------------------------------ what options mean
 
 
 def settings(options: argparse.Namespace, **more: Any) -> Settings:
-    """The settings for the training options, and more of a script's own.
+    """The settings for the training options, and for more fields that a script adds.
 
     Defaults that depend on other options are written into the options, to be recorded.
-
-    Raises:
-        ValueError: a value makes no sense.
     """
     fields = {field: getattr(options, name) for name, (field, _) in _DISTORTIONS.items()}
     distortion = data.Distortion(**fields)
@@ -473,7 +439,7 @@ def settings(options: argparse.Namespace, **more: Any) -> Settings:
 
 
 def _schedule(options: argparse.Namespace) -> Schedule:
-    depending: dict[str, dict[str, Any]] = {
+    depending: dict[str, dict[str, float]] = {
         "step": {"step_size": 10, "gamma": 0.1},
         "cosine": {"cosine_epochs": max(options.epochs, 1) - options.warmup},
     }
@@ -491,12 +457,7 @@ def _schedule(options: argparse.Namespace) -> Schedule:
 
 
 def load_data(options: argparse.Namespace) -> data.Dataset:
-    """The data set that the options name, on their device and in their dtype.
-
-    Raises:
-        DataError: it cannot be had, or is not what it should be.
-        ValueError: there is no such device.
-    """
+    """The data set that the options name, on their device and in their dtype."""
     return data.load(
         options.data,
         data_dir=options.data_dir,
@@ -507,11 +468,7 @@ def load_data(options: argparse.Namespace) -> data.Dataset:
 
 
 def device(name: str) -> torch.device:
-    """The device of --device; "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: CUDA is asked for and there is none, or not one for each process.
-    """
+    """The device of --device; "auto" is CUDA if each process has a GPU, else the CPU."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not there:
         raise ValueError("--device cuda: PyTorch sees no CUDA device on this machine")
@@ -527,16 +484,12 @@ def device(name: str) -> torch.device:
 
 
 def threads(options: argparse.Namespace) -> int | None:
-    """--threads for an `Ensemble`; `announce_threads` says if the machine has not so many."""
+    """--threads for an `Ensemble`, at most one per processor (see `announce_threads`)."""
     return None if options.threads is None else min(options.threads, os.cpu_count() or 1)
 
 
 def set_speed(options: argparse.Namespace, suited: int) -> None:
-    """Do as --threads and --matmul-precision say; `suited` threads if none were asked for.
-
-    Raises:
-        ValueError: no positive number of threads.
-    """
+    """Apply --threads (default: `suited`) and --matmul-precision."""
     threads = suited if options.threads is None else options.threads
     if not 1 <= threads <= 1024:
         raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
@@ -545,7 +498,7 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 
 
 def announce_threads(options: argparse.Namespace) -> None:
-    """Say so where --threads asks for more than there are, once nothing is refused any more."""
+    """Warn if --threads exceeds the processors; called once all options are accepted."""
     processors = os.cpu_count() or 1
     if options.threads is not None and options.threads > processors:
         print(
@@ -560,7 +513,7 @@ def announce_threads(options: argparse.Namespace) -> None:
 def announce_compilation(
     options: argparse.Namespace, sizes: Sequence[int], engine: Engine | None = "backprop"
 ) -> None:
-    """Say so where the loops will be compiled, which takes some seconds and is done once."""
+    """Announce that the loops will be compiled, which takes some seconds, once."""
     dtype, place = DTYPES[options.dtype], device(options.device)
     suits = ensemble.suits_loops(sizes, options.batch_size, dtype, place, density=0.2)
     if (engine == "loops" or (engine == "backprop" and suits)) and not loops.is_cached():
@@ -578,19 +531,15 @@ def run_directory(
 ) -> Iterator[Path]:
     """The directory of one run: the chosen one, or a new one called runs/NAME-DATE-TIME.
 
-    If the block is left, by whatever error, before `keep` has been called (`report.write_results`
-    calls it, too), the directory is removed again, so that no half-written run is left behind; only
-    a process that is killed outright leaves what it had written by then. A later run may begin in
-    such a directory unless it has a checkpoint. Of a dry run nothing is kept. A chosen directory
-    that is resumed exists, and is kept.
-
-    Rank 0 makes the directory; the other processes only learn its path.
+    It is removed again if the block is left before `keep` or `report.write_results` has been
+    called, and after a dry run. A process that is killed outright leaves it; a later run may begin
+    there unless it has a checkpoint. Rank 0 makes the directory; other processes learn its path.
 
     Raises:
         ValueError: the directory has been used, cannot be made or written, has a name that is not
             UTF-8, or another process is writing to it.
-        Failed: in the block memory or space ran out or another process was lost, after there was
-            something to keep; or the directory was deleted.
+        Failed: memory or space ran out in the block, another process was lost, or the directory was
+            deleted, and there is something to keep.
     """
     if world.rank:
         path: Path = world.broadcast(None)
@@ -637,21 +586,18 @@ def _missing(path: Path) -> list[Path]:
 
 def _new_directory(parent: Path, name: str) -> tuple[Path, list[Path]]:
     """A directory that no other process has made, nor will take for its own."""
-    for number in itertools.count(1):
-        path = parent / (name if number == 1 else f"{name}-{number}")
+    path, number = parent / name, 1
+    while True:
         made = _missing(path)
         with contextlib.suppress(FileExistsError):  # two runs within one second
             path.mkdir(parents=True)
             return path, made
-    raise AssertionError("unreachable")
+        number += 1
+        path = parent / f"{name}-{number}"
 
 
 def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
-    """Mark the directory as one in which nothing is finished yet, or resume in it.
-
-    Raises:
-        ValueError: it has been used.
-    """
+    """Mark the directory as one in which nothing is finished yet, or resume in it."""
     if resumed:
         checkpoints.clear_unfinished(path)
         keep(path)
@@ -711,13 +657,9 @@ def _failing(path: Path, keeps: Callable[[], bool]) -> Iterator[None]:
             raise Failed(f"the run directory {path} was deleted during the run") from error
         if not keeps():
             raise
-        how = f"; to go on:\n{command_to_resume(path)}" if _must_be_resumed(error) else ""
+        torchrun_gives_up = parallel.lost(error) and not parallel.restarts_left()
+        how = f"; to go on:\n{command_to_resume(path)}" if torchrun_gives_up else ""
         raise Failed(f"{sentence}; what was finished is kept in {path}{how}") from error
-
-
-def _must_be_resumed(error: Exception) -> bool:
-    """Whether a job has lost a process, and torchrun will not restart it."""
-    return parallel.lost(error) and not parallel.restarts_left()
 
 
 def command_to_resume(run_dir: Path) -> str:
@@ -759,7 +701,7 @@ def _for_this_process(path: Path) -> Iterator[bool]:
 
 
 def clear(run_dir: Path) -> None:
-    """Take away what a run has left."""
+    """Remove everything that a run has left."""
     for leftover in _content(run_dir):
         if leftover.is_dir():
             shutil.rmtree(leftover)

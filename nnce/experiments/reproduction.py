@@ -26,14 +26,14 @@ from nnce.training.schedules import CONSTANT
 
 
 def protocol(row: Row, *, epochs: int | None = None) -> Settings:
-    """How a row is trained; for a trial at most so many epochs."""
+    """How a row is trained; for a trial at most this many epochs."""
     whole = row.settings.epochs
-    most = whole if epochs is None else min(epochs, whole)
-    return dataclasses.replace(row.settings, epochs=most)
+    return dataclasses.replace(row.settings, epochs=whole if epochs is None else min(epochs, whole))
 
 
-class Trained(NamedTuple):
-    """What one start has come to; accuracies in [0, 1], of which NaN are not measured."""
+@dataclass(frozen=True)
+class Trained:
+    """Results of one start; accuracies in [0, 1], NaN where not measured."""
 
     seed: int
     diverged: bool
@@ -82,11 +82,7 @@ class Attempt:
         self._chosen = [_parameters(run.network) for run in self.runs]
 
     def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
-        """Train, yielding each epoch when it is recorded.
-
-        Args:
-            between: called between steps.
-        """
+        """Train, yielding each epoch when it is recorded; `between` is called between steps."""
         for epoch in self._training.epochs(between):
             for number, run in enumerate(self.runs):
                 if run.best.epoch == epoch:
@@ -116,11 +112,7 @@ class Attempt:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Continue from there; raises ValueError if it does not fit."""
         self._training.load_state_dict(state["training"])
         with training.mismatch_is_value_error():
             for run, chosen in zip(self.runs, state["chosen"], strict=True):
@@ -134,26 +126,9 @@ class Attempt:
             _network(run.network, of_run)
             for run, of_run in zip(self.runs, self._chosen, strict=True)
         ]
-        trained = []
-        for run, best in zip(self.runs, chosen, strict=True):
-
-            def accuracy(network: MLP, run: Run = run) -> float:
-                if run.diverged:
-                    return math.nan
-                return training.evaluate(network, test, run.settings.loss).accuracy
-
-            trained.append(
-                Trained(
-                    run.settings.seed,
-                    run.diverged,
-                    run.best.epoch,
-                    run.best.accuracy["validation"],
-                    run.last.accuracy["validation"],
-                    max(r.accuracy["test"] for r in run.records) if self._shown else math.nan,
-                    accuracy(best),
-                    accuracy(run.network),
-                )
-            )
+        trained = [
+            self._trained(run, best, test) for run, best in zip(self.runs, chosen, strict=True)
+        ]
         sound = [
             (run, best) for run, best in zip(self.runs, chosen, strict=True) if not run.diverged
         ]
@@ -165,6 +140,21 @@ class Attempt:
             ]
             committee = committee_accuracy([best for _, best in sound], test)
         return Outcome(self.row.name, trained, committee, curve, self.seconds)
+
+    def _trained(self, run: Run, best: MLP, test: data.Split) -> Trained:
+        on_test = [
+            math.nan if run.diverged else training.evaluate(one, test, run.settings.loss).accuracy
+            for one in (best, run.network)
+        ]
+        return Trained(
+            run.settings.seed,
+            run.diverged,
+            run.best.epoch,
+            run.best.accuracy["validation"],
+            run.last.accuracy["validation"],
+            max(r.accuracy["test"] for r in run.records) if self._shown else math.nan,
+            *on_test,
+        )
 
 
 def _parameters(network: MLP) -> dict[str, Tensor]:
@@ -222,23 +212,9 @@ class Outcome:
         least, most = min(values, default=math.nan), max(values, default=math.nan)
         return Spread(mean, sd, least, most, n)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "row": self.row,
-            "trained": [one._asdict() for one in self.trained],
-            "committee": self.committee,
-            "curve": list(self.curve),
-            "seconds": self.seconds,
-        }
-
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> "Outcome":
-        """`as_dict` undone.
-
-        Raises:
-            ValueError: it is none.
-        """
+        """The inverse of `dataclasses.asdict`; raises ValueError if it does not fit."""
         with training.mismatch_is_value_error():
             trained = [Trained(**one) for one in plain["trained"]]
             return Outcome(
@@ -264,8 +240,8 @@ def like_published(row: Row) -> str:
     }[row.of]
 
 
-def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
-    """A row's protocol in a line."""
+def in_words(settings: Settings, features: int, classes: int) -> str:
+    """A row's protocol in one line."""
     sizes = _memory.dashed((features, *settings.hidden, classes))
     start = {"large": "N(0, 1)", "scaled": "N(0, 1/n_in)"}.get(
         str(settings.init), f"N(0, {settings.init}²)"
@@ -283,7 +259,7 @@ def in_words(row: Row, settings: Settings, features: int, classes: int) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def but_for_defaults(value: Any) -> str:
+def but_for_defaults(value: object) -> str:
     """As `repr`, without what is as usual in a dataclass."""
     if not dataclasses.is_dataclass(value):
         return repr(value)

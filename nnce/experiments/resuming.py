@@ -93,16 +93,14 @@ def start(
 ) -> Start:
     """Parse the options and, for --resume, read the checkpoint.
 
-    A job that `torchrun` has restarted goes on by itself, if it had come to a checkpoint.
+    A job that `torchrun` has restarted resumes by itself from its checkpoint, if it has one. Exits
+    with status 2 and a sentence if there is no good checkpoint, or the options contradict it.
 
     Args:
-        parser: the script's.
-        arguments: sys.argv's if None.
-        script: its name, which its checkpoints have too.
-        world: its processes. The first one reads the file, and tells the others.
-
-    Exits with status 2 and a sentence where there is no good checkpoint, or the options contradict
-    it.
+        parser: the script's parser.
+        arguments: those of the command line; None for sys.argv's.
+        script: the script's name, recorded in its checkpoints.
+        world: the processes; rank 0 reads the file.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join([f"scripts/{script}", *arguments])
@@ -110,11 +108,18 @@ def start(
     run_dir: Path | None = options.resume
     if run_dir is None and parallel.launched() and world.rank == 0:
         run_dir = _begun_by_this_job(options)
+    found: dict[str, Any] | None = None
+    wrong = ""
+    if run_dir is not None and world.rank == 0:
+        try:
+            found = _read(run_dir, script)
+        except ValueError as error:
+            wrong = f"--resume {run_dir}: {error}"
     # Together with what went wrong, which is the same for all.
-    run_dir, found, wrong = world.broadcast(_read(run_dir, script) if world.rank == 0 else None)
+    run_dir, found, wrong = world.broadcast((run_dir, found, wrong))
     if wrong:
         parser.error(wrong)
-    if run_dir is None:
+    if run_dir is None or found is None:
         return Start(options, None, None, command)
     _set_defaults(parser, found["config"], run_dir)
     recorded = parser.parse_args([])
@@ -143,21 +148,17 @@ def _set_defaults(parser: ArgumentParser, config: Mapping[str, object], run_dir:
     """Make a recorded configuration the parser's defaults, each value checked like a given one."""
     actions = {action.dest: action for action in parser._actions}
     for name, value in config.items():
+        begun = f"--resume {run_dir}: it was begun with"
         if name not in actions:
-            parser.error(
-                f"--resume {run_dir}: it was begun with an option {name!r}, which this version "
-                f"does not have"
-            )
+            parser.error(f"{begun} an option {name!r}, which this version does not have")
         if not _is_valid(parser, actions[name], value):
-            parser.error(
-                f"--resume {run_dir}: it was begun with {name} = "
-                f"{textwrap.shorten(repr(value), 100)}, which this version does not accept"
-            )
+            shown = textwrap.shorten(repr(value), 100)
+            parser.error(f"{begun} {name} = {shown}, which this version does not accept")
     # (argparse takes an empty list of positional arguments for one that was given.)
     parser.set_defaults(**{n: v for n, v in config.items() if v != [] or actions[n].option_strings})
 
 
-def _is_valid(parser: ArgumentParser, action: argparse.Action, value: Any) -> bool:
+def _is_valid(parser: ArgumentParser, action: argparse.Action, value: object) -> bool:
     """Whether a recorded value is what argparse would make of it, were it given."""
     if value is None or action.nargs == 0:
         return (value is None and action.default is None) or isinstance(value, bool)
@@ -187,31 +188,28 @@ def _in_words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _read(run_dir: Path | None, script: str) -> tuple[Path | None, dict[str, Any], str | None]:
-    """A run's checkpoint, or the sentence that says why there is none."""
-    if run_dir is None:
-        return None, {}, None
+def _read(run_dir: Path, script: str) -> dict[str, Any]:
+    """The content of a run's checkpoint; raises ValueError if it has none that can be resumed."""
     try:
         if not run_dir.is_dir():
-            return run_dir, {}, f"--resume {run_dir}: there is no such folder"
+            raise ValueError("there is no such folder")
         found = checkpoints.latest_checkpoint(run_dir)
-    except CheckpointError as error:
-        return run_dir, {}, f"--resume {run_dir}: {error}"
     except OSError as error:
-        return run_dir, {}, f"--resume {run_dir}: it cannot be read: {error.strerror}"
+        raise ValueError(f"it cannot be read: {error.strerror}") from error
     if found is None:
-        what = f"no run of {script} has left a checkpoint there"
         if command_line.is_without_result(run_dir):
-            what = "it was killed before its first checkpoint: start it again as at first"
-        return run_dir, {}, f"--resume {run_dir}: {what}"
+            raise ValueError(
+                "it was killed before its first checkpoint: start it again as at first"
+            )
+        raise ValueError(f"no run of {script} has left a checkpoint there")
     of = found.content.get("script")
     if of != script:
-        return run_dir, {}, f"--resume {run_dir}: that is a run of {of}, not of {script}"
+        raise ValueError(f"that is a run of {of}, not of {script}")
     if not _has_header(found.content):
-        return run_dir, {}, f"--resume {run_dir}: {found.path} does not say what was asked for"
+        raise ValueError(f"{found.path} does not say what was asked for")
     for sentence in found.damaged:
         print(f"{sentence}; going on from {found.path}, the one before", file=sys.stderr)
-    return run_dir, found.content, None
+    return found.content
 
 
 def _has_header(content: Mapping[str, Any]) -> bool:
@@ -220,9 +218,7 @@ def _has_header(content: Mapping[str, Any]) -> bool:
     return (
         isinstance(content.get("config"), dict)
         and isinstance(recorded, dict)
-        and all(
-            value is None or isinstance(value, str | int | float) for value in recorded.values()
-        )
+        and all(isinstance(value, str | int | float | None) for value in recorded.values())
         and isinstance(content.get("command"), str)
     )
 
@@ -284,14 +280,14 @@ def loading() -> Iterator[None]:
 
 
 class Saver:
-    """Writes a run's checkpoints where they are due, and stops it between two steps.
+    """Writes a run's checkpoints when they are due, and stops it between two steps.
 
     Args:
-        run_dir: where they go.
+        run_dir: where they go; None in processes that write none.
         every: `--checkpoint-every`.
-        content: all that the rest of the run needs; asked of every process.
-        flush: what must be on the disk before.
-        world: the processes; the first one writes.
+        content: everything that the rest of the run needs; called in every process.
+        flush: writes to disk what must be there before a checkpoint.
+        world: the processes.
     """
 
     def __init__(

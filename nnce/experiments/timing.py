@@ -61,6 +61,7 @@ def in_turns(
     repetitions: int,
     device: torch.device,
     title: str,
+    times: int = 1,
 ) -> dict[Name, list[float]]:
     """Time contenders in turns, so that other work on the machine slows all of them alike.
 
@@ -69,9 +70,10 @@ def in_turns(
         repetitions: number of turns.
         device: where the calls compute.
         title: label of the progress bar.
+        times: calls in a turn.
 
     Returns:
-        The seconds of each contender, turn by turn.
+        The seconds of a call of each contender, turn by turn.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     # A new order in each turn: whichever comes after the slowest finds cold caches.
@@ -79,7 +81,7 @@ def in_turns(
     names = list(contenders)
     turns = [name for _ in range(repetitions) for name in shuffled.sample(names, len(names))]
     for name in tqdm(turns, desc=title, disable=None, leave=False):
-        seconds[name].append(seconds_of(contenders[name](), device))
+        seconds[name].append(seconds_of(contenders[name](), device, times))
     return seconds
 
 

@@ -7,7 +7,7 @@ all examples, walks the blocks again.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,66 +56,51 @@ class Task(NamedTuple):
             ValueError: a label is out of range, a target not in [0, 1] or a weight negative. (On
                 CUDA a RuntimeError, some time later.)
         """
-        labels = self.targets.labels
-        if labels is not None and len(labels) and self._looks_at(labels):
-            there = ((labels >= -1) & (labels < self.num_labels)).all()
-            self._hold(
-                there,
-                lambda: (
-                    f"expected labels from 0 to {self.num_labels - 1}, or -1 for none, got "
-                    f"{some_of(labels[(labels < -1) | (labels >= self.num_labels)])}"
-                ),
-            )
+        self._check_all(
+            self.targets.labels,
+            lambda labels: (labels >= -1) & (labels < self.num_labels),
+            f"labels from 0 to {self.num_labels - 1}, or -1 for none",
+        )
         for soft in (self.targets.dense, self.targets.values):
-            if soft is None or not soft.is_floating_point() or not soft.numel():
-                continue
-            if self._looks_at(soft):
-                self._hold(
-                    in_unit_interval(_extremes(soft)).all(),
-                    lambda soft=soft: (
-                        f"expected target in [0, 1], got {some_of(soft[~in_unit_interval(soft)])}"
-                    ),
-                )
+            if soft is not None and soft.is_floating_point():
+                self._check_all(soft, in_unit_interval, "target in [0, 1]")
         for name, weight in (
             ("weight", self.options.weight),
             ("pos_weight", self.options.pos_weight),
             ("example_weight", self.example_weight),
         ):
-            if weight is not None and self._looks_at(weight):
-                self._hold(
-                    (weight >= 0).all(),
-                    lambda name=name, weight=weight: (
-                        f"expected {name} of at least 0, got {some_of(weight[~(weight >= 0)])}"
-                    ),
-                )
+            self._check_all(weight, lambda weight: weight >= 0, f"{name} of at least 0")
 
-    def _looks_at(self, tensor: Tensor) -> bool:
-        return bool(self.check_values) if tensor.is_cuda else self.check_values is not False
-
-    def _hold(self, true: Tensor, sentence: Any) -> None:
-        if true.is_cuda:
-            _torch_private.assert_later(true)
-        elif not bool(true):
-            raise ValueError(sentence())
+    def _check_all(
+        self, values: Tensor | None, are_right: Callable[[Tensor], Tensor], expected: str
+    ) -> None:
+        if values is None or not values.numel():
+            return
+        if not self.check_values if values.is_cuda else self.check_values is False:
+            return
+        right = are_right(_extremes(values)).all()
+        if values.is_cuda:
+            _torch_private.assert_later(right)
+        elif not bool(right):
+            raise ValueError(f"expected {expected}, got {some_of(values[~are_right(values)])}")
 
     def run(
-        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
+        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """C and the gradients with respect to x, W and b, for an upstream gradient of C or of 1.
+        """C, the gradients with respect to x, W and b, and the unit of dW.
 
-        The gradients are those of `nnce.labels.blocks.Walk`; `multiplied` rounds them to the
-        dtypes of the inputs.
+        For an upstream gradient of C, or of 1. `multiplied` rounds the gradients to the dtypes of
+        the inputs.
         """
-        n = len(x)
         factor = self.factor(x, upstream)
-        block = self.block or default_block(n, len(W), x.shape[1], self.product_dtype)
+        block = self.block or default_block(len(x), len(W), x.shape[1], self.product_dtype)
         targets = self.targets
         if targets.labels is not None and self.offset:
             labels = targets.labels
             targets = targets._replace(labels=(labels - self.offset).where(labels >= 0, -1))
         C, dx, *others = walk(
             *(x, W, targets, self.options._replace(b=b), factor),
-            *(min(block, max(len(W), 1)), self.product_dtype, wants),
+            *(min(block, max(len(W), 1)), self.product_dtype, Wants(*wants)),
         )
         if self.group is not None:
             for total in (C, dx):
@@ -124,6 +109,18 @@ class Task(NamedTuple):
         if C is not None:
             C = self.reduced(C)
         return C, dx, *others
+
+    def gradient_kinds(
+        self, x: Tensor, W: Tensor, b: Tensor | None, wants: Sequence[bool]
+    ) -> "list[Kind | None]":
+        """The kinds of dx, dW, db and the unit of dW that `run` returns."""
+        _, wants_dx, wants_dW, wants_db = wants
+        return [
+            (x.shape, self.value_dtype) if wants_dx else None,
+            (W.shape, W.dtype) if wants_dW else None,
+            (W.shape[:1], self.value_dtype) if wants_db else None,
+            (W.shape[:1], torch.float32) if has_unit(W, Wants(*wants)) else None,
+        ]
 
     def constants(self) -> list[Tensor]:
         """The targets and weights, which have no gradients."""
@@ -142,10 +139,6 @@ class Task(NamedTuple):
         if upstream is not None:
             factor = factor * upstream
         return factor if self.example_weight is None else factor * self.example_weight
-
-    def fused_options(self) -> fused.Options:
-        """The options of the labels, for a fused pass."""
-        return fused.Options(*self.options[1:])
 
     def reduced(self, C: Tensor) -> Tensor:
         """C of all examples, or of each, from the sums over their labels."""
@@ -192,64 +185,44 @@ class _Once(Function):
         )
 
 
-class Evaluation(Protocol):
-    """What a loss needs in addition to x, W and b: a `Task`, or operands of an operator."""
-
-    @property
-    def reduction(self) -> Reduction: ...  # noqa: D102
-
-    @property
-    def product_dtype(self) -> torch.dtype: ...  # noqa: D102
-
-    def check(self) -> None:
-        """Raise unless the values of targets and weights make sense."""
-
-    def constants(self) -> list[Tensor]:
-        """The targets and weights, which have no gradients."""
-
-    def run(
-        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
-    ) -> tuple[Tensor | None, ...]:
-        """C and the gradients with respect to x, W and b."""
-
-
 class BlockByBlock(Function):
-    """Equations 1, 3, 5, 6 and 7 in the forward; the backward scales, or walks again."""
+    """Equations 1, 3, 5, 6 and 7 in the forward; the backward scales, or walks again.
+
+    Takes the inputs of a task (x, W and b, or x, y, scale and bias), the task (a `Task`, an
+    operator's `Operands`, or the pairs' ring), and the flags of `Wants`. Returns C, and the
+    gradients for an upstream gradient of 1.
+    """
 
     @staticmethod
-    def forward(
-        x: Tensor, W: Tensor, b: Tensor | None, task: Evaluation, wants: Wants
-    ) -> tuple[Tensor | None, ...]:
-        """C, and the gradients for an upstream gradient of 1."""
+    def forward(*arguments: Any) -> Any:
+        """C and the gradients."""
+        *inputs, task, wants = arguments
         task.check()
-        value_only = Wants(True, False, False, False)
+        value_only = (True, *(False for _ in inputs))
         if task.reduction == "none":
-            return task.run(x, W, b, None, value_only)
+            return task.run(*inputs, None, value_only)
         if checkpoint_stage() == "forward":
-            C = task.run(x, W, b, None, value_only)[0]
-            return C, *placeholders(x, gradient_kinds(x, W, task.product_dtype, wants))
-        return task.run(x, W, b, None, wants)
+            C = task.run(*inputs, None, value_only)[0]
+            return C, *_placeholders(inputs[0], task.gradient_kinds(*inputs, wants))
+        return task.run(*inputs, None, wants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep what the backward needs."""
-        x, W, b, ctx.task, _ = inputs
+        *tensors, ctx.task, _ = inputs
         made = () if ctx.task.reduction == "none" else output[1:]
-        keep_for_backward(ctx, (x, W, b), made, ctx.task.constants())
+        # A checkpoint hands the recomputation's gradients to the backward as saved tensors.
+        checkpointed = checkpoint_stage() is not None
+        ctx.save_for_backward(*tensors, *(made if checkpointed else ()))
+        ctx.made = [] if checkpointed or not made else [made]
+        ctx.versions = [(t, version(t)) for t in ctx.task.constants() if not t.is_inference()]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         """The gradients, scaled by the upstream gradient of C."""
-
-        def walk_again(
-            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
-        ) -> tuple[Tensor | None, ...]:
-            task: Evaluation = ctx.task
-            x, W, b = inputs
-            return task.run(x, W, b, dC, Wants(False, *needed))[1:]
-
-        return (*consume_gradients(ctx, upstream[0], walk_again), None, None)
+        return *_consume_gradients(ctx, upstream[0]), None, None
 
 
 SMALL = 1024
@@ -265,7 +238,8 @@ class AtOnce(Function):
         task.check()
         z = rules.linear(x, W, b)
         factor = task.factor(x, dtype=x.dtype)
-        C = fused.joint(z, task.targets.dense_for(*z.shape), factor, task.fused_options())
+        options = fused.Options(*task.options[1:])
+        C = fused.joint(z, task.targets.dense_for(*z.shape), factor, options)
         ctx.save_for_backward(x, W, z, *(() if b is None else (b,)))
         return task.reduced(C)
 
@@ -305,20 +279,7 @@ Kind = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a tensor that the forward makes for the backward."""
 
 
-def gradient_kinds(
-    x: Tensor, W: Tensor, product_dtype: torch.dtype, wants: Wants
-) -> list[Kind | None]:
-    """The kinds of dx, dW, db and the unit of dW that a walk returns."""
-    dtype = torch.promote_types(product_dtype, torch.float32)
-    return [
-        (x.shape, dtype) if wants.dx else None,
-        (W.shape, W.dtype) if wants.dW else None,
-        (W.shape[:1], dtype) if wants.db else None,
-        (W.shape[:1], torch.float32) if has_unit(W, wants) else None,
-    ]
-
-
-def placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | None]:
+def _placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | None]:
     """Tensors of these kinds, without their memory, for a checkpoint to compare with."""
     return [
         None if kind is None else like.new_empty((), dtype=kind[1]).expand(kind[0])
@@ -326,34 +287,13 @@ def placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | No
     ]
 
 
-def keep_for_backward(
-    ctx: Any,
-    inputs: Sequence[Tensor | None],
-    made: Sequence[Tensor | None],
-    constants: Sequence[Tensor] = (),
-) -> None:
-    """Save what `consume_gradients` needs: the inputs, and gradients made in the forward.
-
-    The constants are tensors without a gradient that a second walk reads.
-    """
-    checkpointed = checkpoint_stage() is not None
-    # A checkpoint hands the recomputation's gradients to the backward as saved tensors.
-    ctx.save_for_backward(*inputs, *(made if checkpointed else ()))
-    ctx.made = [] if checkpointed or not made else [made]
-    ctx.num_inputs = len(inputs)
-    ctx.versions = [(t, version(t)) for t in constants if not t.is_inference()]
-    ctx.set_materialize_grads(False)
-
-
-def consume_gradients(
-    ctx: Any, dC: Tensor | None, walk_again: Callable[..., tuple[Tensor | None, ...]]
-) -> list[Tensor | None]:
+def _consume_gradients(ctx: Any, dC: Tensor | None) -> list[Tensor | None]:
     """The gradients made in the forward, scaled, the first time; else those of a second walk."""
-    needed = ctx.needs_input_grad[: ctx.num_inputs]
+    needed = ctx.needs_input_grad[:-2]
     if dC is None:
         return [None for _ in needed]
     saved = ctx.saved_tensors  # read once: hooks unpack at each read, and a checkpoint raises
-    inputs, recomputed = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
+    inputs, recomputed = saved[: len(needed)], saved[len(needed) :]
     if not ctx.made and any(version(t) != before for t, before in ctx.versions):
         raise RuntimeError(
             "a target or weight of the loss was changed in place after the forward, and this "
@@ -364,7 +304,8 @@ def consume_gradients(
             *made, unit = ctx.made.pop() if ctx.made else recomputed
             upstream: Tensor | None = dC
         else:
-            (*made, unit), upstream = walk_again(inputs, dC, needed), None
+            _, *made, unit = ctx.task.run(*inputs, dC, (False, *needed))
+            upstream = None
         units = (None, unit, None, None)
         gradients = [
             None if gradient is None or not wanted else _scaled(gradient, like.dtype, upstream, of)

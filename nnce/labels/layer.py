@@ -17,10 +17,7 @@ from nnce._arguments import (
     some_of,
 )
 from nnce.functional import Reduction, linear
-from nnce.labels.blocks import (
-    default_block,
-    examples_at_a_time,
-)
+from nnce.labels.blocks import default_block, examples_at_a_time
 from nnce.labels.linear import (
     check_layer,
     check_weight,
@@ -29,6 +26,7 @@ from nnce.labels.linear import (
     shard,
 )
 from nnce.labels.positives import Target
+from nnce.modules import options_of
 
 if TYPE_CHECKING:  # not every build of PyTorch has it
     from torch.distributed import ProcessGroup
@@ -82,7 +80,6 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the options, and make and draw the parameters."""
         super().__init__()
         in_features = check_size("in_features", in_features)
         num_labels = check_size("num_labels", num_labels)
@@ -181,21 +178,9 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes, and the options that are not the usual ones."""
-        unusual = {
-            "prior": (self.prior, None),
-            "label_smoothing": (self.label_smoothing, 0),
-            "block": (self.block, None),
-        }
-        return ", ".join(
-            [
-                f"in_features={self.in_features}, num_labels={self.num_labels}, "
-                f"bias={self.bias is not None}, reduction={self.reduction!r}",
-                *(
-                    f"{name}={value!r}"
-                    for name, (value, usual) in unusual.items()
-                    if value != usual
-                ),
-            ]
+        return (
+            f"in_features={self.in_features}, num_labels={self.num_labels}, "
+            f"bias={self.bias is not None}, {options_of(self)}"
         )
 
 

@@ -15,10 +15,9 @@ from nnce._arguments import (
     shape_of,
 )
 from nnce.functional import Reduction, autocast_dtype
-from nnce.labels.blocks import Wants
 from nnce.labels.function import BlockByBlock, apply_at_once, refuse_tangents, suits_at_once
 from nnce.labels.operator import OPERATOR, VERSION, Operands
-from nnce.labels.positives import Target, Targets, targets_of
+from nnce.labels.positives import Target, targets_of
 
 if TYPE_CHECKING:  # not every build of PyTorch has it
     from torch.distributed import ProcessGroup
@@ -97,8 +96,8 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = shard(own_labels, input, group)
     targets = targets_of(target, n, num_labels, input.device)
-    if group is not None:
-        targets = own_targets(targets, offset, own_labels)
+    if group is not None and targets.dense is not None:  # lists keep the numbers of all labels
+        targets = targets._replace(dense=targets.dense[:, offset : offset + own_labels])
     weight = check_weight("weight", weight, own_labels, input.device)
     pos_weight = check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = check_weight("example_weight", example_weight, n, input.device)
@@ -121,7 +120,7 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     if suits_at_once(*inputs, task):
         return cast(Tensor, apply_at_once(*inputs, task))
     wants = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
-    C, *_ = BlockByBlock.apply(*inputs, task, Wants(True, *wants))
+    C, *_ = BlockByBlock.apply(*inputs, task, (True, *wants))
     return cast(Tensor, C)
 
 
@@ -202,10 +201,3 @@ def gathered_sizes(own: int, x: Tensor, group: "ProcessGroup") -> list[int]:
     sizes[torch.distributed.get_rank(group)] = own
     torch.distributed.all_reduce(sizes, group=group)
     return cast(list[int], sizes.tolist())
-
-
-def own_targets(targets: Targets, offset: int, own_labels: int) -> Targets:
-    """The dense targets of this process's labels; lists keep the numbers of all."""
-    if targets.dense is None:
-        return targets
-    return targets._replace(dense=targets.dense[:, offset : offset + own_labels])

@@ -1,5 +1,6 @@
 """The loss of many labels as a registered operator, for torch.compile and torch.export."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from nnce import _torch_private
 from nnce.functional import Reduction
 from nnce.labels.blocks import Options, Wants, has_unit
-from nnce.labels.function import BlockByBlock, Task, gradient_kinds, refuse_tangents
+from nnce.labels.function import BlockByBlock, Kind, Task, refuse_tangents
 from nnce.labels.positives import Targets
 
 # Under torch.compile and torch.export the loss is one operator, which they do not look into. Its
@@ -72,12 +73,18 @@ class Operands(NamedTuple):
         return [t for t in self if isinstance(t, Tensor)]
 
     def run(
-        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Wants
+        self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """`Task.run` as an operator."""
         found = getattr(torch.ops.nnce, _WALK)(x, W, b, *self, upstream, *wants)
-        there = (*wants, has_unit(W, wants))
+        there = (*wants, has_unit(W, Wants(*wants)))
         return tuple(t if is_there else None for t, is_there in zip(found, there, strict=True))
+
+    def gradient_kinds(
+        self, x: Tensor, W: Tensor, b: Tensor | None, wants: Sequence[bool]
+    ) -> list[Kind | None]:
+        """`Task.gradient_kinds`."""
+        return self.task(W.shape[0]).gradient_kinds(x, W, b, wants)
 
 
 def _walk(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -85,7 +92,7 @@ def _walk(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> tuple[Tens
     task = Operands(*operands).task(len(W))
     if upstream is None:
         task.check()
-    found = task.run(x, W, b, upstream, Wants(value, dx, dW, db))
+    found = task.run(x, W, b, upstream, (value, dx, dW, db))
     return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
@@ -93,7 +100,7 @@ def _walk_without_data(
     x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *operands, _, value, dx, dW, db = arguments
-    kinds = gradient_kinds(x, W, Operands(*operands).product_dtype, Wants(value, dx, dW, db))
+    kinds = Operands(*operands).gradient_kinds(x, W, b, (value, dx, dW, db))
     return (
         _value_without_data(x, W, b, *operands) if value else x.new_empty(0),
         *(
@@ -104,8 +111,7 @@ def _walk_without_data(
 
 
 def _value(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
-    found = _walk(x, W, b, *operands, None, True, False, False, False)
-    return found[0]
+    return _walk(x, W, b, *operands, None, True, False, False, False)[0]
 
 
 def _value_without_data(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
@@ -128,7 +134,7 @@ def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *arguments: An
             "a compiled or exported loss that is walked block by block has no derivatives by "
             "torch.func: transform nnce.linear_sigmoid_cross_entropy itself"
         )
-    C, *_ = BlockByBlock.apply(x, W, b, operands, Wants(True, *wants))
+    C, *_ = BlockByBlock.apply(x, W, b, operands, (True, *wants))
     return cast(Tensor, C)
 
 

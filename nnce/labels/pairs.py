@@ -6,11 +6,10 @@ many processes they go around as a ring.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from nnce._arguments import (
     check_block,
@@ -21,15 +20,9 @@ from nnce._arguments import (
     plain,
     shape_of,
 )
-from nnce._torch_private import checkpoint_stage
 from nnce.functional import Reduction
 from nnce.labels.blocks import Options, Wants, default_block, multiplied, walk
-from nnce.labels.function import (
-    Kind,
-    consume_gradients,
-    keep_for_backward,
-    placeholders,
-)
+from nnce.labels.function import BlockByBlock, Kind
 from nnce.labels.linear import check_layer, gathered_sizes, linear_sigmoid_cross_entropy
 from nnce.labels.positives import Targets
 
@@ -100,14 +93,13 @@ def pair_sigmoid_cross_entropy(
     if torch.compiler.is_compiling():
         raise ValueError("expected no process group under torch.compile")
     ring = _Ring(group, gathered_sizes(len(x), x, group), reduction, block, product_dtype)
-    wants = tuple(
-        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, y, by, b)
-    )
-    C, *_ = _AroundTheRing.apply(x, y, by, b, ring, wants)
+    inputs = (x, y, by, b)
+    wants = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs)
+    C, *_ = BlockByBlock.apply(*inputs, ring, (True, *wants))
     return cast(Tensor, C)
 
 
-def _one_number(name: str, value: Any, like: Tensor) -> Tensor:
+def _one_number(name: str, value: object, like: Tensor) -> Tensor:
     if is_number(value):
         return like.new_tensor(plain(value))
     if not isinstance(value, Tensor):
@@ -140,13 +132,12 @@ class _Ring(NamedTuple):
         bias: Tensor | None,
         upstream: Tensor | None,
         wants: Sequence[bool],
-        wants_value: bool,
     ) -> tuple[Tensor | None, ...]:
         """C and the gradients with respect to x, y, scale and bias, in float32 at least.
 
         For an upstream gradient of C or of 1. The last item, None, is the unit of dW.
         """
-        wants_x, wants_y, wants_scale, wants_bias = wants
+        wants_value, wants_x, wants_y, wants_scale, wants_bias = wants
         rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
         n = sum(self.sizes)
         denominator = {"mean": n * n, "batchmean": n}.get(self.reduction, 1)
@@ -161,13 +152,12 @@ class _Ring(NamedTuple):
         y_here, dy_here = y.contiguous(), y.new_zeros(y.shape, dtype=dtype) if wants_y else None
         for step in range(world):
             owner = (rank - step) % world
-            own = torch.arange(len(x), device=x.device) if owner == rank else None
-            none = torch.full((len(x),), -1, device=x.device)
             rows = torch.arange(len(x), device=x.device)
+            labels = rows if owner == rank else torch.full_like(rows, -1)
             block = walk(
                 scaled,
                 y_here,
-                Targets(None, rows, none if own is None else own, None, once=True),
+                Targets(None, rows, labels, None, once=True),
                 Options(None if bias is None else bias.expand(len(y_here)), None, None, 0),
                 factor,
                 self.block or default_block(len(x), len(y_here), x.shape[1], self.product_dtype),
@@ -183,11 +173,9 @@ class _Ring(NamedTuple):
             if dy_here is not None:
                 dy_here += multiplied(cast(Tensor, block.dW), dtype, None, block.dW_unit)
                 dy_here = self._pass_on(dy_here, owner)
-            if world > 1 and (step < world - 1 or dy_here is not None):
+            if step < world - 1 or dy_here is not None:
                 y_here = self._pass_on(y_here, owner)
-        d_scale = None
-        if wants_scale and dx is not None:
-            d_scale = (dx.double() * x.double()).sum()
+        d_scale = (dx.double() * x.double()).sum() if wants_scale and dx is not None else None
         for total in (d_scale, db):
             if total is not None:
                 torch.distributed.all_reduce(total, group=self.group)
@@ -203,12 +191,21 @@ class _Ring(NamedTuple):
             None,
         )
 
-    def gradient_kinds(self, x: Tensor, y: Tensor, wants: Sequence[bool]) -> list[Kind | None]:
+    def gradient_kinds(
+        self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, wants: Sequence[bool]
+    ) -> list[Kind | None]:
         """The kinds of what `run` returns after C."""
         dtype = torch.promote_types(self.product_dtype, torch.float32)
         kinds = ((x.shape, dtype), (y.shape, dtype), ((), torch.float64), ((), torch.float64))
-        wanted = zip(kinds, wants, strict=True)
+        wanted = zip(kinds, wants[1:], strict=True)
         return [*(kind if is_wanted else None for kind, is_wanted in wanted), None]
+
+    def check(self) -> None:
+        """Nothing: there are no targets and weights."""
+
+    def constants(self) -> list[Tensor]:
+        """No targets and weights."""
+        return []
 
     def _pass_on(self, tensor: Tensor, owner: int) -> Tensor:
         """Give a tensor to the next process and take the one before's, whose owner is before."""
@@ -225,41 +222,3 @@ class _Ring(NamedTuple):
         for work in torch.distributed.batch_isend_irecv(exchange):
             work.wait()
         return coming
-
-
-class _AroundTheRing(Function):
-    """`_BlockByBlock` for pairs of many processes."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        ring: _Ring,
-        wants: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        none = (False, False, False, False)
-        if ring.reduction == "none":
-            return ring.run(x, y, scale, bias, None, none, True)
-        if checkpoint_stage() == "forward":
-            C = ring.run(x, y, scale, bias, None, none, True)[0]
-            return C, *placeholders(x, ring.gradient_kinds(x, y, wants))
-        return ring.run(x, y, scale, bias, None, wants, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.ring, _ = inputs
-        keep_for_backward(ctx, tensors, () if ctx.ring.reduction == "none" else output[1:])
-        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        def walk_again(
-            inputs: tuple[Tensor, ...], dC: Tensor, needed: tuple[bool, ...]
-        ) -> tuple[Tensor | None, ...]:
-            ring: _Ring = ctx.ring
-            x, y, scale, bias = inputs
-            return ring.run(x, y, scale, bias, dC, needed, False)[1:]
-
-        return (*consume_gradients(ctx, upstream[0], walk_again), None, None)

@@ -154,7 +154,6 @@ class Positives:
         return cls(_starts(rows, int(n)), labels[order], None if values is None else values[order])
 
     def __len__(self) -> int:
-        """The number of examples."""
         return len(self.crow) - 1
 
     def __getitem__(self, examples: "int | slice | Tensor | Sequence[int]") -> "Positives":
@@ -172,7 +171,7 @@ class Positives:
         values = None if self.values is None else self.values[at]
         return self._trusted(crow, self.col[at], values)
 
-    def _chosen(self, examples: Any) -> Tensor:
+    def _chosen(self, examples: object) -> Tensor:
         """The numbers from 0 of the examples that an index selects, [chosen]."""
         device = self.crow.device
         if isinstance(examples, slice):
@@ -223,25 +222,6 @@ class Positives:
         )
         return self._trusted(cast(Tensor, crow), cast(Tensor, col), values)
 
-    @classmethod
-    def _joined(cls, parts: Sequence["Positives"]) -> "Positives":
-        """The examples of all parts, one part after the other."""
-        ends = itertools.accumulate(len(part.col) for part in parts)
-        begins = (end - len(part.col) for end, part in zip(ends, parts, strict=True))
-        crows = [part.crow[1:] + begin for part, begin in zip(parts, begins, strict=True)]
-        values = None
-        if any(part.values is not None for part in parts):
-            values = torch.cat(
-                [
-                    torch.ones_like(part.col, dtype=torch.get_default_dtype())
-                    if part.values is None
-                    else part.values
-                    for part in parts
-                ]
-            )
-        crow = torch.cat([parts[0].crow[:1], *crows])
-        return cls._trusted(crow, torch.cat([part.col for part in parts]), values)
-
     def to_dense(self, num_labels: int, dtype: torch.dtype | None = None) -> Tensor:
         """The targets as a tensor [n, num_labels]."""
         dense = torch.zeros(len(self), num_labels, dtype=dtype, device=self.col.device)
@@ -249,13 +229,22 @@ class Positives:
         return dense
 
     def __repr__(self) -> str:
-        """How many."""
         soft = "" if self.values is None else ", soft"
         return f"Positives({len(self.col)} labels in {len(self)} examples{soft})"
 
 
 def _collate(batch: Sequence[Positives], *, collate_fn_map: object = None) -> Positives:
-    return Positives._joined(batch)
+    """The examples of all parts of a batch, one part after the other."""
+    begins = itertools.accumulate((len(part.col) for part in batch), initial=0)
+    crows = [part.crow[1:] + begin for part, begin in zip(batch, begins, strict=False)]
+    values = None
+    if any(part.values is not None for part in batch):
+        dtype = torch.get_default_dtype()
+        values = torch.cat(
+            [torch.ones_like(p.col, dtype=dtype) if p.values is None else p.values for p in batch]
+        )
+    crow = torch.cat([batch[0].crow[:1], *crows])
+    return Positives._trusted(crow, torch.cat([part.col for part in batch]), values)
 
 
 # PyTorch's documented way to extend `torch.utils.data.default_collate`.
@@ -292,7 +281,7 @@ class Targets(NamedTuple):
         return dense[:, :-1]
 
 
-def targets_of(target: Any, n: int, num_labels: int, device: torch.device) -> Targets:
+def targets_of(target: object, n: int, num_labels: int, device: torch.device) -> Targets:
     """Read any kind of target for n examples and num_labels labels.
 
     Raises:
@@ -379,7 +368,7 @@ def _soft(values: Tensor) -> Tensor:
     return values if values.is_floating_point() else values.float()
 
 
-def _check_values(values: Any, like: Tensor, name: str) -> None:
+def _check_values(values: object, like: Tensor, name: str) -> None:
     """Raise unless values are None or targets in [0, 1], one for each element of `like`."""
     if values is None:
         return
@@ -398,7 +387,7 @@ def _check_values(values: Any, like: Tensor, name: str) -> None:
         raise ValueError(f"expected values in [0, 1], got {some_of(values)}")
 
 
-def _listed(labels: Any) -> list[Any]:
+def _listed(labels: object) -> list[object]:
     """The elements of an iterable other than text, in a list; arrays' as Python's numbers."""
     if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
         kind = type(labels).__name__
@@ -407,15 +396,18 @@ def _listed(labels: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def _integers(labels: Any, example: int) -> list[int]:
+def _integers(labels: object, example: int) -> list[int]:
     """The label numbers of one example as integers of Python."""
     found = _listed(labels)
     if set(map(type, found)) <= {int}:  # at once: there may be millions
-        return found
-    found = [label.tolist() if isinstance(label, Tensor) else label for label in found]
-    wrong = [label for label in found if not is_integer(label)]
-    if wrong:
-        raise TypeError(
-            f"expected label numbers that are whole numbers, got {wrong[0]!r} in example {example}"
-        )
-    return [int(label) for label in found]
+        return cast(list[int], found)
+    numbers = []
+    for label in found:
+        number = label.tolist() if isinstance(label, Tensor) else label
+        if not is_integer(number):
+            raise TypeError(
+                f"expected label numbers that are whole numbers, got {number!r} in example "
+                f"{example}"
+            )
+        numbers.append(int(number))
+    return numbers

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,47 +40,44 @@ def watch(
 ) -> "Watcher":
     """Log how the sigmoid layers of any model learn, while your own loop trains it.
 
-    At every so many steps, from the first one on, four curves per sigmoid layer, numbered as the
-    forward pass comes by: dz_norm/layer1 (the mean over the examples of ‖dC/dz‖, of C as your code
-    averages and scales it), sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see
-    `nnce.monitoring.slowdown`). The slowdown of the output layer is that of the examples that are
-    wrong by more than ½, ‖dz quadratic‖ / ‖dz cross-entropy‖; the targets, which a model does not
-    see, are read from the sign of the gradient, as if they were 0 or 1.
+    Logs four curves per sigmoid layer, numbered in the order of the forward pass: dz_norm/layer1
+    (‖dC/dz‖ averaged over the examples, with C as your code averages and scales it),
+    sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see `nnce.monitoring.slowdown`). The
+    slowdown of an output layer is ‖dz quadratic‖ / ‖dz cross-entropy‖ over the examples that are
+    wrong by more than ½; targets, which a model does not see, are inferred from the sign of the
+    gradient, as 0 or 1.
 
-    A step is a forward pass in training mode with gradients on. A model that calls itself makes
-    one, the outermost call; threads that share a model make one each. What is logged needs its
-    backward pass too; a step without one leaves a gap. Two backward passes through one forward pass
-    (retain_graph=True) log two points at its step, each with the figures of its own gradient, not
-    of their sum. The gradients are looked at and not touched.
+    A step is a forward pass in training mode with gradients on: of a recursive model the outermost
+    call, of a model shared by threads one for each thread. A step without a backward pass leaves a
+    gap; two backward passes (retain_graph=True) log two points, each of its own gradient. Gradients
+    are not changed.
 
-    Rows of a sigmoid's input are examples, as everywhere in nnce, but a one-dimensional input is
-    taken for one neuron's, an example each. An output layer is one whose a the model returns, alone
-    or among others, in mappings, lists, tuples and dataclasses, whole or in part, clamped, cast,
-    reshaped, joined with others or detached. Whatever else a model makes of its a, be it 1 − a,
-    leaves it a hidden layer.
+    Rows of a sigmoid's input are examples; a one-dimensional input is one neuron, an example each.
+    An output layer is one whose a the model returns, alone or inside mappings, lists, tuples and
+    dataclasses, whole or in part, clamped, cast, reshaped, concatenated or detached. A layer whose
+    a is returned in any other form, such as 1 − a, is a hidden layer.
 
-    Seen are `torch.sigmoid` and its other names, in place too, wherever the model calls them,
-    `torch.nn.Sigmoid`, and the modules `nnce.Sigmoid` that the model has when the watch begins. Not
-    seen, and not counted in the layers' numbers, are
+    Seen are `torch.sigmoid`, its aliases and its in-place form, `torch.nn.Sigmoid`, and the
+    `nnce.Sigmoid` modules that the model has when the watch begins. Not seen, and not numbered:
 
-    - the function `nnce.sigmoid`, and what is inside a fused kernel, as in an LSTM;
-    - what runs with gradients off, hence what is under `torch.utils.checkpoint` with
-      use_reentrant=True, which is run again, and differentiated, only in the backward pass;
-    - what the model runs in threads of its own, as `torch.nn.DataParallel` does;
-    - what is compiled or scripted, or inside `torch.func`'s transforms.
+    - the function `nnce.sigmoid`, and sigmoids inside a fused kernel, as in an LSTM;
+    - whatever runs with gradients off, hence under `torch.utils.checkpoint` with
+      use_reentrant=True, which differentiates a second run in the backward pass;
+    - threads that the model starts, as `torch.nn.DataParallel` does;
+    - compiled and scripted code, and `torch.func` transforms.
 
     A model that is checkpointed as a whole is seen; with use_reentrant=False its second run, in the
     backward pass, counts as one more step, which leaves a gap.
 
     Args:
-        model: any module, not compiled; of one that is, watch the module it was made from before.
-        writer: takes each point by add_scalar(tag, value, step): a `SummaryWriter` of TensorBoard,
-            open as long as the model is watched, or anything else that has it.
-        every: steps from one point of the curves to the next, at least 1.
-        logits: whether the model's output is z of sigmoid neurons, whose sigmoid is in the loss,
-            as for `BCEWithLogitsLoss` and nnce's; None for yes if it is an `nnce.MLP`.
-        name: tells the model's curves from those of others on the same writer, in their tags:
-            dz_norm/NAME/layer1; None for dz_norm/layer1.
+        model: any module that is not compiled; of a compiled one, watch the original module.
+        writer: receives each point by add_scalar(tag, value, step): a `SummaryWriter` of
+            TensorBoard that stays open while the model is watched, or any other such object.
+        every: steps between two points of a curve, at least 1; the first step is one.
+        logits: whether the model returns z, with the sigmoid in the loss, as for
+            `BCEWithLogitsLoss` and nnce's losses; None for yes if it is an `nnce.MLP`.
+        name: distinguishes models on one writer, in the tags: dz_norm/NAME/layer1; None for
+            dz_norm/layer1.
 
     Returns:
         The watcher; its `remove()`, or the end of its with-block, ends the watch.
@@ -122,7 +119,6 @@ class Watcher:
         logits: bool,
         name: str | None = None,
     ) -> None:
-        """Attach the hooks; `watch` checks the arguments."""
         self.step = 0
         """Steps seen so far."""
         self._writer, self._every, self._logits, self._name = writer, every, logits, name
@@ -145,7 +141,7 @@ class Watcher:
         ]
         _WATCHERS.add(self)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[[], "Watcher"], tuple[()]]:
         """A copy of a watched model, deep or pickled, is not watched."""
         return _unwatching, ()
 
@@ -166,11 +162,9 @@ class Watcher:
         self._detach()
 
     def __enter__(self) -> "Watcher":
-        """End the watch at the block's end."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the watch."""
         self.remove()
 
     def _detach(self) -> None:
@@ -279,8 +273,7 @@ _WATCHERS: "weakref.WeakSet[Watcher]" = weakref.WeakSet()
 
 
 def _unwatching() -> Watcher:
-    nothing: Any = None
-    watcher = Watcher(nn.Module(), nothing, every=1, logits=False)
+    watcher = Watcher(nn.Module(), cast(ScalarWriter, None), every=1, logits=False)
     watcher.remove()
     return watcher
 

@@ -6,7 +6,7 @@ only in who computes the gradients; evaluation is the same for all of them.
 May import the notes' files, `engines`, `monitoring` and `data`; not `experiments`.
 """
 
-from nnce.training.cursor import Cursor, generators, restore_generator
+from nnce.training.cursor import Cursor, generators
 from nnce.training.evaluation import Evaluation, Record, evaluate, pack, records, unpack
 from nnce.training.loop import Diverged, train
 from nnce.training.settings import (
@@ -55,7 +55,6 @@ __all__ = [
     "mismatch_is_value_error",
     "pack",
     "records",
-    "restore_generator",
     "sizes",
     "train",
     "unpack",

@@ -177,7 +177,7 @@ def _pack(content: Mapping[str, Any]) -> bytes:
     """As safetensors: each tensor by its place in the content, and the rest as JSON."""
     tensors: dict[str, Tensor] = {}
 
-    def without(value: Any, place: str) -> Any:
+    def without(value: object, place: str) -> object:
         if isinstance(value, Tensor):
             # A clone: a network of an ensemble is a view, and safetensors takes none.
             tensors[place] = value.detach().cpu().contiguous().clone()
@@ -196,7 +196,7 @@ def _pack(content: Mapping[str, Any]) -> bytes:
 def _unpack(data: bytes) -> dict[str, Any]:
     tensors = _safetensors().load(data)
 
-    def within(value: Any) -> Any:
+    def within(value: object) -> object:
         if isinstance(value, dict) and value.keys() == {_TENSOR}:
             return tensors[value[_TENSOR]]
         if isinstance(value, dict):

@@ -30,7 +30,6 @@ class WithDropout(nn.Module):
     """
 
     def __init__(self, layers: nn.Module, *, input: float, hidden: float, stream: int) -> None:
-        """Nothing is drawn yet."""
         super().__init__()
         self.layers = layers
         self._input, self._hidden, self._stream = input, hidden, stream

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor
 
 from nnce import data
 from nnce.engines.ensemble import Ensemble
@@ -118,13 +117,10 @@ def _set_rate(optimizer: torch.optim.Optimizer | Ensemble, rate: float) -> None:
 
 def _check_losses(state: State, settings: Settings) -> None:
     """Raise Diverged if the loss of one of the epoch's steps is not finite."""
-    losses: list[Tensor] = state.losses
-    state.losses = []
-    if losses:
-        wrong = (~torch.stack(losses).isfinite()).nonzero()
-        if len(wrong):
-            step = state.cursor.step - len(losses) + int(wrong[0]) + 1
-            raise Diverged(_diverged(f"in epoch {state.cursor.epoch}, step {step}", settings))
+    losses, state.losses = state.losses, []
+    if losses and len(wrong := (~torch.stack(losses).isfinite()).nonzero()):
+        step = state.cursor.step - len(losses) + int(wrong[0]) + 1
+        raise Diverged(_diverged(f"in epoch {state.cursor.epoch}, step {step}", settings))
 
 
 def _diverged(when: str, settings: Settings) -> str:

@@ -10,7 +10,7 @@ import re
 import secrets
 import sys
 import time
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -19,6 +19,8 @@ from torch import Tensor, distributed
 _PATIENCE = 300
 # Seconds that these wait for the first one to say what is wrong.
 _MOMENT = 10.0
+
+Item = TypeVar("Item")
 
 
 class World(NamedTuple):
@@ -44,28 +46,27 @@ class World(NamedTuple):
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
         return int(together)
 
-    def gather(self, one: Any) -> list[Any]:
+    def gather(self, one: Item) -> list[Item]:
         """What each process has, for the first one; waits for them. The others get nothing."""
         if self.size == 1:
             return [one]
-        everyone: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        everyone = [one] * self.size if self.rank == 0 else None
         distributed.gather_object(one, everyone)
         return everyone or []
 
-    def exchange(self, one: Any) -> list[Any]:
+    def exchange(self, one: Item) -> list[Item]:
         """What each process has, for all of them; waits for them."""
-        everyone: list[Any] = [one] * self.size
+        everyone = [one] * self.size
         if self.size > 1:
             distributed.all_gather_object(everyone, one)
         return everyone
 
-    def broadcast(self, one: Any) -> Any:
+    def broadcast(self, one: Item | None) -> Item:
         """What the first process has; waits for it."""
-        if self.size == 1:
-            return one
-        place = [one if self.rank == 0 else None]
-        distributed.broadcast_object_list(place)
-        return place[0]
+        place = [one]
+        if self.size > 1:
+            distributed.broadcast_object_list(place)
+        return cast(Item, place[0])
 
 
 ALONE = World()
@@ -103,7 +104,7 @@ def join() -> World:
     return World(distributed.get_rank(), distributed.get_world_size(), joined=True)
 
 
-def _agreed_name(store: Any, rank: int, size: int) -> str:
+def _agreed_name(store: Any, rank: int, size: int) -> str:  # PyTorch has no public type for it
     """A name that these processes agree on and that has not been used before.
 
     `torchrun` restarts processes with the store of those that are gone, and gloo would call at the

@@ -43,7 +43,6 @@ class Schedule:
     """The factor of the first of them, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        """Check the values, and keep them as Python's numbers."""
         if self.kind not in KINDS:
             raise ValueError(f"expected schedule {' or '.join(KINDS)}, got {self.kind!r}")
         for name, kind in (("step_size", "step"), ("gamma", "step"), ("cosine_epochs", "cosine")):

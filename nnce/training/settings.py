@@ -68,7 +68,6 @@ class Settings:
     mini-batches."""
 
     def __post_init__(self) -> None:
-        """Fill in the engine and the rate, check every value, and keep numbers as Python's."""
         check_loss(self.loss)
         object.__setattr__(self, "init", check_init(self.init))
         check_schedule(self.schedule)
@@ -128,7 +127,7 @@ def _one_of(name: str, values: tuple[str, ...]) -> _Check:
     return _field(name, lambda value: value in values, f"{name} {' or '.join(map(repr, values))}")
 
 
-def _is_share(value: Any) -> bool:
+def _is_share(value: object) -> bool:
     return is_number(value) and 0 <= value < 1
 
 

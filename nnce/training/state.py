@@ -54,7 +54,10 @@ class State:
             ValueError: it does not fit.
         """
         with mismatch_is_value_error():
-            _load_parameters(self.network, state["network"])
+            # `network.load_state_dict` would cast other dtypes.
+            for name, parameter in self.network.state_dict().items():
+                check_fits(name, state["network"][name], parameter)
+            self.network.load_state_dict(state["network"])
             without_graph = not isinstance(self.optimizer, torch.optim.Optimizer)
             if without_graph != ("velocities" in state["optimizer"]):
                 raise ValueError(
@@ -83,14 +86,7 @@ def mismatch_is_value_error() -> Iterator[None]:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _load_parameters(network: MLP, parameters: Mapping[str, Tensor]) -> None:
-    """`network.load_state_dict`, which would cast another dtype, with a check."""
-    for name, parameter in network.state_dict().items():
-        check_fits(name, parameters[name], parameter)
-    network.load_state_dict(parameters)
-
-
-def check_fits(name: str, value: Any, like: Tensor) -> None:
+def check_fits(name: str, value: object, like: Tensor) -> None:
     """Raise ValueError unless a value is a tensor of this shape and dtype."""
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
         got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
@@ -154,12 +150,7 @@ def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) ->
 
 
 def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
-    """The network before the first step, for these data.
-
-    Raises:
-        MemoryError: it would not fit into memory; the sentence says how much it needs.
-        DataError: the data are not square images, and the settings distort them.
-    """
+    """The network before the first step, for these data; raises as `check_suits` does."""
     check_suits(settings, dataset)
     x = dataset.train.x
     return MLP(

@@ -110,7 +110,6 @@ class FlatGradients:
     """
 
     def __init__(self, network: MLP) -> None:
-        """Allocate the tensor."""
         self._layers = [(W.detach(), b.detach()) for W, b in network.weights_and_biases()]
         parameters = [p for pair in network.weights_and_biases() for p in pair]
         like = parameters[0]

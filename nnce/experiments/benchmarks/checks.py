@@ -19,8 +19,6 @@ from nnce.experiments.timing import Timing, in_turns
 
 _F = torch.nn.functional
 SHAPE = (4, 3)
-SLOWEST = 2.0
-"""How many times as long as the peer it may take."""
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin,
     "nnce.sigmoid": functional.sigmoid,
@@ -58,7 +56,7 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
         PEER: lambda: gradcheck(function, x) and gradgradcheck(function, x),
     }
     right = {peer: contender() for peer, contender in contenders.items()}  # and warm
-    turns = {peer: partial(_as_it_is, contender) for peer, contender in contenders.items()}
+    turns = {peer: partial(partial, contender) for peer, contender in contenders.items()}
     seconds = in_turns(turns, repetitions, device, name)
     return [
         {
@@ -71,8 +69,3 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
         }
         for peer, times in seconds.items()
     ]
-
-
-def _as_it_is(contender: Callable[[], bool]) -> Callable[[], bool]:
-    """A turn that needs no preparation."""
-    return contender

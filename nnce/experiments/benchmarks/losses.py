@@ -20,8 +20,6 @@ NNCE = "nnce"
 _SHORTEST = 2_000_000
 """Elements that a turn takes at least, by several calls: some milliseconds."""
 
-Step = Callable[[], object]
-
 
 class Work(NamedTuple):
     """Logits and targets."""
@@ -32,7 +30,6 @@ class Work(NamedTuple):
     """Whether targets are booleans, which PyTorch's loss takes as `y.float()`."""
 
     def __str__(self) -> str:
-        """As the table has it."""
         target = ", boolean target" if self.boolean else ""
         return f"{list(self.shape)}, {str(self.dtype).removeprefix('torch.')}{target}"
 
@@ -87,35 +84,25 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         z.grad = None
         loss().backward()
 
-    def turn(loss: Callable[[], Tensor]) -> Step:
-        def steps() -> None:
-            for _ in range(times):
-                step(loss)
-
-        return steps
-
     peers, differences = _peers(z, y), {}
     for name, loss in peers.items():  # a first step of each, which is not timed
         step(loss)
         differences[name] = _difference(z, y)
-    turns = {name: partial(turn, loss) for name, loss in peers.items()}
-    seconds = in_turns(turns, repetitions, device, str(work))
-    rows = []
-    for name in peers:
-        timing = Timing.of(seconds[name], seconds[NNCE])
-        rows.append(
-            {
-                "work": str(work),
-                "peer": name,
-                "outcome": "right",
-                "note": "",
-                **timing._replace(seconds=timing.seconds / times)._asdict(),
-                "peak_bytes": math.nan,
-                "difference": differences[name],
-                "threads": torch.get_num_threads(),
-            }
-        )
-    return rows
+    turns = {name: partial(partial, step, loss) for name, loss in peers.items()}
+    seconds = in_turns(turns, repetitions, device, str(work), times)
+    return [
+        {
+            "work": str(work),
+            "peer": name,
+            "outcome": "right",
+            "note": "",
+            **Timing.of(seconds[name], seconds[NNCE])._asdict(),
+            "peak_bytes": math.nan,
+            "difference": differences[name],
+            "threads": torch.get_num_threads(),
+        }
+        for name in peers
+    ]
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,14 +204,11 @@ def measure(
     runners, losses, rows = _prepare_all(work, names, x, y)
     generator = torch.Generator().manual_seed(0)
 
-    def turn(key: _Key) -> Callable[[], object]:
-        def train() -> None:
-            order = data.order(runners[key].examples, generator, x.device)
-            runners[key].epoch(work.indices(order, key[1], generator))
+    def train(key: _Key) -> None:
+        order = data.order(runners[key].examples, generator, x.device)
+        runners[key].epoch(work.indices(order, key[1], generator))
 
-        return train
-
-    turns = {key: partial(turn, key) for key in runners}
+    turns = {key: partial(partial, train, key) for key in runners}
     seconds = {
         key: [took / key[1] * EXAMPLES / runners[key].examples for took in times]
         for key, times in in_turns(turns, repetitions, x.device, str(work)).items()

@@ -8,7 +8,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from nnce.experiments.timing import seconds_of
 from nnce.modules import MLP
 from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
 
+Array: TypeAlias = Any  # of NumPy, JAX (untyped here) or PyTorch
 LR = 0.5
 BUILT_IN = BUILT_IN_LOSSES["cross-entropy"]
 # For the floor: networks are walked in groups that fit into the processor's cache, and mini-batches
@@ -61,7 +62,7 @@ class Work(NamedTuple):
 
 Epoch = Callable[[Tensor], object]
 """Train on the examples in this order, or in these."""
-Parameters = Callable[[], Sequence[Any]]
+Parameters = Callable[[], Sequence[Array]]
 """W, b, W, b, … of the first network, as they are now."""
 Peer = Callable[[Work, Tensor, Tensor, list[MLP]], tuple[Epoch, Parameters]]
 
@@ -70,7 +71,7 @@ class Missing(Exception):
     """This peer cannot be tried here; the message says why."""
 
 
-def _epoch(work: Work, x: Any, y: Any, step: Callable[[Any, Any], object]) -> Epoch:
+def _epoch(work: Work, x: Array, y: Array, step: Callable[[Array, Array], object]) -> Epoch:
     """An epoch that calls `step` with each mini-batch: tensors, or NumPy's arrays."""
 
     def epoch(order: Tensor) -> None:
@@ -244,13 +245,13 @@ def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
     return epoch, lambda: list(twin.parameters())
 
 
-def _arrays(network: MLP) -> list[list[Any]]:
+def _arrays(network: MLP) -> list[list[Array]]:
     """[W, b] of each layer, copied."""
     layers = network.weights_and_biases()
     return [[p.detach().cpu().numpy().copy() for p in layer] for layer in layers]
 
 
-def _sigmoid(z: Any) -> Any:
+def _sigmoid(z: Array) -> Array:
     with np.errstate(over="ignore"):  # e^(−z) = ∞ makes the right 0
         return 1 / (1 + np.exp(-z))
 
@@ -262,7 +263,7 @@ def numpy_by_example(
     W, b = map(list, zip(*_arrays(networks[0]), strict=True))
     b = [column[:, None] for column in b]
 
-    def gradients(x: Any, y: Any) -> tuple[list[Any], list[Any]]:
+    def gradients(x: Array, y: Array) -> tuple[list[Array], list[Array]]:
         a = [x]
         for W_, b_ in zip(W, b, strict=True):
             a.append(_sigmoid(W_ @ a[-1] + b_))
@@ -274,7 +275,7 @@ def numpy_by_example(
             db.insert(0, dz)
         return dW, db
 
-    def step(x: Any, y: Any) -> None:
+    def step(x: Array, y: Array) -> None:
         sum_W, sum_b = [np.zeros_like(w) for w in W], [np.zeros_like(v) for v in b]
         for x_i, y_i in zip(x, y, strict=True):
             dW, db = gradients(x_i, y_i)
@@ -294,7 +295,7 @@ def numpy_vectorised(
     """NumPy, a mini-batch at a time."""
     layers = _arrays(networks[0])
 
-    def step(x: Any, y: Any) -> None:
+    def step(x: Array, y: Array) -> None:
         a = [x]
         for W, b in layers:
             a.append(_sigmoid(a[-1] @ W.T + b))
@@ -371,7 +372,7 @@ def jax_scan(
         parameters = _arrays(networks[0])
     parameters = jax.tree.map(jnp.asarray, parameters)
 
-    def loss(parameters: Any, x: Any, y: Any) -> Any:
+    def loss(parameters: Any, x: Array, y: Array) -> Array:
         a = x
         for W, b in parameters[:-1]:
             a = jax.nn.sigmoid(a @ W.T + b)
@@ -384,12 +385,12 @@ def jax_scan(
         examples = 0 if work.own_orders and len(networks) > 1 else None
         gradient = jax.vmap(gradient, in_axes=(0, examples, examples))
 
-    def step(parameters: Any, batch: Any) -> tuple[Any, None]:
+    def step(parameters: Any, batch: Array) -> tuple[Any, None]:
         gradients = gradient(parameters, X[batch], Y[batch])
         return jax.tree.map(lambda p, g: p - LR * g, parameters, gradients), None
 
     @partial(jax.jit, donate_argnums=0)
-    def scan(parameters: Any, order: Any) -> Any:
+    def scan(parameters: Any, order: Array) -> Any:
         n = order.shape[-1]
         whole = n // work.batch_size * work.batch_size
         batches = order[..., :whole].reshape(*order.shape[:-1], -1, work.batch_size)
@@ -403,7 +404,7 @@ def jax_scan(
         wait: Any = jax.block_until_ready
         parameters = wait(scan(parameters, jnp.asarray(order.cpu().numpy())))
 
-    def first() -> list[Any]:
+    def first() -> list[Array]:
         arrays = [np.array(p) for layer in parameters for p in layer]
         return [array[0] for array in arrays] if side_by_side else arrays
 

@@ -127,18 +127,18 @@ class Measured(NamedTuple):
     """The largest relative error, where the exact value is a normal number."""
     ulps: float
     """The largest error in units in the last place, likewise."""
-    worst_z: float
+    worst_z: float = math.nan
     """The z of that."""
-    below_normal: float
+    below_normal: float = 0.0
     """The largest absolute error where the exact value is below the smallest normal number, in
     units of that number."""
-    zero_from: float
+    zero_from: float = math.nan
     """From which z on, for y = 0, the result is exactly 0 though the truth is not; else NaN."""
-    wrong_from: float
+    wrong_from: float = math.nan
     """The smallest z > 0 with, for y = 0, an error above 1 %; else NaN."""
-    right_at_infinity: bool
+    right_at_infinity: bool = True
     """Whether z = ±∞ gives the limit, and NaN gives NaN."""
-    wrong: str
+    wrong: str = ""
     """Where, for either y, the error first exceeds 1 % as |z| grows; empty if nowhere."""
 
 
@@ -168,8 +168,8 @@ def measure(
             if by != "nnce, rules":  # the same curve once more
                 computed[by] = results[0]
             right = _right_at_infinity(quantity, contender, dtype, device)
-            row = _measured(quantity, by, z, results, exact)
-            rows.append(row._replace(device=str(device), right_at_infinity=right))
+            of = (quantity.name, by, _name(dtype), str(device))
+            rows.append(_measured(of, z, results, exact)._replace(right_at_infinity=right))
         if quantity.derivative and quantity.contenders is not _SIGMOID:
             curves.append(Curve(_name(dtype), z, exact[0][0], computed))
     return rows, curves
@@ -208,8 +208,7 @@ def _compute(
 
 
 def _measured(
-    quantity: Quantity,
-    by: str,
+    of: tuple[str, str, str, str],
     z: Tensor,
     results: dict[int, Tensor],
     exact: dict[int, tuple[Tensor, Tensor]],
@@ -231,10 +230,7 @@ def _measured(
     first = torch.where(relative > 0.01, z.double().abs().repeat(2), math.inf)
     nearest = int(first.argmin())
     return Measured(
-        quantity=quantity.name,
-        by=by,
-        dtype=_name(dtype),
-        device="",
+        *of,
         absolute=float(error.max()),
         relative=float(relative.max()),
         ulps=float(ulps[worst]),
@@ -242,7 +238,6 @@ def _measured(
         below_normal=float(torch.where(normal, 0.0, error).max()) / tiny,
         zero_from=float(z[blind].min()) if blind.any() else math.nan,
         wrong_from=float(z[wrong].min()) if wrong.any() else math.nan,
-        right_at_infinity=False,
         wrong=f"y = {nearest // len(z)}, z = {float(z[nearest % len(z)]):.4g}"
         if first[nearest] < math.inf
         else "",
@@ -288,19 +283,10 @@ def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> li
             error = ((result.cpu().double().view_as(high) - high) - low).abs()
             rows.append(
                 Measured(
-                    quantity=f"linear, {name}",
-                    by=by,
-                    dtype=_name(dtype),
-                    device=str(device),
+                    *(f"linear, {name}", by, _name(dtype), str(device)),
                     absolute=float(error.max()),
                     relative=float(error.norm() / high.norm()),
                     ulps=float((error / ulp(terms[name], dtype)).max()),
-                    worst_z=math.nan,
-                    below_normal=0.0,
-                    zero_from=math.nan,
-                    wrong_from=math.nan,
-                    right_at_infinity=True,
-                    wrong="",
                 )
             )
     return rows
@@ -336,25 +322,6 @@ def _right_at_infinity(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def ulp_distance(value: Tensor, exact: Tensor) -> Tensor:
-    """|value − exact| in units in the last place that `exact` has in the dtype of `value`.
-
-    Below the smallest normal number the unit is that of the subnormal numbers. Equal infinities are
-    0 apart, and so are two NaNs; a NaN is infinitely far from a number.
-
-    Args:
-        value: computed, of any floating-point dtype.
-        exact: the truth in float64, of value's shape.
-
-    Returns:
-        float64, value's shape, at least 0.
-    """
-    wide = value.double()
-    distance = (wide - exact).abs() / ulp(exact, value.dtype)
-    same = (wide == exact) | (wide.isnan() & exact.isnan())
-    return torch.where(same, 0.0, distance).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from oracles import ulp_distance
 
 from nnce.experiments.proof import precision
-from nnce.experiments.proof.precision import ulp_distance
 from nnce.losses import LOSSES
 
 LIMITS = {
