@@ -22,6 +22,8 @@ from nnce._arguments import is_size
 from nnce.engines import loops
 from nnce.engines.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
+    DIFFERENCE,
+    SHARE,
     Difference,
     Estimate,
     estimate,
@@ -638,7 +640,8 @@ def summarise(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
         diverged=len(runs) - len(whole),
         epochs=runs[0].last.epoch,
         test_accuracy={
-            name: estimate([measure(run) for run in whole]) for name, measure in MEASURES.items()
+            name: estimate([measure(run) for run in whole], SHARE)
+            for name, measure in MEASURES.items()
         },
         epochs_to={accuracy: [run.epochs_to(accuracy) for run in whole] for accuracy in ACCURACIES},
         saturated=(
@@ -677,6 +680,7 @@ def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -
             name: paired_difference(
                 [measure(cross_entropy[seed]) for seed in seeds],
                 [measure(quadratic[seed]) for seed in seeds],
+                DIFFERENCE,
             )
             for name, measure in MEASURES.items()
         },
@@ -744,7 +748,7 @@ class Findings(NamedTuple):
     best_lrs: dict[Loss, float]
     summaries: list[Summary]
     comparisons: dict[str, Comparison]
-    """By the rates: "both 1", and "best: 3 and 1", quadratic's first."""
+    """By the rates: "both 1", and "best: 3 and 1", quadratic's first; each pair of rates once."""
     engines: list[EngineDifference]
     controls: list[ControlDifference]
     notes: list[str]
@@ -767,7 +771,7 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
         elif len(grid) > 1 and best[loss] in (min(grid), max(grid)):
             notes.append(f"The best rate for {loss}, {best[loss]:g}, is at the edge of its grid.")
     if len({run.settings.seed for run in runs}) == 1:
-        notes.append("One seed: there is no interval and no p-value; take --seeds 8, say.")
+        notes.append("One seed: there is no interval and no p-value; use --seeds 8.")
     comparisons = {
         f"both {variant.lr:g}": compare(runs, variant.lr, variant.lr)
         for variant in variants
@@ -775,6 +779,8 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     }
     if len(best) == len(LOSSES):
         slow, fast = best["quadratic"], best["cross-entropy"]
+        if slow == fast:  # the same test, which must not count twice in Holm's correction
+            del comparisons[f"both {slow:g}"]
         comparisons[f"best: {slow:g} and {fast:g}"] = compare(runs, slow, fast)
     comparisons = _corrected(comparisons)
     common = runs[0].settings

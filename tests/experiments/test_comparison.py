@@ -236,7 +236,7 @@ def test_conclude_notes_what_a_reader_must_know(digits):
         "**Interrupted after epoch 1.**",  # of 30
         "The best rate for quadratic, 3, is at the edge of its grid.",
         "No rate of cross-entropy is left: all diverged.",
-        "One seed: there is no interval and no p-value; take --seeds 8, say.",
+        "One seed: there is no interval and no p-value; use --seeds 8.",
     ]
     assert list(findings.comparisons) == ["both 1"]
     assert findings.comparisons["both 1"].difference["last epoch"].n == 0
