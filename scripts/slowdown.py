@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nnce.algorithm import backprop
 from nnce.experiments import command_line, figures, report
 from nnce.experiments.command_line import DTYPES, ArgumentParser
+from nnce.experiments.tensorboard import add_points
 from nnce.losses import LOSSES, Loss
 
 STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
@@ -139,10 +140,8 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
         name = f"w{story.w:g}-b{story.b:g}-{story.rule.split(' ')[0]}"
         with SummaryWriter(str(run_dir / name)) as writer:
             for epoch, values in enumerate(zip(story.output, story.loss, story.dw, strict=True)):
-                for tag, value in zip(
-                    ("neuron/output", "neuron/loss", "neuron/dC_dw"), values, strict=True
-                ):
-                    writer.add_scalar(tag, value, epoch)
+                points = zip(("output", "loss", "dC_dw"), values, strict=True)
+                add_points(writer, {f"neuron/{name}": value for name, value in points}, epoch)
     starts = dict.fromkeys((story.w, story.b) for story in stories)
     figure = figures.single_neuron(
         [

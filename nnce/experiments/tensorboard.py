@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -76,6 +77,13 @@ def scalars(record: Record) -> dict[str, float]:
     for number, layer in enumerate(record.layers, start=1):
         by_tag |= {f"{name}/layer{number}": value for name, value in layer._asdict().items()}
     return by_tag
+
+
+def add_points(writer: SummaryWriter, points: Mapping[str, float], step: int) -> None:
+    """Add one point to each of several curves, in one event: nine times as fast as `add_scalar`."""
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
+    file_writer: Any = writer.file_writer
+    file_writer.add_summary(Summary(value=values), step)
 
 
 def _put_first(run_dir: Path) -> bool:
@@ -149,17 +157,18 @@ class Monitor:
     def log(self, *records: Record) -> None:
         """Add an epoch to the curves: of one network, or the mean of several and its band."""
         by_network = [scalars(record) for record in records]
+        points: dict[str, float] = {}
         for tag in by_network[0]:
             # NaN is no value: a diverged network's loss, or a meter with nothing to measure.
             values = [tags[tag] for tags in by_network if math.isfinite(tags[tag])]
             mean, _, low, high, n = estimates.estimate(values)
             if n > 0:
-                self._writer.add_scalar(tag, mean, records[0].epoch)
+                points[tag] = mean
             if n > 1:
                 # The mean once more, since TensorBoard complains of a run that has one of the
                 # three tags of a margin chart and not the others, as a single network's.
-                for band, value in zip(_BANDS, (mean, low, high), strict=True):
-                    self._writer.add_scalar(f"{band}/{tag}", value, records[0].epoch)
+                points |= zip([f"{band}/{tag}" for band in _BANDS], (mean, low, high), strict=True)
+        add_points(self._writer, points, records[0].epoch)
         self._writer.flush()
 
     def log_layout(self, record: Record) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.summary.writer import event_file_writer
 
 import nnce
@@ -49,6 +50,19 @@ def test_one_network_has_curves_and_no_bands(tmp_path):
         (1, pytest.approx(0.9)),
     ]
     assert [e.step for e in events.Scalars("slowdown/layer1")] == [1]  # NaN is no point
+
+
+def test_an_epoch_is_one_event(tmp_path):
+    with Monitor(tmp_path, {}) as monitor:
+        for epoch in range(3):
+            monitor.log(record(epoch, 0.8), record(epoch, 0.9))
+    (path,) = tmp_path.iterdir()
+    events = [e for e in EventFileLoader(str(path)).Load() if e.summary.value]
+    by_event = [{value.tag for value in event.summary.value} for event in events]
+    means = set(scalars(record(0, 0.8)))
+    bands = {f"{band}/{tag}" for band in ("mean", "lower", "upper") for tag in means}
+    assert by_event == [{"config/text_summary"}, *[means | bands] * 3]
+    assert [event.step for event in events[1:]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("number", [5, 9])
