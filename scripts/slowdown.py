@@ -58,7 +58,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
     parser.add_argument("--epochs", type=int, default=300, help="steps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
-    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_run_directory_options()
     return parser
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = torch.tensor([options.lr, *(value for start in starts for value in start)])
         if not (numbers.isfinite().all() and options.lr > 0):
             raise ValueError("expected finite numbers for --start and a positive --lr")
-    with options_parser.run_directory(options.run_dir, "slowdown") as run_dir:
+    with options_parser.run_directory(options, "slowdown") as run_dir:
         dtype = DTYPES[options.dtype]
         stories = [
             learn(rule, w, b, options.lr, options.epochs, dtype)
@@ -88,11 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=torch.device("cpu"),
             seconds=time.perf_counter() - began,
             rows=rows,
+            answer=answer(stories),
             epochs=[story._asdict() for story in stories],
         )
         log(stories, run_dir)
-        print(f"\n{report.table([readable(story) for story in stories])}\n")
-        report.print_places(run_dir, "Results and a picture")
+        print(f"\n{report.table([readable(story) for story in stories])}")
+        report.print_end(answer(stories), "Results and a picture", run_dir)
     return 0
 
 
@@ -176,6 +177,21 @@ def row(story: Story) -> report.Row:
         "dw_most": max(story.dw),
         "first_epoch_below_half": next(right, None),
     }
+
+
+def answer(stories: Sequence[Story]) -> str:
+    """How long each rule takes from the start that is most wrong."""
+    worst = max(stories, key=lambda story: story.w + story.b)
+    took = []
+    for story in stories:
+        if (story.w, story.b) == (worst.w, worst.b):
+            first = row(story)["first_epoch_below_half"]
+            words = f"not within {len(story.output) - 1}" if first is None else str(first)
+            took.append(f"{story.rule} {words}")
+    return (
+        f"From w = {worst.w:g}, b = {worst.b:g}, epochs until the output is below ½: "
+        f"{', '.join(took)}."
+    )
 
 
 def readable(story: Story) -> report.Row:

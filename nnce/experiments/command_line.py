@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -73,7 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {where}{' '.join(message.split())}\n")
 
     def add_common_options(self) -> None:
-        """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
+        """--data, --data-dir, --device, --dtype, --seed, --run-dir and --name."""
         self.add_argument("--data", choices=data.DATASETS, default="digits", help="data set")
         self.add_argument(
             "--data-dir",
@@ -84,11 +85,18 @@ class ArgumentParser(argparse.ArgumentParser):
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
         )
         self.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
-        self.add_argument("--seed", type=int, default=0, help="fixes everything that is drawn")
+        self.add_argument("--seed", type=int, default=0, help="random seed")
+        self.add_run_directory_options()
+
+    def add_run_directory_options(self) -> None:
+        """--run-dir and --name."""
         self.add_argument(
             "--run-dir",
             type=Path,
-            help="where the results go, a new or empty folder (default: a new one under runs/)",
+            help="folder of the results, new or empty (default: a new one under runs/)",
+        )
+        self.add_argument(
+            "--name", type=_word, help="a word in the name of the new folder under runs/"
         )
 
     def add_hidden_option(self, meaning: str) -> None:
@@ -182,11 +190,14 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(sentence)
 
     @contextlib.contextmanager
-    def run_directory(self, chosen: Path | None, name: str, **options: Any) -> Iterator[Path]:
-        """`run_directory`, where a directory that cannot be used is a user's error."""
+    def run_directory(self, options: argparse.Namespace, name: str, **more: Any) -> Iterator[Path]:
+        """`run_directory` of --run-dir or --name; one that cannot be used is a user's error."""
         with contextlib.ExitStack() as stack:
             with self.user_errors():
-                path = stack.enter_context(run_directory(chosen, name, **options))
+                if options.name and options.run_dir:
+                    raise ValueError("expected --run-dir or --name, got both")
+                name = f"{name}-{options.name}" if options.name else name
+                path = stack.enter_context(run_directory(options.run_dir, name, **more))
             yield path
 
 
@@ -198,6 +209,15 @@ def _whole_number(text: str) -> int:
             f"expected a whole number within ±{_LARGEST:,}, got {text}"
         )
     return number
+
+
+def _word(text: str) -> str:
+    """`--name`, checked: a part of a folder's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,59}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"expected a letter or digit and at most 59 more or . _ + -, got {text!r}"
+        )
+    return text
 
 
 def _init(text: str) -> modules.Init:
@@ -470,6 +490,13 @@ def settings(options: argparse.Namespace, **more: Any) -> Settings:
         seed=options.seed,
         **more,
     )
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """Start, regularization and momentum of the training options, for a run directory's name."""
+    extra = {"lambda": options.l2, "momentum": options.momentum}
+    extras = [f"{name}{value:g}" for name, value in extra.items() if value]
+    return "-".join([str(options.init), *extras])
 
 
 def _schedule(options: argparse.Namespace) -> Schedule:
