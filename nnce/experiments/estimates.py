@@ -12,10 +12,10 @@ CONFIDENCE = 0.95
 
 Limits = tuple[float, float]
 """The least and the largest value that a quantity can have."""
+# Of an accuracy or another share, the same in percent, and the difference of two shares.
 SHARE: Limits = (0.0, 1.0)
-"""Those of an accuracy, or another share."""
+PERCENT: Limits = (0.0, 100.0)
 DIFFERENCE: Limits = (-1.0, 1.0)
-"""Those of the difference of two shares."""
 
 
 class Estimate(NamedTuple):
@@ -66,7 +66,7 @@ def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
     half /= width * p * (1 - p)
     ends = (special.expit(special.logit(p) + step) for step in (-half, half))
     low, high = (least + width * float(end) for end in ends)
-    return low, high
+    return min(low, mean), max(high, mean)  # a mean near a limit may be subnormal
 
 
 @functools.lru_cache

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ from nnce.training import Record
 tabulate.MIN_PADDING = 0
 
 RESULTS = "results.json"
-# Not smoothed, and without the tags of `nnce.experiments.tensorboard.BANDS`.
-TENSORBOARD = "http://localhost:6006/?smoothing=0&tagFilter=%5E%28%3F!upper_and_lower%29#timeseries"
+# Not smoothed, and curves only: neither ends of intervals nor histograms and images.
+_HIDDEN = "upper_and_lower|output|confusion|weights|wrong|learning"
+TENSORBOARD = (
+    "http://localhost:6006/?smoothing=0&tagFilter="
+    f"{urllib.parse.quote(f'^(?!{_HIDDEN})', safe='')}#timeseries"
+)
 Row = Mapping[str, object]
 """A row of a table: columns by name."""
 

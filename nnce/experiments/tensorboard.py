@@ -132,12 +132,13 @@ def _put_last(run_dir: Path) -> None:
 
 def _layout(tags: Iterable[str]) -> Summary:
     """The page of Custom Scalars for several networks: margin charts in three groups."""
-    tags = list(tags)
-    figures_of = {tag.partition("/")[0]: tag for tag in tags}  # of the last layer
+    tags = list(tags)[::-1]  # test before validation before train
+    figures_of = {tag.partition("/")[0]: tag for tag in reversed(tags)}  # of the last layer
     meter = figures_of["slowdown"]
     groups = {
         "How well: accuracy and loss": {
-            tag: tag for tag in tags if tag.startswith(("accuracy/", "loss/"))
+            **{tag: tag for tag in tags if tag.startswith("accuracy/")},
+            **{f"{tag}, each loss its own": tag for tag in tags if tag.startswith("loss/")},
         },
         f"How fast: epochs 0 to {_FIRST_EPOCHS}": {
             tag.removeprefix(_FIRST): tag for tag in tags if tag.startswith(_FIRST)
