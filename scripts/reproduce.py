@@ -303,14 +303,8 @@ def answer(work: Work) -> str:
         verdicts.setdefault(str(told["verdict"]), []).append(str(told["row"]))
     figures_of = [name for verdict, names in verdicts.items() if verdict for name in names]
     if not figures_of:
-        return (
-            f"{len(rows)} rows trained from {len(work.seeds)} starts each; nothing published "
-            + (
-                "applies, as the protocol is cut short or the data differ."
-                if not work.compares
-                else "to compare them with."
-            )
-        )
+        why = "nothing published" if work.compares else "not the published protocol or data"
+        return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {why}."
     sentence = (
         f"{len(verdicts.get('within', []))} of {len(figures_of)} published figures are within the "
         f"range of our starts"

@@ -110,7 +110,7 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
     # Colors are for the mistakes: what is right is darker than all of them.
     darkest = 2 * max(1, *mistakes)
-    figure = Figure(figsize=(4.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(4.4, 4.9), layout="constrained")
     panel = figure.subplots()
     panel.imshow(counts, cmap="Reds", vmin=0, vmax=darkest)
     if classes <= 20:
@@ -121,8 +121,9 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
                 panel.text(column, row, str(n), ha="center", va="center", color=color, fontsize=11)
         panel.set_xticks(range(classes))
         panel.set_yticks(range(classes))
-    panel.set_xlabel("taken for")
-    panel.set_ylabel("class")
+    panel.tick_params(length=0, pad=2)
+    panel.set_xlabel("taken for", labelpad=0)
+    panel.set_ylabel("class", labelpad=0)
     panel.set_title(f"{right:,} of {len(z):,} right")
     return figure
 
@@ -218,7 +219,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         title: what was trained, and how many.
     """
     variants = by_variant([run for run in runs if not run.diverged])
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     by_epoch, by_lr, meter = figure.subplots(1, 3)
     shown: list[float] = []
     for color, loss in zip(("C0", "C1"), sorted(best), strict=False):
@@ -239,7 +240,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
             panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
     for panel in (by_epoch, meter):
         panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _legend_below(figure, by_epoch)
     by_epoch.set_title("How well and how fast", fontsize=10)
     by_lr.set_title("How much depends on the rate", fontsize=10)
@@ -310,7 +311,7 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
         panel.set_ylabel(label)
     panels[0, 0].set_ylim(-0.03, 1.03)
     panels[1, 0].set_yscale("log")
-    panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _legend_below(figure, panels[0, 0])
     figure.suptitle("One neuron, input 1, target 0: the learning slowdown")
     return figure

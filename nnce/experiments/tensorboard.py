@@ -95,7 +95,7 @@ def _of_first_epochs(by_tag: Mapping[str, float], epoch: int) -> dict[str, float
     """Accuracies and losses once more, for a chart of the first epochs."""
     if epoch > _FIRST_EPOCHS:
         return {}
-    names = ("accuracy/test", "accuracy/validation", "loss/test", "loss/validation")
+    names = [f"{figure}/{of}" for figure in ("accuracy", "loss") for of in ("validation", "test")]
     return {f"{_FIRST}{name}": by_tag[name] for name in names if name in by_tag}
 
 
@@ -132,7 +132,8 @@ def _put_last(run_dir: Path) -> None:
 
 def _layout(tags: Iterable[str]) -> Summary:
     """The page of Custom Scalars for several networks: margin charts in three groups."""
-    tags = list(tags)[::-1]  # test before validation before train
+    # Accuracies before losses; test before validation before train.
+    tags = sorted(reversed(list(tags)), key=lambda tag: "accuracy/" not in tag)
     figures_of = {tag.partition("/")[0]: tag for tag in reversed(tags)}  # of the last layer
     meter = figures_of["slowdown"]
     groups = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnce import training
-from nnce.experiments import comparison
+from nnce.experiments import comparison, comparison_report
 from nnce.experiments.comparison import Run, Variant
 from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record, Settings
@@ -241,6 +241,52 @@ def test_conclude_notes_what_a_reader_must_know(digits):
     assert list(findings.comparisons) == ["both 1"]
     assert findings.comparisons["both 1"].difference["last epoch"].n == 0
     assert [difference.loss for difference in findings.engines] == 3 * ["quadratic"]
+
+
+def test_a_test_is_not_counted_twice_where_best_rates_coincide(digits):
+    """Three measures at two pairs of rates are six tests."""
+    runs = [
+        run(loss, lr, seed, [0.1, *(of + more * (1 + 0.01 * seed) for of in (0.5, last))])
+        for loss, more in (("quadratic", 0.0), ("cross-entropy", 0.1))
+        for lr, last in ((1.0, 0.6), (3.0, 0.7))
+        for seed in range(3)
+    ]
+    findings = comparison.conclude(runs, [], digits)
+    assert list(findings.comparisons) == ["both 1", "best: 3 and 3"]
+    differences = [d for c in findings.comparisons.values() for d in c.difference.values()]
+    assert len(differences) == 6
+    least = min(d.p for d in differences)
+    assert min(d.p_holm for d in differences) == pytest.approx(6 * least)
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(0.1, "cross-entropy is better"), (-0.1, "quadratic is better")]
+)
+def test_the_answer_says_which_is_better(gain, verdict, digits):
+    runs = [
+        run(loss, lr, seed, [0.1, 0.5 + more, 0.6 + more + 0.001 * seed * more])
+        for loss, lr, more in (("quadratic", 3.0, 0.0), ("cross-entropy", 1.0, gain))
+        for seed in range(3)
+    ]
+    first, second = comparison_report.answer(comparison.conclude(runs, [], digits)).splitlines()
+    assert first.startswith("cross-entropy − quadratic, each at its best rate (1 and 3): ")
+    assert f"{100 * gain:+.0f}.0".replace("-", "−") in first and first.endswith(verdict)
+    assert second.startswith("After the first epoch: ")
+
+
+def test_the_overview_is_at_most_100_columns_wide(digits):
+    """Also where intervals are long, marked and of the best rate."""
+    curves = {0: [0.1, 0.2, 1.0], 1: [0.1, 0.2, 1.0], 2: [0.1, 0.2, 0.7]}
+    runs = [
+        run(loss, lr, seed, curve)
+        for loss in ("quadratic", "cross-entropy")
+        for lr in (0.03, 10.0)
+        for seed, curve in curves.items()
+    ]
+    text = comparison_report.overview(comparison.conclude(runs, [], digits))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and max(map(len, rows)) <= 100
+    assert "† best" in rows[2] and text.count("Delta method on the logit") == 1
 
 
 def test_control_differences():

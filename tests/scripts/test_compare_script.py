@@ -192,7 +192,14 @@ def test_it_begins_and_ends_with_the_answer_and_has_one_table(finished):
         str(run_dir / "all-rates"),
     ]
     page = (run_dir / "results.md").read_text(encoding="utf-8")
-    for text in (*first.split("\n"), "p, Holm", "epochs to 90 %", "s/network", "control", " s: tra"):
+    for text in (
+        *first.split("\n"),
+        "p, Holm",
+        "epochs to 90 %",
+        "s/network",
+        "control",
+        " s: tra",
+    ):
         assert text in page
 
 
@@ -351,7 +358,11 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
     with pytest.raises(KeyboardInterrupt):
         compare.main(["--run-dir", str(run_dir)])
     out, err = capsys.readouterr()
-    assert "test %" not in out and "cross-entropy −" not in out and not (run_dir / "results.json").exists()
+    assert (
+        "test %" not in out
+        and "cross-entropy −" not in out
+        and not (run_dir / "results.json").exists()
+    )
     assert err.splitlines()[0] == "Interrupted; to go on:"
     assert checkpoints.latest_checkpoint(run_dir).content["side by side"]["cursor"]["epoch"] == 0
 
