@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -324,7 +323,6 @@ class SideBySide:
             at_once = self._threads if many and not self._train.x.is_cuda else 1
             with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
                 records = training.records(
-                    [partial(self._together.outputs, number) for number in range(len(self._share))],
                     self._together.networks,
                     [run.settings.loss for run in self._share],
                     self._measured,
