@@ -265,6 +265,7 @@ class Training:
             device=device,
             seconds=seconds,
             rows=rows,
+            answer=self.answer(),
             interrupted=interrupted,
             training_seconds=self.training_seconds,
             epochs=[report.record_as_dict(record) for record in self.records],

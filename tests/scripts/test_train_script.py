@@ -48,6 +48,7 @@ def test_a_run(train, tmp_path, capsys, digits):
     network = nnce.load(run_dir / "network.pt")
     assert network.sizes == (64, 12, 8, 10)
     end = out.splitlines()[-6:]
+    assert results["answer"].splitlines() == end[1:3]
     accuracy = f"{100 * last['test']['accuracy']:.2f} %"
     assert f"Test accuracy {accuracy} after epoch 2." in end
     assert f"The network: nnce.load('{run_dir / 'network.pt'}')" in end
