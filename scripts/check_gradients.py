@@ -104,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
         )
-        print(f"{report.table(checked)}\n")
+        print(report.table(checked))
         if cells:
-            print(f"{report.table(cells)}\n\n{report.table(walked)}\n")
+            print(f"\n{report.table(cells)}\n\n{report.table(walked)}")
         report.print_end(
             answer(kept, broken),
             "Results and the saturation atlas",

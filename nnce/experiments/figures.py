@@ -97,7 +97,7 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     panels[1, 0].set_ylabel("output a, target y")
     panels[2, 0].set_ylabel("dC/dz")
     _legend_below(figure, panels[2, 0])
-    figure.suptitle("The most confidently wrong examples: how hard each loss would pull")
+    figure.suptitle("The most confidently wrong examples, and dC/dz of each loss")
     return figure
 
 
