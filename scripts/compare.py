@@ -107,7 +107,8 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
     """Write what came out, and return it."""
     options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
     controls, run_dir = training.controls.runs, log.run_dir
-    findings = comparison.conclude(runs, controls, dataset)
+    with command_line.announced("every engine against autograd"):
+        findings = comparison.conclude(runs, controls, dataset)
     results = comparison_report.results(findings)
     page = f"{comparison_report.page(findings, options.dtype)}\n\nMade by `{command}`."
 
@@ -130,9 +131,11 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
     layers = _memory.dashed(runs[0].network.sizes)
     title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
     best = findings.best_lrs
-    figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
-    report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
-    log.finish([*runs, *controls], best, dataset, page, figure)
+    with command_line.announced("learning curves"):
+        figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
+        report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
+    with command_line.announced("pictures for TensorBoard"):
+        log.finish([*runs, *controls], best, dataset, page, figure)
     write_results()
     return findings
 
@@ -213,10 +216,10 @@ class Training:
                             command_line.keep(log.run_dir)
                     self.saver.after(epoch, epochs)
                     bar.update(epoch - bar.n)
+            bar.set_description("the control, by autograd")
             if not self.controls.runs:
                 self.controls = comparison.controls(self._chosen(), self.dataset, self.world)
             bar.reset(epochs * len(self.controls.runs))
-            bar.set_description("the control, by autograd")
             with self.costs.of("control", log):
                 # Several processes are not at the same step here: they stop after an epoch.
                 between = self.saver.between if self.world.size == 1 else None

@@ -4,14 +4,16 @@ if __name__ == "__main__":
     import startup  # noqa: F401  before all else
 
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from nnce.algorithm import backprop
 from nnce.experiments import command_line, figures, report
@@ -23,7 +25,7 @@ STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
 # Where a is below this the neuron says 0, as it should.
 RIGHT = 0.5
 
-
+_T = TypeVar("_T")
 Rule = Literal["quadratic", "cross-entropy", "BCELoss of σ(z)"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
@@ -78,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype = DTYPES[options.dtype]
         stories = [
             learn(rule, w, b, options.lr, options.epochs, dtype)
-            for w, b in starts
-            for rule in RULES
+            for (w, b), rule in _bar([*itertools.product(starts, RULES)], "training")
         ]
         rows = [row(story) for story in stories]
         report.write_results(
@@ -137,7 +138,7 @@ def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tens
 
 def log(stories: Sequence[Story], run_dir: Path) -> None:
     """Write TensorBoard's curves, a run for each rule from each start, and the picture."""
-    for story in stories:
+    for story in _bar(stories, "logging"):
         name = f"w{story.w:g}-b{story.b:g}-{story.rule.split(' ')[0]}"
         with SummaryWriter(str(run_dir / name)) as writer:
             for epoch, values in enumerate(zip(story.output, story.loss, story.dw, strict=True)):
@@ -157,9 +158,13 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
             for w, b in starts
         ]
     )
-    report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
-    with SummaryWriter(str(run_dir)) as writer:
+    with command_line.announced("picture"), SummaryWriter(str(run_dir)) as writer:
+        report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
         writer.add_figure("single neuron", figure)
+
+
+def _bar(items: Sequence[_T], description: str) -> Iterable[_T]:
+    return tqdm(items, description, unit="neuron", disable=None, leave=False)
 
 
 def row(story: Story) -> report.Row:

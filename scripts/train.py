@@ -272,7 +272,8 @@ class Training:
         )
         # The network in memory may be in an epoch that does not count.
         finished = nnce.load(self.network_path, device)
-        monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
+        with command_line.announced("pictures for TensorBoard"):
+            monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
         monitor.log_hparams(self.config, self.records[-1])
         if self.settings.distortion is not None:
             figure = figures.distortions(self.dataset.train.x, self.settings.distortion)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn, cast
 
 import torch
+from tqdm import tqdm
 
 from nnce import _memory, data, modules
 from nnce.engines import ensemble, loops
@@ -569,6 +570,13 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
         raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
+
+
+@contextlib.contextmanager
+def announced(description: str) -> Iterator[None]:
+    """Show on a terminal what a block of some seconds is doing."""
+    with tqdm(desc=description, bar_format="{desc} …", disable=None, leave=False):
+        yield
 
 
 def announce_threads(options: argparse.Namespace) -> None:

@@ -36,7 +36,6 @@ from nnce.training.parallel import ALONE, World
 
 # Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
 _MEASURED = 5_000
-_MULTIPLICATIONS_FOR_THREADS = 50_000_000
 CONTROL: Engine = "autograd"
 # "backprop" is one of the first two.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
@@ -315,12 +314,8 @@ class SideBySide:
         records: list[Record] = []
         cursor = self._cursor
         if self._together is not None:
-            # A thread a network is faster than several for one, whose products are small; but where
-            # there is little to measure they wait for each other's Python.
-            first_layer = self._share[0].network[0].weight.numel()
-            multiplications = sum(len(split.x) for split in self._measured.values()) * first_layer
-            many = multiplications >= _MULTIPLICATIONS_FOR_THREADS
-            at_once = self._threads if many and not self._train.x.is_cuda else 1
+            # Some networks for each thread are faster than several threads for each product.
+            at_once = 1 if self._train.x.is_cuda else self._threads
             with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
                 records = training.records(
                     self._together.networks,

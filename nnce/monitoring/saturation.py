@@ -39,7 +39,7 @@ def slowdown(pull: Tensor, z: Tensor) -> float:
     With a − y for the pull it is ‖dz quadratic‖ / ‖dz cross-entropy‖ (equations 4 and 5), with
     dC/da of a hidden layer ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN where nothing pulls.
     """
-    return float(_slowdown(pull, z))
+    return float(_let_through(pull, rules.sigmoid_prime(z)))
 
 
 def hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> LayerFigures:
@@ -55,23 +55,23 @@ def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> LayerFigures:
 # z, dC/dz, dC/da and y below are [..., n, neurons], and the figures [..., 4]: a row per network.
 
 
-def _slowdown(pull: Tensor, z: Tensor) -> Tensor:
-    through, whole = (_norm(part, dim=(-2, -1)) for part in (rules.dz_hidden(pull, z), pull))
-    return through / whole
-
-
 def _hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> Tensor:
-    return _figures(z, dz, _slowdown(da, z))
+    prime = rules.sigmoid_prime(z)
+    return _figures(prime, dz, _let_through(da, prime))
 
 
 def _output_layer(z: Tensor, dz: Tensor, y: Tensor) -> Tensor:
-    wrong = ((rules.sigmoid(z) - y).abs() > 0.5).any(-1, keepdim=True)  # [..., n, 1]
-    pull = torch.where(wrong, rules.dz_cross_entropy(z, y), 0.0)
-    return _figures(z, dz, _slowdown(pull, torch.where(wrong, z, 0.0)))
+    prime, pull = rules.sigmoid_prime(z), rules.dz_cross_entropy(z, y)
+    wrong = (pull.abs() > 0.5).any(-1, keepdim=True)  # [..., n, 1]
+    let_through = _let_through(torch.where(wrong, pull, 0.0), torch.where(wrong, prime, 0.0))
+    return _figures(prime, dz, let_through)
 
 
-def _figures(z: Tensor, dz: Tensor, let_through: Tensor) -> Tensor:
-    prime = rules.sigmoid_prime(z)
+def _let_through(pull: Tensor, prime: Tensor) -> Tensor:
+    return _norm(pull * prime, dim=(-2, -1)) / _norm(pull, dim=(-2, -1))
+
+
+def _figures(prime: Tensor, dz: Tensor, let_through: Tensor) -> Tensor:
     figures = (
         _norm(dz, dim=-1).mean(-1),
         prime.mean((-2, -1)),

@@ -204,6 +204,6 @@ def _evaluate(output: Output, split: data.Split, loss: Loss) -> list[Evaluation]
         z, y = output(x).mT.double(), y.mT.double()  # [R, n_out, n], [n_out, n]
         C, _ = fused.forward(z, y.expand_as(z), reduction="none", loss=loss)
         right = y.gather(0, z.max(1).indices)  # 1 where the largest output is the right one
-        totals.append(torch.stack([C.sum((1, 2)), right.sum(1)], -1))
+        totals.append(torch.stack([C.flatten(1).sum(1), right.sum(1)], -1))
     mean = torch.stack(totals).sum(0) / len(split.x)  # [R, 2]
     return [Evaluation(*of_network) for of_network in mean.tolist()]

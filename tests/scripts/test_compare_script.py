@@ -43,6 +43,18 @@ def finished(compare, tmp_path_factory):
     return run_dir, json.loads((run_dir / "results.json").read_text())
 
 
+def test_each_part_of_the_end_is_shown_on_a_terminal(compare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = ["--seeds", "1", "--lrs", "3", "--epochs", "1", "--run-dir", str(tmp_path / "run")]
+    assert compare.main(options) == 0
+    shown = capsys.readouterr().err
+    for part in (
+        *("2 networks side by side", "the control, by autograd", "every engine against autograd …"),
+        *("learning curves …", "pictures for TensorBoard …"),
+    ):
+        assert part in shown
+
+
 def test_results(finished):
     _, results = finished
     rows = {(row["loss"], row["lr"], row["engine"]): row for row in results["rows"]}

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,14 @@ def test_picture_and_curves(slowdown, tmp_path, capsys):
             assert curve == pytest.approx(results["epochs"][0]["output"])
             assert [e.step for e in events.Scalars("neuron/dC_dw")] == list(range(6))
     assert EventAccumulator(str(run_dir)).Reload().Tags()["images"] == ["single neuron"]
+
+
+def test_each_part_is_shown_on_a_terminal(slowdown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert slowdown.main(["--epochs", "5", "--run-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("training: ", "logging: ", "picture …"))
+    assert "/9 [" in shown
 
 
 @pytest.mark.parametrize(
