@@ -122,8 +122,7 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
         panel.set_xticks(range(classes))
         panel.set_yticks(range(classes))
     panel.tick_params(length=0, pad=2)
-    panel.set_xlabel("taken for", labelpad=0)
-    panel.set_ylabel("class", labelpad=0)
+    panel.set_xlabel("row: class; column: taken for")
     panel.set_title(f"{right:,} of {len(z):,} right")
     return figure
 

@@ -139,7 +139,7 @@ def _layout(tags: Iterable[str]) -> Summary:
     groups = {
         "How well: accuracy and loss": {
             **{tag: tag for tag in tags if tag.startswith("accuracy/")},
-            **{f"{tag}, each loss its own": tag for tag in tags if tag.startswith("loss/")},
+            **{f"{tag} (scales differ)": tag for tag in tags if tag.startswith("loss/")},
         },
         f"How fast: epochs 0 to {_FIRST_EPOCHS}": {
             tag.removeprefix(_FIRST): tag for tag in tags if tag.startswith(_FIRST)
