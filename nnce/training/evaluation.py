@@ -188,7 +188,7 @@ def _forward(layers: _Layers, x: Tensor) -> list[Tensor]:
     """z of every layer, [R, n, n_out] each, in memory as [R, n_out, n]: twice as fast."""
     n = len(x)
     # The last numbers of an array, which fill no SIMD register, are rounded differently.
-    x = pad(x, (0, 0, 0, -n % _LANES))
+    x = pad(x, (0, 0, 0, -n % _LANES)) if n % _LANES else x  # (it would copy x)
     z: list[Tensor] = []
     for W, b in layers:
         a = rules.sigmoid(z[-1]) if z else x.expand(len(W), *x.shape)  # (1)
