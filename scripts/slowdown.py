@@ -164,7 +164,8 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
 
 
 def _bar(items: Sequence[_T], description: str) -> Iterable[_T]:
-    return tqdm(items, description, unit="neuron", disable=None, leave=False)
+    bar: Iterable[_T] = tqdm(items, description, unit="neuron", disable=None, leave=False)
+    return bar
 
 
 def row(story: Story) -> report.Row:

@@ -70,6 +70,10 @@ class Run:
     """From epoch 0 to the last one that is finished."""
     stopped: bool = False
     """Whether training has given up on it, since its loss is no finite number any more."""
+    _packed: tuple[list[Record], Tensor] = field(
+        default_factory=lambda: ([], torch.empty(0)), repr=False, compare=False
+    )
+    """The records that are in the last checkpoint, and as they are in there."""
 
     @property
     def variant(self) -> Variant:
@@ -91,6 +95,16 @@ class Run:
     def best(self) -> Record:
         """The epoch of the highest validation accuracy, the first one of several."""
         return max(self.records, key=lambda record: record.accuracy["validation"])
+
+    def packed_records(self) -> Tensor:
+        """The records for a checkpoint; those that were in the last one are not packed again."""
+        old, packed = self._packed
+        if not old or [*map(id, old)] != [*map(id, self.records[: len(old)])]:
+            packed = training.pack(self.records)
+        elif new := self.records[len(old) :]:
+            packed = torch.cat([packed, training.pack(new)])
+        self._packed = list(self.records), packed
+        return packed
 
     def epochs_to(self, accuracy: float) -> int | None:
         """The first epoch at whose end the validation accuracy is that high; None if it never is.
@@ -342,7 +356,7 @@ class SideBySide:
             "cursor": self._cursor.state_dict(),
             "ensembles": [ensemble for ensemble, _ in by_rank],
             "parameters": [parameters for _, parameters in by_rank],
-            "records": [training.pack(run.records) for run in self.runs],
+            "records": [run.packed_records() for run in self.runs],
             "stopped": [run.stopped for run in self.runs],
         }
 
@@ -490,7 +504,7 @@ class InTurn:
         return {
             "finished": self.finished,
             "states": self._world.gather(own),
-            "records": [training.pack(run.records) for run in self.runs],
+            "records": [run.packed_records() for run in self.runs],
             "stopped": [run.stopped for run in self.runs],
         }
 

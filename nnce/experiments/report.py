@@ -53,6 +53,7 @@ def write_text(path: Path, text: str) -> None:
 def write_figure(path: Path, figure: Any, dpi: int) -> None:
     """Write a picture of matplotlib's as PNG, whole or not at all."""
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    figure.set_layout_engine("none")  # its layout is kept; to find it again takes half of a drawing
 
 
 def _plain(value: Any) -> Any:

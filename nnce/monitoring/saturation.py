@@ -68,7 +68,8 @@ def _output_layer(z: Tensor, dz: Tensor, y: Tensor) -> Tensor:
 
 
 def _let_through(pull: Tensor, prime: Tensor) -> Tensor:
-    return _norm(pull * prime, dim=(-2, -1)) / _norm(pull, dim=(-2, -1))
+    share: Tensor = _norm(pull * prime, dim=(-2, -1)) / _norm(pull, dim=(-2, -1))
+    return share
 
 
 def _figures(prime: Tensor, dz: Tensor, let_through: Tensor) -> Tensor:

@@ -106,6 +106,16 @@ def test_the_control_retraces_every_network(trained):
             assert a.loss == pytest.approx(b.loss)
 
 
+def test_packed_records_follow_the_records(trained):
+    _, runs, _ = trained
+    records = list(runs[0].records)
+    r = Run(runs[0].settings, None, [])
+    for some in ([], records[:1], records, records[:2], [records[0], records[2]], records[1:]):
+        r.records[:] = some
+        for _ in range(2):
+            torch.testing.assert_close(r.packed_records(), training.pack(some), rtol=0, atol=0)
+
+
 def test_records_say_what_training_does(trained):
     dataset, runs, _ = trained
     for r in runs:

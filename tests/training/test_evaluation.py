@@ -7,6 +7,7 @@ import torch
 
 import nnce
 from nnce import data, rules, training
+from nnce.engines import loops
 from nnce.losses import LOSSES
 
 SIZES = (64, 30, 20, 10)
@@ -70,6 +71,28 @@ def test_figures_are_those_of_the_formulas(dtype, loss, generator):
         dz = nnce.backprop(network, x, y, loss=loss).dz
         for layer, of_layer in zip(record.layers, dz, strict=True):
             assert layer.dz_norm == pytest.approx(of_layer.norm(dim=1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_of_which_most_are_0_give_the_same_figures(dtype, generator):
+    """Of 300 inputs a tenth is not 0: the first layer is done by loops where they are available."""
+    x, y = split(1_100, dtype, generator)
+    x = torch.rand(1_100, 300, generator=generator, dtype=dtype)
+    x *= torch.rand(1_100, 300, generator=generator) < 0.1
+    splits = {"validation": data.Split(x, y)}
+    some = [nnce.MLP((300, 30, 10), generator=generator, dtype=dtype) for _ in range(9)]
+    W, b = some[0][0].weight.detach()[None], some[0][0].bias.detach()[None]
+    z = loops.first_layer(x, W, b)
+    assert (z is not None) == loops.is_available()
+    rel = 1e-6 if dtype == torch.float32 else 1e-12
+    if z is not None:
+        expected = x[7:40] @ W[0].T + b[0]
+        torch.testing.assert_close(z(7, 40)[0], expected, rtol=10 * rel, atol=10 * rel)
+    for network, record in zip(some, records(some, ["quadratic"] * 9, splits), strict=True):
+        alone = training.evaluate(network, splits["validation"], "quadratic")
+        assert record.loss["validation"] == pytest.approx(alone.loss, rel=rel)
+        assert record.accuracy["validation"] == alone.accuracy
+        assert record == records([network], ["quadratic"], splits)[0]
 
 
 def test_a_diverged_network_leaves_its_neighbors_alone(generator):
