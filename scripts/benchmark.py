@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
     parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
-    parser.add_run_dir_option()
+    parser.add_run_directory_options()
     parser.add_speed_options()
     return parser
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 1 <= options.repetitions <= 1_000:
             raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
         command_line.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
-    with options_parser.run_directory(options.run_dir, f"benchmark-{options.what}") as run_dir:
+    with options_parser.run_directory(options, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
         rows = measure(options, device)
         report.write_results(
@@ -62,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
             seconds=time.perf_counter() - began,
             rows=rows,
+            answer=answer(rows),
         )
-        print(f"{report.table([readable(row) for row in rows])}\n")
-        print(f"Results: {run_dir}")
+        print(report.table([readable(row) for row in rows]))
+        report.print_end(answer(rows), "Results", run_dir, curves={})
     wrong = [row for row in rows if complaint(row)]
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)
@@ -81,6 +82,25 @@ def complaint(row: dict[str, Any]) -> str | None:
     """What is wrong with a peer's result, if anything."""
     is_wrong = row["outcome"] in ("wrong", "failed")
     return f"{row['outcome'].upper()}: {row['note']}" if is_wrong else None
+
+
+def answer(rows: Sequence[dict[str, Any]]) -> str:
+    """The fastest peer, and its time over nnce's; of several works the one where that is least."""
+    by_work: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        is_peer = not row["peer"].startswith(("nnce", "floor", "limit"))
+        if is_peer and row["outcome"] == "right" and not math.isnan(row["ratio"]):
+            by_work.setdefault((row["work"], row.get("networks", 1)), []).append(row)
+    if not by_work:
+        return "No peer could be timed."
+    fastest = [min(of_work, key=lambda row: float(row["ratio"])) for of_work in by_work.values()]
+    least = min(fastest, key=lambda row: float(row["ratio"]))
+    slower = sum(row["ratio"] > 1 for row in fastest)
+    return (
+        f"Fastest peer: {least['peer']}, {least['ratio']:.2f} times nnce's time "
+        f"({least['ratio_least']:.2f} to {least['ratio_most']:.2f}; {least['work']}).\n"
+        f"nnce is faster than every peer in {slower} of {len(fastest)} measured works."
+    )
 
 
 def readable(row: dict[str, Any]) -> report.Row:

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
             dtype=x.dtype,
         )
-    with options_parser.run_directory(options.run_dir, "check-gradients") as run_dir:
+    with options_parser.run_directory(options, "check-gradients") as run_dir:
         measured, atlas = measure_everywhere(device)
         differences = [
             difference
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = matrix(table.rows()) if options.matrix else []
         walked = matrix(table.walked_rows()) if options.matrix else []
         checked = derivatives({**table.rows(), **table.walked_rows()})
-        broken = broken_promises(measured, differences, checked)
+        kept, broken = promises(measured, differences, checked)
 
         rows = [row._asdict() for row in measured]
         report.write_results(
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             matrix=cells,
             matrix_of_walked=walked,
             derivatives=checked,
+            answer=answer(kept, broken),
             broken=broken,
         )
         report.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
@@ -103,11 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
         )
-        print(f"{report.table(checked)}\n")
+        print(report.table(checked))
         if cells:
-            print(f"{report.table(cells)}\n\n{report.table(walked)}\n")
-        print(f"Results and the saturation atlas: {run_dir}")
-        print(f"In TensorBoard: {report.tensorboard_command(run_dir)}")
+            print(f"\n{report.table(cells)}\n\n{report.table(walked)}")
+        report.print_end(
+            answer(kept, broken),
+            "Results and the saturation atlas",
+            run_dir,
+            {"In TensorBoard": run_dir},
+        )
     for sentence in broken:
         print(f"{options_parser.prog}: {sentence}", file=sys.stderr)
     return 1 if broken else 0
@@ -222,36 +227,50 @@ def cell(name: str, way: str, found: Cell) -> str:
     return f"{found.verdict}: {found.detail}" if found.detail else found.verdict
 
 
-def broken_promises(
+def answer(kept: int, broken: Sequence[str]) -> str:
+    """Whether nnce keeps its promises, and which it does not."""
+    if not broken:
+        return f"All {kept} promises kept."
+    return f"{len(broken)} of {kept + len(broken)} promises broken: {'; '.join(broken)}."
+
+
+def promises(
     measured: Sequence[Measured],
     differences: Sequence[dict[str, Any]],
     checked: Sequence[report.Row],
-) -> list[str]:
-    """What nnce promises and does not keep, a sentence each."""
+) -> tuple[int, list[str]]:
+    """How many promises nnce keeps, and a sentence for each that it breaks."""
     promised = {quantity.name: quantity.promised_ulps for quantity in precision.quantities()}
 
     def is_kept(row: Measured) -> bool:
         ulps = promised.get(row.quantity, precision.LINEAR_PROMISED_ULPS)
         return row.ulps <= ulps and row.below_normal < 1 and row.right_at_infinity
 
-    sentences = [
-        f"{row.by}: {row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the "
-        f"last place at z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers below "
-        f"them, limits {'right' if row.right_at_infinity else 'wrong'}"
+    all_promises = [
+        (
+            is_kept(row),
+            f"{row.by}: {row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the "
+            f"last place at z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers "
+            f"below them, limits {'right' if row.right_at_infinity else 'wrong'}",
+        )
         for row in measured
-        if row.by in precision.OURS and not is_kept(row)
+        if row.by in precision.OURS
     ]
-    sentences += [
-        f"{of['loss']}, {of['parameter']}: off by {of['relative']:.1e} in norm"
+    all_promises += [
+        (
+            of["relative"] <= SAME_IN_NORM,
+            f"{of['loss']}, {of['parameter']}: off by {of['relative']:.1e} in norm",
+        )
         for of in differences
-        if not of["relative"] <= SAME_IN_NORM
     ]
-    return sentences + [
-        f"derivatives of {row['derivatives of']}: {name} wrong"
+    all_promises += [
+        (verdict != "wrong", f"derivatives of {row['derivatives of']}: {name} wrong")
         for row in checked
         for name, verdict in row.items()
-        if verdict == "wrong"
+        if name in ("value", "first", "forward mode", "second")
     ]
+    broken = [sentence for is_kept, sentence in all_promises if not is_kept]
+    return len(all_promises) - len(broken), broken
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from nnce import _memory, data
 from nnce.engines import ensemble
 from nnce.experiments import command_line, comparison, comparison_report, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
-from nnce.experiments.comparison import Run, SideBySide, Variant
+from nnce.experiments.comparison import Findings, Run, SideBySide, Variant
 from nnce.experiments.comparison_report import Log
 from nnce.losses import LOSSES, Loss
 from nnce.training import Settings, parallel
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
         training = Training(options, dataset, runs, world, found)
-    name = f"compare-{options.data}-{_memory.dashed(sizes)}-{options.init}-seeds{options.seeds}"
+    start_of = command_line.name_of(options)
+    name = f"compare-{options.data}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
     try:
         with start.directory(options_parser, name, world=world) as path:
             if world.rank:
@@ -90,25 +91,30 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             for one in runs:  # an epoch that is not logged of all of them does not count
                 del one.records[log.finished + 1 :]
         if log.finished >= 1:
-            page = write(training, log, command, interrupted=ending.stopped is not None)
+            findings = write(training, log, command, interrupted=ending.stopped is not None)
     kept = ""
     if log.finished >= 1:
         kept = "what was finished is in the table; "
-        seconds_of = training.costs.by_part(runs, log)
-        parts = ", ".join(f"{name} {s:.1f}" for name, s in seconds_of.items())
-        print(f"\n{page}\n\n{sum(seconds_of.values()):.1f} s: {parts}")
-        report.print_places(run_dir, "Tables, every epoch of every network, and a picture")
+        answer = comparison_report.answer(findings)
+        print(f"\n{answer}\n\n{comparison_report.overview(findings)}\n")
+        print(training.costs.in_words(runs, log))
+        results = "All differences, p-values, epochs.csv and pictures, in results.md and beside it"
+        report.print_end(answer, results, run_dir, log.folders)
     ending.close(f"Interrupted; {kept}to go on:")
 
 
-def write(training: "Training", log: Log, command: str, *, interrupted: bool) -> str:
-    """Write what came out; the page of tables."""
+def write(training: "Training", log: Log, command: str, *, interrupted: bool) -> Findings:
+    """Write what came out, and return it."""
     options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
     controls, run_dir = training.controls.runs, log.run_dir
-    findings = comparison.conclude(runs, controls, dataset)
+    with command_line.announced("every engine against autograd"):
+        findings = comparison.conclude(runs, controls, dataset)
     results = comparison_report.results(findings)
+    page = f"{comparison_report.page(findings, options.dtype)}\n\nMade by `{command}`."
 
     def write_results() -> None:
+        seconds = training.costs.in_words(runs, log)
+        report.write_text(run_dir / "results.md", f"{page}\n\n{seconds}\n")
         seconds_of = training.costs.by_part(runs, log)
         report.write_results(
             run_dir,
@@ -122,17 +128,16 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
         )
 
     write_results()  # before the pictures: what is computed is safe from now on
-    page = comparison_report.page(findings, options.dtype)
     layers = _memory.dashed(runs[0].network.sizes)
     title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
     best = findings.best_lrs
-    figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
-    report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
-    markdown = f"{page}\n\nMade by `{command}`.\n"
-    report.write_text(run_dir / "results.md", markdown)
-    log.finish([*runs, *controls], best, dataset, markdown, figure)
+    with command_line.announced("learning curves"):
+        figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
+        report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
+    with command_line.announced("pictures for TensorBoard"):
+        log.finish([*runs, *controls], best, dataset, page, figure)
     write_results()
-    return page
+    return findings
 
 
 class Training:
@@ -200,9 +205,7 @@ class Training:
         if self._found is None:
             self.saver.save()
         epochs = self.options.epochs
-        with tqdm(
-            total=epochs + 1, unit="epoch", disable=None if log else True, leave=False
-        ) as bar:
+        with tqdm(total=epochs, unit="epoch", disable=None if log else True, leave=False) as bar:
             bar.set_description(f"{len(self.side_by_side.runs)} networks side by side")
             with self.costs.of("side by side", log):
                 for epoch in self.side_by_side.epochs(functools.partial(self.saver.between, ask=1)):
@@ -212,11 +215,11 @@ class Training:
                         if epoch:
                             command_line.keep(log.run_dir)
                     self.saver.after(epoch, epochs)
-                    bar.update(epoch + 1 - bar.n)
+                    bar.update(epoch - bar.n)
+            bar.set_description("the control, by autograd")
             if not self.controls.runs:
                 self.controls = comparison.controls(self._chosen(), self.dataset, self.world)
-            bar.reset((epochs + 1) * len(self.controls.runs))
-            bar.set_description("the control, by autograd")
+            bar.reset(epochs * len(self.controls.runs))
             with self.costs.of("control", log):
                 # Several processes are not at the same step here: they stop after an epoch.
                 between = self.saver.between if self.world.size == 1 else None
@@ -225,7 +228,7 @@ class Training:
                         going = [run for run in self.controls.runs if not run.stopped]
                         log.epoch(going, self.dataset)
                     self.saver.after(epoch, epochs)
-                    bar.update((epoch + 1) * len(self.controls.runs) - bar.n)
+                    bar.update(epoch * len(self.controls.runs) - bar.n)
 
 
 class Costs:
@@ -263,6 +266,12 @@ class Costs:
             yield
         finally:
             self._parts[part] += beside_logging() - began
+
+    def in_words(self, runs: Sequence[Run], log: Log) -> str:
+        """The total and its parts in a line."""
+        parts = self.by_part(runs, log)
+        line = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        return f"{sum(parts.values()):.1f} s: {line}"
 
     def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
         """The total in parts."""

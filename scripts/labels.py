@@ -294,7 +294,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=512, help="examples in a mini-batch")
     parser.add_argument("--lr", type=float, default=0.01, help="Adam's learning rate")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_run_dir_option()
+    parser.add_run_directory_options()
     parser.add_speed_options()
     return parser
 
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.manual_seed(options.seed)
         share = max(len(train.positives.col), 1) / (len(train.positives) * num_labels)
         model = Classifier(inputs, options.features, num_labels, min(share, 0.5))
-    with options_parser.run_directory(options.run_dir, "labels") as run_dir:
+    with options_parser.run_directory(options, "labels") as run_dir:
         command_line.announce_threads(options)
         learn(model, train, test, num_labels, generator, options, run_dir)
     return 0
@@ -429,8 +429,8 @@ def learn(
                         writer.add_scalar(f"test/{name}", value, epoch)
                 command_line.keep(run_dir)
                 bar.write(
-                    f"epoch {epoch}: loss {total / n:.3f}, precision@1 "
-                    f"{100 * found['precision@1']:.2f} %"
+                    f"epoch {epoch}: loss {total / n:.4f}, precision@1 "
+                    f"{report.in_percent(found['precision@1'])}"
                 )
     peak = resident(peak=True) / 1e6
     with command_line.undisturbed():
@@ -440,16 +440,29 @@ def learn(
             device=torch.device("cpu"),
             seconds=time.perf_counter() - began,
             rows=rows,
+            answer=answer(rows, num_labels, peak, bound),
             interrupted=ending.stopped is not None,
             memory={"before_MB": before, "bound_MB": bound, "peak_MB": peak},
         )
     print(f"\n{report.table([readable(row) for row in rows])}\n")
-    print(
-        f"{time.perf_counter() - began:.1f} s; memory at its peak {peak:,.0f} MB, "
-        f"{'within' if peak <= bound else 'MORE THAN'} the {bound:,.0f} MB stated"
-    )
-    report.print_places(run_dir, "Results")
+    print(f"{time.perf_counter() - began:.1f} s")
+    report.print_end(answer(rows, num_labels, peak, bound), "Results", run_dir)
     ending.close(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.")
+
+
+def answer(rows: Sequence[report.Row], num_labels: int, peak: float, bound: float) -> str:
+    """How good the ranking is, and whether the memory was as stated."""
+    baseline, last = rows[0], rows[-1]
+    best, frequent = (
+        report.in_percent(cast(float, row["precision@1"])) for row in (last, baseline)
+    )
+    trained = f"after epoch {last['epoch']}" if len(rows) > 1 else "before training"
+    return (
+        f"The best of {num_labels:,} labels is right for {best} of the test examples {trained} "
+        f"(always the most frequent label: {frequent}).\n"
+        f"Peak memory {peak:,.0f} MB, {'within' if peak <= bound else 'MORE THAN'} the "
+        f"{bound:,.0f} MB stated."
+    )
 
 
 def check_loss(loss: float, examples: str, epoch: int) -> None:

@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parallel.launched():
             raise ValueError("expected one process; the networks are side by side in it")
         work = Work(options, start.found)
-    with start.directory(options_parser, f"reproduce-{options.table}") as path:
+    with start.directory(
+        options_parser, "-".join(["reproduce", options.table, *options.rows])
+    ) as path:
         command_line.announce_threads(options)
         run(work, path, start.command)
     return 0
@@ -190,7 +192,7 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             attempt = work.attempt
             config = {"row": row.name, **vars(settings), "data": options.data}
             so_far = [attempt.records(epoch) for epoch in range(attempt.next_epoch)]
-            with Monitor(run_dir / row.name, config, so_far) as monitor:
+            with Monitor(run_dir / row.name, config, so_far, several=True) as monitor:
                 train(attempt, settings, monitor, saver)
                 work.outcomes[row.name] = attempt.finish(work.dataset.test)
                 if settings.distortion is not None:
@@ -206,21 +208,21 @@ def run(work: Work, run_dir: Path, command: str) -> None:
     ending.close("Interrupted; to go on:")
     write(work, run_dir, command)  # once more: a run may have been killed before the last time
     print(f"\n{page(work, command)}\n\n{work.seconds:.1f} s")
-    report.print_places(run_dir, "Results and a picture")
+    report.print_end(answer(work), "Results and a picture", run_dir)
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
     """All epochs of a row, with a progress bar."""
     done = attempt.next_epoch
     with tqdm(
-        total=settings.epochs + 1, initial=done, unit="epoch", disable=None, leave=False
+        total=settings.epochs, initial=max(0, done - 1), unit="epoch", disable=None, leave=False
     ) as bar:
         bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
             if new := attempt.records(epoch):
                 monitor.log(*new)
             saver.after(epoch, settings.epochs)
-            bar.update(epoch + 1 - bar.n)
+            bar.update(epoch - bar.n)
 
 
 def introduce(work: Work) -> None:
@@ -280,6 +282,28 @@ def verdict(table: Table, row: Row, ours: Spread) -> str:
     return "ours is better" if better else "ours is worse"
 
 
+def answer(work: Work) -> str:
+    """How many of the published figures are reproduced, and which are not."""
+    rows = [row for row in work.rows if row.name in work.outcomes]
+    verdicts: dict[str, list[str]] = {}
+    for told in (closing_row(work, row) for row in rows):
+        verdicts.setdefault(str(told["verdict"]), []).append(str(told["row"]))
+    figures_of = [name for verdict, names in verdicts.items() if verdict for name in names]
+    if not figures_of:
+        why = "nothing published" if work.compares else "not the published protocol or data"
+        return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {why}."
+    sentence = (
+        f"{len(verdicts.get('within', []))} of {len(figures_of)} published figures are within the "
+        f"range of our starts"
+    )
+    others = [
+        f"{verdict} in {', '.join(names)}"
+        for verdict, names in verdicts.items()
+        if verdict.startswith("ours")
+    ]
+    return "; ".join([sentence, *others]) + "."
+
+
 def page(work: Work, command: str) -> str:
     """The table for people, what it is of, and how it was made."""
     table = work.table
@@ -316,6 +340,7 @@ def write(work: Work, run_dir: Path, command: str) -> None:
         device=work.dataset.train.x.device,
         seconds=work.seconds,
         rows=[closing_row(work, row) for row in rows],
+        answer=answer(work),
         command=command,
         protocols={row.name: work.protocols[row.name] for row in rows},
         published={row.name: row.published for row in rows},

@@ -4,25 +4,28 @@ if __name__ == "__main__":
     import startup  # noqa: F401  before all else
 
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from nnce.algorithm import backprop
 from nnce.experiments import command_line, figures, report
 from nnce.experiments.command_line import DTYPES, ArgumentParser
+from nnce.experiments.tensorboard import add_points
 from nnce.losses import LOSSES, Loss
 
 STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
 # Where a is below this the neuron says 0, as it should.
 RIGHT = 0.5
 
-
+_T = TypeVar("_T")
 Rule = Literal["quadratic", "cross-entropy", "BCELoss of σ(z)"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
@@ -57,7 +60,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
     parser.add_argument("--epochs", type=int, default=300, help="steps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
-    parser.add_argument("--run-dir", type=Path, help="a new folder (default: one under runs/)")
+    parser.add_run_directory_options()
     return parser
 
 
@@ -73,12 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = torch.tensor([options.lr, *(value for start in starts for value in start)])
         if not (numbers.isfinite().all() and options.lr > 0):
             raise ValueError("expected finite numbers for --start and a positive --lr")
-    with options_parser.run_directory(options.run_dir, "slowdown") as run_dir:
+    with options_parser.run_directory(options, "slowdown") as run_dir:
         dtype = DTYPES[options.dtype]
         stories = [
             learn(rule, w, b, options.lr, options.epochs, dtype)
-            for w, b in starts
-            for rule in RULES
+            for (w, b), rule in _bar([*itertools.product(starts, RULES)], "training")
         ]
         rows = [row(story) for story in stories]
         report.write_results(
@@ -87,11 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=torch.device("cpu"),
             seconds=time.perf_counter() - began,
             rows=rows,
+            answer=answer(stories),
             epochs=[story._asdict() for story in stories],
         )
         log(stories, run_dir)
-        print(f"\n{report.table([readable(story) for story in stories])}\n")
-        report.print_places(run_dir, "Results and a picture")
+        print(f"\n{report.table([readable(story) for story in stories])}")
+        report.print_end(answer(stories), "Results and a picture", run_dir)
     return 0
 
 
@@ -135,14 +138,12 @@ def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tens
 
 def log(stories: Sequence[Story], run_dir: Path) -> None:
     """Write TensorBoard's curves, a run for each rule from each start, and the picture."""
-    for story in stories:
+    for story in _bar(stories, "logging"):
         name = f"w{story.w:g}-b{story.b:g}-{story.rule.split(' ')[0]}"
         with SummaryWriter(str(run_dir / name)) as writer:
             for epoch, values in enumerate(zip(story.output, story.loss, story.dw, strict=True)):
-                for tag, value in zip(
-                    ("neuron/output", "neuron/loss", "neuron/dC_dw"), values, strict=True
-                ):
-                    writer.add_scalar(tag, value, epoch)
+                points = zip(("output", "loss", "dC_dw"), values, strict=True)
+                add_points(writer, {f"neuron/{name}": value for name, value in points}, epoch)
     starts = dict.fromkeys((story.w, story.b) for story in stories)
     figure = figures.single_neuron(
         [
@@ -157,9 +158,14 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
             for w, b in starts
         ]
     )
-    report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
-    with SummaryWriter(str(run_dir)) as writer:
+    with command_line.announced("picture"), SummaryWriter(str(run_dir)) as writer:
+        report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
         writer.add_figure("single neuron", figure)
+
+
+def _bar(items: Sequence[_T], description: str) -> Iterable[_T]:
+    bar: Iterable[_T] = tqdm(items, description, unit="neuron", disable=None, leave=False)
+    return bar
 
 
 def row(story: Story) -> report.Row:
@@ -177,6 +183,21 @@ def row(story: Story) -> report.Row:
         "dw_most": max(story.dw),
         "first_epoch_below_half": next(right, None),
     }
+
+
+def answer(stories: Sequence[Story]) -> str:
+    """How long each rule takes from the start that is most wrong."""
+    worst = max(stories, key=lambda story: story.w + story.b)
+    took = []
+    for story in stories:
+        if (story.w, story.b) == (worst.w, worst.b):
+            first = row(story)["first_epoch_below_half"]
+            words = f"not within {len(story.output) - 1}" if first is None else str(first)
+            took.append(f"{story.rule} {words}")
+    return (
+        f"From w = {worst.w:g}, b = {worst.b:g}, epochs until the output is below ½: "
+        f"{', '.join(took)}."
+    )
 
 
 def readable(story: Story) -> report.Row:

@@ -106,7 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
     """A telling name for the run's directory."""
     layers = _memory.dashed(options.hidden) or "single-layer"
-    return f"{options.data}-{options.loss}-{layers}-{settings.engine}-seed{options.seed}"
+    optimizer = "" if settings.optimizer == "sgd" else f"-{settings.optimizer}"
+    return (
+        f"{options.data}-{options.loss}-lr{settings.rate:g}{optimizer}-{layers}-"
+        f"{command_line.name_of(options)}-{settings.engine}-seed{options.seed}"
+    )
 
 
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
@@ -214,26 +218,30 @@ class Training:
             if records:
                 self._write(monitor, rows, seconds, interrupted=ending.stopped is not None)
         if records:
-            print(f"\n{report.table(rows)}\n")
-            print(f"{seconds:.1f} s, {self.training_seconds:.1f} s of them training")
-        if not self.config["dry_run"]:
-            report.print_places(self.run_dir, "Results and network")
+            print(f"\n{report.table([report.readable(row) for row in rows])}\n")
+            print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
+            if not self.config["dry_run"]:
+                report.print_end(self.answer(), "Results", self.run_dir)
         kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
         ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}to go on:")
+
+    def answer(self) -> str:
+        """How good the network is, and how to use it."""
+        last = self.records[-1]
+        path = command_line.from_here(self.network_path)
+        return (
+            f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch {last.epoch}.\n"
+            f"The network: nnce.load({path!r})"
+        )
 
     def _train(self, monitor: Monitor, saver: resuming.Saver) -> None:
         """Log and save the network after each epoch."""
         network, settings = self.state.network, self.settings
-        bar = tqdm(
-            training.train(self.state, settings, self.dataset, between=saver.between),
-            total=settings.epochs + 1,
-            initial=len(self.records),
-            unit="epoch",
-            disable=None,
-            leave=False,
-        )
-        with bar:
-            for record in bar:
+        done = self.records[-1].epoch if self.records else 0
+        with tqdm(
+            total=settings.epochs, initial=done, unit="epoch", disable=None, leave=False
+        ) as bar:
+            for record in training.train(self.state, settings, self.dataset, between=saver.between):
                 monitor.log(record)
                 monitor.log_histograms(
                     network, self.dataset.validation, settings.loss, record.epoch
@@ -243,6 +251,7 @@ class Training:
                 if record.epoch:
                     command_line.keep(self.run_dir)
                 saver.after(record.epoch, settings.epochs)
+                bar.update(record.epoch - bar.n)
                 bar.write(report.epoch_line(record))
 
     def _write(
@@ -256,14 +265,16 @@ class Training:
             device=device,
             seconds=seconds,
             rows=rows,
+            answer=self.answer(),
             interrupted=interrupted,
             training_seconds=self.training_seconds,
             epochs=[report.record_as_dict(record) for record in self.records],
         )
         # The network in memory may be in an epoch that does not count.
         finished = nnce.load(self.network_path, device)
-        monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
-        monitor.log_hparams(self.records[-1])
+        with command_line.announced("pictures for TensorBoard"):
+            monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
+        monitor.log_hparams(self.config, self.records[-1])
         if self.settings.distortion is not None:
             figure = figures.distortions(self.dataset.train.x, self.settings.distortion)
             monitor.log_figure("distortion", figure)

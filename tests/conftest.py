@@ -12,8 +12,8 @@ from nnce import data
 
 ROOT = Path(__file__).parent.parent
 
-# In a shell's background SIGINT is ignored, under nohup SIGHUP, and would be by the scripts that are
-# run here, too.
+# In a shell's background SIGINT is ignored, and under nohup SIGHUP: the scripts that are run here
+# would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

@@ -3,16 +3,20 @@
 Needs Chromium and its driver. The screenshots are kept next to the run, in runs/browser-test-….
 """
 
+import contextlib
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, missing
+
+from nnce.experiments import report
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +71,13 @@ const walk = (root) => {
 walk(document);
 return texts;
 """
+COLORS = """
+const swatches = [...document.querySelectorAll('.run-color-swatch')];
+return swatches.map((swatch) => getComputedStyle(swatch).backgroundColor);
+"""
+NUMBERS = """
+return [...document.querySelectorAll('input[type=number]')].map((e) => e.value);
+"""
 TEXT = """
 const texts = [];
 const walk = (node) => {
@@ -86,10 +97,10 @@ class Board:
     def __init__(self, driver, address, screenshots):
         self.driver, self.address, self.screenshots = driver, address, screenshots
 
-    def open(self, page, until, within=40):
+    def open(self, page, until, within=40, query=""):
         """Open a page, wait until it shows what it should, and take a screenshot either way."""
         self.driver.get("about:blank")
-        self.driver.get(f"{self.address}/#{page}")
+        self.driver.get(f"{self.address}/{query}#{page}")
         shown = self.wait(until, within)
         time.sleep(1)  # what is drawn in steps
         self.driver.save_screenshot(str(self.screenshots / f"{page}.png"))
@@ -147,9 +158,42 @@ def driver():
     driver.quit()
 
 
+@contextlib.contextmanager
+def served(driver, folder, screenshots, last_run):
+    """TensorBoard over a folder, once it knows the last of its runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [
+            str(Path(sys.executable).with_name("tensorboard")),
+            *("--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{address}/data/runs", timeout=5) as answer:
+                    if last_run.encode() in answer.read():
+                        break
+            except OSError:
+                pass
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.5)
+        screenshots.mkdir()
+        yield Board(driver, address, screenshots)
+    finally:
+        server.terminate()
+        server.wait()
+
+
 @pytest.fixture(scope="module")
-def board(driver, worker_id):
-    """A small comparison and a training run, and TensorBoard over both."""
+def runs(worker_id):
+    """The folders of a small comparison and a training run."""
     # The tests of this file may be shared out over the processes of pytest-xdist.
     runs = ROOT / "runs" / f"browser-test-{worker_id}"
     shutil.rmtree(runs, ignore_errors=True)
@@ -160,39 +204,27 @@ def board(driver, worker_id):
     ):
         command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *options]
         subprocess.run([*command, "--run-dir", str(runs / script)], check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [
-            str(Path(sys.executable).with_name("tensorboard")),
-            *("--logdir", str(runs), "--port", str(port), "--host", "127.0.0.1"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"{address}/data/runs", timeout=5) as answer:
-                    if b"slowdown" in answer.read():
-                        break
-            except OSError:
-                pass
-            assert time.monotonic() < deadline and server.poll() is None
-            time.sleep(0.5)
-        screenshots = runs / "screenshots"
-        screenshots.mkdir()
-        yield Board(driver, address, screenshots)
-    finally:
-        server.terminate()
-        server.wait()
+    return runs
+
+
+@pytest.fixture(scope="module")
+def best(driver, runs):
+    """TensorBoard over the folder of the first command that a comparison prints."""
+    folder = runs / "compare" / "best-rates"
+    last = sorted(path.name for path in folder.iterdir())[-1]
+    with served(driver, folder, runs / "screenshots-best", last) as board:
+        yield board
+
+
+@pytest.fixture(scope="module")
+def board(driver, runs):
+    """TensorBoard over a comparison at all rates, a training run and single neurons."""
+    with served(driver, runs, runs / "screenshots", "slowdown") as board:
+        yield board
 
 
 def runs_of(*losses):
-    return [f"compare/{loss}-lr{lr}" for loss in losses for lr in ("0.5", "3")]
+    return [f"compare/all-rates/{loss}-lr{lr}" for loss in losses for lr in ("0.5", "3")]
 
 
 def test_run_list_and_time_series(board):
@@ -210,23 +242,57 @@ def test_run_list_and_time_series(board):
     board.open("timeseries", shown)
 
 
+def most_lines(board):
+    return max((chart["lines"] for chart in board.drawn("vz-line-chart2", "lines")), default=0)
+
+
 def test_scalars_are_overlaid(board):
-    def most_lines():
-        return max((chart["lines"] for chart in board.drawn("vz-line-chart2", "lines")), default=0)
-
-    # In one chart a line each of the comparison's variants, its controls and the training run.
-    board.open("scalars", lambda: most_lines() >= 4 + 2 + 1)
+    # In one chart a line each of the comparison's variants, its controls (both also at the best
+    # rates) and the training run.
+    board.open("scalars", lambda: most_lines(board) >= 4 + 2 + 4 + 1)
 
 
-def test_margin_charts(board):
+def test_the_link_shows_four_runs_in_four_colors(best):
+    """Not smoothed, and without helper tags, histograms and images."""
+    query = urllib.parse.urlsplit(report.TENSORBOARD).query
+
+    def shown():
+        return best.drawn("line-chart", "canvases") and best.driver.execute_script(COLORS)
+
+    text = best.open("timeseries", shown, query=f"?{query}")
+    colors = best.driver.execute_script(COLORS)
+    assert len(colors) == len(set(colors)) == 4
+    assert "18 cards" in text  # 2 layers' 4 figures, and loss and accuracy 3 + 2 times
+    numbers = best.driver.execute_script(NUMBERS)  # of the settings, with the smoothing
+    assert "0" in numbers and "0.6" not in numbers
+
+
+def test_scalars_of_the_best_rates_are_four_lines(best):
+    text = best.open("scalars", lambda: most_lines(best) >= 4)
+    assert all(text.count(f"{loss}-lr") == 2 for loss in ("quadratic", "cross-entropy"))
+
+
+def test_custom_scalars_are_three_groups_of_margin_charts(best):
     charts = "tf-custom-scalar-margin-chart-card"
 
     def shown():
-        drawn = [chart["areas"] for chart in board.drawn(charts, "areas")]
+        best.driver.execute_script(OPEN_ALL)
+        drawn = [chart["areas"] for chart in best.drawn(charts, "areas")]
         return len(drawn) >= 6 and min(drawn) >= 2  # both losses, and their bands have a height
 
-    text = board.open("custom_scalars", shown)
-    assert "mean and 95 % confidence interval over seeds" in text
+    text = best.open("custom_scalars", shown)
+    for title in ("How well", "How fast", "The learning slowdown", "the quadratic loss has left"):
+        assert title in text
+
+
+def test_images_of_the_best_rates(best):
+    wanted = {"weights/layer1", "wrong", "confusion", "learning curves"}
+
+    def shown():
+        best.driver.execute_script(OPEN_ALL)
+        return wanted <= {image["tag"] for image in best.drawn("tf-image-loader", "images")}
+
+    best.open("images", shown)
 
 
 def test_images(board):
@@ -248,19 +314,29 @@ def test_histograms(board):
         assert tag in text.replace(" ", "")
 
 
-def test_text(board):
-    text = board.open("text", lambda: "Made by" in board.text())
+def test_text(best):
+    text = best.open("text", lambda: "Made by" in best.text())
     assert "scripts/compare.py --seeds 3 --lrs 0.5 3 --epochs 5" in text
-    assert "best on validation" in text and "Cross-entropy minus quadratic" in text
+    assert "best on validation" in text and "cross-entropy − quadratic, each at its best" in text
+    assert text.count("config/text_summary") == 2  # a title and a tag: once
+
+
+def trials(board):
+    return set(board.driver.execute_script(CELLS))
 
 
 def test_hparams(board):
-    def trials():
-        cells = board.driver.execute_script(CELLS)
-        return {text for text in cells if text.startswith(("compare/", "train"))}
+    of_compare = {*runs_of("quadratic", "cross-entropy"), "train"}
+    board.open("hparams", lambda: of_compare <= trials(board))
 
-    # The runs of the comparison, its two controls and the training run, and no others.
-    text = board.open("hparams", lambda: len(trials()) >= 4 + 2 + 1)
-    assert len(trials()) == 4 + 2 + 1
-    for name in ("loss", "lr", "engine", "accuracy/test"):
+
+def test_hparams_of_the_best_rates_are_what_varies(best):
+    def of_runs():
+        return {text for text in trials(best) if text.startswith(("quadratic-", "cross-entropy-"))}
+
+    text = best.open("hparams", lambda: len(of_runs()) >= 4)
+    assert len(of_runs()) == 4
+    for name in ("loss", "rate", "start", "λ", "engine", "test accuracy", "validation accuracy"):
         assert name in text
+    for constant in ("gamma", "warmup", "elastic", "momentum", "batch_size"):
+        assert constant not in text

@@ -12,12 +12,12 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnce import kernels
 from nnce._torch_private import owner, version
@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # needs Numba
 DTYPES = (torch.float32, torch.float64)
 # The share of nonzero inputs above which all inputs are walked over.
 DENSE = 0.7
+# A first layer is faster by walking over the inputs that are not 0 than as a matrix product, if its
+# inputs are this many, its neurons at most this many, and at most this share of the inputs not 0.
+_WIDE, _NARROW, _SPARSE = 256, 128, 0.3
 # Data sets whose inputs are kept in the loops' layout: some to train on, some to evaluate on.
 _MAX_INPUTS = 4
 # Examples whose outputs are computed together.
@@ -170,6 +173,46 @@ class InputCache:
 
 # One for all ensembles: a comparison, or a benchmark, has several on the same data.
 INPUTS = InputCache()
+
+
+def first_layer(x: Tensor, W: Tensor, b: Tensor) -> Callable[[int, int], Tensor] | None:
+    """z = W a_prev + b of the first layer of R networks, walking over the inputs that are not 0.
+
+    Args:
+        x: inputs [N, n_in].
+        W: weights [R, n_out, n_in], in x's dtype.
+        b: biases [R, n_out].
+
+    Returns:
+        z [R, n, n_out] of the examples from a begin to an end; None where a matrix product is
+        faster, or loops are not available.
+    """
+    (R, n_out, n_in), width = W.shape, padded_width(W.shape[1])
+    small = n_in < _WIDE or width > _NARROW
+    if small or not x.is_cpu or x.dtype not in DTYPES or not len(x) or not is_available():
+        return None
+    import numpy as np
+
+    kernels_, inputs = _kernels(), INPUTS.get(x, dense=False)
+    if len(inputs.values) > _SPARSE * x.numel():
+        return None
+    W = nn.functional.pad(W.mT, (0, width - n_out, 0, 1))  # [R, n_in + 1, width], the last row of 0
+    b = nn.functional.pad(b, (0, width - n_out))
+    none, widths = W.new_zeros(0).numpy(), np.array([width])
+    layers = [
+        kernels_.Layers(W[r].flatten().numpy(), b[r].numpy(), *[none] * 4, widths, widths)
+        for r in range(R)
+    ]
+
+    def some(begin: int, end: int) -> Tensor:
+        rows, z = np.arange(begin, end), W.new_empty(R, end - begin, width)
+        for of_one, to in zip(layers, z, strict=True):
+            kernels_.first_layer(of_one, inputs, rows, to.view(-1).numpy())
+        return z[..., :n_out]
+
+    with interrupts_wait():  # the first call for a dtype compiles
+        some(0, 1)
+    return some
 
 
 # ---------------------------------------------------------------------------------- the networks

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn, cast
 
 import torch
+from tqdm import tqdm
 
 from nnce import _memory, data, modules
 from nnce.engines import ensemble, loops
@@ -74,7 +76,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {where}{' '.join(message.split())}\n")
 
     def add_common_options(self) -> None:
-        """--data, --data-dir, --device, --dtype, --seed and --run-dir."""
+        """--data, --data-dir, --device, --dtype, --seed, --run-dir and --name."""
         self.add_argument("--data", choices=data.DATASETS, default="digits", help="data set")
         folder = "folder of the data, downloaded if missing (default: $NNCE_DATA, else data)"
         self.add_argument("--data-dir", type=Path, help=folder)
@@ -83,12 +85,15 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         self.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
         self.add_argument("--seed", type=int, default=0, help="random seed")
-        self.add_run_dir_option()
+        self.add_run_directory_options()
 
-    def add_run_dir_option(self) -> None:
-        """--run-dir, for `run_directory`."""
+    def add_run_directory_options(self) -> None:
+        """--run-dir and --name, for `run_directory`."""
         folder = "new or empty folder for the results (default: a new one under runs/)"
         self.add_argument("--run-dir", type=Path, help=folder)
+        self.add_argument(
+            "--name", type=_word, help="a word in the name of the new folder under runs/"
+        )
 
     def add_hidden_option(self, meaning: str) -> None:
         """--hidden."""
@@ -165,11 +170,14 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(sentence)
 
     @contextlib.contextmanager
-    def run_directory(self, chosen: Path | None, name: str, **options: Any) -> Iterator[Path]:
-        """`run_directory`, where a directory that cannot be used is a user's error."""
+    def run_directory(self, options: argparse.Namespace, name: str, **more: Any) -> Iterator[Path]:
+        """`run_directory` of --run-dir or --name; one that cannot be used is a user's error."""
         with contextlib.ExitStack() as stack:
             with self.user_errors():
-                path = stack.enter_context(run_directory(chosen, name, **options))
+                if options.name and options.run_dir:
+                    raise ValueError("expected --run-dir or --name, got both")
+                name = f"{name}-{options.name}" if options.name else name
+                path = stack.enter_context(run_directory(options.run_dir, name, **more))
             yield path
 
 
@@ -181,6 +189,15 @@ def _whole_number(text: str) -> int:
             f"expected a whole number within ±{_LARGEST:,}, got {text}"
         )
     return number
+
+
+def _word(text: str) -> str:
+    """`--name`, checked: a part of a folder's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,59}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"expected a letter or digit and at most 59 more or . _ + -, got {text!r}"
+        )
+    return text
 
 
 def _init(text: str) -> modules.Init:
@@ -438,6 +455,13 @@ def settings(options: argparse.Namespace, **more: Any) -> Settings:
     )
 
 
+def name_of(options: argparse.Namespace) -> str:
+    """Start, regularization and momentum of the training options, for a run directory's name."""
+    extra = {"lambda": options.l2, "momentum": options.momentum}
+    extras = [f"{name}{value:g}" for name, value in extra.items() if value]
+    return "-".join([str(options.init), *extras])
+
+
 def _schedule(options: argparse.Namespace) -> Schedule:
     depending: dict[str, dict[str, float]] = {
         "step": {"step_size": 10, "gamma": 0.1},
@@ -495,6 +519,13 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
         raise ValueError(f"expected 1 to 1,024 --threads, got {threads:,}")
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
+
+
+@contextlib.contextmanager
+def announced(description: str) -> Iterator[None]:
+    """Show on a terminal what a block of some seconds is doing."""
+    with tqdm(desc=description, bar_format="{desc} …", disable=None, leave=False):
+        yield
 
 
 def announce_threads(options: argparse.Namespace) -> None:

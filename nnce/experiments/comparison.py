@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,8 @@ from nnce._arguments import is_size
 from nnce.engines import loops
 from nnce.engines.ensemble import Ensemble, check_engine
 from nnce.experiments.estimates import (
+    DIFFERENCE,
+    SHARE,
     Difference,
     Estimate,
     estimate,
@@ -35,7 +36,6 @@ from nnce.training.parallel import ALONE, World
 
 # Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
 _MEASURED = 5_000
-_MULTIPLICATIONS_FOR_THREADS = 50_000_000
 CONTROL: Engine = "autograd"
 # "backprop" is one of the first two.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
@@ -70,6 +70,10 @@ class Run:
     """From epoch 0 to the last one that is finished."""
     stopped: bool = False
     """Whether training has given up on it, since its loss is no finite number any more."""
+    _packed: tuple[list[Record], Tensor] = field(
+        default_factory=lambda: ([], torch.empty(0)), repr=False, compare=False
+    )
+    """The records that are in the last checkpoint, and as they are in there."""
 
     @property
     def variant(self) -> Variant:
@@ -91,6 +95,16 @@ class Run:
     def best(self) -> Record:
         """The epoch of the highest validation accuracy, the first one of several."""
         return max(self.records, key=lambda record: record.accuracy["validation"])
+
+    def packed_records(self) -> Tensor:
+        """The records for a checkpoint; those that were in the last one are not packed again."""
+        old, packed = self._packed
+        if not old or [*map(id, old)] != [*map(id, self.records[: len(old)])]:
+            packed = training.pack(self.records)
+        elif new := self.records[len(old) :]:
+            packed = torch.cat([packed, training.pack(new)])
+        self._packed = list(self.records), packed
+        return packed
 
     def epochs_to(self, accuracy: float) -> int | None:
         """The first epoch at whose end the validation accuracy is that high; None if it never is.
@@ -314,15 +328,10 @@ class SideBySide:
         records: list[Record] = []
         cursor = self._cursor
         if self._together is not None:
-            # A thread a network is faster than several for one, whose products are small; but where
-            # there is little to measure they wait for each other's Python.
-            first_layer = self._share[0].network[0].weight.numel()
-            multiplications = sum(len(split.x) for split in self._measured.values()) * first_layer
-            many = multiplications >= _MULTIPLICATIONS_FOR_THREADS
-            at_once = self._threads if many and not self._train.x.is_cuda else 1
+            # Some networks for each thread are faster than several threads for each product.
+            at_once = 1 if self._train.x.is_cuda else self._threads
             with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
                 records = training.records(
-                    [partial(self._together.outputs, number) for number in range(len(self._share))],
                     self._together.networks,
                     [run.settings.loss for run in self._share],
                     self._measured,
@@ -347,7 +356,7 @@ class SideBySide:
             "cursor": self._cursor.state_dict(),
             "ensembles": [ensemble for ensemble, _ in by_rank],
             "parameters": [parameters for _, parameters in by_rank],
-            "records": [training.pack(run.records) for run in self.runs],
+            "records": [run.packed_records() for run in self.runs],
             "stopped": [run.stopped for run in self.runs],
         }
 
@@ -495,7 +504,7 @@ class InTurn:
         return {
             "finished": self.finished,
             "states": self._world.gather(own),
-            "records": [training.pack(run.records) for run in self.runs],
+            "records": [run.packed_records() for run in self.runs],
             "stopped": [run.stopped for run in self.runs],
         }
 
@@ -638,7 +647,8 @@ def summarise(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
         diverged=len(runs) - len(whole),
         epochs=runs[0].last.epoch,
         test_accuracy={
-            name: estimate([measure(run) for run in whole]) for name, measure in MEASURES.items()
+            name: estimate([measure(run) for run in whole], SHARE)
+            for name, measure in MEASURES.items()
         },
         epochs_to={accuracy: [run.epochs_to(accuracy) for run in whole] for accuracy in ACCURACIES},
         saturated=(
@@ -677,6 +687,7 @@ def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -
             name: paired_difference(
                 [measure(cross_entropy[seed]) for seed in seeds],
                 [measure(quadratic[seed]) for seed in seeds],
+                DIFFERENCE,
             )
             for name, measure in MEASURES.items()
         },
@@ -744,7 +755,7 @@ class Findings(NamedTuple):
     best_lrs: dict[Loss, float]
     summaries: list[Summary]
     comparisons: dict[str, Comparison]
-    """By the rates: "both 1", and "best: 3 and 1", quadratic's first."""
+    """By the rates: "both 1", and "best: 3 and 1", quadratic's first; each pair of rates once."""
     engines: list[EngineDifference]
     controls: list[ControlDifference]
     notes: list[str]
@@ -767,7 +778,7 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
         elif len(grid) > 1 and best[loss] in (min(grid), max(grid)):
             notes.append(f"The best rate for {loss}, {best[loss]:g}, is at the edge of its grid.")
     if len({run.settings.seed for run in runs}) == 1:
-        notes.append("One seed: there is no interval and no p-value; take --seeds 8, say.")
+        notes.append("One seed: there is no interval and no p-value; use --seeds 8.")
     comparisons = {
         f"both {variant.lr:g}": compare(runs, variant.lr, variant.lr)
         for variant in variants
@@ -775,6 +786,8 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     }
     if len(best) == len(LOSSES):
         slow, fast = best["quadratic"], best["cross-entropy"]
+        if slow == fast:  # the same test, which must not count twice in Holm's correction
+            del comparisons[f"both {slow:g}"]
         comparisons[f"best: {slow:g} and {fast:g}"] = compare(runs, slow, fast)
     comparisons = _corrected(comparisons)
     common = runs[0].settings

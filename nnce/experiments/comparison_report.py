@@ -25,10 +25,10 @@ from nnce.experiments.comparison import (
     Variant,
     by_variant,
 )
-from nnce.experiments.estimates import Estimate
+from nnce.experiments.estimates import Difference, Estimate
 from nnce.experiments.report import Row, table, write_text
-from nnce.experiments.tensorboard import Monitor, scalars
-from nnce.losses import Loss
+from nnce.experiments.tensorboard import Monitor, options_table, scalars
+from nnce.losses import LOSSES, Loss
 from nnce.training import Record
 
 READING = """\
@@ -37,6 +37,9 @@ quadratic's without the factor σ'(z), which is ¼ at most. The fair comparison 
 rate, the one of the highest mean validation accuracy after the last epoch. The intervals are for
 start and order of the mini-batches together, which each seed draws. p is the paired t-test's; the
 last p is corrected for the number of differences in this table, by Holm's method."""
+BY_LOGIT = """\
+† Delta method on the logit of the mean, because Student's t interval leaves the possible range."""
+_MARK = "†"
 
 
 def _summary_row(summary: Summary) -> Row:
@@ -58,8 +61,9 @@ def _summary_row(summary: Summary) -> Row:
 
 
 def results(findings: Findings) -> dict[str, Any]:
-    """Rows, best rates and differences for results.json."""
+    """The answer, rows, best rates and differences for results.json."""
     return {
+        "answer": answer(findings),
         "rows": [_summary_row(summary) for summary in findings.summaries],
         "best_lrs": findings.best_lrs,
         "notes": findings.notes,
@@ -114,20 +118,122 @@ def _learning_row(summary: Summary) -> Row:
         **_name_columns(summary),
         "test %, first epoch": percent(summary.test_accuracy["first epoch"]),
         **{
-            f"epochs to {accuracy:.0%}": median(epochs)
+            f"epochs to {100 * accuracy:.0f} %": median(epochs)
             for accuracy, epochs in summary.epochs_to.items()
         },
-        "saturated": "" if math.isnan(end) else f"{start:.0%} → {end:.0%}",
+        "saturated, %": "" if math.isnan(end) else f"{100 * start:.0f} → {100 * end:.0f}",
         "s/network": f"{summary.seconds:.2f}",
     }
 
 
-def percent(estimate: Estimate) -> str:
-    """Mean ± standard deviation and interval, in percent."""
+def percent(estimate: Estimate, *, sd: bool = True) -> str:
+    """Mean, standard deviation if wanted, and interval, in percent."""
     if estimate.n < 2:
         return f"{100 * estimate.mean:.2f}" if estimate.n else ""
-    mean, sd, low, high = (100 * value for value in estimate[:4])
-    return f"{mean:.2f} ± {sd:.2f} ({low:.2f} to {high:.2f})"
+    mean, spread, low, high = (100 * value for value in estimate[:4])
+    mark = _MARK if estimate.by_logit else ""
+    return f"{mean:.2f}{f' ± {spread:.2f}' * sd} ({low:.2f} to {high:.2f}){mark}"
+
+
+def _points(value: float) -> str:
+    """A difference of shares, in percentage points."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def _interval(difference: Difference) -> str:
+    mark = _MARK if difference.by_logit else ""
+    return f"{_points(difference.low)} to {_points(difference.high)}{mark}"
+
+
+def _difference(difference: Difference) -> str:
+    """A difference and its interval, in percentage points."""
+    if difference.n < 2:
+        return _points(difference.mean) if difference.n else ""
+    return f"{_points(difference.mean)} ({_interval(difference)})"
+
+
+def answer(findings: Findings) -> str:
+    """What the choice of loss does, in one or two lines."""
+    best, epochs = findings.best_lrs, findings.summaries[0].epochs
+    if len(best) < len(LOSSES):
+        diverged = " and ".join(loss for loss in LOSSES if loss not in best)
+        return f"No comparison: {diverged} diverged at every rate."
+    slow, fast = best["quadratic"], best["cross-entropy"]
+    difference = next(
+        compared.difference
+        for compared in findings.comparisons.values()
+        if (compared.quadratic_lr, compared.cross_entropy_lr) == (slow, fast)
+    )
+    first, last = difference["first epoch"], difference["last epoch"]
+    after = f"after {epochs} epochs" if epochs > 1 else "after the first epoch"
+    sentence = (
+        f"cross-entropy − quadratic, each at its best rate ({fast:g} and {slow:g}): "
+        f"{_points(last.mean)} points of test accuracy {after}"
+    )
+    if last.n < 2:
+        return f"{sentence}; one seed, so no interval: use --seeds 8."
+    lines = [f"{sentence} (95 % {_interval(last)}, n = {last.n}): {_verdict(last)}"]
+    if epochs > 1:
+        lines.append(
+            f"After the first epoch: {_points(first.mean)} (95 % {_interval(first)}): "
+            f"{_verdict(first)}"
+        )
+    return "\n".join(lines)
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.low <= 0 <= difference.high:
+        return "no difference shown"
+    return f"{'cross-entropy' if difference.mean > 0 else 'quadratic'} is better"
+
+
+def overview(findings: Findings) -> str:
+    """Both losses side by side, a row for each rate, and the notes."""
+    by_variant = {summary.variant: summary for summary in findings.summaries}
+    lrs = sorted({variant.lr for variant in by_variant})
+    equal = {
+        compared.quadratic_lr: compared.difference["last epoch"]
+        for compared in findings.comparisons.values()
+        if compared.quadratic_lr == compared.cross_entropy_lr
+    }
+
+    def cell(loss: Loss, lr: float) -> str:
+        summary = by_variant.get(Variant(loss, lr))
+        if summary is None:
+            return ""
+        text = percent(summary.test_accuracy["last epoch"], sd=False) or "diverged"
+        return f"{text} best" if summary.chosen else text
+
+    rows: list[Row] = [
+        {
+            "rate": f"{lr:g}",
+            **{f"{loss}, test %": cell(loss, lr) for loss in LOSSES},
+            "difference, points": _difference(equal[lr]) if lr in equal else "",
+        }
+        for lr in lrs
+    ]
+    epochs, networks = findings.summaries[0].epochs, findings.summaries[0].networks
+    heading = (
+        f"Test accuracy after epoch {epochs}: mean (95 % interval), n = {networks}; cross-entropy "
+        f'− quadratic; "best" on validation.'
+    )
+    return _joined([heading, table(rows), *_diverged(findings), *findings.notes])
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Paragraphs, with the footnote once if a mark refers to it."""
+    text = "\n\n".join(part.removesuffix(BY_LOGIT).rstrip() for part in parts)
+    return f"{text}\n\n{BY_LOGIT}" if _MARK in text else text
+
+
+def _diverged(findings: Findings) -> list[str]:
+    """A sentence about the networks that are left out, if there are any."""
+    of = [
+        f"{summary.diverged} of {summary.networks} ({summary.variant})"
+        for summary in findings.summaries
+        if summary.diverged
+    ]
+    return [f"Diverged and left out: {', '.join(of)}."] if of else []
 
 
 def median(epochs: Sequence[int | None]) -> str:
@@ -144,35 +250,37 @@ def median(epochs: Sequence[int | None]) -> str:
 
 def _difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
     """Cross-entropy minus quadratic for people, in percentage points."""
-    rows: list[Row] = []
-    for name in MEASURES:
-        for at, compared in comparisons.items():
-            mean, low, high, p, n, p_holm = compared.difference[name]
-            if n:
-                interval = f"{100 * low:+.2f} to {100 * high:+.2f}" if n > 1 else ""
-                rows.append(
-                    {
-                        "rates": at,
-                        "test accuracy": name,
-                        "difference": f"{100 * mean:+.2f}",
-                        "95 % interval": interval,
-                        "p": f"{p:.2g}" if math.isfinite(p) else "",
-                        "p, Holm": f"{p_holm:.2g}" if math.isfinite(p_holm) else "",
-                        "n": n,
-                    }
-                )
-    return rows
+
+    def p_value(p: float) -> str:
+        return f"{p:.2g}" if math.isfinite(p) else ""
+
+    return [
+        {
+            "rates": at,
+            "test accuracy": name,
+            "difference": _points(difference.mean),
+            "95 % interval": _interval(difference) if difference.n > 1 else "",
+            "p": p_value(difference.p),
+            "p, Holm": p_value(difference.p_holm),
+            "n": difference.n,
+        }
+        for name in MEASURES
+        for at, compared in comparisons.items()
+        if (difference := compared.difference[name]).n
+    ]
 
 
 def page(findings: Findings, dtype: str) -> str:
-    """The tables and what to know of them, in Markdown."""
+    """The answer, all tables and what to know of them, in Markdown."""
     parts = [
+        answer(findings).replace("\n", "  \n"),
+        overview(findings),
+        "Every variant:",
         table([_accuracy_row(summary) for summary in findings.summaries]),
         "Mean ± standard deviation (95 % confidence interval of the mean) over n seeds. How fast, "
         "with the median epoch at which a validation accuracy is first reached, and the share of "
         "saturated output neurons at the start and at the end:",
         table([_learning_row(summary) for summary in findings.summaries]),
-        *findings.notes,
     ]
     if differences := _difference_rows(findings.comparisons):
         parts += [
@@ -201,8 +309,8 @@ def page(findings: Findings, dtype: str) -> str:
                 "loss": difference.loss,
                 "rate": f"{difference.lr:g}",
                 "seed": difference.seed,
-                "first epoch": f"{100 * difference.first_epoch:+.2f}",
-                "last epoch": f"{100 * difference.last_epoch:+.2f}",
+                "first epoch": _points(difference.first_epoch),
+                "last epoch": _points(difference.last_epoch),
                 "largest": f"{100 * difference.largest:.2f}",
             }
             for difference in findings.controls
@@ -212,7 +320,7 @@ def page(findings: Findings, dtype: str) -> str:
             f"accuracy:",
             table(rows),
         ]
-    return "\n\n".join(parts)
+    return _joined(parts)
 
 
 _EPOCHS = "epochs.csv"
@@ -240,8 +348,13 @@ def _as_csv(rows: Sequence[Row], *, header: bool) -> str:
     return text.getvalue()
 
 
+BEST, ALL = "best-rates", "all-rates"
+"""Folders of TensorBoard's runs: a run for each loss at its best rate and for each control, written
+at the end, and one for every variant."""
+
+
 class Log:
-    """Every epoch of every network: in epochs.csv, and in TensorBoard a folder a variant.
+    """Every epoch of every network: in epochs.csv, and in TensorBoard a run for each variant.
 
     Args:
         run_dir: the run's directory.
@@ -265,9 +378,10 @@ class Log:
         """The last epoch that is logged of all networks side by side."""
         self.run_dir, self._config = run_dir, config
         variants = {str(run.variant) for run in controls}
-        for folder in run_dir.glob(f"*-{CONTROL}"):  # at a rate that was the best one once
+        for folder in run_dir.glob(f"{ALL}/*-{CONTROL}"):  # at a rate that was the best one once
             if folder.name not in variants:
                 shutil.rmtree(folder)
+        self._remove_best()
         rows: list[Row] = []
         # By variant, the records of each epoch that has been logged.
         self._logged: dict[Variant, list[list[Record]]] = {}
@@ -282,6 +396,17 @@ class Log:
         self._stack = contextlib.ExitStack()
         self._file = self._stack.enter_context((run_dir / _EPOCHS).open("ab", buffering=0))
         self._monitors: dict[Variant, Monitor] = {}
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """TensorBoard's folders, by what is in them."""
+        titles = {"Curves at the best rates": BEST, "Curves at all rates": ALL}
+        folders = {title: self.run_dir / name for title, name in titles.items()}
+        return {title: folder for title, folder in folders.items() if folder.is_dir()}
+
+    def _remove_best(self) -> None:
+        if (self.run_dir / BEST).is_dir():
+            shutil.rmtree(self.run_dir / BEST)
 
     def __enter__(self) -> "Log":
         return self
@@ -327,13 +452,9 @@ class Log:
     def monitor(self, variant: Variant) -> Monitor:
         """The variant's own TensorBoard run."""
         if variant not in self._monitors:
-            self._monitors[variant] = self._stack.enter_context(
-                Monitor(
-                    self.run_dir / str(variant),
-                    {**self._config, **variant._asdict()},
-                    self._logged.get(variant, ()),
-                )
-            )
+            folder, logged = self.run_dir / ALL / str(variant), self._logged.get(variant, ())
+            monitor = Monitor(folder, so_far=logged, several=True)
+            self._monitors[variant] = self._stack.enter_context(monitor)
         return self._monitors[variant]
 
     def finish(
@@ -344,17 +465,23 @@ class Log:
         page: str,
         figure: Figure,
     ) -> None:
-        """What belongs at the end: pictures of the best networks, the page, and the layout."""
+        """Add what belongs at the end: pictures of the best networks, texts, and their folder."""
         with self._timed():
-            chosen = {Variant(loss, lr) for loss, lr in best.items()}
-            for variant, of_variant in by_variant(runs).items():
-                monitor = self.monitor(variant)
-                monitor.log_hparams(of_variant[0].last)
-                if variant in chosen:
-                    monitor.log_images(
-                        of_variant[0].network, dataset.test, of_variant[0].last.epoch
-                    )
-            with Monitor(self.run_dir, self._config) as monitor:
-                monitor.log_layout(runs[0].last)
-                monitor.log_text("results", page)
-                monitor.log_figure("learning curves", figure)
+            by_name = by_variant(runs)
+            chosen = [variant for variant in by_name if best.get(variant.loss) == variant.lr]
+            for variant, of_variant in by_name.items():
+                monitor, last = self.monitor(variant), of_variant[0].last
+                monitor.log_hparams({**self._config, **variant._asdict()}, last)
+                if variant in chosen and not variant.is_control:
+                    monitor.log_images(of_variant[0].network, dataset.test, last.epoch)
+            # In one of the runs: a run of its own would be one more in TensorBoard's list.
+            monitor = self.monitor(next(iter(chosen or by_name)))
+            monitor.log_text("config", options_table(self._config))
+            monitor.log_text("results", page)
+            monitor.log_figure("learning curves", figure)
+            for monitor in self._monitors.values():
+                monitor.close()
+            self._remove_best()
+            for variant in chosen:
+                name = str(variant)
+                shutil.copytree(self.run_dir / ALL / name, self.run_dir / BEST / name)

@@ -10,6 +10,14 @@ from scipy import special  # scipy.stats would take another second to import
 CONFIDENCE = 0.95
 
 
+Limits = tuple[float, float]
+"""The least and the largest value that a quantity can have."""
+# Of an accuracy or another share, the same in percent, and the difference of two shares.
+SHARE: Limits = (0.0, 1.0)
+PERCENT: Limits = (0.0, 100.0)
+DIFFERENCE: Limits = (-1.0, 1.0)
+
+
 class Estimate(NamedTuple):
     """A mean and how sure it is."""
 
@@ -18,15 +26,19 @@ class Estimate(NamedTuple):
     """The sample's standard deviation; NaN for n = 1."""
     low: float
     high: float
-    """The 95 % confidence interval of the mean, by Student's t; NaN for n = 1."""
+    """The 95 % confidence interval of the mean; NaN for n = 1."""
     n: int
+    by_logit: bool = False
+    """Whether the interval is the delta method's, since Student's leaves the limits."""
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], limits: Limits | None = None) -> Estimate:
     """Mean, standard deviation and 95 % confidence interval of independent values.
 
     The interval is mean ± t s / √n, with the quantile t of Student's distribution with n − 1
-    degrees of freedom. Without values everything is NaN, and n is 0.
+    degrees of freedom. Where that leaves the limits, it is the delta method's on the logit of the
+    mean's place p between them, logit(p) ± t s_p / (√n p (1 − p)), mapped back; single values may
+    be at a limit. Without values everything is NaN, and n is 0.
     """
     n = len(values)
     if n < 2:
@@ -38,7 +50,23 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(value / scale for value in values) / n * scale
     sd = math.hypot(*(value - mean for value in values)) / math.sqrt(n - 1)
     half = _quantile(n - 1) * sd / math.sqrt(n)
-    return Estimate(mean, sd, mean - half, mean + half, n)
+    low, high = mean - half, mean + half
+    by_logit = limits is not None and not limits[0] <= low <= high <= limits[1]
+    if limits is not None and by_logit:
+        low, high = _by_logit(mean, half, limits)
+    return Estimate(mean, sd, low, high, n, by_logit)
+
+
+def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
+    """The interval of `estimate` between limits, from Student's half width."""
+    least, width = limits[0], limits[1] - limits[0]
+    p = (mean - least) / width
+    if not 0 < p < 1:  # all values are at a limit, but for rounding
+        return mean, mean
+    half /= width * p * (1 - p)
+    ends = (special.expit(special.logit(p) + step) for step in (-half, half))
+    low, high = (least + width * float(end) for end in ends)
+    return min(low, mean), max(high, mean)  # a mean near a limit may be subnormal
 
 
 @functools.lru_cache
@@ -59,19 +87,23 @@ class Difference(NamedTuple):
     n: int
     p_holm: float = math.nan
     """p corrected for the number of differences it is one of, by `holm`; NaN if it is alone."""
+    by_logit: bool = False
+    """As an `Estimate`'s."""
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], limits: Limits | None = None
+) -> Difference:
     """a − b, pair by pair, and the paired t-test of it: `scipy.stats.ttest_rel`'s p."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    mean, sd, low, high, n = estimate(differences)
+    mean, sd, low, high, n, by_logit = estimate(differences, limits)
     # A spread of rounding alone is none.
     spread = sd > 1e-12 * max(map(abs, differences), default=0.0)
     p = math.nan
     if spread:
         t = mean / (sd / math.sqrt(n))
         p = float(2 * special.stdtr(n - 1, -abs(t)))
-    return Difference(mean, low, high, p, n)
+    return Difference(mean, low, high, p, n, by_logit=by_logit)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nnce import data, rules
 from nnce.experiments.comparison import Run, Variant, by_variant
-from nnce.experiments.estimates import estimate
+from nnce.experiments.estimates import PERCENT, SHARE, Limits, estimate
 from nnce.experiments.proof.precision import Curve
 from nnce.losses import Loss
 
@@ -52,9 +53,16 @@ def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve])
         panel.set_xlabel("z, where y is 0")
         panel.set_ylabel("|dC/dz|")
         panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower right", fontsize=8)
+    _legend_below(figure, panels[0])
     figure.suptitle("The saturation atlas: a line that ends has become exactly 0")
     return figure
+
+
+# A constrained layout would measure every text of 24 panels, which takes as long as to draw them.
+_MARGINS = {
+    **{"left": 0.052, "right": 0.995, "bottom": 0.08, "top": 0.905},
+    **{"wspace": 0.12, "hspace": 0.22},
+}
 
 
 def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
@@ -71,11 +79,11 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     # By how much the wrong class is ahead of the right one.
     lead = (a.amax(-1) - a[torch.arange(len(a), device=a.device), true]) * (said != true)
     order = lead.argsort(descending=True)[: min(count, int((said != true).sum()))]
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5))
     if not len(order):
         figure.suptitle("No example is classified wrongly")
         return figure
-    panels = figure.subplots(3, len(order), squeeze=False, sharey="row")
+    panels = figure.subplots(3, len(order), squeeze=False, sharey="row", gridspec_kw=_MARGINS)
     side = math.isqrt(x.shape[1])
     classes = range(y.shape[1])
     slow, fast = (rule(z, y) for rule in (rules.dz_quadratic, rules.dz_cross_entropy))
@@ -95,30 +103,33 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
             panel.tick_params(labelsize=7)
     panels[1, 0].set_ylabel("output a, target y")
     panels[2, 0].set_ylabel("dC/dz")
-    panels[2, 0].legend(fontsize=7)
-    figure.suptitle("The most confidently wrong examples: how hard each loss would pull")
+    _legend_below(figure, panels[2, 0])
+    figure.suptitle("The most confidently wrong examples, and dC/dz of each loss")
     return figure
 
 
 def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
     """How many examples of each class (row) are taken for which (column)."""
-    from sklearn.metrics import ConfusionMatrixDisplay  # takes a second, which few callers need
-
     classes = split.y.shape[1]
     pairs = split.y.argmax(-1) * classes + z.argmax(-1)
-    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
-    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).tolist()
+    right = sum(counts[i][i] for i in range(classes))
+    mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
+    # Colors are for the mistakes: what is right is darker than all of them.
+    darkest = 2 * max(1, *mistakes)
+    figure = Figure(figsize=(4.4, 4.9), layout="constrained")
     panel = figure.subplots()
-    ConfusionMatrixDisplay(counts.numpy()).plot(
-        ax=panel,
-        include_values=classes <= 20,
-        cmap="Reds",
-        colorbar=False,
-        text_kw={"fontsize": 7},
-        # Colors are for the mistakes.
-        im_kw={"vmax": 2 * max(1, int(counts.clone().fill_diagonal_(0).max()))},
-    )
-    right = int(counts.diagonal().sum())
+    panel.imshow(counts, cmap="Reds", vmin=0, vmax=darkest)
+    if classes <= 20:
+        for (row, line), column in itertools.product(enumerate(counts), range(classes)):
+            if n := line[column]:
+                color = "white" if 2 * n > darkest else "black"
+                # 14 pixels, of which TensorBoard's page of images leaves 12.
+                panel.text(column, row, str(n), ha="center", va="center", color=color, fontsize=11)
+        panel.set_xticks(range(classes))
+        panel.set_yticks(range(classes))
+    panel.tick_params(length=0, pad=2)
+    panel.set_xlabel("row: class; column: taken for")
     panel.set_title(f"{right:,} of {len(z):,} right")
     return figure
 
@@ -184,9 +195,7 @@ def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title:
     panel.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
-    handles, labels = panel.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    panel.legend(by_label.values(), by_label.keys(), fontsize=8)
+    _legend_below(figure, panel)
     panel.set_title(title, fontsize=10)
     return figure
 
@@ -216,7 +225,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         title: what was trained, and how many.
     """
     variants = by_variant([run for run in runs if not run.diverged])
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     by_epoch, by_lr, meter = figure.subplots(1, 3)
     shown: list[float] = []
     for color, loss in zip(("C0", "C1"), sorted(best), strict=False):
@@ -228,35 +237,56 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         slowdowns = [[one.layers[-1].slowdown for one in records] for records in epochs]
         last = [[100 * run.last.accuracy["test"] for run in variants[v]] for v in of_loss]
         label = f"{loss}, rate {best[loss]:g}"
-        shown += _draw_band(by_epoch, numbers, accuracies, "-", color, label)[1:]
-        _draw_band(by_lr, [variant.lr for variant in of_loss], last, "o-", color, loss)
-        _draw_band(meter, numbers, slowdowns, "-", color, label)
+        shown += _draw_band(by_epoch, numbers, accuracies, PERCENT, "-", color, label)[1:]
+        _draw_band(by_lr, [variant.lr for variant in of_loss], last, PERCENT, "o-", color, "")
+        _draw_band(meter, numbers, slowdowns, SHARE, "-", color, label)
     for panel in (by_epoch, by_lr, meter):
         panel.grid(alpha=0.3)
-        if best:
-            panel.legend(fontsize=8)
-        else:
+        if not best:
             panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
-    by_epoch.set_xlabel("epoch")
+    for panel in (by_epoch, meter):
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _legend_below(figure, by_epoch)
+    by_epoch.set_title("How well and how fast", fontsize=10)
+    by_lr.set_title("How much depends on the rate", fontsize=10)
+    meter.set_title(
+        "Slowdown meter: what the quadratic loss\nleaves of dz where it is badly wrong", fontsize=10
+    )
     by_epoch.set_ylabel("test accuracy, %")
     if shown:  # the start, at chance, would squeeze what is compared
         by_epoch.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
     by_lr.set_xscale("log")
     by_lr.set_xlabel("learning rate")
     by_lr.set_ylabel("test accuracy after the last epoch, %")
-    meter.set_xlabel("epoch")
     meter.set_ylabel("‖dz quadratic‖ / ‖dz cross-entropy‖")
     meter.set_ylim(bottom=0)
     figure.suptitle(title)
     return figure
 
 
+def _legend_below(figure: Figure, panel: Any) -> None:
+    """The panel's legend below all panels, where it covers no curve."""
+    handles, labels = panel.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    if by_label:
+        figure.legend(
+            by_label.values(), by_label.keys(), loc="outside lower center", ncols=4, fontsize=8
+        )
+
+
 def _draw_band(
-    panel: Any, x: Sequence[float], values: Sequence[Sequence[float]], style: str, *look: str
+    panel: Any,
+    x: Sequence[float],
+    values: Sequence[Sequence[float]],
+    limits: Limits,
+    style: str,
+    *look: str,
 ) -> list[float]:
     """Draw the mean of the values at each place, in a band of its confidence interval."""
     color, label = look
-    estimates = [estimate([value for value in some if math.isfinite(value)]) for some in values]
+    finite = ([value for value in some if math.isfinite(value)] for some in values)
+    estimates = [estimate(some, limits) for some in finite]
     means = [one.mean for one in estimates]
     panel.plot(x, means, style, color=color, ms=4, label=label)
     low, high = [one.low for one in estimates], [one.high for one in estimates]
@@ -287,7 +317,7 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
         panel.set_ylabel(label)
     panels[0, 0].set_ylim(-0.03, 1.03)
     panels[1, 0].set_yscale("log")
-    panels[0, 0].legend(fontsize=8)
-    panels[0, -1].legend(fontsize=8)
+    panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _legend_below(figure, panels[0, 0])
     figure.suptitle("One neuron, input 1, target 0: the learning slowdown")
     return figure

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ from nnce.training import Record
 tabulate.MIN_PADDING = 0
 
 RESULTS = "results.json"
+# Not smoothed, and curves only: neither ends of intervals nor histograms and images.
+_HIDDEN = "upper_and_lower|output|confusion|weights|wrong|learning"
+TENSORBOARD = (
+    "http://localhost:6006/?smoothing=0&tagFilter="
+    f"{urllib.parse.quote(f'^(?!{_HIDDEN})', safe='')}#timeseries"
+)
 Row = Mapping[str, object]
 """A row of a table: columns by name."""
 
@@ -46,6 +53,7 @@ def write_text(path: Path, text: str) -> None:
 def write_figure(path: Path, figure: Any, dpi: int) -> None:
     """Write a picture of matplotlib's as PNG, whole or not at all."""
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    figure.set_layout_engine("none")  # its layout is kept; to find it again takes half of a drawing
 
 
 def _plain(value: Any) -> Any:
@@ -147,19 +155,33 @@ def _cell(value: object) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
-def print_places(run_dir: Path, results: str) -> None:
-    """Print a run's last lines: where its results are, and the command that shows its curves."""
-    print(f"{results}: {run_dir}\nCurves: {tensorboard_command(run_dir)}")
+def in_percent(share: float) -> str:
+    """A share of [0, 1] in percent, as in every table and line."""
+    return f"{100 * share:.2f} %"
 
 
-def tensorboard_command(run_dir: Path) -> str:
-    """The command that shows this run's curves, beside those of its neighbours."""
+def print_end(
+    answer: str, results: str, run_dir: Path, curves: Mapping[str, Path] | None = None
+) -> None:
+    """Print a run's last lines: the answer, where the results are, and how to see the curves.
+
+    Args:
+        answer: one or two sentences.
+        results: what is in the run's directory.
+        run_dir: the run's directory.
+        curves: TensorBoard's folders, by what is in each; the run's directory if not given.
+    """
+    print(f"\n{answer}\n{results}: {from_here(run_dir)}")
+    for title, folder in ({"Curves": run_dir} if curves is None else curves).items():
+        print(f"{title}: {tensorboard_command(folder)}")
+    if curves is None or curves:
+        print(f"In the browser: {TENSORBOARD}")
+
+
+def tensorboard_command(folder: Path) -> str:
+    """The command that shows the curves in a folder."""
     tensorboard = Path(sys.executable).with_name("tensorboard")
-    # A run in the working directory has other things for neighbours.
-    here = run_dir.absolute().parent == Path.cwd()
-    return shlex.join(
-        [from_here(tensorboard), "--logdir", from_here(run_dir if here else run_dir.parent)]
-    )
+    return shlex.join([from_here(tensorboard), "--logdir", from_here(folder)])
 
 
 # ---------------------------------------------------------------------------------- one network
@@ -174,7 +196,7 @@ def describe(name: str, dataset: data.Dataset) -> str:
 def epoch_line(record: Record) -> str:
     """One epoch, for people."""
     losses = ", ".join(f"{split} {value:.4f}" for split, value in record.loss.items())
-    accuracies = ", ".join(f"{split} {value:.2%}" for split, value in record.accuracy.items())
+    accuracies = ", ".join(f"{split} {in_percent(v)}" for split, v in record.accuracy.items())
     return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies}"
 
 
@@ -196,6 +218,13 @@ def closing_rows(records: Sequence[Record]) -> list[Row]:
         )
         for split in record.loss
     ]
+
+
+def readable(row: Row) -> Row:
+    """A row of `closing_rows` for people."""
+    accuracy = row["accuracy"]
+    assert isinstance(accuracy, float)
+    return {**row, "accuracy": in_percent(accuracy)}
 
 
 def record_as_dict(record: Record) -> dict[str, object]:

@@ -208,9 +208,9 @@ class Outcome:
         """One of the figures of `Trained`, over the starts that have it and have not diverged."""
         accuracies = [getattr(one, figure) for one in self.trained if not one.diverged]
         values = [percent(table, value) for value in accuracies if not math.isnan(value)]
-        mean, sd, _, _, n = estimates.estimate(values)
+        found = estimates.estimate(values)
         least, most = min(values, default=math.nan), max(values, default=math.nan)
-        return Spread(mean, sd, least, most, n)
+        return Spread(found.mean, found.sd, least, most, found.n)
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> "Outcome":

@@ -78,11 +78,13 @@ class Start(NamedTuple):
         self, parser: ArgumentParser, name: str, *, dry_run: bool = False, world: World = ALONE
     ) -> Iterator[Path]:
         """The run's directory; signals wait for the end of a step or of the block."""
-        chosen, resumed = self.run_dir or self.options.run_dir, self.found is not None
+        options, resumed = argparse.Namespace(**vars(self.options)), self.found is not None
+        if self.run_dir is not None:
+            options.run_dir, options.name = self.run_dir, None
         with (
             command_line.undisturbed(),
             parser.run_directory(
-                chosen, name, dry_run=dry_run, resumed=resumed, world=world
+                options, name, dry_run=dry_run, resumed=resumed, world=world
             ) as path,
         ):
             yield path

@@ -243,7 +243,7 @@ def _read_ahead(inputs: Array, rows: Array) -> Array:
 
 
 @njit(fastmath=_FAST)
-def _first_layer(layers: Array, inputs: Array, rows: Array, z: Array) -> None:
+def first_layer(layers: Array, inputs: Array, rows: Array, z: Array) -> None:
     """(1) z = W a_prev + b of the first layer, for the examples of a mini-batch."""
     W, b, H = layers.W, layers.b, np.uint64(layers.widths[0])
     starts, indices, values = inputs.starts, inputs.indices, inputs.values
@@ -464,7 +464,7 @@ def outputs(
             _gather(inputs.x, some, scratch.batch)
             _first_layer_dense(layers, inputs.indices, n, scratch.batch, first_z)
         else:
-            _first_layer(layers, inputs, some, first_z)
+            first_layer(layers, inputs, some, first_z)
         for e in range(n):
             for h in range(H):
                 z[h] = first_z[e * H + h]
@@ -493,7 +493,7 @@ def train(
             _first_layer_dense(layers, inputs.indices, n, scratch.batch, first_z)
         else:
             first_z[0] = _read_ahead(inputs, rows)  # overwritten at once
-            _first_layer(layers, inputs, rows, first_z)
+            first_layer(layers, inputs, rows, first_z)
         step = -rules.lr / layers.V.dtype.type(n)
         for e in range(n):
             for h in range(H):

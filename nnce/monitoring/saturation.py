@@ -4,15 +4,15 @@ The *learning slowdown* of the notes in figures, from z, dC/dz and the pull on a
 `nnce.watch` take them from here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm as _norm
 
 from nnce import rules
-from nnce.algorithm import deltas
-from nnce.losses import Loss
-from nnce.modules import MLP
+from nnce.losses import LOSSES, Loss
 
 # σ'(z) is ¼ at most; below this a neuron counts as saturated (|z| above 4.6).
 SATURATED = 0.01
@@ -39,44 +39,69 @@ def slowdown(pull: Tensor, z: Tensor) -> float:
     With a − y for the pull it is ‖dz quadratic‖ / ‖dz cross-entropy‖ (equations 4 and 5), with
     dC/da of a hidden layer ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN where nothing pulls.
     """
-    return float(rules.dz_hidden(pull, z).norm() / pull.norm())
+    return float(_let_through(pull, rules.sigmoid_prime(z)))
 
 
 def hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> LayerFigures:
     """The figures of a hidden layer: z, dC/dz and dC/da, [n, neurons] each."""
-    return _figures(z, dz, slowdown(da, z))
+    return LayerFigures(*_hidden_layer(z, dz, da).tolist())
 
 
 def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> LayerFigures:
     """The figures of the last layer: z, dC/dz and the targets, [n, neurons] each."""
-    wrong = ((rules.sigmoid(z) - y).abs() > 0.5).any(-1)  # [n]: the examples that are
-    return _figures(z, dz, slowdown(rules.dz_cross_entropy(z, y)[wrong], z[wrong]))
+    return LayerFigures(*_output_layer(z, dz, y).tolist())
 
 
-def _figures(z: Tensor, dz: Tensor, let_through: float) -> LayerFigures:
+# z, dC/dz, dC/da and y below are [..., n, neurons], and the figures [..., 4]: a row per network.
+
+
+def _hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> Tensor:
     prime = rules.sigmoid_prime(z)
-    return LayerFigures(
-        dz_norm=dz.norm(dim=-1).mean().item(),
-        sigmoid_prime=prime.mean().item(),
-        saturated=(prime < SATURATED).double().mean().item(),
-        slowdown=let_through,
+    return _figures(prime, dz, _let_through(da, prime))
+
+
+def _output_layer(z: Tensor, dz: Tensor, y: Tensor) -> Tensor:
+    prime, pull = rules.sigmoid_prime(z), rules.dz_cross_entropy(z, y)
+    wrong = (pull.abs() > 0.5).any(-1, keepdim=True)  # [..., n, 1]
+    let_through = _let_through(torch.where(wrong, pull, 0.0), torch.where(wrong, prime, 0.0))
+    return _figures(prime, dz, let_through)
+
+
+def _let_through(pull: Tensor, prime: Tensor) -> Tensor:
+    share: Tensor = _norm(pull * prime, dim=(-2, -1)) / _norm(pull, dim=(-2, -1))
+    return share
+
+
+def _figures(prime: Tensor, dz: Tensor, let_through: Tensor) -> Tensor:
+    figures = (
+        _norm(dz, dim=-1).mean(-1),
+        prime.mean((-2, -1)),
+        (prime < SATURATED).sum((-2, -1)) / prime.shape[-2:].numel(),
+        let_through,
     )
+    return torch.stack([figure.double() for figure in figures], -1)
 
 
 @torch.no_grad()
-def layer_figures(network: MLP, x: Tensor, y: Tensor, loss: Loss) -> list[LayerFigures]:
-    """How each layer of a network learns, from the first layer with weights to the last.
+def layer_figures(
+    layers: Sequence[tuple[Tensor, Tensor]], z: Sequence[Tensor], y: Tensor, loss: Loss
+) -> list[list[LayerFigures]]:
+    """How each layer of each of R networks learns, from the first layer with weights to the last.
 
     Args:
-        network: whose layers.
-        x: inputs, [n, n_in].
-        y: targets in [0, 1], [n, n_out].
+        layers: W [R, n_out, n_in] and b [R, n_out] of each layer.
+        z: weighted inputs of each layer, [R, n, n_out].
+        y: targets in [0, 1], [n, n_out of the last layer].
         loss: "quadratic" or "cross-entropy".
+
+    Returns:
+        For each network a list of its layers.
     """
-    layers = network.weights_and_biases()
-    z, _, dz = deltas(layers, x, y, loss)
-    hidden = [
-        hidden_layer(z[layer], dz[layer], rules.da_prev(dz[layer + 1], layers[layer + 1][0]))
-        for layer in range(len(layers) - 1)
-    ]
-    return [*hidden, output_layer(z[-1], dz[-1], y)]
+    dz = LOSSES[loss].dz_last(z[-1], y)  # (4) or (5)
+    figures = [_output_layer(z[-1], dz, y)]
+    for (W, _), z_hidden in zip(reversed(layers[1:]), reversed(z[:-1]), strict=True):
+        da = (W.mT @ dz.mT).mT  # (7), in z's order of memory
+        dz = rules.dz_hidden(da, z_hidden)  # (8)
+        figures.append(_hidden_layer(z_hidden, dz, da))
+    by_network = torch.stack(figures[::-1], 1).tolist()  # [R, layers, 4]
+    return [[LayerFigures(*layer) for layer in of_network] for of_network in by_network]

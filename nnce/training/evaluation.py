@@ -2,20 +2,27 @@
 
 import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from nnce import data
-from nnce.losses import LOSSES, Loss
+from nnce import data, rules
+from nnce.engines import loops
+from nnce.kernels import fused
+from nnce.losses import Loss
 from nnce.modules import MLP
 from nnce.monitoring.saturation import LayerFigures, layer_figures
 
 # Validation examples from which the figures of the layers are computed.
 _LAYER_EXAMPLES = 1_000
-# Examples evaluated at once, to bound the memory of wide layers.
-_EVALUATION_CHUNK = 10_000
+# Examples evaluated at once, and the numbers of the widest layer of so many networks that they fit
+# the cache of a CPU core, or fill a GPU.
+_EXAMPLES = 1_024
+_NUMBERS = {True: 2**18, False: 2**26}
+_LANES = 32
 
 
 class Record(NamedTuple):
@@ -80,10 +87,11 @@ class Evaluation(NamedTuple):
 
 Output = Callable[[Tensor], Tensor]
 """A network as a function: inputs [n, n_in] to z of the last layer, [n, n_out]."""
+_Layers = Sequence[tuple[Tensor, Tensor]]
+"""R networks of one shape: W [R, n_out, n_in] and b [R, n_out] of each layer."""
 
 
 def records(
-    outputs: Sequence[Output],
     networks: Sequence[MLP],
     losses: Sequence[Loss],
     measured: Mapping[str, data.Split],
@@ -93,37 +101,57 @@ def records(
     seconds: float,
     threads: int = 1,
 ) -> list[Record]:
-    """Evaluate networks at the end of an epoch, one record each.
+    """Evaluate networks of one shape at the end of an epoch, one record each.
+
+    The figures of a network do not depend on the others.
 
     Args:
-        outputs: the networks as functions.
-        networks: the same networks, for the figures of their layers.
+        networks: MLPs of one shape, dtype and device.
         losses: the loss of each network.
         measured: splits to evaluate, by name; "validation" at least.
         epoch, step: position of the training.
         seconds: training time of the epoch.
-        threads: number of networks to evaluate at once.
+        threads: number of threads among which the networks are divided.
     """
-    x, y = (part[:_LAYER_EXAMPLES] for part in measured["validation"])
 
-    def record(output: Output, network: MLP, loss: Loss) -> Record:
-        by_split = {name: evaluate(output, split, loss) for name, split in measured.items()}
-        return Record(
-            epoch,
-            step,
-            seconds,
-            loss={name: evaluation.loss for name, evaluation in by_split.items()},
-            accuracy={name: evaluation.accuracy for name, evaluation in by_split.items()},
-            layers=layer_figures(network, x, y, loss),
-        )
+    def evaluate_part(part: tuple[Loss, list[int]]) -> list[Record]:
+        loss, numbers = part
+        layers = _stacked([networks[number] for number in numbers])
+        forward = {
+            name: partial(_forward, layers, _first_layer(layers, split.x))
+            for name, split in measured.items()
+        }
+        by_split = {
+            name: _evaluate(forward[name], split.y, loss) for name, split in measured.items()
+        }
+        y = measured["validation"].y[:_LAYER_EXAMPLES]
+        figures = layer_figures(layers, forward["validation"](0, len(y)), y, loss)
+        return [
+            Record(
+                epoch,
+                step,
+                seconds,
+                loss={name: evaluations[r].loss for name, evaluations in by_split.items()},
+                accuracy={name: evaluations[r].accuracy for name, evaluations in by_split.items()},
+                layers=of_network,
+            )
+            for r, of_network in enumerate(figures)
+        ]
 
-    if min(threads, len(networks)) == 1:
-        return list(map(record, outputs, networks, losses))
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(record, outputs, networks, losses))
+    parts = _parts(networks, losses)
+    if min(threads, len(parts)) == 1:
+        of_parts = [evaluate_part(part) for part in parts]
+    else:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            of_parts = list(pool.map(evaluate_part, parts))
+    found = {
+        number: record
+        for (_, numbers), of_part in zip(parts, of_parts, strict=True)
+        for number, record in zip(numbers, of_part, strict=True)
+    }
+    return [found[number] for number in range(len(networks))]
 
 
-@torch.no_grad()
 def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
     """C and accuracy of a network on a split.
 
@@ -132,15 +160,76 @@ def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
         split: inputs and one-hot targets.
         loss: "quadratic" or "cross-entropy".
     """
-    n, device = len(split.x), split.x.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    right = torch.zeros((), dtype=torch.float64, device=device)
-    for x, y in zip(
-        split.x.split(_EVALUATION_CHUNK), split.y.split(_EVALUATION_CHUNK), strict=True
-    ):
-        z = output(x)
-        # In float64, where PyTorch's log1p takes a third of the time it takes in float32.
-        total += LOSSES[loss].value(z.double(), y.double()).sum()
-        # 1 where the largest output is the right one.
-        right += y.gather(-1, z.argmax(-1, keepdim=True)).sum(dtype=torch.float64)
-    return Evaluation(total.item() / n, right.item() / n)
+    x, y = split
+    (evaluation,) = _evaluate(lambda begin, end: [output(x[begin:end]).unsqueeze(0)], y, loss)
+    return evaluation
+
+
+# ------------------------------------------------------- stacks of networks of one shape and loss
+
+
+def _parts(networks: Sequence[MLP], losses: Sequence[Loss]) -> list[tuple[Loss, list[int]]]:
+    """Networks to evaluate together: a loss and the indices of some networks that have it."""
+    widest = max(networks[0].sizes[1:])
+    at_once = max(1, _NUMBERS[networks[0][0].weight.device.type == "cpu"] // (_EXAMPLES * widest))
+    parts = []
+    for loss in dict.fromkeys(losses):
+        numbers = [number for number, of_network in enumerate(losses) if of_network == loss]
+        parts += [
+            (loss, numbers[begin : begin + at_once]) for begin in range(0, len(numbers), at_once)
+        ]
+    return parts
+
+
+def _stacked(networks: Sequence[MLP]) -> _Layers:
+    by_network = [network.weights_and_biases() for network in networks]
+    return [
+        (torch.stack([W.detach() for W, _ in of_all]), torch.stack([b.detach() for _, b in of_all]))
+        for of_all in zip(*by_network, strict=True)
+    ]
+
+
+_First = Callable[[int, int], Tensor]
+_Forward = Callable[[int, int], list[Tensor]]
+
+
+def _first_layer(layers: _Layers, x: Tensor) -> _First:
+    """(1) z of the first layer, [R, n, n_out], of the examples from a begin to an end.
+
+    In memory it is [R, n_out, n], as are z and a of all layers: products are twice as fast.
+    """
+    (W, b), *_ = layers
+    by_loops = loops.first_layer(x, W, b)
+
+    def some(begin: int, end: int) -> Tensor:
+        if by_loops is not None:
+            return by_loops(begin, end).mT.contiguous().mT
+        a = x[begin:end].expand(len(W), end - begin, x.shape[1])
+        return torch.baddbmm(b.unsqueeze(-1), W, a.mT).mT
+
+    return some
+
+
+@torch.no_grad()
+def _forward(layers: _Layers, first: _First, begin: int, end: int) -> list[Tensor]:
+    """z of every layer, [R, n, n_out] each, of the examples from a begin to an end."""
+    n = end - begin
+    # The last numbers of an array, which fill no SIMD register, are rounded differently.
+    z = [pad(first(begin, end).mT, (0, -n % _LANES)).mT]
+    for W, b in layers[1:]:
+        z.append(torch.baddbmm(b.unsqueeze(-1), W, rules.sigmoid(z[-1]).mT).mT)  # (1)
+    return [of_layer[:, :n] for of_layer in z]
+
+
+@torch.no_grad()
+def _evaluate(forward: _Forward, y: Tensor, loss: Loss) -> list[Evaluation]:
+    """C and accuracy of R networks, from z of every layer, [R, n, n_out] each."""
+    totals: list[Tensor] = []
+    for begin in range(0, len(y), _EXAMPLES):
+        some = y[begin : begin + _EXAMPLES].mT.double()  # [n_out, n]
+        z = forward(begin, begin + some.shape[1])[-1].mT.double()  # [R, n_out, n]
+        C, _ = fused.forward(z, some.expand_as(z), reduction="none", loss=loss)
+        right = some.gather(0, z.max(1).indices)  # 1 where the largest output is the right one
+        totals.append(torch.stack([C.flatten(1).sum(1), right.sum(1)], -1))
+    mean = torch.stack(totals).sum(0) / len(y)  # [R, 2]
+    return [Evaluation(*of_network) for of_network in mean.tolist()]

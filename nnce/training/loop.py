@@ -57,7 +57,6 @@ def _record(state: State, settings: Settings, measured: Mapping[str, data.Split]
     cursor = state.cursor
     (record,) = records(
         [state.network],
-        [state.network],
         [settings.loss],
         measured,
         epoch=cursor.epoch,

@@ -723,3 +723,44 @@ def test_a_name_under_an_ascii_locale(name, sentence, tmp_path):
     )
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train", ["--epochs", "3"]),
+        ("compare", ["--epochs", "3", "--seeds", "1", "--lrs", "1", "--train-size", "50"]),
+    ],
+)
+def test_a_bar_counts_whole_epochs_and_ends_full(name, options, script, tmp_path, monkeypatch):
+    counts = []
+
+    class Bar:
+        """tqdm's, which counts nothing where nobody watches."""
+
+        def __init__(self, total, initial=0, **options):
+            self.total, self.n = total, initial
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            counts.append((self.n, self.total))
+
+        def reset(self, total):
+            counts.append((self.n, self.total))
+            self.n, self.total = 0, total
+
+        def update(self, n):
+            self.n += n
+
+        def write(self, text):
+            pass
+
+        set_description = write
+
+    module = script(name)
+    monkeypatch.setattr(module, "tqdm", Bar)
+    assert module.main([*options, "--run-dir", str(tmp_path)]) == 0
+    # A comparison's second bar is of the two controls.
+    assert counts == {"train": [(3, 3)], "compare": [(3, 3), (6, 6)]}[name]

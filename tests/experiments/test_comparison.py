@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnce import training
-from nnce.experiments import comparison
+from nnce.experiments import comparison, comparison_report
 from nnce.experiments.comparison import Run, Variant
 from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record, Settings
@@ -104,6 +104,16 @@ def test_the_control_retraces_every_network(trained):
         for a, b in zip(again.records, r.records, strict=True):
             assert a.accuracy == b.accuracy and a.step == b.step
             assert a.loss == pytest.approx(b.loss)
+
+
+def test_packed_records_follow_the_records(trained):
+    _, runs, _ = trained
+    records = list(runs[0].records)
+    r = Run(runs[0].settings, None, [])
+    for some in ([], records[:1], records, records[:2], [records[0], records[2]], records[1:]):
+        r.records[:] = some
+        for _ in range(2):
+            torch.testing.assert_close(r.packed_records(), training.pack(some), rtol=0, atol=0)
 
 
 def test_records_say_what_training_does(trained):
@@ -236,11 +246,57 @@ def test_conclude_notes_what_a_reader_must_know(digits):
         "**Interrupted after epoch 1.**",  # of 30
         "The best rate for quadratic, 3, is at the edge of its grid.",
         "No rate of cross-entropy is left: all diverged.",
-        "One seed: there is no interval and no p-value; take --seeds 8, say.",
+        "One seed: there is no interval and no p-value; use --seeds 8.",
     ]
     assert list(findings.comparisons) == ["both 1"]
     assert findings.comparisons["both 1"].difference["last epoch"].n == 0
     assert [difference.loss for difference in findings.engines] == 3 * ["quadratic"]
+
+
+def test_a_test_is_not_counted_twice_where_best_rates_coincide(digits):
+    """Three measures at two pairs of rates are six tests."""
+    runs = [
+        run(loss, lr, seed, [0.1, *(of + more * (1 + 0.01 * seed) for of in (0.5, last))])
+        for loss, more in (("quadratic", 0.0), ("cross-entropy", 0.1))
+        for lr, last in ((1.0, 0.6), (3.0, 0.7))
+        for seed in range(3)
+    ]
+    findings = comparison.conclude(runs, [], digits)
+    assert list(findings.comparisons) == ["both 1", "best: 3 and 3"]
+    differences = [d for c in findings.comparisons.values() for d in c.difference.values()]
+    assert len(differences) == 6
+    least = min(d.p for d in differences)
+    assert min(d.p_holm for d in differences) == pytest.approx(6 * least)
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(0.1, "cross-entropy is better"), (-0.1, "quadratic is better")]
+)
+def test_the_answer_says_which_is_better(gain, verdict, digits):
+    runs = [
+        run(loss, lr, seed, [0.1, 0.5 + more, 0.6 + more + 0.001 * seed * more])
+        for loss, lr, more in (("quadratic", 3.0, 0.0), ("cross-entropy", 1.0, gain))
+        for seed in range(3)
+    ]
+    first, second = comparison_report.answer(comparison.conclude(runs, [], digits)).splitlines()
+    assert first.startswith("cross-entropy − quadratic, each at its best rate (1 and 3): ")
+    assert f"{100 * gain:+.0f}.0".replace("-", "−") in first and first.endswith(verdict)
+    assert second.startswith("After the first epoch: ")
+
+
+def test_the_overview_is_at_most_100_columns_wide(digits):
+    """Also where intervals are long, marked and of the best rate."""
+    curves = {0: [0.1, 0.2, 1.0], 1: [0.1, 0.2, 1.0], 2: [0.1, 0.2, 0.7]}
+    runs = [
+        run(loss, lr, seed, curve)
+        for loss in ("quadratic", "cross-entropy")
+        for lr in (0.03, 10.0)
+        for seed, curve in curves.items()
+    ]
+    text = comparison_report.overview(comparison.conclude(runs, [], digits))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and max(map(len, rows)) <= 100
+    assert "† best" in rows[2] and text.count("Delta method on the logit") == 1
 
 
 def test_control_differences():

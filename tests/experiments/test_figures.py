@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nnce import data
 from nnce.experiments import figures
+from nnce.experiments.comparison import Run
 from nnce.experiments.proof import precision
+from nnce.monitoring.saturation import LayerFigures
+from nnce.training import Record, Settings
 
 
 def test_the_atlas_marks_where_bce_loss_ends():
@@ -23,7 +27,47 @@ def test_confusion_counts_every_example(digits):
     x, y = digits.test
     figure = figures.confusion_matrix(digits.test, 10 * y - 5)
     assert figure.axes[0].get_title() == "300 of 300 right"
-    assert sum(int(text.get_text()) for text in figure.axes[0].texts) == len(x)
+    texts = figure.axes[0].texts
+    assert sum(int(text.get_text()) for text in texts) == len(x)
+    assert min(text.get_fontsize() for text in texts) * figure.dpi / 72 >= 12  # pixels
+
+
+def test_counts_of_four_digits_fit_their_cells(digits):
+    y = torch.eye(10).repeat_interleave(1_100, 0)
+    figure = figures.confusion_matrix(data.Split(torch.zeros(len(y), 64), y), y)
+    FigureCanvasAgg(figure).draw()
+    (panel,) = figure.axes
+    cell = panel.get_window_extent().width / 10
+    assert all(text.get_window_extent().width <= cell for text in panel.texts)
+
+
+def test_learning_curves_have_whole_epochs_titles_and_no_legend_over_curves():
+    runs = [
+        Run(
+            Settings(loss=loss, lr=lr, seed=seed, epochs=3), None, [record(n, lr) for n in range(4)]
+        )
+        for loss in ("quadratic", "cross-entropy")
+        for lr in (1.0, 3.0)
+        for seed in range(2)
+    ]
+    best = {"quadratic": 3.0, "cross-entropy": 1.0}
+    figure = figures.learning_curves(runs, best, "title")
+    FigureCanvasAgg(figure).draw()
+    by_epoch, _, meter = figure.axes
+    for panel in (by_epoch, meter):
+        assert all(tick == int(tick) for tick in panel.get_xticks())
+    assert all(panel.get_legend() is None and panel.get_title() for panel in figure.axes)
+    assert "slowdown" in meter.get_title().lower()
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["cross-entropy, rate 1", "quadratic, rate 3"]
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
+
+
+def record(epoch, lr):
+    splits = dict.fromkeys(("train", "validation", "test"), min(1.0, 0.1 + 0.2 * epoch * lr))
+    return Record(epoch, epoch, 0.0, splits, splits, [LayerFigures(1.0, 0.2, 0.1, 0.2)])
 
 
 def test_wrong_examples_are_the_most_confident_ones(digits):

@@ -1,7 +1,9 @@
 import json
 import math
+import re
 import shutil
 import subprocess
+import urllib.parse
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 import nnce
 from nnce.experiments import comparison_report, report
 from nnce.experiments.estimates import Estimate
+from nnce.training import Record
 
 
 def test_a_table_has_numbers_to_the_right():
@@ -80,12 +83,40 @@ def test_the_version_is_that_of_the_source_with_its_commit(tmp_path, monkeypatch
     ("estimate", "text"),
     [
         (Estimate(0.95, 0.01, 0.94, 0.96, 8), "95.00 ± 1.00 (94.00 to 96.00)"),
+        (Estimate(0.95, 0.1, 0.8, 0.99, 8, True), "95.00 ± 10.00 (80.00 to 99.00)†"),
         (Estimate(0.95, math.nan, math.nan, math.nan, 1), "95.00"),
         (Estimate(math.nan, math.nan, math.nan, math.nan, 0), ""),
     ],
 )
 def test_percent(estimate, text):
     assert comparison_report.percent(estimate) == text
+
+
+def test_lines_and_tables_have_the_same_units():
+    record = Record(3, 30, 1.0, {"test": 0.25}, {"test": 0.97666}, [])
+    assert report.epoch_line(record).endswith("loss: test 0.2500  accuracy: test 97.67 %")
+    row = {"network": "last", "epoch": 3, "data": "test", "loss": 0.25, "accuracy": 0.97666}
+    assert "| 0.2500 | 97.67 %" in report.table([report.readable(row)])
+
+
+def test_the_end_names_folders_inside_the_run(tmp_path, capsys):
+    """Wherever it is: the neighbors of a run are none of its curves."""
+    report.print_end("It works.", "Results", tmp_path / "x")
+    out = capsys.readouterr().out
+    assert out.startswith("\nIt works.\n")
+    (command,) = [line for line in out.splitlines() if "--logdir" in line]
+    assert command.endswith(f"tensorboard --logdir {tmp_path / 'x'}")
+    assert "http://localhost:6006/?smoothing=0&tagFilter=" in out and out.count("#timeseries") == 1
+    report.print_end("It works.", "Results", tmp_path / "x", curves={})
+    assert "tensorboard" not in capsys.readouterr().out
+
+
+def test_the_link_hides_helper_tags_and_no_curve():
+    query = urllib.parse.parse_qs(urllib.parse.urlsplit(report.TENSORBOARD).query)
+    (pattern,) = query["tagFilter"]
+    assert not re.match(pattern, "upper_and_lower/accuracy/test/upper")
+    for tag in ("accuracy/test", "loss/train", "slowdown/layer2", "first_epochs/loss/test"):
+        assert re.match(pattern, tag)
 
 
 @pytest.mark.parametrize(

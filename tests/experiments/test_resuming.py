@@ -218,9 +218,9 @@ def test_a_comparison_of_more_epochs_chooses_its_controls_anew(begun, compare, t
     """What it had logged of the old ones goes."""
     alone, run_dir = tmp_path / "alone", begun / "compare"
     assert compare.main([*COMPARE, "--epochs", "5", "--run-dir", str(alone)]) == 0
-    (run_dir / "quadratic-lr99-autograd").mkdir()
+    (run_dir / "all-rates" / "quadratic-lr99-autograd").mkdir()
     assert compare.main(["--resume", str(run_dir), "--epochs", "5"]) == 0
-    assert not (run_dir / "quadratic-lr99-autograd").exists()
+    assert not (run_dir / "all-rates" / "quadratic-lr99-autograd").exists()
     expected, found = outcome_without_command(alone), outcome_without_command(run_dir)
     assert killed.differences(expected, found) == []
 
@@ -416,7 +416,7 @@ def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
         for place in [place for place in outcome if place[0] == "curves"]:
             curves = outcome[place]
             outcome[place] = {key: of for key, of in curves.items() if key[0] != "histogram"}
-    logged = {"train": Path(), "compare": Path("quadratic-lr1")}[name]
+    logged = {"train": Path(), "compare": Path("all-rates/quadratic-lr1")}[name]
     assert ("scalar", "loss/validation") in found["curves", logged]
     assert killed.differences(expected, found) == []
 

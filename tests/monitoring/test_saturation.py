@@ -38,15 +38,39 @@ def test_the_meter_looks_at_what_is_wrong_by_more_than_half():
 
 
 @pytest.mark.parametrize("loss", ["quadratic", "cross-entropy"])
-def test_layer_figures_are_those_of_the_pass(loss, generator):
-    network = nnce.MLP((4, 3, 3, 2), init="large", generator=generator, dtype=torch.float64)
+def test_layer_figures_are_those_of_each_network_s_pass(loss, generator):
+    networks = [
+        nnce.MLP((4, 3, 3, 2), init="large", generator=generator, dtype=torch.float64)
+        for _ in range(3)
+    ]
     x = torch.rand(9, 4, dtype=torch.float64)
     y = torch.rand(9, 2, dtype=torch.float64).round()
-    one_pass = backprop(network, x, y, loss=loss)
-    figures = saturation.layer_figures(network, x, y, loss)
-    assert len(figures) == 3
-    for layer, dz in zip(figures, one_pass.dz, strict=True):
-        assert layer.dz_norm == pytest.approx(dz.norm(dim=1).mean().item())
-    da = one_pass.dz[1] @ network[2].weight.detach()
-    expected = one_pass.dz[0].norm() / da.norm()
-    assert figures[0].slowdown == pytest.approx(expected.item())
+    passes = [backprop(network, x, y, loss=loss) for network in networks]
+    layers = [
+        (torch.stack([of_one[i].weight for of_one in networks]).detach(), None) for i in (0, 2, 4)
+    ]
+    z = [torch.stack([one_pass.z[layer] for one_pass in passes]) for layer in range(3)]
+    for network, one_pass, figures in zip(
+        networks, passes, saturation.layer_figures(layers, z, y, loss), strict=True
+    ):
+        assert len(figures) == 3
+        for layer, z_of_one, dz in zip(figures, one_pass.z, one_pass.dz, strict=True):
+            prime = rules.sigmoid_prime(z_of_one)
+            assert layer.dz_norm == pytest.approx(dz.norm(dim=1).mean().item())
+            assert layer.sigmoid_prime == pytest.approx(prime.mean().item())
+            assert layer.saturated == pytest.approx((prime < 0.01).double().mean().item())
+        for layer in (0, 1):
+            da = one_pass.dz[layer + 1] @ network[2 * layer + 2].weight.detach()
+            expected = one_pass.dz[layer].norm() / da.norm()
+            assert figures[layer].slowdown == pytest.approx(expected.item())
+        wrong = ((one_pass.a[-1] - y).abs() > 0.5).any(1)
+        meter = rules.dz_quadratic(one_pass.z[-1], y)[wrong].norm()
+        meter /= rules.dz_cross_entropy(one_pass.z[-1], y)[wrong].norm()
+        assert wrong.any() and figures[2].slowdown == pytest.approx(meter.item())
+
+
+def test_an_output_that_is_nan_does_not_hide_the_meter():
+    z, y = column(5.0, math.nan), column(0.0, 0.0)
+    figures = saturation.output_layer(z, rules.dz_quadratic(z, y), y)
+    assert figures.slowdown == pytest.approx(rules.sigmoid_prime(z)[0].item())
+    assert math.isnan(figures.sigmoid_prime)

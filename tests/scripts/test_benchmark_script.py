@@ -96,6 +96,28 @@ def test_the_floor_is_five_products_a_step(drawn, R):
     assert all(torch.equal(a, b) for a, b in zip(before, fresh[0].parameters(), strict=True))
 
 
+def test_the_answer_names_the_fastest_peer_and_its_factor(benchmark):
+    def row(work, peer, ratio, outcome="right"):
+        spread = {"ratio": ratio, "ratio_least": ratio - 0.1, "ratio_most": ratio + 0.1}
+        return {"work": work, "peer": peer, "networks": 1, "outcome": outcome, **spread}
+
+    rows = [
+        row("small", "nnce", 1.0),
+        row("small", "floor (dense products alone)", 0.5),
+        row("small", "limit (estimate)", 0.1, "estimate"),
+        row("small", "JAX", 3.0),
+        row("small", "eager", 9.0),
+        row("large", "nnce by loops", 0.7),
+        row("large", "JAX", 0.95),
+        row("large", "eager", 0.2, "wrong"),
+    ]
+    assert benchmark.answer(rows) == (
+        "Fastest peer: JAX, 0.95 times nnce's time (0.85 to 1.05; large).\n"
+        "nnce is faster than every peer in 1 of 2 measured works."
+    )
+    assert benchmark.answer(rows[:3]) == "No peer could be timed."
+
+
 @pytest.mark.slow
 def test_a_run(benchmark, tmp_path, capsys):
     run_dir = tmp_path / "run"
@@ -121,7 +143,8 @@ def test_a_run(benchmark, tmp_path, capsys):
         assert row["seconds"] > 0 and row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
         assert row["examples_per_second"] == pytest.approx(1_000 / row["seconds"])
     assert rows["nnce", 1]["ratio"] == 1
-    assert "| torch.nn eager " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| torch.nn eager " in out and "Fastest peer: " in out.splitlines()[-3]
 
 
 @pytest.mark.slow

@@ -30,6 +30,10 @@ def test_a_run(check, tmp_path, capsys):
         f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")
     ]
     assert results["broken"] == []
+    ours = sum(row["by"] in precision.OURS for row in results["rows"])
+    count = ours + len(results["network"]) + 4 * len(results["derivatives"])
+    assert results["answer"] == f"All {count} promises kept."
+    assert results["answer"] in out.splitlines()[-5:]
     derivatives = {row["derivatives of"]: row for row in results["derivatives"]}
     assert set(derivatives) == {*table.rows(), *table.walked_rows()}
     for name, row in derivatives.items():
@@ -60,7 +64,9 @@ def test_a_wrong_rule_and_a_wrong_gradient_break_the_promise(check, tmp_path, mo
     row = table.rows()["sigmoid"]._replace(reference=torch.tanh)
     monkeypatch.setattr(table, "rows", lambda: {"sigmoid": row})
     assert check.main(["--no-matrix", "--run-dir", str(tmp_path)]) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    (line,) = [line for line in out.splitlines() if " promises broken: " in line]
+    assert "derivatives of sigmoid: first wrong" in line
     assert "nnce, rules: cross-entropy, dC/dz in float64 on cpu" in err
     assert "derivatives of sigmoid: first wrong" in err
 

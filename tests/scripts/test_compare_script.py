@@ -1,9 +1,13 @@
+import contextlib
 import csv
+import io
 import json
 import math
+import re
 import subprocess
 import sys
 
+import killed
 import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,8 +36,23 @@ def finished(compare, tmp_path_factory):
     """A small comparison, its directory and its results."""
     run_dir = tmp_path_factory.mktemp("compare") / "run"
     options = ["--seeds", "3", "--lrs", "0.5", "3", "--epochs", str(EPOCHS)]
-    assert compare.main([*options, "--run-dir", str(run_dir)]) == 0
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert compare.main([*options, "--run-dir", str(run_dir)]) == 0
+    (run_dir / "out").write_text(out.getvalue(), encoding="utf-8")
     return run_dir, json.loads((run_dir / "results.json").read_text())
+
+
+def test_each_part_of_the_end_is_shown_on_a_terminal(compare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = ["--seeds", "1", "--lrs", "3", "--epochs", "1", "--run-dir", str(tmp_path / "run")]
+    assert compare.main(options) == 0
+    shown = capsys.readouterr().err
+    for part in (
+        *("2 networks side by side", "the control, by autograd", "every engine against autograd …"),
+        *("learning curves …", "pictures for TensorBoard …"),
+    ):
+        assert part in shown
 
 
 def test_results(finished):
@@ -55,12 +74,11 @@ def test_results(finished):
             assert (low is None) if engine == "autograd" else low <= mean <= high
         assert len(row["epochs to 90% validation accuracy"]) == row["networks"]
         assert row["seconds a network"] > 0
-    assert {difference["at"] for difference in results["differences"]} == {
-        "both 0.5",
-        "both 3",
-        f"best: {best['quadratic']:g} and {best['cross-entropy']:g}",
-    }
-    assert len(results["differences"]) == 3 * 3
+    slow, fast = best["quadratic"], best["cross-entropy"]
+    at = {f"both {lr}" for lr in ("0.5", "3") if not slow == fast == float(lr)}
+    at.add(f"best: {slow:g} and {fast:g}")
+    assert {difference["at"] for difference in results["differences"]} == at
+    assert len(results["differences"]) == 3 * len(at)
     assert all(engine["difference"] < 1e-12 for engine in results["engines"])
     assert not results["interrupted"] and results["command"].startswith("scripts/compare.py")
     assert len(results["control"]) == 2
@@ -82,7 +100,7 @@ def test_the_table_is_what_the_csv_says(finished):
             and int(epoch["epoch"]) == EPOCHS
         ]
         assert len(last) == row["networks"]
-        expected = estimates.estimate(last)
+        expected = estimates.estimate(last, estimates.SHARE)
         assert row["test accuracy, last epoch, mean"] == pytest.approx(expected.mean)
         if len(last) > 1:
             assert row["test accuracy, last epoch, high"] == pytest.approx(expected.high)
@@ -94,22 +112,28 @@ def events_of(folder):
     ).Reload()
 
 
-def expected_scalars():
-    layers = [f"{what}/layer{n}" for what in LayerFigures._fields for n in (1, 2)]
-    splits = ("train", "validation", "test")
-    return [*layers, *(f"{what}/{split}" for what in ("loss", "accuracy") for split in splits)]
+def runs_in(folder):
+    return {path.name for path in folder.iterdir() if path.is_dir()}
+
+
+CURVES = [
+    *(f"{what}/layer{n}" for what in LayerFigures._fields for n in (1, 2)),
+    *(f"{what}/{of}" for what in ("loss", "accuracy") for of in ("train", "validation", "test")),
+    *(f"first_epochs/{w}/{of}" for w in ("loss", "accuracy") for of in ("validation", "test")),
+]
 
 
 def test_every_tag_has_its_points(finished):
     run_dir, results = finished
     controls = {f"{loss}-lr{lr:g}-autograd" for loss, lr in results["best_lrs"].items()}
-    folders = {path.name for path in run_dir.iterdir() if path.is_dir()}
+    assert runs_in(run_dir) == {"best-rates", "all-rates"}
+    folders = runs_in(run_dir / "all-rates")
     assert folders == VARIANTS | controls  # no stray runs
     chosen = {f"{loss}-lr{lr:g}" for loss, lr in results["best_lrs"].items()}
     for name in folders:
-        events = events_of(run_dir / name)
-        bands = ("", "mean/", "lower/", "upper/") if name in VARIANTS else ("",)
-        expected = {f"{band}{tag}" for band in bands for tag in expected_scalars()}
+        events = events_of(run_dir / "all-rates" / name)
+        ends = {f"upper_and_lower/{t}/{end}" for t in CURVES for end in ("lower", "upper")}
+        expected = {*CURVES, *ends}
         assert set(events.Tags()["scalars"]) == expected
         for tag in expected:
             points = events.Scalars(tag)
@@ -119,51 +143,115 @@ def test_every_tag_has_its_points(finished):
         for tag in events.Tags()["histograms"]:
             assert [event.step for event in events.Histograms(tag)] == [0, 1, 2, 3]
         images = {"weights/layer1", "wrong", "confusion"} if name in chosen else set()
-        assert set(events.Tags()["images"]) == images
+        assert set(events.Tags()["images"]) - {"learning curves"} == images
         for tag in images:
             assert [event.step for event in events.Images(tag)] == [EPOCHS]
-        # A session of hyper-parameters in the run itself.
-        metadata = {
-            tag: events.SummaryMetadata(tag).plugin_data for tag in events.Tags()["tensors"]
-        }
-        assert metadata["config/text_summary"].plugin_name == "text"
-    root = events_of(run_dir)
-    assert root.Tags()["images"] == ["learning curves"]
-    (page,) = root.Tensors("results/text_summary")
+        assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert (run_dir / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_of_the_best_rates_is_four_of_the_runs(finished):
+    """With the same points, and the options, the tables and the picture once among them."""
+    run_dir, results = finished
+    best = {f"{loss}-lr{lr:g}" for loss, lr in results["best_lrs"].items()}
+    expected = best | {f"{name}-autograd" for name in best}
+    assert len(expected) == 4 and runs_in(run_dir / "best-rates") == expected
+    texts, pictures = [], []
+    for name in sorted(expected):
+        folders = [run_dir / folder / name for folder in ("best-rates", "all-rates")]
+        assert killed.differences(*map(killed.curves, folders)) == []
+        events = events_of(folders[0])
+        texts += [tag for tag in events.Tags()["tensors"] if tag.endswith("text_summary")]
+        pictures += [tag for tag in events.Tags()["images"] if tag == "learning curves"]
+        if "results/text_summary" in events.Tags()["tensors"]:
+            (page,) = events.Tensors("results/text_summary")
+    assert sorted(texts) == ["config/text_summary", "results/text_summary"]
+    assert pictures == ["learning curves"]
     text = page.tensor_proto.string_val[0].decode()
     assert "Made by `scripts/compare.py --seeds 3" in text
     assert "| cross-entropy | 0.5 " in text and "best on validation" in text
-    assert (run_dir / "results.md").read_text(encoding="utf-8") == text
-    assert (run_dir / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "custom_scalars__config__" in root.Tags()["tensors"]
+    assert (run_dir / "results.md").read_text(encoding="utf-8").startswith(text)
+
+
+ANSWER = re.compile(
+    r"cross-entropy − quadratic, each at its best rate \(\S+ and \S+\): [+−]\d+\.\d\d points of "
+    r"test accuracy after 3 epochs \(95 % [+−]\d+\.\d\d to [+−]\d+\.\d\d†?, n = 3\): \w+"
+)
+
+
+def test_it_begins_and_ends_with_the_answer_and_has_one_table(finished):
+    run_dir, results = finished
+    lines = (run_dir / "out").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 60
+    (first,) = [line for line in lines[:8] if ANSWER.match(line)]
+    assert first in lines[-8:]
+    assert results["answer"].splitlines()[0] == first
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 2 and max(map(len, table)) <= 100
+    mean, low, high = (
+        next(
+            d[key]
+            for d in results["differences"]
+            if d["at"].startswith("best") and d["test accuracy"] == "last epoch"
+        )
+        for key in ("mean", "low", "high")
+    )
+    for number in (mean, low, high):
+        assert f"{100 * number:+.2f}".replace("-", "−") in first
+    assert any("results.md" in line and str(run_dir) in line for line in lines[-8:])
+    assert [line.split()[-1] for line in lines if "--logdir" in line] == [
+        str(run_dir / "best-rates"),
+        str(run_dir / "all-rates"),
+    ]
+    page = (run_dir / "results.md").read_text(encoding="utf-8")
+    for text in (
+        *first.split("\n"),
+        "p, Holm",
+        "epochs to 90 %",
+        "s/network",
+        "control",
+        " s: tra",
+    ):
+        assert text in page
 
 
 def test_bands_are_the_interval_over_seeds(finished):
     run_dir, results = finished
     for row in results["rows"]:
         if row["engine"] == "backprop":
-            events = events_of(run_dir / f"{row['loss']}-lr{row['lr']:g}")
-            for band, key in (
-                ("", "mean"),
-                ("mean/", "mean"),
-                ("lower/", "low"),
-                ("upper/", "high"),
-            ):
-                seen = events.Scalars(f"{band}accuracy/test")[-1].value
+            events = events_of(run_dir / "all-rates" / f"{row['loss']}-lr{row['lr']:g}")
+            ends = "upper_and_lower/accuracy/test/"
+            tags = {"mean": "accuracy/test", "low": f"{ends}lower", "high": f"{ends}upper"}
+            for key, tag in tags.items():
+                seen = events.Scalars(tag)[-1].value
                 assert seen == pytest.approx(row[f"test accuracy, last epoch, {key}"])
 
 
-def test_the_layout_has_a_margin_chart_for_every_curve(finished):
+def test_custom_scalars_are_three_groups_of_margin_charts(finished):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
     run_dir, _ = finished
-    (event,) = events_of(run_dir).Tensors("custom_scalars__config__")
-    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
-    charts = {chart.title: chart.margin.series[0] for chart in category.chart}
-    assert set(charts) == set(expected_scalars())
-    for tag, series in charts.items():
-        assert series.value == f"mean/{tag}"
-        assert (series.lower, series.upper) == (f"lower/{tag}", f"upper/{tag}")
+    layouts = []
+    for folder in (run_dir / "best-rates").iterdir():
+        (event,) = events_of(folder).Tensors("custom_scalars__config__")
+        layouts.append(Layout.FromString(event.tensor_proto.string_val[0]))
+    assert all(layout == layouts[0] for layout in layouts)  # TensorBoard merges equal ones
+    well, fast, slow = layouts[0].category
+    assert "How well" in well.title and "How fast" in fast.title and "slowdown" in slow.title
+    assert any("the quadratic loss has left" in chart.title for chart in slow.chart)
+    values = []
+    for category in (well, fast, slow):
+        for chart in category.chart:
+            (series,) = chart.margin.series
+            values.append(series.value)
+            ends = (series.lower, series.upper)
+            assert ends == tuple(
+                f"upper_and_lower/{series.value}/{end}" for end in ("lower", "upper")
+            )
+    assert len(values) == len(set(values)) and set(values) < set(CURVES)
+    # TensorBoard shows a group's last chart first.
+    assert well.chart[-1].margin.series[0].value == "accuracy/test"
+    assert slow.chart[-1].margin.series[0].value == "slowdown/layer2"
 
 
 def test_hyper_parameters_are_in_the_runs_themselves(finished):
@@ -172,7 +260,7 @@ def test_hyper_parameters_are_in_the_runs_themselves(finished):
 
     run_dir, _ = finished
     for name in VARIANTS:
-        (path,) = (run_dir / name).glob("events.out.tfevents.*.closing")
+        (path,) = (run_dir / "all-rates" / name).glob("events.out.tfevents.*.closing")
         sessions = [
             metadata.parse_session_start_info_plugin_data(value.metadata.plugin_data.content)
             for event in EventFileLoader(str(path)).Load()
@@ -180,10 +268,12 @@ def test_hyper_parameters_are_in_the_runs_themselves(finished):
             if value.tag == metadata.SESSION_START_INFO_TAG
         ]
         (session,) = sessions
+        assert set(session.hparams) == {"loss", "rate", "start", "λ", "engine", "epochs"}
         assert (
-            f"{session.hparams['loss'].string_value}-lr{session.hparams['lr'].number_value:g}"
+            f"{session.hparams['loss'].string_value}-lr{session.hparams['rate'].number_value:g}"
             == name
         )
+        assert session.hparams["epochs"].number_value == EPOCHS  # not the usual number
 
 
 def test_one_seed_says_that_there_is_no_interval(compare, tmp_path, capsys):
@@ -191,7 +281,8 @@ def test_one_seed_says_that_there_is_no_interval(compare, tmp_path, capsys):
     assert compare.main([*options, "--control-seeds", "0", "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "One seed: there is no interval and no p-value" in out
-    assert "±" not in out.splitlines()[5] and "nan" not in out
+    assert "one seed, so no interval: use --seeds 8" in out
+    assert "(" not in out.splitlines()[9] and "nan" not in out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["test accuracy, last epoch, low"] for row in results["rows"]] == [None, None]
 
@@ -200,7 +291,8 @@ def test_a_diverging_rate_is_reported_and_the_rest_goes_on(compare, tmp_path, ca
     options = ["--seeds", "2", "--lrs", "1", "1e38", "--epochs", "2", "--run-dir", str(tmp_path)]
     assert compare.main(options) == 0
     out = capsys.readouterr().out
-    assert "DIVERGED: 2 of 2" in out
+    assert "| diverged " in out and "2 of 2 (cross-entropy-lr1e+38)" in out
+    assert "DIVERGED: 2 of 2" in (tmp_path / "results.md").read_text(encoding="utf-8")
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["loss"], row["lr"]): row for row in results["rows"] if row["engine"] == "backprop"}
     assert rows["cross-entropy", 1e38]["diverged"] == 2
@@ -214,6 +306,8 @@ def test_when_everything_diverges_it_is_said(compare, tmp_path, capsys):
     assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "No rate of cross-entropy is left: all diverged." in out
+    assert out.count("No comparison: cross-entropy diverged at every rate.") == 2
+    assert runs_in(tmp_path / "best-rates") == {"quadratic-lr1", "quadratic-lr1-autograd"}
 
 
 def test_when_all_of_both_losses_diverge_there_is_a_picture_all_the_same(
@@ -261,7 +355,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_so(
     assert second.endswith(f" --resume {run_dir}")
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and {row["epochs"] for row in results["rows"]} == {2}
-    (page,) = events_of(run_dir).Tensors("results/text_summary")
+    (page,) = events_of(run_dir / "best-rates" / "quadratic-lr1").Tensors("results/text_summary")
     assert b"Interrupted after epoch 2" in page.tensor_proto.string_val[0]
 
 
@@ -276,7 +370,11 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
     with pytest.raises(KeyboardInterrupt):
         compare.main(["--run-dir", str(run_dir)])
     out, err = capsys.readouterr()
-    assert "test %" not in out and not (run_dir / "results.json").exists()
+    assert (
+        "test %" not in out
+        and "cross-entropy −" not in out
+        and not (run_dir / "results.json").exists()
+    )
     assert err.splitlines()[0] == "Interrupted; to go on:"
     assert checkpoints.latest_checkpoint(run_dir).content["side by side"]["cursor"]["epoch"] == 0
 
@@ -314,7 +412,8 @@ def test_the_default_comparison_stays_small(tmp_path):
         text=True,
         check=True,
     )
-    assert "best on validation" in done.stdout and done.stderr == ""
+    assert " points of test accuracy after 30 epochs (95 % " in done.stdout and done.stderr == ""
+    assert len(done.stdout.splitlines()) <= 60
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 20e6
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -40,6 +40,10 @@ def test_it_learns_what_was_planted(labels, tmp_path, capsys):
     assert epochs[-1]["loss_train"] < epochs[0]["loss_train"]
     out = capsys.readouterr().out
     assert "at most" in out and "tensorboard --logdir" in out
+    best, usual = (f"{100 * row['precision@1']:.2f} %" for row in (epochs[-1], frequent))
+    (line,) = [line for line in out.splitlines()[-6:] if line.startswith("The best of ")]
+    assert f"is right for {best} of the test examples after epoch " in line
+    assert f"(always the most frequent label: {usual})" in line
     curves = EventAccumulator(str(tmp_path / "run")).Reload()
     assert {"loss/step", "test/precision@5", "test/nDCG@3"} <= set(curves.Tags()["scalars"])
     steps = [event.step for event in curves.Scalars("loss/step")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import killed
 import pytest
@@ -58,6 +59,8 @@ def test_a_run(reproduce, toy, tmp_path, capsys):
     assert reproduce.main(options) == 0
     out, err = capsys.readouterr()
     assert err == "" and "64-8-10" in out
+    answer = "2 rows, 3 starts each, not compared: not the published protocol or data."
+    assert answer in out.splitlines()[-5:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["config"]["table"] == "toy" and results["published"] == {"T1": 50.0, "T2": 1.0}
     dataset = data.load("digits")
@@ -87,6 +90,18 @@ def test_a_run(reproduce, toy, tmp_path, capsys):
     assert [step for step, _ in curves["scalar", "accuracy/validation"]] == [0, 1, 2]
     assert ("image", "distortion") in curves and ("scalar", "accuracy/test") not in curves
     assert ("image", "reproduced") in killed.curves(tmp_path / "run")
+
+
+def test_the_answer_counts_what_is_within(reproduce, monkeypatch):
+    verdicts = {"A": "within", "B": "ours is better", "C": "within", "D": "ours is worse", "E": ""}
+    rows = [SimpleNamespace(name=name) for name in verdicts]
+    work = SimpleNamespace(rows=rows, outcomes=verdicts, compares=True, seeds=range(3))
+    told = [{"row": name, "verdict": verdict} for name, verdict in verdicts.items()]
+    monkeypatch.setattr(reproduce, "closing_rows", lambda work, rows: told)
+    assert reproduce.answer(work) == (
+        "2 of 4 published figures are within the range of our starts; ours is better in B; ours is "
+        "worse in D."
+    )
 
 
 def test_a_network_that_diverges_is_counted_out(toy, digits, reproduce, monkeypatch, tmp_path):

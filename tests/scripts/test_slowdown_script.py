@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -52,11 +53,25 @@ def test_a_neuron_by_hand(slowdown):
             w, b = w - 0.15 * dz, b - 0.15 * dz
 
 
+def test_it_ends_with_the_answer(slowdown, tmp_path, capsys):
+    """Of the start that is most wrong, wherever it stands among the others."""
+    options = ["--start", "2", "2", "--start", "0.6", "0.9", "--epochs", "100"]
+    assert slowdown.main([*options, "--run-dir", str(tmp_path)]) == 0
+    answer = (
+        "From w = 2, b = 2, epochs until the output is below ½: quadratic not within 100, "
+        "cross-entropy 17, BCELoss of σ(z) 17."
+    )
+    assert answer in capsys.readouterr().out.splitlines()[-5:]
+    assert json.loads((tmp_path / "results.json").read_text())["answer"] == answer
+
+
 def test_picture_and_curves(slowdown, tmp_path, capsys):
     run_dir = tmp_path / "run"
     options = ["--start", "1", "1", "--epochs", "5", "--run-dir", str(run_dir)]
     assert slowdown.main(options) == 0
-    assert "| 1, 1       | quadratic " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| 1, 1       | quadratic " in out
+    assert f"tensorboard --logdir {run_dir}\n" in out
     assert (run_dir / "single-neuron.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in run_dir.iterdir() if path.is_dir()}
     assert names == {"w1-b1-quadratic", "w1-b1-cross-entropy", "w1-b1-BCELoss"}
@@ -69,6 +84,14 @@ def test_picture_and_curves(slowdown, tmp_path, capsys):
             assert curve == pytest.approx(results["epochs"][0]["output"])
             assert [e.step for e in events.Scalars("neuron/dC_dw")] == list(range(6))
     assert EventAccumulator(str(run_dir)).Reload().Tags()["images"] == ["single neuron"]
+
+
+def test_each_part_is_shown_on_a_terminal(slowdown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert slowdown.main(["--epochs", "5", "--run-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("training: ", "logging: ", "picture …"))
+    assert "/9 [" in shown
 
 
 @pytest.mark.parametrize(

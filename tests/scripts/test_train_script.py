@@ -30,7 +30,7 @@ def test_a_run(train, tmp_path, capsys, digits):
     assert "network 64-12-8-10, cross-entropy loss" in out
     assert "epoch   2  loss: train" in out
     assert "| best on validation |" in out
-    assert f"tensorboard --logdir {tmp_path}" in out
+    assert f"tensorboard --logdir {run_dir}\n" in out
     assert err == ""  # no progress bar where nobody watches
 
     results = json.loads((run_dir / "results.json").read_text())
@@ -47,6 +47,12 @@ def test_a_run(train, tmp_path, capsys, digits):
 
     network = nnce.load(run_dir / "network.pt")
     assert network.sizes == (64, 12, 8, 10)
+    end = out.splitlines()[-6:]
+    assert results["answer"].splitlines() == end[1:3]
+    accuracy = f"{100 * last['test']['accuracy']:.2f} %"
+    assert f"Test accuracy {accuracy} after epoch 2." in end
+    assert f"The network: nnce.load('{run_dir / 'network.pt'}')" in end
+    assert sum(f" {accuracy} " in line for line in out.splitlines() if "| last " in line) >= 1
     alone = training.evaluate(network, digits.test, "cross-entropy")
     assert last["test"]["loss"] == pytest.approx(alone.loss)
     assert last["test"]["accuracy"] == alone.accuracy
@@ -92,8 +98,17 @@ def test_default_run_directory_has_a_telling_name(train, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert train.main(["--epochs", "1", "--loss", "quadratic", "--hidden"]) == 0
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith("digits-quadratic-single-layer-backprop-seed0-")
-    assert "--logdir runs\n" in capsys.readouterr().out
+    assert run_dir.name.startswith("digits-quadratic-lr3-single-layer-scaled-backprop-seed0-")
+    assert f"--logdir runs/{run_dir.name}\n" in capsys.readouterr().out
+
+
+def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--optimizer", "adam", "--l2", "0.5", "--init", "large", "--name", "mine"]
+    assert train.main(["--epochs", "1", "--train-size", "20", *options]) == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    expected = "digits-cross-entropy-lr0.001-adam-30-large-lambda0.5-functions-seed0-mine-"
+    assert run_dir.name.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +133,8 @@ def test_default_run_directory_has_a_telling_name(train, tmp_path, monkeypatch, 
         (["--optimizer", "adam", "--momentum", "0.9"], "no momentum for optimizer 'adam'"),
         (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, and cpu has"),
         (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
+        (["--name", "a/b"], "expected a letter or digit and at most 59 more or . _ + -, got 'a/b'"),
+        (["--name", "mine", "--run-dir", "there"], "expected --run-dir or --name, got both"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(train, options, message, refused):
