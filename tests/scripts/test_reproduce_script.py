@@ -96,8 +96,11 @@ def test_the_answer_counts_what_is_within(reproduce, monkeypatch):
     verdicts = {"A": "within", "B": "ours is better", "C": "within", "D": "ours is worse", "E": ""}
     rows = [SimpleNamespace(name=name) for name in verdicts]
     work = SimpleNamespace(rows=rows, outcomes=verdicts, compares=True, seeds=range(3))
-    told = [{"row": name, "verdict": verdict} for name, verdict in verdicts.items()]
-    monkeypatch.setattr(reproduce, "closing_rows", lambda work, rows: told)
+    monkeypatch.setattr(
+        reproduce,
+        "closing_row",
+        lambda work, row: {"row": row.name, "verdict": verdicts[row.name]},
+    )
     assert reproduce.answer(work) == (
         "2 of 4 published figures are within the range of our starts; ours is better in B; ours is "
         "worse in D."
