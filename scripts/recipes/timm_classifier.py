@@ -37,30 +37,37 @@ LOSSES = {"BinaryCrossEntropy": (BinaryCrossEntropy(), FromIndices())}
 
 
 def train(loss: nn.Module, epochs: int = 3) -> tuple[nn.Module, float]:
-    """A network trained on 1,000 digits of 32 × 32 pixels, and its accuracy on others."""
+    """A network trained on 1,000 digits, and its accuracy on the test digits."""
     torch.manual_seed(0)
-    network = timm.create_model("test_resnet", pretrained=False, in_chans=1, num_classes=10)
+    network = timm.create_model("test_convnext", pretrained=False, in_chans=1, num_classes=10)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     digits = data.load("digits", train_size=1_000)
-    (x, y), (x_test, y_test) = digits.train, digits.test
     images, test_images = (
-        nn.functional.interpolate(pixels.view(-1, 1, 8, 8), scale_factor=4)
-        for pixels in (x, x_test)
+        nn.functional.interpolate(split.x.view(-1, 1, 8, 8), scale_factor=4)
+        for split in (digits.train, digits.test)
     )
+    labels, test_labels = digits.train.y.argmax(1), digits.test.y.argmax(1)
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(50):
             optimizer.zero_grad()
-            loss(network(images[rows]), y[rows].argmax(1)).backward()
+            loss(network(images[rows]), labels[rows]).backward()
             optimizer.step()
     with torch.no_grad():
-        right = network.eval()(test_images).argmax(1) == y_test.argmax(1)
+        right = network.eval()(test_images).argmax(1) == test_labels
     return network, right.float().mean().item()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Train with timm's losses and with nnce's in their place."""
     for name, (theirs, ours) in LOSSES.items():
-        accuracies = train(theirs)[1], train(ours)[1]
+        (network, accuracy), (twin, same) = train(ours), train(theirs)
+        pairs = zip(network.parameters(), twin.parameters(), strict=True)
+        difference = max((a - b).abs().max().item() for a, b in pairs)
         print(
-            f"Test accuracy after 3 epochs: {accuracies[0]:.1%} with timm's {name}, "
-            f"{accuracies[1]:.1%} with nnce's loss and the same smoothed targets."
+            f"Test accuracy {accuracy:.1%} with nnce in place of timm's {name} ({same:.1%}); no "
+            f"parameter differs by more than {difference:.0e}."
         )
+
+
+if __name__ == "__main__":
+    main()
