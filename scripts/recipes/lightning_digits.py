@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import nnce
 from nnce import data
@@ -37,9 +37,12 @@ class Digits(lightning.LightningModule):
         self.digits = data.load("digits")
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Mini-batches whose order depends on the epoch alone, so that resuming finds it again."""
-        order = torch.Generator().manual_seed(self.current_epoch)
-        return DataLoader(TensorDataset(*self.digits.train), 10, shuffle=True, generator=order)
+        """Mini-batches in an order that depends on the epoch alone.
+
+        shuffle=True would take it from PyTorch's global generator, which no checkpoint contains.
+        """
+        digits = TensorDataset(*self.digits.train)
+        return DataLoader(digits, 10, sampler=DistributedSampler(digits, num_replicas=1, rank=0))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The validation digits, all at once."""
@@ -68,7 +71,6 @@ def train(
         max_epochs=epochs,
         logger=TensorBoardLogger(folder, name=None, version=""),
         callbacks=[ModelCheckpoint(folder, save_last=True), Watch()],
-        reload_dataloaders_every_n_epochs=1,
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,

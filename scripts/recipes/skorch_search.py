@@ -45,7 +45,7 @@ def classifier(**options: Any) -> NeuralNetClassifier:
         predict_nonlinearity=nnce.sigmoid,
         optimizer=torch.optim.SGD,
         batch_size=10,
-        max_epochs=10,
+        max_epochs=5,
         iterator_train__shuffle=True,
         train_split=None,
         verbose=0,

@@ -36,7 +36,7 @@ class FromIndices(nn.Module):
 LOSSES = {"BinaryCrossEntropy": (BinaryCrossEntropy(), FromIndices())}
 
 
-def train(loss: nn.Module, epochs: int = 3) -> tuple[nn.Module, float]:
+def train(loss: nn.Module, epochs: int = 5) -> tuple[nn.Module, float]:
     """A network trained on 1,000 digits, and its accuracy on the test digits."""
     torch.manual_seed(0)
     network = timm.create_model("test_convnext", pretrained=False, in_chans=1, num_classes=10)

@@ -38,7 +38,8 @@ def cross_entropy(
     """The `compute_loss_func`: the mean over all elements, as the built-in loss.
 
     The Trainer does not scale this loss for gradient accumulation. num_items_in_batch counts the
-    elements of all accumulated batches; dividing by it gives the mean over all of them.
+    elements of all accumulated batches; dividing by it gives the mean over all of them, where the
+    built-in loss averages the means of the batches.
     """
     C = nnce.sigmoid_cross_entropy(outputs.logits, labels, reduction="sum")
     return C / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
