@@ -48,7 +48,9 @@ def test_an_exported_network_computes_the_same(onnx, sizes, with_activations, ge
 
 # PyTorch deprecates all of torch.jit, and tracing warns of the argument checks.
 @pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("module", [MLP((4, 3, 2)), nnce.SigmoidCrossEntropyLoss()], ids=["MLP", "loss"])
+@pytest.mark.parametrize(
+    "module", [MLP((4, 3, 2)), nnce.SigmoidCrossEntropyLoss()], ids=["MLP", "loss"]
+)
 def test_torch_jit_fails_and_export_works_as_documented(module):
     x, y = torch.randn(5, 4), torch.ones(5, 4)
     inputs = (x,) if isinstance(module, MLP) else (x, y)

@@ -37,9 +37,8 @@ def cross_entropy(
 ) -> Tensor:
     """The `compute_loss_func`: the mean over all elements, as the built-in loss.
 
-    The Trainer does not scale this loss for gradient accumulation. num_items_in_batch counts the
-    elements of all accumulated batches; dividing by it gives the mean over all of them, where the
-    built-in loss averages the means of the batches.
+    With accumulated gradients the Trainer expects the loss to divide by num_items_in_batch, the
+    number of elements of all batches of a step. (The built-in one does not.)
     """
     C = nnce.sigmoid_cross_entropy(outputs.logits, labels, reduction="sum")
     return C / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
@@ -66,10 +65,11 @@ def train(model: nn.Module, dataset: list[Any], loss: Any = None, **options: Any
     """Train a model with a `Trainer` that keeps no checkpoints and reports nothing."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=32, learning_rate=5e-3, use_cpu=True,
-            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-            **options,
-        )  # fmt: skip
+            folder,
+            **{"per_device_train_batch_size": 32, "learning_rate": 5e-3, **options},
+            **{"use_cpu": True, "save_strategy": "no", "logging_strategy": "no"},
+            **{"report_to": "none", "disable_tqdm": True},
+        )
         Trainer(model, arguments, train_dataset=dataset, compute_loss_func=loss).train()
     return model.eval()
 
