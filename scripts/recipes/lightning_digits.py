@@ -1,5 +1,6 @@
 """Lightning: digits with checkpoints, resuming, and `nnce.watch` on the TensorBoard logger."""
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def train(
 
 def main() -> None:
     """Train 6 epochs at once, and as 3 and 3."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         at_once, resumed = Digits(), Digits()

@@ -10,7 +10,10 @@ from nnce.experiments import timing
 
 
 class PairLoss(nn.Module):
-    """Takes the place of `open_clip.loss.SigLipLoss`; its memory is linear in the pairs."""
+    """Takes the place of `open_clip.loss.SigLipLoss`; its memory is linear in the pairs.
+
+    Several processes: see `group` of `nnce.pair_sigmoid_cross_entropy`.
+    """
 
     def forward(
         self,

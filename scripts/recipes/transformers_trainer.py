@@ -45,7 +45,7 @@ def cross_entropy(
 
 
 class ManyLabels(nn.Module):
-    """A BERT whose last layer and loss are one module: the logits never exist all at once."""
+    """A BERT whose last layer and loss are one module, which takes many labels block by block."""
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
