@@ -102,9 +102,10 @@ def test_the_reference_is_exact():
 
 
 # Units in the last place of C and of dC/dz. float16 and bfloat16 are rounded once from float32.
+# nnce promises 4 and 3; one division for dC/dz takes it to 2.3, and two thirds of the time of 1.6.
 LIMITS = {
-    torch.float32: (2.5, 1.6),
-    torch.float64: (2.0, 1.6),
+    torch.float32: (2.5, 2.3),
+    torch.float64: (2.0, 2.3),
     torch.float16: (0.51, 0.51),
     torch.bfloat16: (0.51, 0.51),
 }
@@ -139,8 +140,8 @@ def test_weights_cost_less_than_a_unit_each(dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "of_C", "of_dz"),
-    # In float64 no worse than nnce.rules: 4.6 and 5.3. In float32 computed in float64.
-    [(torch.float32, 0.51, 0.51), (torch.float64, 4, 5), (torch.bfloat16, 0.51, 0.51)],
+    # In float32 computed in float64.
+    [(torch.float32, 0.51, 0.51), (torch.float64, 3.3, 2.9), (torch.bfloat16, 0.51, 0.51)],
     ids=str,
 )
 def test_quadratic_is_exact_at_every_z(dtype, of_C, of_dz):
@@ -155,13 +156,12 @@ def test_quadratic_is_exact_at_every_z(dtype, of_C, of_dz):
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_sigmoid_is_exact_at_every_z(dtype):
+def test_sigmoid_backward_is_exact_at_every_z(dtype):
     z = grid(dtype)
     numbers = z.double().numpy().astype(np.longdouble)
-    assert units(fused.sigmoid(z), sigma(numbers), dtype) <= 2
     da = torch.ones_like(z)
     prime = sigma(numbers) * sigma(-numbers)
-    assert units(fused.sigmoid_backward(z, da), prime, dtype) <= 3.5
+    assert units(fused.sigmoid_backward(z, da), prime, dtype) <= 2.1
 
 
 # ------------------------------------------------------------------------ against the rules
@@ -327,6 +327,9 @@ def test_sums_beyond_the_dtype_are_infinite_and_means_are_not(implementation):
     y = torch.zeros_like(z)
     assert fused.forward(z, y, PLAIN, "sum")[0] == math.inf
     assert fused.forward(z, y, PLAIN, "mean")[0] == 10
+    z, y = torch.full((70,), 2e38), torch.zeros(70)
+    assert fused.forward(z, y, PLAIN, "sum")[0] == math.inf
+    assert fused.forward(z, y, PLAIN, "mean")[0] == torch.tensor(2e38)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -371,7 +374,9 @@ def test_joint_pass_is_the_two_passes(width, dtype, smoothing, implementation):
             dz = fused.backward(z, target, options, factor[:, None].expand_as(z))
             into = z.clone()
             sums = fused.joint(into, y, factor, options)
-            torch.testing.assert_close(sums, C.double().sum(1), rtol=1e-12, atol=0)
+            # Four float32 numbers at a time are added before they are float64.
+            rtol = 1e-12 if dtype == torch.float64 else 2e-7
+            torch.testing.assert_close(sums, C.double().sum(1), rtol=rtol, atol=0)
             torch.testing.assert_close(into, dz, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -394,7 +399,7 @@ def everything(z, y):
             found += [C, fused.backward(z, y, options, torch.tensor(1.0), n)]
     rows = z.clone()
     found += [fused.joint(rows, y, torch.ones(len(z))), rows]
-    return [*found, fused.sigmoid(z), fused.sigmoid_backward(z, z)]
+    return [*found, fused.sigmoid_backward(z, z)]
 
 
 def same(first, second):
