@@ -5,7 +5,8 @@ else is kept. `joint` computes both in one pass. On a CPU the work is done by Nu
 (`nnce.kernels.losses`), or by PyTorch in chunks that fit the cache (`nnce.kernels.chunked`) where
 Numba is not installed; on CUDA by Triton (`nnce.kernels.triton_losses`).
 
-No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels.
+No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels, given that
+PyTorch would run its own kernels on them (`nnce.functional.is_plain`).
 
 Sums are taken in float64 over fixed parts of an array, so that the bits of a result do not depend
 on the number of threads.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nnce import kernels
+from nnce._torch_private import dispatches_plainly
 from nnce.kernels import chunked
 from nnce.kernels.chunked import Packed
 from nnce.losses import Loss
@@ -64,13 +66,20 @@ _PACKED_PLAIN = Packed(None, 0, None, 0, 0.0, 0, False)
 def fits(z: Tensor, y: Tensor) -> bool:
     """Whether the passes take these logits and targets, which may have different dtypes."""
     return (
-        ((z.is_cpu and y.is_cpu) or (z.device == y.device and backend(z) == "triton"))
-        and z.dtype in _FLOATS
+        z.dtype in _FLOATS
         and y.dtype in _TARGETS
         and z.shape == y.shape
-        and z.layout is torch.strided
-        and y.layout is torch.strided
-        and not (z.is_neg() or y.is_neg())
+        and ((z.is_cpu and y.is_cpu) or (z.device == y.device and backend(z) == "triton"))
+    )
+
+
+def has_joint(z: Tensor, y: Tensor | None) -> bool:
+    """Whether `joint` is compiled code for these, which need not be checked by `is_plain`."""
+    tensors = (z,) if y is None else (z, y)
+    return (
+        all(t.is_cpu and t.dtype in _TARGETS for t in tensors)
+        and dispatches_plainly(tensors)
+        and uses_numba()
     )
 
 
@@ -183,7 +192,7 @@ def joint(
 
 def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
     """Compute dC/dz = dC/da ∘ σ'(z), equation 8, from z, so that it is exact in saturation."""
-    z, da = z.contiguous(), da.to(z.dtype).contiguous()
+    z, da = z.contiguous(), da.contiguous()
     if (chosen := backend(z)) == "triton":
         from nnce.kernels import triton_losses
 

@@ -607,7 +607,10 @@ def joint(
             terms = _terms(y, at, first, n, options, memory, y_dtype, work)
             _all_e(z, first, e, n, z_dtype, work)
             _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work)
-            _all_dz(z, first, e, terms, scale, z, first, n, options, loss, z_dtype, y_dtype, work)
+            for i in range(n):  # not by _all_dz: it would not know that it overwrites what it reads
+                p, q, _ = _term(terms, i, options, y_dtype, work)
+                x, t = _read(z, first + i, work, one), _read(e, i, work, one)
+                _write(z, first + i, work, _dz(x, t, p, q, scale, one, loss))
             _finish(out, 0, y, at, first, n, options, y_dtype, work)
             _finish(z, first, y, at, first, n, options, y_dtype, work)
             total += _sum(out, n, work)

@@ -509,5 +509,6 @@ def test_what_fits():
     z, y = torch.zeros(2, 3), torch.zeros(2, 3)
     assert fused.fits(z, y) and fused.fits(z, y.bool()) and fused.fits(z.half(), y.double())
     assert not fused.fits(z, y[0]) and not fused.fits(z.long(), y)
-    assert not fused.fits(z.to("meta"), y.to("meta")) and not fused.fits(z, y.to_sparse())
-    assert not fused.fits(torch._neg_view(z), y) and not fused.fits(z, y.to(torch.complex64))
+    assert not fused.fits(z.to("meta"), y.to("meta")) and not fused.fits(z, y.to(torch.complex64))
+    assert fused.has_joint(z, None) and fused.has_joint(z, y.bool())
+    assert not fused.has_joint(z, y.to_sparse()) and not fused.has_joint(torch._neg_view(z), y)
