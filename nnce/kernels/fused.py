@@ -77,7 +77,8 @@ def has_joint(z: Tensor, y: Tensor | None) -> bool:
     """Whether `joint` is compiled code for these, which need not be checked by `is_plain`."""
     tensors = (z,) if y is None else (z, y)
     return (
-        all(t.is_cpu and t.dtype in _TARGETS for t in tensors)
+        not torch.compiler.is_compiling()  # after a break of the graph
+        and all(t.is_cpu and t.dtype in _TARGETS for t in tensors)
         and dispatches_plainly(tensors)
         and uses_numba()
     )

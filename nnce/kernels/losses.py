@@ -364,13 +364,20 @@ def _quadratic(z, e, negative, positive, both, one, loss):
     return difference * difference / (one + one)
 
 
-def _dz_cross_entropy(z, e, negative, positive, factor, one, loss):
-    """Equation 5: a − y = (1−y) σ(z) − y σ(−z), times a factor."""
+def _dz_cross_entropy(z, e, negative, positive, factor, factor_lost, one, loss):
+    """Equation 5: a − y = (1−y) σ(z) − y σ(−z), times a factor and what rounding it has lost."""
     a, not_a, w = _sigmoids(z, e, one)
-    return factor * (negative * a - positive * not_a) / w
+    difference = negative * a - positive * not_a
+    inverse = one / w
+    product = difference * factor
+    dz = product * inverse
+    # What rounding has lost of the product, of w and of dz, but not of an infinite dz.
+    lost = (difference * factor - product) + difference * factor_lost
+    lost += (product - dz * w) - dz * (e - (w - one))
+    return dz + lost * inverse if abs(dz) < np.inf else dz
 
 
-def _dz_quadratic(z, e, negative, positive, factor, one, loss):
+def _dz_quadratic(z, e, negative, positive, factor, factor_lost, one, loss):
     """Equation 4: (a − y) σ'(z) with σ'(z) = e / w², times a factor."""
     difference, lost, w, w_lost, e, e_lost = _residual(z, negative, positive, one)
     square = w * w
@@ -386,7 +393,7 @@ def _C(z: Any, e: Any, negative: Any, positive: Any, both: Any, one: Any, loss: 
 
 
 @_generic
-def _dz(z: Any, e: Any, negative: Any, positive: Any, factor: Any, one: Any, loss: Any) -> Any:
+def _dz(z, e, negative, positive, factor, factor_lost, one, loss):
     return _dz_cross_entropy if loss.label == "cross-entropy" else _dz_quadratic
 
 
@@ -499,12 +506,15 @@ def _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work):
 
 
 @njit(fastmath=_EXACT)
-def _all_dz(z, first, e, terms, factor, out, at, n, options, loss, z_dtype, y_dtype, work):
+def _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work):
     one = _one(work)
+    factor = _as(scale, one)
+    lost = scale - _as(factor, 1.0)
+    factor_lost = _as(lost if abs(lost) < np.inf else 0.0, one)
     for i in range(n):
         p, q, _ = _term(terms, i, options, y_dtype, work)
         x, t = _read(z, first + i, z_dtype, one), _read(e, i, work, one)
-        _write(out, at + i, work, _dz(x, t, p, q, factor, one, loss))
+        _write(out, at + i, work, _dz(x, t, p, q, factor, factor_lost, one, loss))
 
 
 @njit(fastmath=_SUM)
@@ -566,14 +576,13 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
         scale: an upstream gradient of all elements.
     """
     one = _one(work)
-    factor = _as(scale, one)
     e, found, memory = _scratch(one), _scratch(one), (_scratch(one), _scratch(one))
     for first in range(begin, end, BLOCK):
         n = end - first if end - first < BLOCK else BLOCK
         terms = _terms(y, first, first, n, options, memory, y_dtype, work)
         out, at = (dz, first) if _same(z_dtype, work) else (found, 0)
         _all_e(z, first, e, n, z_dtype, work)
-        _all_dz(z, first, e, terms, factor, out, at, n, options, loss, z_dtype, y_dtype, work)
+        _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work)
         if upstream != 0:
             for i in range(n):
                 g = _read(upstream, first + i, z_dtype, one)
@@ -610,7 +619,7 @@ def joint(
             for i in range(n):  # not by _all_dz: it would not know that it overwrites what it reads
                 p, q, _ = _term(terms, i, options, y_dtype, work)
                 x, t = _read(z, first + i, work, one), _read(e, i, work, one)
-                _write(z, first + i, work, _dz(x, t, p, q, scale, one, loss))
+                _write(z, first + i, work, _dz(x, t, p, q, scale, one - one, one, loss))
             _finish(out, 0, y, at, first, n, options, y_dtype, work)
             _finish(z, first, y, at, first, n, options, y_dtype, work)
             total += _sum(out, n, work)

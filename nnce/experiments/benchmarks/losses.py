@@ -96,6 +96,8 @@ class _Case:
         self.y = self.binary if work.kind == "boolean target" else self.binary.to(work.dtype)
         if work.kind == "ignore_index":
             self.y[torch.rand(shape, generator=generator).to(device) < 0.1] = _IGNORED
+        self.parameters: set[int] = set()
+        """Addresses of the parameters of all networks."""
         self.pos_weight = torch.linspace(1, 2, shape[-1], device=device)
 
     def step(self, peer: str) -> Step | None:
@@ -146,6 +148,7 @@ class _Case:
         network = network[:-1]
         loss = nnce.BCEWithLogitsLoss() if peer == NNCE else nn.BCEWithLogitsLoss()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        self.parameters |= {parameter.data_ptr() for parameter in network.parameters()}
 
         def step() -> None:
             optimizer.zero_grad()
@@ -184,13 +187,14 @@ def _built_in(
     return built_in_loss(z, y, counts, reduction="sum") / counts.sum()
 
 
-def _kept(step: Step) -> int:
-    """Count the bytes of the tensors that a step keeps for its backward."""
+def _kept(step: Step, parameters: set[int]) -> int:
+    """Count the bytes of the tensors that a step keeps for its backward, but for parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -217,7 +221,7 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         case.z.grad = None
         rows[peer]["peak_bytes"] = peak_memory(step, device)[1]
         if work.kind != "no_grad":
-            rows[peer]["kept"] = _kept(step)
+            rows[peer]["kept"] = _kept(step, case.parameters)
     of_built_in = rows[BUILT_IN]["kept"]
     times = max(1, min(_SHORTEST // math.prod(work.shape), _MOST_CALLS))
 
