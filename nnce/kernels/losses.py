@@ -630,6 +630,10 @@ def joint(
 def count(y, begin, end, width, ignored, y_dtype):
     """Return how many rows from begin to end have a target other than the ignored one."""
     number = 0
+    if width == 1:
+        for i in range(begin, end):
+            number += _read(y, i, y_dtype, ignored) != ignored
+        return number
     for row in range(begin, end):
         counts = False
         for i in range(row * width, (row + 1) * width):
@@ -667,7 +671,9 @@ def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = F
     if loss == "quadratic" and kernel != "joint":
         work = "float64"  # a product of three factors is off by up to 6 units in the last place
     labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
-    ignored = types.float64 if "float" in y_dtype else types.int64
+    # fused rounds it to y's dtype, which float32 holds unless it is float64.
+    ignored = types.float32 if "float" in y_dtype else types.int64
+    ignored = types.float64 if y_dtype == "float64" else ignored
     kinds = {
         "scale": types.float64,
         "ignored": ignored,

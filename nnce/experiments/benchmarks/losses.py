@@ -84,14 +84,13 @@ class _Case:
 
     def __init__(self, work: Work, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.work, (n, *sizes) = work, work.shape
+        self.work, shape = work, work.shape
         if work.kind == "step":
-            self.z = torch.rand(n, sizes[0], generator=generator).to(device)
-            shape = (n, sizes[-1])
+            self.z = torch.rand(*shape[:2], generator=generator).to(device)
+            shape = (shape[0], shape[-1])
         else:
             z = 4 * torch.randn(work.shape, generator=generator)
             self.z = z.to(device, work.dtype).requires_grad_(work.kind != "no_grad")
-            shape = work.shape
         self.binary = (torch.rand(shape, generator=generator) < 0.3).to(device)
         self.y = self.binary if work.kind == "boolean target" else self.binary.to(work.dtype)
         if work.kind == "ignore_index":
