@@ -672,7 +672,7 @@ def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = F
         work = "float64"  # a product of three factors is off by up to 6 units in the last place
     labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
     # fused rounds it to y's dtype, which float32 holds unless it is float64.
-    ignored = types.float32 if "float" in y_dtype else types.int64
+    ignored: Any = types.float32 if "float" in y_dtype else types.int64
     ignored = types.float64 if y_dtype == "float64" else ignored
     kinds = {
         "scale": types.float64,
