@@ -1,7 +1,6 @@
 """Measure contenders side by side: time, in turns, and memory at its peak."""
 
 import contextlib
-import ctypes
 import gc
 import math
 import random
@@ -113,8 +112,6 @@ def peak_memory(call: Callable[[], Result], device: torch.device) -> tuple[Resul
         before = torch.cuda.memory_allocated(device)
         result = call()
         return result, float(torch.cuda.max_memory_allocated(device) - before)
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory, which the call would reuse unseen
     is_reset = False
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -519,6 +519,14 @@ def _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dty
 
 @njit(fastmath=_SUM)
 def _sum(source: Any, n: Any, work: Any) -> Any:
+    total = 0.0
+    for i in range(n):
+        total += _read(source, i, work, 1.0)
+    return total
+
+
+@njit(fastmath=_SUM)
+def _sum_by_fours(source: Any, n: Any, work: Any) -> Any:
     # Four numbers at a time in their own precision: to convert each takes three times as long.
     total, one, quarter = 0.0, _one(work), n // 4
     for i in range(quarter):
@@ -530,10 +538,7 @@ def _sum(source: Any, n: Any, work: Any) -> Any:
         for i in range(4 * quarter, n):
             total += _read(source, i, work, 1.0)
         return total
-    total = 0.0  # the sum of four may have been too large
-    for i in range(n):
-        total += _read(source, i, work, 1.0)
-    return total
+    return _sum(source, n, work)  # the sum of four may have been too large
 
 
 # ------------------------------------------------------------------------------------ kernels
@@ -562,7 +567,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
         if C != 0:
             for i in range(n):
                 _write(C, first + i, z_dtype, _read(out, i, work, one))
-        total += _sum(out, n, work)
+        total += _sum_by_fours(out, n, work)
     return total
 
 

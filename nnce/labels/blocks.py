@@ -194,6 +194,8 @@ def _block_of_list(
 def _block_of_dense(z: Tensor, y: Tensor, options: Options, how: _Rows) -> Tensor | None:
     """The same for the targets of a whole block, y of z's shape."""
     s = options.label_smoothing
+    if y.is_floating_point() and y.itemsize == 1:
+        y = y.bfloat16()  # exact, and a dtype that the compiled pass reads
     if fused.has_joint(z, y):
         return fused.joint(z, y, how.factor[:, 0], fused.Options(*options[1:]))
     total = z.new_zeros(len(z), dtype=torch.float64) if how.wants_value else None
@@ -504,14 +506,15 @@ def memory(
 
     dtype is that of input and parameters; product_dtype, by default the same, is autocast's. Not
     counted are a sorted copy of the target's list, and a few chunks of 2¹⁸ numbers for label
-    weights and dense targets.
+    weights, label smoothing and dense targets.
     """
     product_dtype = product_dtype or dtype
     size = product_dtype.itemsize
     wide = max(size, 4)
     block, rows = default_block(n, num_labels, features, product_dtype), examples_at_a_time(n)
     numbers = min(n, rows) * block
-    total = wide * (numbers + 3 * min(numbers, max(_CHUNK, block))) + n * (16 + wide)
+    chunks = 0 if fused.uses_numba() else 3 * min(numbers, max(_CHUNK, block))
+    total = wide * (numbers + chunks) + n * (16 + wide)
     of_dx = max(wide - dtype.itemsize, 0) * n * features  # in float32 until dC is known
     if size == wide:  # and MKL's packed factors, which it keeps
         return total + of_dx + wide * (3 * rows * features // 2 + 400_000)

@@ -385,9 +385,7 @@ def test_joint_pass_is_the_two_passes(width, dtype, smoothing, implementation):
             dz = fused.backward(z, target, options, factor[:, None].expand_as(z))
             into = z.clone()
             sums = fused.joint(into, y, factor, options)
-            # Four float32 numbers at a time are added before they are float64.
-            rtol = 1e-12 if dtype == torch.float64 else 2e-7
-            torch.testing.assert_close(sums, C.double().sum(1), rtol=rtol, atol=0)
+            torch.testing.assert_close(sums, C.double().sum(1), rtol=1e-12, atol=0)
             torch.testing.assert_close(into, dz, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 

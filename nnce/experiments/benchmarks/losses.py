@@ -6,6 +6,8 @@ in the last place, where targets are 0 or 1 and not smoothed, so that its two te
 """
 
 import argparse
+import contextlib
+import ctypes
 import math
 from collections.abc import Callable
 from functools import partial
@@ -218,6 +220,8 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         step()  # which compiles
         rows[peer]["ulps"] = case.ulps()
         case.z.grad = None
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory, which a step would reuse unseen
         rows[peer]["peak_bytes"] = peak_memory(step, device)[1]
         if work.kind != "no_grad":
             rows[peer]["kept"] = _kept(step, case.parameters)
