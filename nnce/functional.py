@@ -299,12 +299,14 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    for tensor in optional:
-        if tensor is not None:
-            tensors = (*tensors, tensor)
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TYPES:
             return False
+    for tensor in optional:
+        if tensor is not None:
+            if type(tensor) not in _PLAIN_TYPES:
+                return False
+            tensors = (*tensors, tensor)
     if not dispatches_plainly(tensors):
         return False
     device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
@@ -351,7 +353,7 @@ class _EagerSigmoid(SigmoidFunction):
         """dC/dz = dC/da ∘ σ'(z)."""
         (da,) = upstream
         (z,) = ctx.saved_tensors
-        if _is_plain_backward(da, z) and fused.fits(z, da):
+        if _is_plain_backward(da, z) and da.dtype is z.dtype and fused.fits(z, da):
             return fused.sigmoid_backward(z, da)
         return rules.dz_hidden(da, z, sigmoid)
 

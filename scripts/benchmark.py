@@ -116,7 +116,8 @@ def readable(row: dict[str, Any]) -> report.Row:
         "peak MB": number("peak_bytes", ",.0f", 1e-6),
     }
     if "networks" not in row:
-        known = {"difference": number("difference", ".1e")} if "difference" in row else {}
+        forms = {"difference": ".1e", "kept": ".2f", "ulps": ",.1f"}
+        known = {name: number(name, form) for name, form in forms.items() if name in row}
         return {"work": row["work"], "peer": row["peer"], **cells, **known}
     return {
         **{name: row[name] for name in ("work", "networks", "peer")},

@@ -5,7 +5,8 @@ else is kept. `joint` computes both in one pass. On a CPU the work is done by Nu
 (`nnce.kernels.losses`), or by PyTorch in chunks that fit the cache (`nnce.kernels.chunked`) where
 Numba is not installed; on CUDA by Triton (`nnce.kernels.triton_losses`).
 
-No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels.
+No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels, given that
+PyTorch would run its own kernels on them (`nnce.functional.is_plain`).
 
 Sums are taken in float64 over fixed parts of an array, so that the bits of a result do not depend
 on the number of threads.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nnce import kernels
+from nnce._torch_private import dispatches_plainly
 from nnce.kernels import chunked
 from nnce.kernels.chunked import Packed
 from nnce.losses import Loss
@@ -59,19 +61,26 @@ class Options(NamedTuple):
 
 _PLAIN = Options()
 _PACKED_PLAIN = Packed(None, 0, None, 0, 0.0, 0, False)
-_ADDRESSES_PLAIN = _PACKED_PLAIN.addresses()
 
 
 def fits(z: Tensor, y: Tensor) -> bool:
     """Whether the passes take these logits and targets, which may have different dtypes."""
     return (
-        ((z.is_cpu and y.is_cpu) or (z.device == y.device and backend(z) == "triton"))
-        and z.dtype in _FLOATS
+        z.dtype in _FLOATS
         and y.dtype in _TARGETS
         and z.shape == y.shape
-        and z.layout is torch.strided
-        and y.layout is torch.strided
-        and not (z.is_neg() or y.is_neg())
+        and ((z.is_cpu and y.is_cpu) or (z.device == y.device and backend(z) == "triton"))
+    )
+
+
+def has_joint(z: Tensor, y: Tensor | None) -> bool:
+    """Whether `joint` is compiled code for these, which need not be checked by `is_plain`."""
+    tensors = (z,) if y is None else (z, y)
+    return (
+        not torch.compiler.is_compiling()  # after a break of the graph
+        and all(t.is_cpu and t.dtype in _TARGETS for t in tensors)
+        and dispatches_plainly(tensors)
+        and uses_numba()
     )
 
 
@@ -182,25 +191,9 @@ def joint(
     return C
 
 
-def sigmoid(z: Tensor) -> Tensor:
-    """Compute a = σ(z), equation 1, in z's dtype."""
-    z = z.contiguous()
-    if (chosen := backend(z)) == "triton":
-        from nnce.kernels import triton_losses
-
-        return triton_losses.sigmoid(z)
-    if chosen == "chunked":
-        return torch.sigmoid(z)
-    a = torch.empty_like(z)
-    kernel = _compiled("sigmoid", "", z.dtype, z.dtype)
-    at, to = z.data_ptr(), a.data_ptr()
-    _in_parts(lambda begin, end: kernel(at, to, begin, end, None, None), z.numel())
-    return a
-
-
 def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
     """Compute dC/dz = dC/da ∘ σ'(z), equation 8, from z, so that it is exact in saturation."""
-    z, da = z.contiguous(), da.to(z.dtype).contiguous()
+    z, da = z.contiguous(), da.contiguous()
     if (chosen := backend(z)) == "triton":
         from nnce.kernels import triton_losses
 
@@ -245,11 +238,17 @@ def uses_triton(device: torch.device) -> bool:
 
 
 @functools.cache
-def _compiled(kernel: str, loss: str, z_dtype: torch.dtype, y_dtype: torch.dtype | None) -> Any:
+def _compiled(
+    kernel: str,
+    loss: str,
+    z_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
+    plain: bool = False,
+) -> Any:
     from nnce.kernels import losses
 
     y_name = "zeros" if y_dtype is None else _TARGETS[y_dtype]
-    return losses.compiled(kernel, loss, _FLOATS[z_dtype], y_name)
+    return losses.compiled(kernel, loss, _FLOATS[z_dtype], y_name, plain)
 
 
 def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss) -> list[float]:
@@ -257,9 +256,9 @@ def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss
     packed = _pack(options, z, y)
     if backend(z) != "numba":
         return chunked.value(z, y, C, packed, loss)
-    kernel = _compiled("value", loss, z.dtype, y.dtype)
+    kernel = _compiled("value", loss, z.dtype, y.dtype, packed is _PACKED_PLAIN)
     places = z.data_ptr(), y.data_ptr(), 0 if C is None else C.data_ptr()
-    addresses = packed.addresses() if packed is not _PACKED_PLAIN else _ADDRESSES_PLAIN
+    addresses = _addresses(packed)
     return _in_parts(
         lambda begin, end: kernel(*places, begin, end, addresses, None, None, None, None),
         z.numel(),
@@ -279,10 +278,10 @@ def _gradients(
     if backend(z) != "numba":
         chunked.gradient(z, y, dz, packed, upstream, scale, loss)
         return
-    kernel = _compiled("gradient", loss, z.dtype, y.dtype)
+    kernel = _compiled("gradient", loss, z.dtype, y.dtype, packed is _PACKED_PLAIN)
     places = z.data_ptr(), y.data_ptr(), dz.data_ptr()
     each = 0 if upstream is None else upstream.data_ptr()
-    addresses = packed.addresses() if packed is not _PACKED_PLAIN else _ADDRESSES_PLAIN
+    addresses = _addresses(packed)
     _in_parts(
         lambda begin, end: kernel(
             *places, begin, end, addresses, each, scale, None, None, None, None
@@ -298,11 +297,14 @@ def _joint(
     if backend(z) != "numba":  # there is no such pass for CUDA
         chunked.joint(z, y, C, factor, packed, loss)
         return
-    kernel = _compiled("joint", loss, z.dtype, None if y is None else y.dtype)
+    kernel = _compiled(
+        *("joint", loss, z.dtype, None if y is None else y.dtype),
+        packed is _PACKED_PLAIN,
+    )
     y_place = (0, 0) if y is None else (y.data_ptr(), y.stride(0))
     places = z.data_ptr(), *y_place, C.data_ptr(), factor.data_ptr()
     rows, width = z.shape
-    addresses = packed.addresses()
+    addresses = _addresses(packed)
     _in_parts(
         lambda begin, end: kernel(
             *places, begin, end, width, addresses, None, None, None, None, None
@@ -320,6 +322,8 @@ def _pack(options: Options, z: Tensor, y: Tensor, block: int | None = None) -> P
         return _PACKED_PLAIN
     weight, pos_weight, label_smoothing, ignore_index = options
     ignored, ignores = _ignored(y.dtype, ignore_index)
+    if weight is None and pos_weight is None and not label_smoothing and not ignores:
+        return _PACKED_PLAIN
     return Packed(
         *_repeated(weight, z, block),
         *_repeated(pos_weight, z, block),
@@ -327,6 +331,10 @@ def _pack(options: Options, z: Tensor, y: Tensor, block: int | None = None) -> P
         ignored,
         ignores,
     )
+
+
+def _addresses(packed: Packed) -> tuple[Any, ...] | None:
+    return None if packed is _PACKED_PLAIN else packed.addresses()
 
 
 def _block(z: Tensor) -> int:

@@ -240,7 +240,10 @@ def _polynomial(in_float32: tuple[float, ...], in_float64: tuple[float, ...]) ->
 # float64. Q and P are minimax in relative error: 0.05 and 0.09 units of 2⁻²⁴ in float32, 0.0005 and
 # 0.01 units of 2⁻⁵³ in float64.
 _least = _polynomial((-104.5,), (-746.0,))  # e^x rounds to 0
-_shift = _polynomial((1.5 * 2**23,), (1.5 * 2**52,))  # added and subtracted, it rounds
+# Added and subtracted, it rounds. The lowest bits of a sum with it are k + 64 (k + 512 in float64)
+# as the exponent of a number.
+_shift = _polynomial((1.5 * 2**23 + 127 + 64,), (1.5 * 2**52 + 1023 + 512,))
+_last_factor = _polynomial((2.0**-64,), (2.0**-512,))
 _ln2_large = _polynomial((0.693359375,), (6.93147180369123816490e-01,))
 _log2_e = _polynomial((1.4426950408889634,), (1.4426950408889634,))
 _ln2_small = _polynomial((-2.12194440e-4,), (1.90821492927058770002e-10,))
@@ -268,41 +271,38 @@ _P = _polynomial(
 
 
 @intrinsic
-def _times_power_of_2(_: Any, x: Any, shifted: Any) -> Any:
-    """Return 2^k x for k ≤ 0 that has been rounded by adding `_shift`.
-
-    In two factors, so that a subnormal result is rounded once. The lowest bits of the shifted
-    number are those of k, and end up in the exponents.
-    """
+def _power_of_2(_: Any, shifted: Any) -> Any:
+    """Return the power of 2 whose exponent is in the lowest bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number, bits, places = (np.float32, np.int32, 23)
-        if x == types.float64:
-            number, bits, places = (np.float64, np.int64, 52)
-        kind = ir.IntType(8 * bits().itemsize)
-        one, least = (
-            ir.Constant(kind, int(number(value).view(bits))) for value in (1, 1.5 * 2**places - 100)
-        )
-        k = builder.bitcast(arguments[1], kind)
-        most = builder.select(builder.icmp_signed(">", k, least), k, least)
-        result = arguments[0]
-        for part in (most, builder.sub(k, most)):
-            power = builder.add(builder.shl(part, ir.Constant(kind, places)), one)
-            result = builder.fmul(result, builder.bitcast(power, result.type))
-        return result
+        width, places = (32, 23) if shifted == types.float32 else (64, 52)
+        bits = builder.bitcast(arguments[0], ir.IntType(width))
+        power = builder.shl(bits, ir.Constant(bits.type, places))
+        return builder.bitcast(power, arguments[0].type)
 
-    return x(x, x), generate
+    return shifted(shifted), generate
 
 
 @njit(fastmath=_EXACT)
-def _exp(x: Any, one: Any) -> Any:
-    """e^x for x ≤ 0."""
+def _exp_in_two(x: Any, one: Any) -> Any:
+    """e^x for x ≤ 0, and what has been lost by rounding it."""
     x = _least(x) if x < _least(x) else x  # NaN stays NaN
     shifted = x * _log2_e(x) + _shift(x)
     k = shifted - _shift(x)
     r = x - k * _ln2_large(x)
     r -= k * _ln2_small(x)
-    return _times_power_of_2(one + (r + r * r * _Q(r)), shifted)
+    rest = r * r * _Q(r)
+    small = r + rest
+    near_1 = one + small
+    lost = (small - (near_1 - one)) + (rest - (small - r))
+    power = _power_of_2(shifted)
+    # 2^k in two factors, so that a subnormal result is rounded once.
+    return near_1 * power * _last_factor(x), lost * power * _last_factor(x)
+
+
+@njit(fastmath=_EXACT)
+def _exp(x: Any, one: Any) -> Any:
+    return _exp_in_two(x, one)[0]
 
 
 @_generic
@@ -326,71 +326,99 @@ def _log1p_by_quotient(e: Any) -> Any:
 
 # ------------------------------------------------------------------------------- the equations
 
-# negative and positive are the weights of the two terms: 1 − y and y, after label smoothing and
-# pos_weight. `one` is 1 in the dtype that is computed in.
+# e is e^(−|z|). negative and positive are the weights of the two terms: 1 − y and y, after label
+# smoothing and pos_weight; both is their sum. `one` is 1 in the dtype that is computed in.
 
 
 @njit(fastmath=_EXACT)
-def _sigmoids(z: Any, one: Any) -> Any:
-    """Equation 1: σ(z) and σ(−z)."""
-    e = _exp(-abs(z), one)
-    w = one + e
-    large = one / w
-    small = e * large
-    small += ((e - small * w) - small * (e - (w - one))) * large  # what has been lost by rounding
-    return (large, small) if z > 0 else (small, large)
+def _sigmoids(z: Any, e: Any, one: Any) -> Any:
+    """Equation 1: σ(z) and σ(−z) as numerators, and their common denominator."""
+    return (one if z > 0 else e), (e if z > 0 else one), one + e
 
 
-def _cross_entropy(z, negative, positive, one, loss):
+def _cross_entropy(z, e, negative, positive, both, one, loss):
     """Equation 3: (1−y) softplus(z) + y softplus(−z) with softplus(z) = max(z, 0) + ln(1 + e)."""
-    size = abs(z)
-    e = _exp(-size, one)
     weight = negative if z > 0 else positive
-    size = size if weight != 0 else one - one  # a term with weight 0 is 0, also at z = ±∞
-    return weight * size + (negative + positive) * _log1p(e, one)
+    size = abs(z) if weight != 0 else one - one  # a term with weight 0 is 0, also at z = ±∞
+    return weight * size + both * _log1p(e, one)
 
 
-def _quadratic(z, negative, positive, one, loss):
+@njit(fastmath=_EXACT)
+def _residual(z: Any, negative: Any, positive: Any, one: Any) -> Any:
+    """a − y as a numerator and denominator, and e^(−|z|), each with what rounding has lost.
+
+    Without it the products of the quadratic loss are off by up to 5 units in the last place.
+    """
+    e, e_lost = _exp_in_two(-abs(z), one)
+    a, not_a, w = _sigmoids(z, e, one)
+    difference_lost = e_lost * (-positive if z > 0 else negative)
+    w_lost = (e - (w - one)) + e_lost
+    return negative * a - positive * not_a, difference_lost, w, w_lost, e, e_lost
+
+
+def _quadratic(z, e, negative, positive, both, one, loss):
     """Equation 2: ½ (a − y)²."""
-    a, not_a = _sigmoids(z, one)
-    difference = negative * a - positive * not_a
+    difference, lost, w, w_lost, _, _ = _residual(z, negative, positive, one)
+    difference /= w
+    difference += (lost - difference * w_lost) / w
     return difference * difference / (one + one)
 
 
-def _dz_cross_entropy(z, negative, positive, one, loss):
-    """Equation 5: a − y = (1−y) σ(z) − y σ(−z)."""
-    a, not_a = _sigmoids(z, one)
-    return negative * a - positive * not_a
+def _dz_cross_entropy(z, e, negative, positive, factor, factor_lost, one, loss):
+    """Equation 5: a − y = (1−y) σ(z) − y σ(−z), times a factor and what rounding it has lost."""
+    a, not_a, w = _sigmoids(z, e, one)
+    difference = negative * a - positive * not_a
+    inverse = one / w
+    product = difference * factor
+    dz = product * inverse
+    # What rounding has lost of the product, of w and of dz, but not of an infinite dz.
+    lost = (difference * factor - product) + difference * factor_lost
+    lost += (product - dz * w) - dz * (e - (w - one))
+    return dz + lost * inverse if abs(dz) < np.inf else dz
 
 
-def _dz_quadratic(z, negative, positive, one, loss):
-    """Equation 4: (a − y) σ'(z)."""
-    a, not_a = _sigmoids(z, one)
-    return (negative * a - positive * not_a) * (a * not_a)
+def _dz_quadratic(z, e, negative, positive, factor, factor_lost, one, loss):
+    """Equation 4: (a − y) σ'(z) with σ'(z) = e / w², times a factor."""
+    difference, lost, w, w_lost, e, e_lost = _residual(z, negative, positive, one)
+    square = w * w
+    cube = square * w
+    dz = difference * e / cube
+    lost = lost * e + difference * e_lost - (one + one + one) * dz * w_lost * square
+    return factor * (dz + lost / cube)
 
 
 @_generic
-def _C(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
+def _C(z: Any, e: Any, negative: Any, positive: Any, both: Any, one: Any, loss: Any) -> Any:
     return _cross_entropy if loss.label == "cross-entropy" else _quadratic
 
 
 @_generic
-def _dz(z: Any, negative: Any, positive: Any, one: Any, loss: Any) -> Any:
+def _dz(z, e, negative, positive, factor, factor_lost, one, loss):
     return _dz_cross_entropy if loss.label == "cross-entropy" else _dz_quadratic
 
 
 # ---------------------------------------------------------------------------- parts of a block
 
 # first is the index of a block's first element in z, and at that in the array of targets; n is the
-# number of elements. work is float32 or float64, the dtype that is computed in. options is a tuple:
-# address and period of weight and of pos_weight (0 for none), arrays of the dtype computed in;
-# label_smoothing; the ignored value of y, and whether there is one.
+# number of elements. work is float32 or float64, the dtype that is computed in. options is None, or
+# a tuple: address and period of weight and of pos_weight (0 for none), arrays of the dtype computed
+# in; label_smoothing; the ignored value of y, and whether there is one. terms is a tuple of
+# addresses, which `_term` reads.
 
 
-@njit(fastmath=_EXACT)
-def _weights(y, at, first, n, options, negative, positive, y_dtype, work):
-    """Write the weights of the two terms."""
+@_generic
+def _terms(
+    y: Any, at: Any, first: Any, n: Any, options: Any, memory: Any, y_dtype: Any, work: Any
+) -> Any:
+    """Prepare the weights of the two terms of the loss, and return where they are."""
+    if options is types.none:
+        return lambda y, at, first, n, options, memory, y_dtype, work: (y, at)
+    return _weights
+
+
+def _weights(y, at, first, n, options, memory, y_dtype, work):
     _, _, pos_weight, period, smoothing, _, _ = options
+    negative, positive = memory
     one = _one(work)
     keep, half = _as(1 - smoothing, one), _as(smoothing / 2, one)
     for i in range(n):
@@ -401,11 +429,48 @@ def _weights(y, at, first, n, options, negative, positive, y_dtype, work):
         for i in range(n):
             w = _read(pos_weight, first % period + i, work, one)
             _write(positive, i, work, w * _read(positive, i, work, one))
+    return memory
 
 
-@njit(fastmath=_EXACT)
-def _finish(out, out_at, y, at, first, n, options, y_dtype, work):
+@_generic
+def _term(terms: Any, i: Any, options: Any, y_dtype: Any, work: Any) -> Any:
+    """Return negative, positive and both of an element."""
+    if options is types.none:
+        return _term_of_target
+    return _term_in_memory
+
+
+def _term_of_target(terms, i, options, y_dtype, work):
+    one = _one(work)
+    t = _read(terms[0], terms[1] + i, y_dtype, one)
+    return one - t, t, one
+
+
+def _term_in_memory(terms, i, options, y_dtype, work):
+    one = _one(work)
+    p, q = _read(terms[0], i, work, one), _read(terms[1], i, work, one)
+    return p, q, p + q
+
+
+@_generic
+def _finish(
+    out: Any,
+    out_at: Any,
+    y: Any,
+    at: Any,
+    first: Any,
+    n: Any,
+    options: Any,
+    y_dtype: Any,
+    work: Any,
+) -> Any:
     """Multiply by weight, where 0 · ∞ is 0, and write 0 where y is the ignored value."""
+    if options is types.none:
+        return lambda out, out_at, y, at, first, n, options, y_dtype, work: None
+    return _weighted
+
+
+def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
     weight, period, _, _, _, ignored, ignores = options
     one = _one(work)
     if weight != 0:
@@ -420,24 +485,36 @@ def _finish(out, out_at, y, at, first, n, options, y_dtype, work):
             _write(out, out_at + i, work, one - one if t == ignored else x)
 
 
-# Loops of their own, in which the compiler finds registers for all constants.
+# Short loops in functions of their own, in which the compiler finds registers for all constants,
+# and the processor overlaps several elements.
 
 
 @njit(fastmath=_EXACT)
-def _all_C(z, at, negative, positive, out, n, loss, work):
+def _all_e(z, first, e, n, z_dtype, work):
     one = _one(work)
     for i in range(n):
-        p, q = _read(negative, i, work, one), _read(positive, i, work, one)
-        _write(out, i, work, _C(_read(z, at + i, work, one), p, q, one, loss))
+        _write(e, i, work, _exp(-abs(_read(z, first + i, z_dtype, one)), one))
 
 
 @njit(fastmath=_EXACT)
-def _all_dz(z, at, negative, positive, factor, out, n, loss, work):
+def _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work):
     one = _one(work)
     for i in range(n):
-        p, q = _read(negative, i, work, one), _read(positive, i, work, one)
-        d = _dz(_read(z, at + i, work, one), p, q, one, loss)
-        _write(out, at + i, work, factor * d)
+        p, q, both = _term(terms, i, options, y_dtype, work)
+        x, t = _read(z, first + i, z_dtype, one), _read(e, i, work, one)
+        _write(out, i, work, _C(x, t, p, q, both, one, loss))
+
+
+@njit(fastmath=_EXACT)
+def _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work):
+    one = _one(work)
+    factor = _as(scale, one)
+    lost = scale - _as(factor, 1.0)
+    factor_lost = _as(lost if abs(lost) < np.inf else 0.0, one)
+    for i in range(n):
+        p, q, _ = _term(terms, i, options, y_dtype, work)
+        x, t = _read(z, first + i, z_dtype, one), _read(e, i, work, one)
+        _write(out, at + i, work, _dz(x, t, p, q, factor, factor_lost, one, loss))
 
 
 @njit(fastmath=_SUM)
@@ -446,6 +523,22 @@ def _sum(source: Any, n: Any, work: Any) -> Any:
     for i in range(n):
         total += _read(source, i, work, 1.0)
     return total
+
+
+@njit(fastmath=_SUM)
+def _sum_by_fours(source: Any, n: Any, work: Any) -> Any:
+    # Four numbers at a time in their own precision: to convert each takes three times as long.
+    total, one, quarter = 0.0, _one(work), n // 4
+    for i in range(quarter):
+        first = _read(source, i, work, one) + _read(source, i + quarter, work, one)
+        second = _read(source, i + 2 * quarter, work, one)
+        second += _read(source, i + 3 * quarter, work, one)
+        total += _as(first + second, 1.0)
+    if abs(total) < np.inf:
+        for i in range(4 * quarter, n):
+            total += _read(source, i, work, 1.0)
+        return total
+    return _sum(source, n, work)  # the sum of four may have been too large
 
 
 # ------------------------------------------------------------------------------------ kernels
@@ -459,26 +552,22 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
         z, y: addresses of logits and targets.
         C: address of the losses to write, in z's dtype; 0 to write none.
         begin, end: indices of the first element, and of the one after the last.
-        options: a tuple.
+        options: a tuple, or None.
         loss, z_dtype, y_dtype, work: markers.
     """
     one = _one(work)
-    negative, positive, out, wide = _scratch(one), _scratch(one), _scratch(one), _scratch(one)
+    e, out, memory = _scratch(one), _scratch(one), (_scratch(one), _scratch(one))
     total = 0.0
     for first in range(begin, end, BLOCK):
         n = end - first if end - first < BLOCK else BLOCK
-        _weights(y, first, first, n, options, negative, positive, y_dtype, work)
-        zs, at = z, first
-        if not _same(z_dtype, work):
-            for i in range(n):
-                _write(wide, i, work, _read(z, first + i, z_dtype, one))
-            zs, at = wide, 0
-        _all_C(zs, at, negative, positive, out, n, loss, work)
+        terms = _terms(y, first, first, n, options, memory, y_dtype, work)
+        _all_e(z, first, e, n, z_dtype, work)
+        _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work)
         _finish(out, 0, y, first, first, n, options, y_dtype, work)
         if C != 0:
             for i in range(n):
                 _write(C, first + i, z_dtype, _read(out, i, work, one))
-        total += _sum(out, n, work)
+        total += _sum_by_fours(out, n, work)
     return total
 
 
@@ -492,19 +581,13 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
         scale: an upstream gradient of all elements.
     """
     one = _one(work)
-    factor = _as(scale, one)
-    negative, positive, wide = _scratch(one), _scratch(one), _scratch(one)
-    # Not the memory of z: a loop that might overwrite what it reads is not vectorized.
-    found = _scratch(one)
+    e, found, memory = _scratch(one), _scratch(one), (_scratch(one), _scratch(one))
     for first in range(begin, end, BLOCK):
         n = end - first if end - first < BLOCK else BLOCK
-        _weights(y, first, first, n, options, negative, positive, y_dtype, work)
-        zs, out, at = z, dz, first
-        if not _same(z_dtype, work):
-            for i in range(n):
-                _write(wide, i, work, _read(z, first + i, z_dtype, one))
-            zs, out, at = wide, found, 0
-        _all_dz(zs, at, negative, positive, factor, out, n, loss, work)
+        terms = _terms(y, first, first, n, options, memory, y_dtype, work)
+        out, at = (dz, first) if _same(z_dtype, work) else (found, 0)
+        _all_e(z, first, e, n, z_dtype, work)
+        _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work)
         if upstream != 0:
             for i in range(n):
                 g = _read(upstream, first + i, z_dtype, one)
@@ -526,21 +609,22 @@ def joint(
         y_stride: numbers from one row of the targets to the next.
         C: address of the sums to write, float64, [rows].
         factor: address of a factor of dC/dz for each row, in z's dtype.
-        options: a tuple, whose weights have the period `width`.
+        options: a tuple, whose weights have the period `width`, or None.
     """
     one = _one(work)
-    negative, positive, out = _scratch(one), _scratch(one), _scratch(one)
+    e, out, memory = _scratch(one), _scratch(one), (_scratch(one), _scratch(one))
     for row in range(begin, end):
         total, scale = 0.0, _read(factor, row, work, one)
         for column in range(0, width, BLOCK):
             n, first = width - column if width - column < BLOCK else BLOCK, row * width + column
             at = row * y_stride + column
-            _weights(y, at, first, n, options, negative, positive, y_dtype, work)
-            for i in range(n):
-                p, q = _read(negative, i, work, one), _read(positive, i, work, one)
-                x = _read(z, first + i, work, one)
-                _write(out, i, work, _C(x, p, q, one, loss))
-                _write(z, first + i, work, scale * _dz(x, p, q, one, loss))
+            terms = _terms(y, at, first, n, options, memory, y_dtype, work)
+            _all_e(z, first, e, n, z_dtype, work)
+            _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work)
+            for i in range(n):  # not by _all_dz: it would not know that it overwrites what it reads
+                p, q, _ = _term(terms, i, options, y_dtype, work)
+                x, t = _read(z, first + i, work, one), _read(e, i, work, one)
+                _write(z, first + i, work, _dz(x, t, p, q, scale, one - one, one, loss))
             _finish(out, 0, y, at, first, n, options, y_dtype, work)
             _finish(z, first, y, at, first, n, options, y_dtype, work)
             total += _sum(out, n, work)
@@ -551,6 +635,10 @@ def joint(
 def count(y, begin, end, width, ignored, y_dtype):
     """Return how many rows from begin to end have a target other than the ignored one."""
     number = 0
+    if width == 1:
+        for i in range(begin, end):
+            number += _read(y, i, y_dtype, ignored) != ignored
+        return number
     for row in range(begin, end):
         counts = False
         for i in range(row * width, (row + 1) * width):
@@ -560,32 +648,26 @@ def count(y, begin, end, width, ignored, y_dtype):
 
 
 @njit(fastmath=_EXACT)
-def sigmoid(z, a, begin, end, z_dtype, work):
-    """Write a = σ(z) (equation 1)."""
-    one = _one(work)
-    for i in range(begin, end):
-        _write(a, i, z_dtype, _sigmoids(_read(z, i, z_dtype, one), one)[0])
-
-
-@njit(fastmath=_EXACT)
 def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
-    """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
+    """Write dC/dz = dC/da σ'(z) (equation 8) with σ'(z) = e / (1 + e)²."""
     one = _one(work)
     for i in range(begin, end):
-        a, not_a = _sigmoids(_read(z, i, z_dtype, one), one)
-        _write(dz, i, z_dtype, _read(da, i, z_dtype, one) * (a * not_a))
+        e = _exp(-abs(_read(z, i, z_dtype, one)), one)
+        square = one + e * (one + one + e)  # rounded less than (1 + e) (1 + e)
+        _write(dz, i, z_dtype, _read(da, i, z_dtype, one) * e / square)
 
 
 # ------------------------------------------------------------------------------------ compile
 
 
-def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str) -> Any:
+def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = False) -> Any:
     """Compile a kernel, or load it from the cache on disk, and return it.
 
     Args:
         kernel: name of the kernel.
         loss: "cross-entropy" or "quadratic".
         z_dtype, y_dtype: names of dtypes.
+        plain: whether options are None.
 
     Returns:
         The compiled function. Its arguments are Python's numbers; markers are None.
@@ -594,11 +676,15 @@ def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str) -> Any:
     if loss == "quadratic" and kernel != "joint":
         work = "float64"  # a product of three factors is off by up to 6 units in the last place
     labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
-    ignored = types.float64 if "float" in y_dtype else types.int64
+    # fused rounds it to y's dtype, which float32 holds unless it is float64.
+    ignored: Any = types.float32 if "float" in y_dtype else types.int64
+    ignored = types.float64 if y_dtype == "float64" else ignored
     kinds = {
         "scale": types.float64,
         "ignored": ignored,
-        "options": types.Tuple((*[types.int64] * 4, types.float64, ignored, types.boolean)),
+        "options": types.none
+        if plain
+        else types.Tuple((*[types.int64] * 4, types.float64, ignored, types.boolean)),
         **{name: Marker(label) for name, label in labels.items()},
     }
     dispatcher = globals()[kernel]

@@ -373,16 +373,6 @@ def gradient(
 
 
 @triton.jit
-def activation(z, a, n, BLOCK: tl.constexpr):
-    """Write a = σ(z) (equation 1)."""
-    i = tl.arange(0, BLOCK)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    inside = i < n - start
-    found, _ = _sigmoids(_wide(tl.load(z + start + i, mask=inside, other=0.0), False))
-    tl.store(a + start + i, found.to(a.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def activation_gradient(z, da, dz, n, BLOCK: tl.constexpr):
     """Write dC/dz = dC/da σ(z) σ(−z) (equation 8)."""
     i = tl.arange(0, BLOCK)
@@ -450,13 +440,6 @@ def backward(
     chosen = *_arguments(options, y, n), each, quadratic
     _launch(gradient, _blocks(n), *places, *chosen, quadratic=quadratic)
     return dz
-
-
-def sigmoid(z: Tensor) -> Tensor:
-    """Compute a = σ(z)."""
-    a = torch.empty_like(z)
-    _launch(activation, _blocks(z.numel()), z, a, z.numel())
-    return a
 
 
 def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nnce import rules
+from nnce.kernels import fused
 from nnce.labels.positives import Targets
 
 # ----------------------------------------------------------------------------- one block's rules
@@ -71,7 +72,10 @@ class Options(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """How the rows of a block are gone through, and what is wanted of them."""
+    """How the rows of a block are gone through, and what is wanted of them.
+
+    A compiled pass computes both for all rows at once.
+    """
 
     room: _Room
     chunk: int
@@ -123,6 +127,32 @@ def _weighted(weight: Any, term: Tensor) -> Tensor:
     return rules.weighted(weight, term) if isinstance(weight, Tensor) else term.mul_(weight)
 
 
+def _block_of_zeros(
+    z: Tensor, rows: Tensor, labels: Tensor, options: Options, how: _Rows
+) -> Tensor | None:
+    """Σ C of targets of 0, without that of the elements listed; z becomes dC/dz."""
+    _, weight, pos_weight, s = options
+    if not s and fused.has_joint(z, None):
+        z[rows, labels] = -math.inf  # where C is 0
+        return fused.joint(z, None, how.factor[:, 0], fused.Options(weight))
+    positive = None
+    if s:
+        share = s / 2 if pos_weight is None else s / 2 * pos_weight
+        positive = torch.as_tensor(share, dtype=z.dtype, device=z.device)
+    total = z.new_zeros(len(z), dtype=torch.float64) if how.wants_value else None
+    begins = [*range(0, len(z), how.chunk), len(z)]
+    ends = [0, len(rows)]
+    if len(begins) > 2:
+        ends = torch.searchsorted(rows, torch.tensor(begins, device=rows.device)).tolist()
+    for (begin, end), listed in zip(pairwise(begins), pairwise(ends), strict=True):
+        part, here = slice(begin, end), slice(*listed)
+        C = _use_up(z[part], options, 1 - s / 2 if s else None, positive, how.factor[part], how)
+        if C is not None and total is not None:
+            C[rows[here] - begin, labels[here]] = 0
+            total[part] = C.sum(1)
+    return total
+
+
 def _block_of_list(
     z: Tensor,
     rows: Tensor,
@@ -143,22 +173,8 @@ def _block_of_list(
     p = None if pos_weight is None else pos_weight[labels]
     y = torch.ones_like(z_listed) if values is None else values.to(z.dtype)
     half = torch.full_like(y, 0.5)
-    positive = None
-    if s:
-        share = s / 2 if pos_weight is None else s / 2 * pos_weight
-        positive = torch.as_tensor(share, dtype=z.dtype, device=z.device)
-    total = z.new_zeros(len(z), dtype=torch.float64) if how.wants_value else None
-    begins = [*range(0, len(z), how.chunk), len(z)]
-    ends = [0, len(rows)]
-    if len(begins) > 2:
-        ends = torch.searchsorted(rows, torch.tensor(begins, device=rows.device)).tolist()
-    for (begin, end), listed in zip(pairwise(begins), pairwise(ends), strict=True):
-        part, here = slice(begin, end), slice(*listed)
-        C = _use_up(z[part], options, 1 - s / 2 if s else None, positive, how.factor[part], how)
-        if C is not None and total is not None:
-            C[rows[here] - begin, labels[here]] = 0  # no negatives; what they cost comes below
-            total[part] = C.sum(1)
-    if total is not None:
+    total = _block_of_zeros(z, rows, labels, options, how)
+    if total is not None and how.wants_value:
         C = rules.cross_entropy(z_listed, y, p)
         if s:
             C = (1 - s) * C + s * rules.cross_entropy(z_listed, half, p)
@@ -178,6 +194,10 @@ def _block_of_list(
 def _block_of_dense(z: Tensor, y: Tensor, options: Options, how: _Rows) -> Tensor | None:
     """The same for the targets of a whole block, y of z's shape."""
     s = options.label_smoothing
+    if y.is_floating_point() and y.itemsize == 1:
+        y = y.bfloat16()  # exact, and a dtype that the compiled pass reads
+    if fused.has_joint(z, y):
+        return fused.joint(z, y, how.factor[:, 0], fused.Options(*options[1:]))
     total = z.new_zeros(len(z), dtype=torch.float64) if how.wants_value else None
     for begin in range(0, len(z), how.chunk):
         part = slice(begin, begin + how.chunk)
@@ -486,14 +506,15 @@ def memory(
 
     dtype is that of input and parameters; product_dtype, by default the same, is autocast's. Not
     counted are a sorted copy of the target's list, and a few chunks of 2¹⁸ numbers for label
-    weights and dense targets.
+    weights, label smoothing and dense targets.
     """
     product_dtype = product_dtype or dtype
     size = product_dtype.itemsize
     wide = max(size, 4)
     block, rows = default_block(n, num_labels, features, product_dtype), examples_at_a_time(n)
     numbers = min(n, rows) * block
-    total = wide * (numbers + 3 * min(numbers, max(_CHUNK, block))) + n * (16 + wide)
+    chunks = 0 if fused.uses_numba() else 3 * min(numbers, max(_CHUNK, block))
+    total = wide * (numbers + chunks) + n * (16 + wide)
     of_dx = max(wide - dtype.itemsize, 0) * n * features  # in float32 until dC is known
     if size == wide:  # and MKL's packed factors, which it keeps
         return total + of_dx + wide * (3 * rows * features // 2 + 400_000)
