@@ -1,5 +1,6 @@
 """The derivatives that a function computes: by backward, by double backward and in forward mode."""
 
+import functools
 import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,9 +10,11 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from nnce.checks._subject import Subject, sentence
+from nnce.checks._numerical import EPS
 from nnce.checks._torch_private import (
     NO_DERIVATIVE,
     NO_FORWARD_MODE,
+    narrowest,
     operators_without_tangents,
     refuses_derivative,
 )
@@ -56,6 +59,27 @@ class Derivatives:
         moved = object.__new__(Derivatives)
         moved.subject, moved.shapes, moved.sizes, moved.x = self.subject, self.shapes, self.sizes, x
         return moved
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """The relative precision that the function computes in, forward or backward.
+
+        Either it converts numbers to another dtype, or, out of PyTorch's sight, it is a staircase:
+        it stays where it is over a small step, and moves over one of float32's size.
+        """
+        narrow = narrowest(lambda: self.first(torch.ones_like(self.value())))
+        if narrow > EPS:
+            return narrow
+        share = torch.linspace(0.5, 1.0, len(self.x), dtype=self.x.dtype, device=self.x.device)
+
+        def moves(compute: Callable[[Derivatives], Tensor], step: float) -> bool:
+            return not torch.equal(compute(self.at(self.x * (1 + step * share))), compute(self))
+
+        single = torch.finfo(torch.float32).eps
+        for compute in (Derivatives.value, lambda ours: ours.first(torch.ones_like(ours.value()))):
+            if moves(compute, 2**12 * single) and not moves(compute, single / 2**16):
+                return single
+        return EPS
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The inputs whose elements a vector like x concatenates."""

@@ -75,6 +75,36 @@ class _Operators(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _Narrowing(TorchDispatchMode):
+    """Watches for operators that return less precise numbers than they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.unit = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given, returned = _units((args, kwargs)), _units(output)
+        if given and returned and max(returned) > min(given):
+            self.unit = max(self.unit, *returned)
+        return output
+
+
+def _units(nested: Any) -> list[float]:
+    """The relative precision of each floating-point tensor."""
+    tensors = [t for t in tree_leaves(nested) if isinstance(t, Tensor)]
+    return [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
+
+
+def narrowest(call: Callable[[], object]) -> float:
+    """The precision of the least precise dtype that a call converts numbers to; 0 if to none."""
+    with _Narrowing() as narrowing:
+        call()
+    return narrowing.unit
+
+
 def operators_without_tangents(call: Callable[[], object]) -> list[str]:
     """The custom operators in a call whose tangents PyTorch drops without an error.
 

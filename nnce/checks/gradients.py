@@ -5,6 +5,7 @@ know: in saturation a numerical derivative has no digits, and `torch.autograd.gr
 absolute tolerance, lets a backward of all zeros pass there.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -33,8 +34,11 @@ _LARGEST_STEP = 64.0
 # A derivative is wrong only if the numerical one is certain to three digits: two or three estimates
 # may agree by accident.
 _CERTAIN = 1e-3
+# In lower precision than float64 a derivative that agrees is right if it is certain to two digits.
+_ROUGHLY = 1e-2
 # Sums in another order differ by some units in the last place of their largest terms.
-_ROUNDING = 64 * EPS
+_ULPS = 64
+_ROUNDING = _ULPS * EPS
 _REORDERED = 1e4 * EPS
 
 
@@ -140,10 +144,11 @@ def check_gradients(
     one another is probed at all elements at once. Of any other, the elements of the smallest and
     the largest computed derivative and some random ones are probed one by one.
 
-    Values are taken to be right to some units in the last place of float64. Where a function works
-    in a lower precision, cancels inside, or is a staircase, and where x is beyond 10^14 or nearer
-    to a pole than 10^-14, what it computes has other derivatives than what it means, and it may be
-    called wrong; a reference decides.
+    Values are taken to be right to some units in the last place of float64. Where a function
+    computes in float32, it is right if it agrees with all digits that this leaves, at least two; in
+    float16 and bfloat16 too few are left. Where a function cancels inside or is a staircase, and
+    where x is beyond 10^14 or nearer to a pole than 10^-14, what it computes has other derivatives
+    than what it means, and it may be called wrong; a reference decides.
 
     With a reference, value and derivatives are compared with it element by element, at any input.
     Where they differ by no more than rounding the inputs moves the reference, it cannot tell.
@@ -302,6 +307,8 @@ def _difference(
     bound = rtol * torch.maximum(got.abs(), expected.abs()) + _REORDERED * largest
     off = (got - expected).abs()
     wrong = ~(alike(got, expected) | (off.isfinite() & (off <= bound)))
+    if wrong.any() and start.ours.unit > EPS:
+        wrong &= ~(off <= bound + _ULPS * start.ours.unit * largest)
     if not wrong.any():
         return ""
     at = int(torch.where(wrong, off.nan_to_num(math.inf), -1.0).argmax())
@@ -483,8 +490,28 @@ class _ByDifferences:
 
     def _of_f(self, direction: Direction, line: Line | None = None) -> _Evidence:
         """The gradient along a direction."""
-        line = line or Line(self._f, self.ours.x, direction, self.upstream, self.cells, self.value)
+        line = line or self._line(False, direction, self.upstream, self.cells)
         return self._evidence(line, self._sum(self.first * direction.v), self.first)
+
+    def _line(
+        self,
+        of_gradient: bool,
+        direction: Direction,
+        weights: Tensor,
+        cells: int,
+    ) -> Line:
+        """Of the values, or of the gradient's elements."""
+        f, center = (self._gradient, self.first) if of_gradient else (self._f, self.value)
+        unit = functools.partial(self._unit, of_gradient)
+        return Line(f, self.ours.x, direction, weights, cells, center, unit)
+
+    @functools.cache  # noqa: B019
+    def _unit(self, of_gradient: bool) -> float:
+        """The relative precision of values or gradients: the function's, where they scatter."""
+        unit = self.ours.unit
+        center = self.first if of_gradient else self.value
+        line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
+        return unit if unit > EPS and line.scatters(unit) else EPS
 
     def _evidence(self, line: Line, computed: Tensor, gradient: Tensor) -> _Evidence:
         floor = line.magnitude
@@ -601,9 +628,7 @@ class _ByDifferences:
         )
 
     def _of_gradient(self, direction: Direction, by_x: Tensor) -> _Evidence:
-        line = Line(
-            self._gradient, self.ours.x, direction, self.everywhere.v, self.cells, self.first
-        )
+        line = self._line(True, direction, self.everywhere.v, self.cells)
         return self._evidence(line, self._sum(by_x * direction.v), by_x)
 
     def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
@@ -613,12 +638,12 @@ class _ByDifferences:
         if first.verdict != "right":
             return _judge([along], self.few, self.many, self.rtol)
         expected = self._sum(self.first * self.everywhere.v)
-        bound = self.rtol * expected.abs() + along.floor
-        bound += _REORDERED * (
-            self._sum(terms.abs()) + self._sum((self.first * self.everywhere.v).abs())
-        )
+        size = self._sum(terms.abs()) + self._sum((self.first * self.everywhere.v).abs())
+        bound = self.rtol * expected.abs() + along.floor + _REORDERED * size
         off = (along.computed - expected).abs()
         wrong = ~(off <= bound)
+        if wrong.any() and self.ours.unit > EPS:
+            wrong &= ~(off <= bound + self.ours.unit / EPS * along.floor)
         if wrong.any():
             cell = int(wrong.int().argmax())
             detail = (
@@ -635,9 +660,7 @@ class _ByDifferences:
         each element. Elements at which it does not decide follow one by one.
         """
         n = len(by_x)
-        line = Line(
-            self._gradient, self.ours.x, self.everywhere, torch.ones_like(by_x), n, self.first
-        )
+        line = self._line(True, self.everywhere, torch.ones_like(by_x), n)
         largest = (by_x * self.size).nan_to_num(0, 0, 0).abs().max()
         floor = _ROUNDING * torch.maximum(line.magnitude * self.size, largest) / self.size
         dense = _Evidence(line, by_x, floor, self.ours.place)
@@ -728,16 +751,18 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
         error = torch.where(small & flat, 0.0, _relative(computed, derivative))
         return _finding("right", piece, derivative, error, int(error.argmax())), right.nonzero()[:0]
     found = line.slopes(many, rtol)
-    is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(piece.floor, found.zero))
-    certain, agrees = _compared(computed, found, rtol)
+    floor = line.unit / EPS * piece.floor
+    is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
+    certain, agrees = _compared(computed, found, rtol, floor if line.unit > EPS else None)
     known = found.uncertainty.isfinite() & ~found.kinked
     right = right | (known & (agrees | is_zero))
     # Both are 0 to within rounding.
-    tiny = computed.abs() <= _REORDERED / _ROUNDING * piece.floor
+    tiny = computed.abs() <= _REORDERED / _ROUNDING * floor
     nothing = tiny & (found.derivative.abs() <= 2 * found.uncertainty)
     wrong = known & certain & ~right & ~nothing
     wrong |= known & ~computed.isfinite() & (found.zero >= 0)
-    if not (right | wrong | tiny).all():
+    # A step of a staircase is flat, too, and may end in a jump.
+    if line.unit == EPS and not (right | wrong | tiny).all():
         flat, fades = line.plateau()  # where the derivative is 0, and the computed one is not
         wrong |= flat & ~tiny & ~right
         found = found._replace(derivative=torch.where(flat, 0.0, found.derivative))
@@ -752,13 +777,25 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     return _undecided(piece, found, fades, int(undecided[0])), undecided
 
 
-def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Tensor]:
-    """Where a derivative certainly differs from the numerical one, and where it agrees with it."""
+def _compared(
+    computed: Tensor, found: Slopes, rtol: float, rounding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where a derivative certainly differs from the numerical one, and where it agrees with it.
+
+    Of a function in lower precision, rounding is what that adds to the computed derivative. The
+    numerical one then has fewer digits; it is enough that two of them are certain, at the size of
+    the slopes nearby, and that the computed one agrees with all that are.
+    """
     finite = computed.isfinite()
     difference = (computed - found.derivative).abs()
     size = torch.maximum(torch.where(finite, computed.abs(), 0.0), found.derivative.abs())
     agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size)
-    differs = ~(difference <= 2 * found.uncertainty + rtol * size)
+    bound = 2 * found.uncertainty + rtol * size
+    if rounding is not None:
+        bound = bound + rounding
+        known = found.uncertainty <= _ROUGHLY * torch.maximum(size, found.nearby)
+        agrees |= finite & known & (difference <= bound)
+    differs = ~(difference <= bound)
     return (found.uncertainty <= _CERTAIN * size) & differs, agrees
 
 

@@ -15,7 +15,6 @@ SIZES = (1, 2, 3, 5, 7, 10, 16, 33, 64, 65)
 SIZES += (100, 200, 300, 500, 800, 1000, 1500, 2000, 3000, 5000)
 UNDECIDED = {
     "relu at its kink": "a kink",
-    "float32 inside": "values are not those of float64, and a staircase's derivative is 0",
 }
 """Right functions of which it cannot tell, and why."""
 

@@ -7,6 +7,7 @@ pass, or that people make.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -827,3 +828,70 @@ wrong(
     lambda ctx, z, u: u * torch.where(z > -30, z.exp(), 0 * z),
     lambda n, g: -40 - positive(n, g),
 )
+
+
+# --------------------------------------------------------------------- float32 inside, or elsewhere
+
+
+def single(f):
+    """The same function in float32."""
+    return lambda *inputs: f(*(t.float() for t in inputs)).double()
+
+
+for name, function in (
+    ("exp", torch.exp),
+    ("softplus", F.softplus),
+    ("logsumexp", lambda x: x.logsumexp(-1)),
+    ("layer norm", lambda x: F.layer_norm(x, x.shape)),
+    ("mean of squares", lambda x: x.square().mean()),
+    ("norm", torch.linalg.vector_norm),
+    ("cumsum", lambda x: x.cumsum(0)),
+):
+    add(f"float32: {name}", single(function), lambda n, g: normal(n + 2, g), right=True)
+add("float32: relu away from its kink", single(F.relu), away(0), right=True)
+add("float32: a gate of float64 numbers", lambda x: x * x.float().sigmoid(), right=True)
+add("float32: a mask alone", lambda x: x.sin() * (x.float() > 0), right=True)
+add("float32: next to float64", lambda x: x + x.float().sin(), right=True)
+
+
+def single_cosine(ctx, upstream):
+    return (upstream.float() * saved(ctx).float().cos()).double()
+
+
+def by_numpy(ctx, z):
+    """The sine in float32, out of PyTorch's sight."""
+    ctx.save_for_backward(z)
+    return torch.from_numpy(np.sin(z.detach().numpy().astype(np.float32)).astype(np.float64))
+
+
+sine("float32: what is saved", single_cosine, right=True, once=True)
+sine("float32: by NumPy", single_cosine, forward=by_numpy, right=True, once=True)
+for name, change in (
+    ("off by 1e-3", lambda g: 1e-3 * g),
+    ("0", lambda g: -g),
+    ("half", lambda g: -g / 2),
+):
+    sine(
+        f"float32: one element {name}",
+        lambda ctx, u, change=change: one_element(single_cosine(ctx, u), change),
+        forward=by_numpy,
+        once=True,
+    )
+sine(
+    "float32: what is saved, off by 1e-4",
+    lambda ctx, u: single_cosine(ctx, u) * (1 + 1e-4),
+    once=True,
+)
+wrong(
+    "float32: 0 in saturation",
+    single(torch.sigmoid),
+    lambda ctx, z, u: u * torch.where(z.abs() < 9, prime(z), 0 * z),
+    wide,
+)
+wrong(
+    "float32: 0 in saturation, summed",
+    single(lambda z: z.sigmoid().sum()),
+    lambda ctx, z, u: u * torch.where(z.abs() < 9, prime(z), 0 * z),
+    wide,
+)
+wrong("float32: straight through", single(torch.round), lambda ctx, z, u: u)
