@@ -1,7 +1,6 @@
 """The derivatives that a function computes: by backward, by double backward and in forward mode."""
 
 import functools
-import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +8,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from nnce.checks._subject import Subject, sentence
 from nnce.checks._numerical import EPS
+from nnce.checks._subject import Subject, sentence
 from nnce.checks._torch_private import (
     NO_DERIVATIVE,
     NO_FORWARD_MODE,
@@ -134,13 +133,9 @@ class Derivatives:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not output.requires_grad:
             return torch.zeros_like(self.x)
-        gradients = iter(self._differentiate(output, wanted, upstream, **options))
-        return torch.cat(
-            [
-                (next(gradients) if leaf.requires_grad else torch.zeros_like(leaf)).flatten()
-                for leaf in leaves
-            ]
-        )
+        found = iter(self._differentiate(output, wanted, upstream, **options))
+        gradients = (next(found) if t.requires_grad else torch.zeros_like(t) for t in leaves)
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def first(self, upstream: Tensor, **options: Any) -> Tensor:
         """The gradient with respect to x, of a call of its own; options as of `record`."""
@@ -201,9 +196,7 @@ class Derivatives:
             wanted: which inputs have a tangent (default: all).
         """
         try:
-            with warnings.catch_warnings(), fwAD.dual_level():
-                # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
-                warnings.filterwarnings("ignore", message="`torch.jit.script")
+            with fwAD.dual_level():
                 pairs = zip(self.parts(self.x), self.parts(along), strict=True)
                 output = self.call(
                     fwAD.make_dual(arrange(part), arrange(dx))
@@ -246,9 +239,9 @@ class Derivatives:
         **options: Any,
     ) -> tuple[Tensor, ...]:
         try:
-            return torch.autograd.grad(
-                output, inputs, upstream, allow_unused=True, materialize_grads=True, **options
-            )
+            gradients = torch.autograd.grad(output, inputs, upstream, allow_unused=True, **options)
         except Exception as error:  # whatever the user's backward raises
             name = self.subject.name
             raise Broken(f"the backward of {name} failed: {sentence(error)}") from error
+        pairs = zip(gradients, inputs, strict=True)
+        return tuple(torch.zeros_like(t) if g is None else g for g, t in pairs)

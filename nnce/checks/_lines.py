@@ -16,7 +16,8 @@ from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, sl
 
 # A plateau is looked for from a small share of the size of x to many times it.
 _GRID = tuple(4.0**k for k in range(-8, 4))
-_SPARSE_GRID = (4.0**-5, 1.0, 4.0**3)
+# What does not move at these steps up and down, nor at the two small ones, moves nowhere.
+_SPARSE_GRID = {1.0: (61.7, 0.27), -1.0: (61.7, 4.3)}
 # An edge is located to this share of x; beyond it is a little further.
 _EDGE, _BEYOND = 2.0**-32, 2.0**-20
 # Near 0 these are shares of this much.
@@ -91,8 +92,11 @@ class Line:
         return self._x.index_add(0, elements, step * v[elements])
 
     def _at(self, step: Tensor) -> Tensor:
+        return self._values_at(self._moved(step))
+
+    def _values_at(self, x: Tensor) -> Tensor:
         try:
-            return self._f(self._moved(step)).reshape(self._weights.shape)
+            return self._f(x).reshape(self._weights.shape)
         except (TypeError, ValueError, Broken):  # outside of the function's domain
             return torch.full_like(self._weights, math.nan)
 
@@ -179,18 +183,21 @@ class Line:
         cells = self._weights.shape[1]
         inside = torch.zeros(cells, dtype=self._x.dtype, device=self._x.device)
         outside = torch.full_like(inside, math.nan)
+        steps = [inside.new_tensor(side * size) for size in _SPARSE_GRID[side]]
+        endless = ~torch.stack([self._moves(step, exact) for step in steps]).any(0)
         # Along all elements at once only endless plateaus count.
-        grid = _GRID if self.direction.elements is not None else _SPARSE_GRID
-        for size in grid:
+        if endless.all() or self.direction.elements is None:
+            return endless, torch.zeros_like(endless)
+        for size in _GRID:
             step = inside.new_tensor(side * size)
-            moved = ~(self._amount(step, exact) <= _still(exact))
+            moved = self._moves(step, exact)
             outside = torch.where(outside.isnan() & moved, step, outside)
             inside = torch.where(outside.isnan(), step, inside)
             if not outside.isnan().any() or not inside.any():
                 break
         endless = (inside != 0) & outside.isnan()
         ends = (inside != 0) & ~endless
-        if not ends.any() or self.direction.elements is None:
+        if not ends.any():
             return endless, torch.zeros_like(endless)
         hard, fades = self._edge(inside * ends, torch.where(ends, outside, 0.0), exact)
         return endless | (ends & hard), ends & fades
@@ -212,7 +219,7 @@ class Line:
             if not ((outside - inside).abs() > _EDGE * self._scale(outside)).any():
                 break
             middle = (inside + outside) / 2
-            moved = ~(self._amount(middle, exact) <= _still(exact))
+            moved = self._moves(middle, exact)
             inside, outside = (
                 torch.where(moved, inside, middle),
                 torch.where(moved, middle, outside),
@@ -224,6 +231,10 @@ class Line:
         v, elements = self.direction
         assert elements is not None
         return self._moved(step)[elements].abs().clamp(min=_LEAST) / v[elements]
+
+    def _moves(self, step: Tensor, exact: bool) -> Tensor:
+        """Where values at a step are not those at x."""
+        return ~(self._amount(step, exact) <= (0.0 if exact else 1.0))
 
     def _amount(self, step: Tensor, exact: bool) -> Tensor:
         """How far the values at a step are from those at x, in units; NaN outside the domain."""
@@ -239,19 +250,56 @@ def quick_together(
 ) -> tuple[Tensor, Tensor]:
     """The same as `quick` of `single` lines of one function, in fewer operations."""
     first = lines[0]
-    # [steps, rows, lines]
-    plus, minus = (
-        torch.cat([line._values(side * steps) for line in lines], dim=2) for side in (1, -1)
-    )
     column = steps.unsqueeze(1)
-    places = [line.direction.elements for line in lines]
-    x = torch.cat([first._x[place] for place in places])
-    v = torch.cat([line.direction.v[line.direction.elements] for line in lines])
-    up, down = (((x + side * column * v) - x).abs() / v.abs() for side in (1, -1))
+    places = _places(lines)
+    x, v = (
+        first._x[places],
+        torch.cat([line.direction.v[line.direction.elements] for line in lines]),
+    )
+    moved = torch.stack([x + column * v, x - column * v])  # [sides, steps, lines]
+    up, down = (moved - x).abs() / v.abs()
+    values = torch.cat([_values_one_by_one(first, places, to) for to in moved.flatten(0, 1)], dim=1)
+    plus, minus = values.view(-1, 2, len(steps), len(lines)).permute(1, 2, 0, 3)
     ladder = _ladder(first._weights, first._center, plus, minus, column, up, down, whole=True)
     for i, line in enumerate(lines):
         line._quick = Ladder(column, *(table[:, i : i + 1] for table in ladder[1:]))
     return quick(ladder, computed, rtol)
+
+
+def _places(lines: Sequence[Line]) -> Tensor:
+    """The elements that `single` lines move."""
+    return torch.cat(
+        [line.direction.elements for line in lines if line.direction.elements is not None]
+    )
+
+
+def _values_one_by_one(line: Line, places: Tensor, to: Tensor) -> Tensor:
+    """The values [rows, places] where one element after the other is replaced."""
+    x, values = line._x.clone(), []
+    for place, moved in zip(places.tolist(), to, strict=True):
+        kept = x[place].clone()
+        x[place] = moved
+        values.append(line._values_at(x))
+        x[place] = kept
+    return torch.cat(values, dim=1)
+
+
+def independent(lines: Sequence[Line]) -> bool:
+    """Whether no value depends on any of the elements that `single` lines of one function move.
+
+    Each of them goes to the end of the grid, both ways, and then all go together, far and near.
+    """
+    first, places = lines[0], _places(lines)
+    x, v = first._x, torch.stack([line.direction.v for line in lines]).sum(0)
+    for side in (1.0, -1.0):
+        to = (x + side * _GRID[-1] * v)[places]
+        if not (_values_one_by_one(first, places, to) == first._center).all():
+            return False
+    for k, size in enumerate(_GRID):
+        each = torch.sin(1.0 + k + 2.4 * torch.arange(len(x), dtype=x.dtype, device=x.device))
+        if not (first._values_at(x + (-1) ** k * size * each * v) == first._center).all():
+            return False
+    return True
 
 
 def _ladder(
@@ -273,8 +321,3 @@ def _ladder(
         size = torch.where(moves.any(1), (magnitude * moves).sum(1), magnitude.sum(1))
     rise_up, rise_down = (weights * (plus - center)).sum(1), (weights * (center - minus)).sum(1)
     return Ladder(steps, rise_up, rise_down, up, down, size)
-
-
-def _still(exact: bool) -> float:
-    """By how many units values may move that count as constant."""
-    return 0.0 if exact else 1.0

@@ -7,6 +7,7 @@ absolute tolerance, lets a backward of all zeros pass there.
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
-from nnce.checks._lines import Direction, Line, quick_together
+from nnce.checks._lines import Direction, Line, independent, quick_together
 from nnce.checks._numerical import EPS, Slopes
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
@@ -175,11 +176,25 @@ def check_gradients(
             sense; the sentence says which and why.
     """
     _check_options(rtol, elements, seed)
+    with warnings.catch_warnings():
+        # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
+        warnings.filterwarnings("ignore", message="`torch.jit.script")
+        return _check(function, inputs, reference, float(rtol), elements, int(seed))
+
+
+def _check(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Any],
+    reference: Callable[..., Tensor] | None,
+    rtol: float,
+    elements: int | Literal["all"],
+    seed: int,
+) -> Report:
     subject = Subject(function, inputs, "the function")
     subject.observe()
     ours = Derivatives(subject)
     value = ours.value()
-    draw = _Draw(int(seed))
+    draw = _Draw(seed)
     upstream = draw.like(value)
     try:
         first = ours.first(upstream)
@@ -301,6 +316,8 @@ def _difference(
 ) -> str:
     """Where two vectors differ by more than rounding, in words; else an empty string."""
     usual = {"value": start.value, "first": start.first, "forward_mode": start.tangent}
+    if torch.allclose(got, expected, _ROUNDING, atol=0.0):
+        return ""
     like = [expected, usual.get(variation.of, start.second)]
     # Another layout may be summed in another order.
     largest = max(float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in like if t is not None)
@@ -451,6 +468,7 @@ class _ByDifferences:
         self.alone = _is_element_by_element(ours, value, draw)
         self.cells = value.numel() if self.alone else 1
         self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
+        self.largest = self._largest(first)
         self.everywhere = Direction(draw.like(ours.x) * self.size, None)
         self.tangent: Tensor | None = None
         self.second: Tensor | None = None
@@ -491,7 +509,7 @@ class _ByDifferences:
     def _of_f(self, direction: Direction, line: Line | None = None) -> _Evidence:
         """The gradient along a direction."""
         line = line or self._line(False, direction, self.upstream, self.cells)
-        return self._evidence(line, self._sum(self.first * direction.v), self.first)
+        return self._evidence(line, self._sum(self.first * direction.v), self.largest)
 
     def _line(
         self,
@@ -513,10 +531,12 @@ class _ByDifferences:
         line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
         return unit if unit > EPS and line.scatters(unit) else EPS
 
-    def _evidence(self, line: Line, computed: Tensor, gradient: Tensor) -> _Evidence:
-        floor = line.magnitude
-        if not self.alone:  # sums of terms of the size of the largest derivatives
-            floor = floor.clamp(min=float((gradient * self.size).nan_to_num(0, 0, 0).abs().max()))
+    def _largest(self, gradient: Tensor) -> Tensor:
+        return (gradient * self.size).nan_to_num(0, 0, 0).abs().max()
+
+    def _evidence(self, line: Line, computed: Tensor, largest: Tensor) -> _Evidence:
+        # Sums are of terms of the size of the largest derivatives.
+        floor = line.magnitude if self.alone else line.magnitude.clamp(min=largest)
         elements = line.direction.elements
 
         def names(cell: int) -> str:
@@ -629,7 +649,7 @@ class _ByDifferences:
 
     def _of_gradient(self, direction: Direction, by_x: Tensor) -> _Evidence:
         line = self._line(True, direction, self.everywhere.v, self.cells)
-        return self._evidence(line, self._sum(by_x * direction.v), by_x)
+        return self._evidence(line, self._sum(by_x * direction.v), self._largest(by_x))
 
     def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
         """The backward is linear in the upstream gradient: along v, its derivative is J v."""
@@ -661,8 +681,8 @@ class _ByDifferences:
         """
         n = len(by_x)
         line = self._line(True, self.everywhere, torch.ones_like(by_x), n)
-        largest = (by_x * self.size).nan_to_num(0, 0, 0).abs().max()
-        floor = _ROUNDING * torch.maximum(line.magnitude * self.size, largest) / self.size
+        floor = line.magnitude * self.size
+        floor = _ROUNDING * floor.clamp(min=self._largest(by_x)) / self.size
         dense = _Evidence(line, by_x, floor, self.ours.place)
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
         if found.verdict != "cannot tell":
@@ -721,6 +741,11 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
         worst = max((error, i) for i, error in enumerate(errors) if decided[i])[1]
         findings = [_judge_one(pieces[worst], few, many, rtol)[0]]
     rest = [(errors[i], piece) for i, piece in enumerate(pieces) if not decided[i]]
+    zeros = [piece for _, piece in rest if piece.line.single and not piece.computed.any()]
+    if len(zeros) > 1 and independent([piece.line for piece in zeros]):
+        where = f"{len(zeros)} elements, {zeros[0].names(0)} among them"
+        findings.append(Finding("right", 0.0, f"the values do not depend on {where}"))
+        rest = [pair for pair in rest if pair[1] not in zeros]
     for _, piece in sorted(rest, key=lambda pair: -pair[0]):
         finding, _ = _judge_one(piece, few, many, rtol)
         if finding.verdict == "wrong":
