@@ -127,7 +127,7 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
         above=above,
         kinked=known & _kinked(estimates.kink, noise, row, rtol * steep),
         zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best, unit), -1.0),
-        nearby=_steepness(ladder)[_FAR],
+        nearby=_steepness(ladder)[_FAR].nan_to_num(0.0, 0.0, 0.0),
     )
 
 

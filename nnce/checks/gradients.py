@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
 from nnce.checks._lines import Direction, Line, independent, quick_together
-from nnce.checks._numerical import EPS, Slopes
+from nnce.checks._numerical import EPS, NOTHING, Slopes
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
 from nnce.checks._variations import Setting, Variation, variations
@@ -807,21 +807,23 @@ def _compared(
 ) -> tuple[Tensor, Tensor]:
     """Where a derivative certainly differs from the numerical one, and where it agrees with it.
 
-    Of a function in lower precision, rounding is what that adds to the computed derivative. The
-    numerical one then has fewer digits; it is enough that two of them are certain, at the size of
-    the slopes nearby, and that the computed one agrees with all that are.
+    Next to a zero of the derivative it is enough that three digits are certain, and that the others
+    are nothing next to the slopes nearby. Of a function in lower precision, `rounding` is what that
+    adds to the computed derivative. The numerical one then has fewer digits; it is enough that two
+    of them are certain, at the size of the slopes nearby.
     """
     finite = computed.isfinite()
     difference = (computed - found.derivative).abs()
     size = torch.maximum(torch.where(finite, computed.abs(), 0.0), found.derivative.abs())
     agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size)
+    certain = found.uncertainty <= _CERTAIN * size
     bound = 2 * found.uncertainty + rtol * size
+    enough = certain & (found.uncertainty <= NOTHING * found.nearby)
     if rounding is not None:
         bound = bound + rounding
-        known = found.uncertainty <= _ROUGHLY * torch.maximum(size, found.nearby)
-        agrees |= finite & known & (difference <= bound)
+        enough |= found.uncertainty <= _ROUGHLY * torch.maximum(size, found.nearby)
     differs = ~(difference <= bound)
-    return (found.uncertainty <= _CERTAIN * size) & differs, agrees
+    return certain & differs, agrees | (finite & enough & ~differs)
 
 
 def _length(piece: _Evidence, cell: int) -> float:

@@ -895,3 +895,87 @@ wrong(
     wide,
 )
 wrong("float32: straight through", single(torch.round), lambda ctx, z, u: u)
+
+
+# ------------------------------------------------------------------------ what a third hunt tried
+
+
+def tiny(n, generator):
+    return normal(n, generator, 1e-8)
+
+
+add("next to a zero: sin at 1e-8", torch.sin, tiny, right=True)
+add("next to a zero: cos at 1e-8", torch.cos, tiny, right=True)
+wrong("next to a zero: half", torch.cos, lambda ctx, z, u: -u * z.sin() / 2, tiny)
+add("an output that is constant", lambda x: torch.cat([x.sin(), x.new_ones(2)]), right=True)
+add("elements in no output", lambda x: x[::3].exp(), right=True)
+add(
+    "elements added up by index",
+    lambda x: x.new_zeros(2).index_add(0, torch.arange(len(x)) % 2, x).sin(),
+    right=True,
+)
+add("complex inside", lambda x: (torch.complex(x, x.cos()) ** 2).imag, right=True)
+for name, maximum, right in (
+    ("log-sum-exp by hand", lambda x: x.max().detach(), True),
+    ("log-sum-exp by hand, half of the maximum detached", torch.max, False),
+):
+    add(
+        name,
+        lambda x, m=maximum: (x - x.max().detach()).exp().sum().log() + m(x),
+        right=right,
+    )
+add("atan2", torch.atan2, pair, right=True)
+wrong(
+    "1e-9 of an element forgotten",
+    lambda z: (z[0] * z[1:2]).sum() + 1e-9 * z[2:].sum(),
+    lambda ctx, z, u: torch.cat([(u * z[1:2]).sum().view(1), u * z[:1], 0 * z[2:]]),
+    lambda n, g: normal(n + 2, g),
+)
+wrong(
+    "0 in the saturation of a difference",
+    lambda z: 1 + F.softplus(z[0] - z[1].abs() - 40),
+    lambda ctx, z, u: 0 * u * z,
+    lambda n, g: normal(2, g),
+)
+wrong(
+    "0 where a minimum inside of a maximum decides",
+    lambda z: torch.maximum(z[0], z[1:].min()),
+    lambda ctx, z, u: torch.cat([u.view(1), 0 * z[1:]]),
+    lambda n, g: torch.arange(n + 2).double() + normal(n + 2, g, 0.01),
+)
+wrong(
+    "softmax as if elements were independent",
+    lambda z: z.softmax(0),
+    lambda ctx, z, u: u * z.softmax(0) * (1 - z.softmax(0)),
+    lambda n, g: normal(n + 1, g),
+)
+wrong(
+    "the gradient of another GELU",
+    F.gelu,
+    lambda ctx, z, u: torch.func.vjp(lambda t: F.gelu(t, approximate="tanh"), z)[1](u)[0],
+)
+
+
+def every_seventh(ctx, upstream):
+    calls.append(None)
+    return upstream * saved(ctx).cos() * (1 if len(calls) % 7 else 1.1)
+
+
+calls: list[None] = []
+sine("wrong at every seventh backward of all", every_seventh)
+
+
+def into_buffer(ctx, z):
+    """The sine in memory that all calls share."""
+    ctx.save_for_backward(z)
+    ctx.buffer = outputs.setdefault(z.shape, torch.empty(z.shape, dtype=z.dtype))
+    return ctx.buffer.copy_(z.detach().sin())
+
+
+outputs: dict[torch.Size, torch.Tensor] = {}
+sine(
+    "an output in shared memory",
+    lambda ctx, u: u * (1 - ctx.buffer**2).sqrt() * saved(ctx).cos().sign(),
+    forward=into_buffer,
+    once=True,
+)
