@@ -16,8 +16,8 @@ from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, sl
 
 # A plateau is looked for from a small share of the size of x to many times it.
 _GRID = tuple(4.0**k for k in range(-8, 4))
-# What does not move at these steps up and down, nor at the two small ones, moves nowhere.
-_SPARSE_GRID = {1.0: (61.7, 0.27), -1.0: (61.7, 4.3)}
+# What does not move at these steps up and down moves nowhere.
+_SPARSE_GRID = {1.0: (61.7, 2.0**-9), -1.0: (61.7, 4.3)}
 # An edge is located to this share of x; beyond it is a little further.
 _EDGE, _BEYOND = 2.0**-32, 2.0**-20
 # Near 0 these are shares of this much.
@@ -73,6 +73,7 @@ class Line:
         self._f, self._x, self.direction = f, x, direction
         self._quick: Ladder | None = None
         self._slopes: Slopes | None = None
+        self._plateau: Plateau | None = None
         self._weights = weights.reshape(-1, cells)
         self._center = center.reshape(-1, cells)
         self.magnitude = (self._weights * self._center).abs().sum(0)
@@ -163,12 +164,14 @@ class Line:
         the last place. A saturated one has moved by one. A jump of less than 2⁻⁷ of the value may
         be that of a staircase, as of a function that computes in a lower precision.
         """
-        exact = self._ends(exact=True)
-        if (exact.flat | exact.fades).all():
-            return exact
-        scattered = self._ends(exact=False)
-        fades = exact.fades | (scattered.fades & ~exact.flat)
-        return Plateau((exact.flat | scattered.flat) & ~fades, fades)
+        if self._plateau is None:
+            self._plateau = self._ends(exact=True)
+            flat, fades = self._plateau
+            if not (flat | fades).all():
+                scattered = self._ends(exact=False)
+                fades = fades | (scattered.fades & ~flat)
+                self._plateau = Plateau((flat | scattered.flat) & ~fades, fades)
+        return self._plateau
 
     def _ends(self, exact: bool) -> Plateau:
         """Of values that are exactly constant, or else of values that scatter by rounding."""

@@ -765,9 +765,11 @@ def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
 def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tuple[Finding, Tensor]:
     """The verdict on one line, and the cells at which it cannot tell."""
     line, computed = piece.line, piece.computed
-    right, derivative = line.quick(few, computed, rtol)
     small = computed.abs() <= piece.floor
-    flat = fades = torch.zeros_like(right)
+    right = flat = fades = torch.zeros_like(small)
+    derivative = torch.zeros_like(computed)
+    if not small.all() or not line.plateau().flat.all():
+        right, derivative = line.quick(few, computed, rtol)
     if (small & ~right).any():
         flat, fades = line.plateau()
         right = right | (small & flat)
