@@ -4,8 +4,9 @@ The values of a function are counted in *cells*. With one cell all weighted valu
 with a cell for each element, as many derivatives are probed at once.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Direction(NamedTuple):
     """As long as x is large, so that a step of 1 is of the size of x."""
     elements: Tensor | None
     """The elements of x that it moves, one for each cell; None for all of them."""
+    apart: bool = False
+    """Whether it moves one element after the other, and a cell holds all values after one move."""
 
 
 class Plateau(NamedTuple):
@@ -74,26 +77,51 @@ class Line:
         self._quick: Ladder | None = None
         self._slopes: Slopes | None = None
         self._plateau: Plateau | None = None
+        # [rows, cells], or [rows, 1] where all cells have the same.
         self._weights = weights.reshape(-1, cells)
         self._center = center.reshape(-1, cells)
-        self.magnitude = (self._weights * self._center).abs().sum(0)
+        self._cells = len(self._elements) if direction.apart else cells
+        self.magnitude = (self._weights * self._center).abs().sum(0).expand(self._cells)
         """Of the weighted values in each cell."""
 
     @property
-    def single(self) -> bool:
-        """Whether it moves a single element, and all values are in one cell."""
-        elements = self.direction.elements
-        return elements is not None and len(elements) == self._weights.shape[1] == 1
+    def _elements(self) -> Tensor:
+        assert self.direction.elements is not None
+        return self.direction.elements
 
-    def _moved(self, step: Tensor) -> Tensor:
-        """x after a step, or after a step for each cell."""
-        v, elements = self.direction
-        if elements is None or not step.dim():
-            return self._x + step * v
-        return self._x.index_add(0, elements, step * v[elements])
+    def of(self, cells: Tensor) -> "Line":
+        """The same along some of the elements that are moved apart."""
+        v, elements = self.direction.v, self._elements[cells]
+        part = copy.copy(self)
+        only = torch.zeros_like(v).index_copy(0, elements, v[elements])
+        part.direction, part._cells = Direction(only, elements, apart=True), len(elements)
+        part.magnitude = self.magnitude[cells]
+        part._slopes = part._plateau = None
+        if self._quick is not None:
+            part._quick = Ladder(self._quick.step, *(table[:, cells] for table in self._quick[1:]))
+        return part
 
     def _at(self, step: Tensor) -> Tensor:
-        return self._values_at(self._moved(step))
+        """The values [rows, cells] after a step, or after a step for each cell."""
+        v, elements, apart = self.direction
+        if apart:
+            return self._one_by_one(self._stepped(step).expand(self._cells))
+        if elements is None or not step.dim():
+            return self._values_at(self._x + step * v)
+        return self._values_at(self._x.index_add(0, elements, step * v[elements]))
+
+    def _stepped(self, step: Tensor) -> Tensor:
+        """The elements that are moved, after a step."""
+        return self._x[self._elements] + step * self.direction.v[self._elements]
+
+    def _one_by_one(self, stepped: Tensor) -> Tensor:
+        x, values = self._x.clone(), []
+        for place, moved in zip(self._elements.tolist(), stepped, strict=True):
+            kept = x[place].clone()
+            x[place] = moved
+            values.append(self._values_at(x))
+            x[place] = kept
+        return torch.cat(values, dim=1)
 
     def _values_at(self, x: Tensor) -> Tensor:
         try:
@@ -108,22 +136,29 @@ class Line:
             steps: the largest first.
             whole: whether values that have not moved at any larger step add to the rounding error.
         """
-        plus, minus = self._values(steps), self._values(-steps)
-        steps = steps.unsqueeze(1)
-        taken = self._taken(steps), self._taken(-steps)
-        return _ladder(self._weights, self._center, plus, minus, steps, *taken, whole=whole)
-
-    def _values(self, steps: Tensor) -> Tensor:
-        """[steps, rows, cells]."""
-        return torch.stack([self._at(step) for step in steps])
+        weights, center = self._weights, self._center
+        # [steps, rows, cells]
+        plus, minus = (torch.stack([self._at(step) for step in side]) for side in (steps, -steps))
+        size = weights.abs() * torch.maximum(torch.maximum(plus.abs(), minus.abs()), center.abs())
+        if not whole:
+            moves = ((plus != center) | (minus != center)).cummax(0).values
+            size = torch.where(moves.any(1, keepdim=True), size * moves, size)
+        column = steps.unsqueeze(1)
+        return Ladder(
+            step=column,
+            rise_up=(weights * (plus - center)).sum(1),
+            rise_down=(weights * (center - minus)).sum(1),
+            up=self._taken(column),
+            down=self._taken(-column),
+            size=size.sum(1),
+        )
 
     def _taken(self, steps: Tensor) -> Tensor:
         """How far steps [steps, 1] really go, after rounding: [steps, cells], above 0."""
-        v, elements = self.direction
+        v, elements, _ = self.direction
         if elements is None:
-            return steps.abs().expand(len(steps), self._weights.shape[1])
-        x, v = self._x[elements], v[elements]
-        return (((x + steps * v) - x) / v).abs()
+            return steps.abs().expand(len(steps), self._cells)
+        return ((self._stepped(steps) - self._x[elements]) / v[elements]).abs()
 
     def quick(self, steps: Tensor, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
         """Where a few small steps show that a derivative is right, and the numerical one."""
@@ -173,6 +208,22 @@ class Line:
                 self._plateau = Plateau((flat | scattered.flat) & ~fades, fades)
         return self._plateau
 
+    def independent(self) -> bool:
+        """Whether no value depends on any of the elements that are moved apart.
+
+        Each of them goes to the end of the grid, both ways; then all go together, far and near.
+        """
+        center = self._center
+        ends = self._x.new_tensor([_GRID[-1], -_GRID[-1]])
+        if not all((self._at(end) == center).all() for end in ends):
+            return False
+        numbers = torch.arange(len(self._x), dtype=self._x.dtype, device=self._x.device)
+        for k, size in enumerate(_GRID):
+            share = (-1) ** k * size * torch.sin(1.0 + k + 2.4 * numbers)
+            if not (self._values_at(self._x + share * self.direction.v) == center).all():
+                return False
+        return True
+
     def _ends(self, exact: bool) -> Plateau:
         """Of values that are exactly constant, or else of values that scatter by rounding."""
         up, up_fades = self._end(1.0, exact)
@@ -183,8 +234,7 @@ class Line:
 
     def _end(self, side: float, exact: bool) -> tuple[Tensor, Tensor]:
         """Where a plateau on one side of x ends hard, or nowhere; and where it fades out."""
-        cells = self._weights.shape[1]
-        inside = torch.zeros(cells, dtype=self._x.dtype, device=self._x.device)
+        inside = torch.zeros(self._cells, dtype=self._x.dtype, device=self._x.device)
         outside = torch.full_like(inside, math.nan)
         steps = [inside.new_tensor(side * size) for size in _SPARSE_GRID[side]]
         endless = ~torch.stack([self._moves(step, exact) for step in steps]).any(0)
@@ -231,9 +281,8 @@ class Line:
 
     def _scale(self, step: Tensor) -> Tensor:
         """The magnitude of the element of x after a step, as a step."""
-        v, elements = self.direction
-        assert elements is not None
-        return self._moved(step)[elements].abs().clamp(min=_LEAST) / v[elements]
+        v = self.direction.v[self._elements]
+        return self._stepped(step).abs().clamp(min=_LEAST) / v
 
     def _moves(self, step: Tensor, exact: bool) -> Tensor:
         """Where values at a step are not those at x."""
@@ -246,81 +295,3 @@ class Line:
         unit = EPS * size if exact else (_SCATTER * EPS * size.amax(0)).expand(size.shape)
         amount = (values - center).abs() / unit.clamp(min=_TINY)
         return torch.where(values == center, 0.0, amount).amax(0)
-
-
-def quick_together(
-    lines: Sequence[Line], steps: Tensor, computed: Tensor, rtol: float
-) -> tuple[Tensor, Tensor]:
-    """The same as `quick` of `single` lines of one function, in fewer operations."""
-    first = lines[0]
-    column = steps.unsqueeze(1)
-    places = _places(lines)
-    x, v = (
-        first._x[places],
-        torch.cat([line.direction.v[line.direction.elements] for line in lines]),
-    )
-    moved = torch.stack([x + column * v, x - column * v])  # [sides, steps, lines]
-    up, down = (moved - x).abs() / v.abs()
-    values = torch.cat([_values_one_by_one(first, places, to) for to in moved.flatten(0, 1)], dim=1)
-    plus, minus = values.view(-1, 2, len(steps), len(lines)).permute(1, 2, 0, 3)
-    ladder = _ladder(first._weights, first._center, plus, minus, column, up, down, whole=True)
-    for i, line in enumerate(lines):
-        line._quick = Ladder(column, *(table[:, i : i + 1] for table in ladder[1:]))
-    return quick(ladder, computed, rtol)
-
-
-def _places(lines: Sequence[Line]) -> Tensor:
-    """The elements that `single` lines move."""
-    return torch.cat(
-        [line.direction.elements for line in lines if line.direction.elements is not None]
-    )
-
-
-def _values_one_by_one(line: Line, places: Tensor, to: Tensor) -> Tensor:
-    """The values [rows, places] where one element after the other is replaced."""
-    x, values = line._x.clone(), []
-    for place, moved in zip(places.tolist(), to, strict=True):
-        kept = x[place].clone()
-        x[place] = moved
-        values.append(line._values_at(x))
-        x[place] = kept
-    return torch.cat(values, dim=1)
-
-
-def independent(lines: Sequence[Line]) -> bool:
-    """Whether no value depends on any of the elements that `single` lines of one function move.
-
-    Each of them goes to the end of the grid, both ways, and then all go together, far and near.
-    """
-    first, places = lines[0], _places(lines)
-    x, v = first._x, torch.stack([line.direction.v for line in lines]).sum(0)
-    for side in (1.0, -1.0):
-        to = (x + side * _GRID[-1] * v)[places]
-        if not (_values_one_by_one(first, places, to) == first._center).all():
-            return False
-    for k, size in enumerate(_GRID):
-        each = torch.sin(1.0 + k + 2.4 * torch.arange(len(x), dtype=x.dtype, device=x.device))
-        if not (first._values_at(x + (-1) ** k * size * each * v) == first._center).all():
-            return False
-    return True
-
-
-def _ladder(
-    weights: Tensor,
-    center: Tensor,
-    plus: Tensor,
-    minus: Tensor,
-    steps: Tensor,
-    up: Tensor,
-    down: Tensor,
-    *,
-    whole: bool,
-) -> Ladder:
-    magnitude = weights.abs() * torch.maximum(torch.maximum(plus.abs(), minus.abs()), center.abs())
-    if whole:
-        size = magnitude.sum(1)
-    else:
-        moves = ((plus != center) | (minus != center)).cummax(0).values
-        size = torch.where(moves.any(1), (magnitude * moves).sum(1), magnitude.sum(1))
-    rise_up, rise_down = (weights * (plus - center)).sum(1), (weights * (center - minus)).sum(1)
-    return Ladder(steps, rise_up, rise_down, up, down, size)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
-from nnce.checks._lines import Direction, Line, independent, quick_together
+from nnce.checks._lines import Direction, Line
 from nnce.checks._numerical import EPS, NOTHING, Slopes
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
@@ -202,14 +202,15 @@ def _check(
             count = ours.x.numel() if elements == "all" else int(elements)
             finder = _ByDifferences(ours, value, first, upstream, draw, count, rtol)
             report = finder.report()
-            start = finder.start()
+            computed = finder.everywhere.v, finder.tangent, finder.second
         else:
             trusted = Subject(reference, inputs, "the reference")
             trusted.observe()
             report = _by_reference(ours, Derivatives(trusted), upstream, draw, rtol)
-            start = _start(ours, value, first, upstream, draw)
+            computed = _along_random(ours, upstream, draw)
     except Broken as error:
         raise ValueError(str(error)) from error
+    start = Setting(ours, value, first, upstream, *computed, draw.mask)
     changes = {
         name: getattr(report, name)._replace(verdict="wrong", error=math.nan, detail=detail)
         for name, detail in _changes(start, rtol).items()
@@ -270,10 +271,10 @@ class _Draw:
 # ---------------------------------------------------------------------- under other conditions
 
 
-def _start(
-    ours: Derivatives, value: Tensor, first: Tensor, upstream: Tensor, draw: _Draw
-) -> Setting:
-    """What the variations start from."""
+def _along_random(
+    ours: Derivatives, upstream: Tensor, draw: _Draw
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A direction, and along it the tangent and the second derivatives that there are."""
     along = draw.like(ours.x)
 
     def unless_missing(compute: Callable[[], Tensor]) -> Tensor | None:
@@ -283,8 +284,7 @@ def _start(
             return None
 
     tangent = unless_missing(lambda: ours.tangent(along))
-    second = unless_missing(lambda: ours.second_as_one(upstream, along))
-    return Setting(ours, value, first, upstream, along, tangent, second, draw.mask)
+    return along, tangent, unless_missing(lambda: ours.second_as_one(upstream, along))
 
 
 def _changes(start: Setting, rtol: float) -> dict[str, str]:
@@ -447,6 +447,25 @@ class _Evidence(NamedTuple):
     names: Callable[[int], str]
     """What to call a cell."""
 
+    def of(self, cells: Tensor) -> "_Evidence":
+        """The same for some of the elements that are moved apart."""
+
+        def names(cell: int) -> str:
+            return self.names(int(cells[cell]))
+
+        return _Evidence(self.line.of(cells), self.computed[cells], self.floor[cells], names)
+
+    def each(self) -> "list[_Evidence]":
+        """One for each element that is moved apart from the others."""
+        if not self.line.direction.apart:
+            return [self]
+        return [self.of(cell) for cell in torch.arange(len(self.computed)).split(1)]
+
+    def error(self, few: Tensor, rtol: float) -> float:
+        """The largest relative error over a few small steps."""
+        _, derivative = self.line.quick(few, self.computed, rtol)
+        return float(_relative(self.computed, derivative).max())
+
 
 class _ByDifferences:
     """At all elements at once where they do not depend on one another, else at `count` of them."""
@@ -477,25 +496,11 @@ class _ByDifferences:
         """All findings."""
         of_first = [self._of_f(direction) for direction in self._directions(self.first)]
         first = self._judge(of_first)
-        lines = [piece.line for piece in of_first]
         return Report(
             value=Finding("cannot tell", math.nan, "there is no reference to compare it with"),
             first=first,
-            forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, lines)),
+            forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, of_first)),
             second=_or_unsupported(lambda: self._second(first)),
-        )
-
-    def start(self) -> Setting:
-        """What the variations start from, after the report."""
-        return Setting(
-            self.ours,
-            self.value,
-            self.first,
-            self.upstream,
-            self.everywhere.v,
-            self.tangent,
-            self.second,
-            self.draw.mask,
         )
 
     # -------------------------------------------------------------------------------- evidence
@@ -506,10 +511,10 @@ class _ByDifferences:
     def _gradient(self, x: Tensor) -> Tensor:
         return self.ours.at(x).first(self.upstream)
 
-    def _of_f(self, direction: Direction, line: Line | None = None) -> _Evidence:
+    def _of_f(self, direction: Direction) -> _Evidence:
         """The gradient along a direction."""
-        line = line or self._line(False, direction, self.upstream, self.cells)
-        return self._evidence(line, self._sum(self.first * direction.v), self.largest)
+        line = self._line(False, direction, self.upstream, self.cells)
+        return self._evidence(line, self._along_line(self.first, line), self.largest)
 
     def _line(
         self,
@@ -546,38 +551,37 @@ class _ByDifferences:
 
         return _Evidence(line, computed, _ROUNDING * floor, names)
 
+    def _along_line(self, gradient: Tensor, line: Line) -> Tensor:
+        """A gradient times the direction of a line, in cells."""
+        v, elements, apart = line.direction
+        return (gradient * v)[elements] + 0.0 if apart else self._sum(gradient * v)
+
     def _sum(self, values: Tensor) -> Tensor:
         """Values in their cells."""
         return values.reshape(-1, self.cells).sum(0)
 
     def _directions(self, gradient: Tensor) -> list[Direction]:
-        """Each input, all of its elements together, or some elements one by one."""
+        """Each input, all of its elements together, or some elements one by one.
+
+        Those are of the smallest and the largest gradients, and some at random. Where those are not
+        all, a few directions through all elements follow.
+        """
         numbers = torch.arange(len(self.ours.x), device=self.ours.x.device)
+        n, count = len(numbers), self.count
         if self.alone:
             return [self._along(elements) for elements in numbers.split(self.ours.sizes)]
-        return self._some_elements(gradient, numbers)
-
-    def _some_elements(self, gradient: Tensor, numbers: Tensor) -> list[Direction]:
-        """Single elements: those of the smallest and the largest gradients, and some at random.
-
-        Where those are not all, a few directions through all elements follow.
-        """
-        n, count = len(numbers), self.count
         if count >= n:
-            return [self._along(element) for element in numbers.split(1)]
+            return [self._along(numbers, apart=True)]
         by_size = (gradient * self.size).abs().argsort()
         third = count // 3
         chosen = [by_size[:third], by_size[n - third :]]
         chosen.append(self.draw.some_of(by_size[third : n - third], count - 2 * third))
         dense = (self.draw.like(self.ours.x) * self.size for _ in range(_DENSE_DIRECTIONS))
-        return [
-            *(self._along(element) for element in torch.cat(chosen).split(1)),
-            *(Direction(v, None) for v in dense),
-        ]
+        return [self._along(torch.cat(chosen), apart=True), *(Direction(v, None) for v in dense)]
 
-    def _along(self, elements: Tensor) -> Direction:
+    def _along(self, elements: Tensor, apart: bool = False) -> Direction:
         v = torch.zeros_like(self.ours.x).index_copy(0, elements, self.size[elements])
-        return Direction(v, elements)
+        return Direction(v, elements, apart)
 
     # -------------------------------------------------------------------------------- findings
 
@@ -593,7 +597,7 @@ class _ByDifferences:
             return finding._replace(verdict="cannot tell", detail=detail)
         return finding
 
-    def _forward_mode(self, first: Finding, lines: Sequence[Line]) -> Finding:
+    def _forward_mode(self, first: Finding, of_first: Sequence[_Evidence]) -> Finding:
         """Tangents next to the gradient along the same direction, and to values where they differ.
 
         Both are computed, so that along a direction through all elements they differ by rounding
@@ -603,7 +607,8 @@ class _ByDifferences:
         everywhere = self._of_tangent(self._of_f(self.everywhere), self.tangent)
         if first.verdict != "wrong" and self._same_as_gradient(everywhere, 0.0).all():
             return first
-        tangents = [self._of_tangent(self._of_f(line.direction, line)) for line in lines]
+        each = [one for piece in of_first for one in piece.each()]
+        tangents = [self._of_tangent(piece) for piece in each]
         if first.verdict == "wrong":
             return self._judge(tangents)
         differing = [t for t in tangents if not self._same_as_gradient(t, self.rtol).all()]
@@ -624,7 +629,7 @@ class _ByDifferences:
         return piece._replace(computed=self._sum(terms), floor=floor)
 
     def _same_as_gradient(self, tangent: _Evidence, rtol: float) -> Tensor:
-        expected = self._sum(self.first * tangent.line.direction.v)
+        expected = self._along_line(self.first, tangent.line)
         bound = tangent.floor + rtol * torch.maximum(tangent.computed.abs(), expected.abs())
         off = (tangent.computed - expected).abs()
         return alike(tangent.computed, expected) | (off.isfinite() & (off <= bound))
@@ -649,7 +654,7 @@ class _ByDifferences:
 
     def _of_gradient(self, direction: Direction, by_x: Tensor) -> _Evidence:
         line = self._line(True, direction, self.everywhere.v, self.cells)
-        return self._evidence(line, self._sum(by_x * direction.v), self._largest(by_x))
+        return self._evidence(line, self._along_line(by_x, line), self._largest(by_x))
 
     def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
         """The backward is linear in the upstream gradient: along v, its derivative is J v."""
@@ -689,8 +694,8 @@ class _ByDifferences:
             return self._counted(found, n)
         if len(undecided) > self.count:
             return self._counted(found, self.probed)
-        pieces = [self._of_gradient(self._along(e), by_x) for e in undecided.split(1)]
-        return self._counted(_judge(pieces, self.few, self.many, self.rtol), n)
+        piece = self._of_gradient(self._along(undecided, apart=True), by_x)
+        return self._counted(_judge([piece], self.few, self.many, self.rtol), n)
 
 
 def _is_element_by_element(ours: Derivatives, value: Tensor, draw: _Draw) -> bool:
@@ -722,31 +727,25 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
 
     Two small steps decide first, for all of it. Of the rest the worst comes first.
     """
-    lines = [piece.line for piece in pieces]
-    if all(line.single for line in lines):
-        computed = torch.cat([piece.computed for piece in pieces])
-        right, derivative = quick_together(lines, few, computed, rtol)
-        errors = _relative(computed, derivative).tolist()
-        decided = right.tolist()
-    else:
-        quick = [
-            line.quick(few, piece.computed, rtol) for line, piece in zip(lines, pieces, strict=True)
-        ]
-        errors = [
-            float(_relative(p.computed, d).max()) for p, (_, d) in zip(pieces, quick, strict=True)
-        ]
-        decided = [bool(right.all()) for right, _ in quick]
-    findings = []
-    if any(decided):
-        worst = max((error, i) for i, error in enumerate(errors) if decided[i])[1]
-        findings = [_judge_one(pieces[worst], few, many, rtol)[0]]
-    rest = [(errors[i], piece) for i, piece in enumerate(pieces) if not decided[i]]
-    zeros = [piece for _, piece in rest if piece.line.single and not piece.computed.any()]
-    if len(zeros) > 1 and independent([piece.line for piece in zeros]):
-        where = f"{len(zeros)} elements, {zeros[0].names(0)} among them"
-        findings.append(Finding("right", 0.0, f"the values do not depend on {where}"))
-        rest = [pair for pair in rest if pair[1] not in zeros]
-    for _, piece in sorted(rest, key=lambda pair: -pair[0]):
+    findings: list[Finding] = []
+    rest: list[_Evidence] = []
+    for piece in pieces:
+        right, _ = piece.line.quick(few, piece.computed, rtol)
+        if right.all():
+            findings.append(_judge_one(piece, few, many, rtol)[0])
+        elif not piece.line.direction.apart:
+            rest.append(piece)
+        else:
+            if right.any():
+                findings.append(_judge_one(piece.of(right.nonzero().flatten()), few, many, rtol)[0])
+            zeros = (~right & (piece.computed == 0)).nonzero().flatten()
+            if len(zeros) > 1 and piece.line.of(zeros).independent():
+                where = f"{len(zeros)} elements, {piece.names(int(zeros[0]))} among them"
+                findings.append(Finding("right", 0.0, f"the values do not depend on {where}"))
+                right[zeros] = True
+            if not right.all():
+                rest += piece.of((~right).nonzero().flatten()).each()
+    for piece in sorted(rest, key=lambda piece: -piece.error(few, rtol)):
         finding, _ = _judge_one(piece, few, many, rtol)
         if finding.verdict == "wrong":
             return finding
