@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.autograd import Function, gradcheck
+from torch.autograd import Function, gradcheck, gradgradcheck
 from zoo import ZOO, SinOnce
 
 import nnce
@@ -536,6 +536,43 @@ def test_calls_without_gradients(context):
             check(lambda z: z[:0], column(1.0))
         with pytest.raises(ValueError, match="to return a dense tensor with data, got layout"):
             check(lambda z: (z * 2).to_sparse(), column(1.0))
+
+
+@pytest.mark.parametrize("function", [torch.sum, torch.trace, lambda x: 2 * x, torch.sin])
+def test_a_smooth_function_is_called_about_as_often_as_by_gradcheck(function):
+    """Also one whose values do not depend on most elements, and one that is linear."""
+    calls = 0
+
+    def counted(x):
+        nonlocal calls
+        calls += 1
+        return function(x)
+
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(counted, x) and gradgradcheck(counted, x)
+    theirs, calls = calls, 0
+    assert nnce.check_gradients(counted, x).right
+    assert calls <= 2.5 * theirs
+
+
+def test_digits_that_float32_leaves():
+    """Of a function in float32 an error of 1e-3 is seen, and one of 1e-4 where nothing cancels."""
+    x = column(-1.5, -0.3, 0.4, 1.0, 2.5)
+    for factor, expected in ((1.0, "right"), (1 + 1e-4, "wrong"), (1 + 1e-3, "wrong")):
+
+        class Exp(Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.float().exp().double()
+
+            @staticmethod
+            def backward(ctx, upstream, factor=factor):
+                (x,) = ctx.saved_tensors
+                return factor * upstream * x.float().exp()
+
+        report = nnce.check_gradients(Exp.apply, x)
+        assert report.first.verdict == expected, str(report)
 
 
 def test_any_integer_and_any_number_will_do():
