@@ -1,6 +1,6 @@
 """The derivatives that a function computes: by backward, by double backward and in forward mode."""
 
-import warnings
+import functools
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +8,12 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from nnce.checks._numerical import EPS
 from nnce.checks._subject import Subject, sentence
 from nnce.checks._torch_private import (
     NO_DERIVATIVE,
     NO_FORWARD_MODE,
+    narrowest,
     operators_without_tangents,
     refuses_derivative,
 )
@@ -56,6 +58,27 @@ class Derivatives:
         moved = object.__new__(Derivatives)
         moved.subject, moved.shapes, moved.sizes, moved.x = self.subject, self.shapes, self.sizes, x
         return moved
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """The relative precision that the function computes in, forward or backward.
+
+        Either it converts numbers to another dtype, or, out of PyTorch's sight, it is a staircase:
+        it stays where it is over a small step, and moves over one of float32's size.
+        """
+        narrow = narrowest(lambda: self.first(torch.ones_like(self.value())))
+        if narrow > EPS:
+            return narrow
+        share = torch.linspace(0.5, 1.0, len(self.x), dtype=self.x.dtype, device=self.x.device)
+
+        def moves(compute: Callable[[Derivatives], Tensor], step: float) -> bool:
+            return not torch.equal(compute(self.at(self.x * (1 + step * share))), compute(self))
+
+        single = torch.finfo(torch.float32).eps
+        for compute in (Derivatives.value, lambda ours: ours.first(torch.ones_like(ours.value()))):
+            if moves(compute, 2**12 * single) and not moves(compute, single / 2**16):
+                return single
+        return EPS
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The inputs whose elements a vector like x concatenates."""
@@ -110,13 +133,9 @@ class Derivatives:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not output.requires_grad:
             return torch.zeros_like(self.x)
-        gradients = iter(self._differentiate(output, wanted, upstream, **options))
-        return torch.cat(
-            [
-                (next(gradients) if leaf.requires_grad else torch.zeros_like(leaf)).flatten()
-                for leaf in leaves
-            ]
-        )
+        found = iter(self._differentiate(output, wanted, upstream, **options))
+        gradients = (next(found) if t.requires_grad else torch.zeros_like(t) for t in leaves)
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def first(self, upstream: Tensor, **options: Any) -> Tensor:
         """The gradient with respect to x, of a call of its own; options as of `record`."""
@@ -177,9 +196,7 @@ class Derivatives:
             wanted: which inputs have a tangent (default: all).
         """
         try:
-            with warnings.catch_warnings(), fwAD.dual_level():
-                # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
-                warnings.filterwarnings("ignore", message="`torch.jit.script")
+            with fwAD.dual_level():
                 pairs = zip(self.parts(self.x), self.parts(along), strict=True)
                 output = self.call(
                     fwAD.make_dual(arrange(part), arrange(dx))
@@ -222,9 +239,9 @@ class Derivatives:
         **options: Any,
     ) -> tuple[Tensor, ...]:
         try:
-            return torch.autograd.grad(
-                output, inputs, upstream, allow_unused=True, materialize_grads=True, **options
-            )
+            gradients = torch.autograd.grad(output, inputs, upstream, allow_unused=True, **options)
         except Exception as error:  # whatever the user's backward raises
             name = self.subject.name
             raise Broken(f"the backward of {name} failed: {sentence(error)}") from error
+        pairs = zip(gradients, inputs, strict=True)
+        return tuple(torch.zeros_like(t) if g is None else g for g, t in pairs)

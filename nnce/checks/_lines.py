@@ -4,8 +4,9 @@ The values of a function are counted in *cells*. With one cell all weighted valu
 with a cell for each element, as many derivatives are probed at once.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, sl
 
 # A plateau is looked for from a small share of the size of x to many times it.
 _GRID = tuple(4.0**k for k in range(-8, 4))
-_SPARSE_GRID = (4.0**-5, 1.0, 4.0**3)
+# What does not move at these steps up and down moves nowhere.
+_SPARSE_GRID = {1.0: (61.7, 2.0**-9), -1.0: (61.7, 4.3)}
 # An edge is located to this share of x; beyond it is a little further.
 _EDGE, _BEYOND = 2.0**-32, 2.0**-20
 # Near 0 these are shares of this much.
@@ -28,6 +30,10 @@ _FEW, _MANY = 4.0, 16.0
 _STEEP = 512.0
 # Values that scatter by rounding move by up to this many units in their last place.
 _SCATTER = 64.0
+# Over these shares of the square root of the precision, a smooth function bends by less than this
+# share of the precision; rounded up and down alike, values may seem straight over one of them.
+_STRAIGHT = tuple(0.05 * 0.93**k for k in range(40))
+_LEAST_SCATTER = 2.0**-6
 # What is below the smallest number of float32 counts as having faded to 0.
 _TINY = torch.finfo(torch.float32).tiny
 _MOST_HALVINGS = 80
@@ -40,6 +46,8 @@ class Direction(NamedTuple):
     """As long as x is large, so that a step of 1 is of the size of x."""
     elements: Tensor | None
     """The elements of x that it moves, one for each cell; None for all of them."""
+    apart: bool = False
+    """Whether it moves one element after the other, and a cell holds all values after one move."""
 
 
 class Plateau(NamedTuple):
@@ -62,31 +70,62 @@ class Line:
         weights: Tensor,
         cells: int,
         center: Tensor,
+        unit: Callable[[], float],
     ) -> None:
+        self._unit = unit
         self._f, self._x, self.direction = f, x, direction
         self._quick: Ladder | None = None
         self._slopes: Slopes | None = None
+        self._plateau: Plateau | None = None
+        # [rows, cells], or [rows, 1] where all cells have the same.
         self._weights = weights.reshape(-1, cells)
         self._center = center.reshape(-1, cells)
-        self.magnitude = (self._weights * self._center).abs().sum(0)
+        self._cells = len(self._elements) if direction.apart else cells
+        self.magnitude = (self._weights * self._center).abs().sum(0).expand(self._cells)
         """Of the weighted values in each cell."""
 
     @property
-    def single(self) -> bool:
-        """Whether it moves a single element, and all values are in one cell."""
-        elements = self.direction.elements
-        return elements is not None and len(elements) == self._weights.shape[1] == 1
+    def _elements(self) -> Tensor:
+        assert self.direction.elements is not None
+        return self.direction.elements
 
-    def _moved(self, step: Tensor) -> Tensor:
-        """x after a step, or after a step for each cell."""
-        v, elements = self.direction
-        if elements is None or not step.dim():
-            return self._x + step * v
-        return self._x.index_add(0, elements, step * v[elements])
+    def of(self, cells: Tensor) -> "Line":
+        """The same along some of the elements that are moved apart."""
+        v, elements = self.direction.v, self._elements[cells]
+        part = copy.copy(self)
+        only = torch.zeros_like(v).index_copy(0, elements, v[elements])
+        part.direction, part._cells = Direction(only, elements, apart=True), len(elements)
+        part.magnitude = self.magnitude[cells]
+        part._slopes = part._plateau = None
+        if self._quick is not None:
+            part._quick = Ladder(self._quick.step, *(table[:, cells] for table in self._quick[1:]))
+        return part
 
     def _at(self, step: Tensor) -> Tensor:
+        """The values [rows, cells] after a step, or after a step for each cell."""
+        v, elements, apart = self.direction
+        if apart:
+            return self._one_by_one(self._stepped(step).expand(self._cells))
+        if elements is None or not step.dim():
+            return self._values_at(self._x + step * v)
+        return self._values_at(self._x.index_add(0, elements, step * v[elements]))
+
+    def _stepped(self, step: Tensor) -> Tensor:
+        """The elements that are moved, after a step."""
+        return self._x[self._elements] + step * self.direction.v[self._elements]
+
+    def _one_by_one(self, stepped: Tensor) -> Tensor:
+        x, values = self._x.clone(), []
+        for place, moved in zip(self._elements.tolist(), stepped, strict=True):
+            kept = x[place].clone()
+            x[place] = moved
+            values.append(self._values_at(x))
+            x[place] = kept
+        return torch.cat(values, dim=1)
+
+    def _values_at(self, x: Tensor) -> Tensor:
         try:
-            return self._f(self._moved(step)).reshape(self._weights.shape)
+            return self._f(x).reshape(self._weights.shape)
         except (TypeError, ValueError, Broken):  # outside of the function's domain
             return torch.full_like(self._weights, math.nan)
 
@@ -97,22 +136,29 @@ class Line:
             steps: the largest first.
             whole: whether values that have not moved at any larger step add to the rounding error.
         """
-        plus, minus = self._values(steps), self._values(-steps)
-        steps = steps.unsqueeze(1)
-        taken = self._taken(steps), self._taken(-steps)
-        return _ladder(self._weights, self._center, plus, minus, steps, *taken, whole=whole)
-
-    def _values(self, steps: Tensor) -> Tensor:
-        """[steps, rows, cells]."""
-        return torch.stack([self._at(step) for step in steps])
+        weights, center = self._weights, self._center
+        # [steps, rows, cells]
+        plus, minus = (torch.stack([self._at(step) for step in side]) for side in (steps, -steps))
+        size = weights.abs() * torch.maximum(torch.maximum(plus.abs(), minus.abs()), center.abs())
+        if not whole:
+            moves = ((plus != center) | (minus != center)).cummax(0).values
+            size = torch.where(moves.any(1, keepdim=True), size * moves, size)
+        column = steps.unsqueeze(1)
+        return Ladder(
+            step=column,
+            rise_up=(weights * (plus - center)).sum(1),
+            rise_down=(weights * (center - minus)).sum(1),
+            up=self._taken(column),
+            down=self._taken(-column),
+            size=size.sum(1),
+        )
 
     def _taken(self, steps: Tensor) -> Tensor:
         """How far steps [steps, 1] really go, after rounding: [steps, cells], above 0."""
-        v, elements = self.direction
+        v, elements, _ = self.direction
         if elements is None:
-            return steps.abs().expand(len(steps), self._weights.shape[1])
-        x, v = self._x[elements], v[elements]
-        return (((x + steps * v) - x) / v).abs()
+            return steps.abs().expand(len(steps), self._cells)
+        return ((self._stepped(steps) - self._x[elements]) / v[elements]).abs()
 
     def quick(self, steps: Tensor, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
         """Where a few small steps show that a derivative is right, and the numerical one."""
@@ -123,8 +169,27 @@ class Line:
     def slopes(self, steps: Tensor, rtol: float) -> Slopes:
         """Numerical derivatives from many steps."""
         if self._slopes is None:
-            self._slopes = slopes(self.ladder(steps, whole=False), rtol)
+            self._slopes = slopes(self.ladder(steps, whole=False), rtol, self.unit)
         return self._slopes
+
+    @property
+    def unit(self) -> float:
+        """The relative precision of the values."""
+        return self._unit()
+
+    def scatters(self, unit: float) -> bool:
+        """Whether values are rounded to this relative precision.
+
+        Over a step much longer than that and much shorter than its square root, a smooth function
+        is a straight line, to far within the precision.
+        """
+        for share in _STRAIGHT:
+            step = self._x.new_tensor(share * math.sqrt(unit))
+            up, center, down = self._at(step), self._center, self._at(-step)
+            size = torch.maximum(torch.maximum(up.abs(), down.abs()), center.abs())
+            if bool(((up - 2 * center + down).abs() > _LEAST_SCATTER * unit * size).any()):
+                return True
+        return False
 
     def plateau(self) -> Plateau:
         """Whether the values are constant about x, and how that ends.
@@ -134,12 +199,30 @@ class Line:
         the last place. A saturated one has moved by one. A jump of less than 2⁻⁷ of the value may
         be that of a staircase, as of a function that computes in a lower precision.
         """
-        exact = self._ends(exact=True)
-        if (exact.flat | exact.fades).all():
-            return exact
-        scattered = self._ends(exact=False)
-        fades = exact.fades | (scattered.fades & ~exact.flat)
-        return Plateau((exact.flat | scattered.flat) & ~fades, fades)
+        if self._plateau is None:
+            self._plateau = self._ends(exact=True)
+            flat, fades = self._plateau
+            if not (flat | fades).all():
+                scattered = self._ends(exact=False)
+                fades = fades | (scattered.fades & ~flat)
+                self._plateau = Plateau((flat | scattered.flat) & ~fades, fades)
+        return self._plateau
+
+    def independent(self) -> bool:
+        """Whether no value depends on any of the elements that are moved apart.
+
+        Each of them goes to the end of the grid, both ways; then all go together, far and near.
+        """
+        center = self._center
+        ends = self._x.new_tensor([_GRID[-1], -_GRID[-1]])
+        if not all((self._at(end) == center).all() for end in ends):
+            return False
+        numbers = torch.arange(len(self._x), dtype=self._x.dtype, device=self._x.device)
+        for k, size in enumerate(_GRID):
+            share = (-1) ** k * size * torch.sin(1.0 + k + 2.4 * numbers)
+            if not (self._values_at(self._x + share * self.direction.v) == center).all():
+                return False
+        return True
 
     def _ends(self, exact: bool) -> Plateau:
         """Of values that are exactly constant, or else of values that scatter by rounding."""
@@ -151,21 +234,23 @@ class Line:
 
     def _end(self, side: float, exact: bool) -> tuple[Tensor, Tensor]:
         """Where a plateau on one side of x ends hard, or nowhere; and where it fades out."""
-        cells = self._weights.shape[1]
-        inside = torch.zeros(cells, dtype=self._x.dtype, device=self._x.device)
+        inside = torch.zeros(self._cells, dtype=self._x.dtype, device=self._x.device)
         outside = torch.full_like(inside, math.nan)
+        steps = [inside.new_tensor(side * size) for size in _SPARSE_GRID[side]]
+        endless = ~torch.stack([self._moves(step, exact) for step in steps]).any(0)
         # Along all elements at once only endless plateaus count.
-        grid = _GRID if self.direction.elements is not None else _SPARSE_GRID
-        for size in grid:
+        if endless.all() or self.direction.elements is None:
+            return endless, torch.zeros_like(endless)
+        for size in _GRID:
             step = inside.new_tensor(side * size)
-            moved = ~(self._amount(step, exact) <= _still(exact))
+            moved = self._moves(step, exact)
             outside = torch.where(outside.isnan() & moved, step, outside)
             inside = torch.where(outside.isnan(), step, inside)
             if not outside.isnan().any() or not inside.any():
                 break
         endless = (inside != 0) & outside.isnan()
         ends = (inside != 0) & ~endless
-        if not ends.any() or self.direction.elements is None:
+        if not ends.any():
             return endless, torch.zeros_like(endless)
         hard, fades = self._edge(inside * ends, torch.where(ends, outside, 0.0), exact)
         return endless | (ends & hard), ends & fades
@@ -187,7 +272,7 @@ class Line:
             if not ((outside - inside).abs() > _EDGE * self._scale(outside)).any():
                 break
             middle = (inside + outside) / 2
-            moved = ~(self._amount(middle, exact) <= _still(exact))
+            moved = self._moves(middle, exact)
             inside, outside = (
                 torch.where(moved, inside, middle),
                 torch.where(moved, middle, outside),
@@ -196,9 +281,12 @@ class Line:
 
     def _scale(self, step: Tensor) -> Tensor:
         """The magnitude of the element of x after a step, as a step."""
-        v, elements = self.direction
-        assert elements is not None
-        return self._moved(step)[elements].abs().clamp(min=_LEAST) / v[elements]
+        v = self.direction.v[self._elements]
+        return self._stepped(step).abs().clamp(min=_LEAST) / v
+
+    def _moves(self, step: Tensor, exact: bool) -> Tensor:
+        """Where values at a step are not those at x."""
+        return ~(self._amount(step, exact) <= (0.0 if exact else 1.0))
 
     def _amount(self, step: Tensor, exact: bool) -> Tensor:
         """How far the values at a step are from those at x, in units; NaN outside the domain."""
@@ -207,49 +295,3 @@ class Line:
         unit = EPS * size if exact else (_SCATTER * EPS * size.amax(0)).expand(size.shape)
         amount = (values - center).abs() / unit.clamp(min=_TINY)
         return torch.where(values == center, 0.0, amount).amax(0)
-
-
-def quick_together(
-    lines: Sequence[Line], steps: Tensor, computed: Tensor, rtol: float
-) -> tuple[Tensor, Tensor]:
-    """The same as `quick` of `single` lines of one function, in fewer operations."""
-    first = lines[0]
-    # [steps, rows, lines]
-    plus, minus = (
-        torch.cat([line._values(side * steps) for line in lines], dim=2) for side in (1, -1)
-    )
-    column = steps.unsqueeze(1)
-    places = [line.direction.elements for line in lines]
-    x = torch.cat([first._x[place] for place in places])
-    v = torch.cat([line.direction.v[line.direction.elements] for line in lines])
-    up, down = (((x + side * column * v) - x).abs() / v.abs() for side in (1, -1))
-    ladder = _ladder(first._weights, first._center, plus, minus, column, up, down, whole=True)
-    for i, line in enumerate(lines):
-        line._quick = Ladder(column, *(table[:, i : i + 1] for table in ladder[1:]))
-    return quick(ladder, computed, rtol)
-
-
-def _ladder(
-    weights: Tensor,
-    center: Tensor,
-    plus: Tensor,
-    minus: Tensor,
-    steps: Tensor,
-    up: Tensor,
-    down: Tensor,
-    *,
-    whole: bool,
-) -> Ladder:
-    magnitude = weights.abs() * torch.maximum(torch.maximum(plus.abs(), minus.abs()), center.abs())
-    if whole:
-        size = magnitude.sum(1)
-    else:
-        moves = ((plus != center) | (minus != center)).cummax(0).values
-        size = torch.where(moves.any(1), (magnitude * moves).sum(1), magnitude.sum(1))
-    rise_up, rise_down = (weights * (plus - center)).sum(1), (weights * (center - minus)).sum(1)
-    return Ladder(steps, rise_up, rise_down, up, down, size)
-
-
-def _still(exact: bool) -> float:
-    """By how many units values may move that count as constant."""
-    return 0.0 if exact else 1.0

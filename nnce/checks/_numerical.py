@@ -62,6 +62,8 @@ class Slopes(NamedTuple):
     """Where those two differ however small the step."""
     zero: Tensor
     """Derivatives up to this size are 0 to within rounding; −1 where the values do not show it."""
+    nearby: Tensor
+    """The larger one-sided slope at a quarter of the size of x."""
 
 
 class _Estimates(NamedTuple):
@@ -92,7 +94,7 @@ def quick(ladder: Ladder, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor
     return computed.isfinite() & agrees & smooth, (ratio * slope[1] - slope[0]) / (ratio - 1)
 
 
-def slopes(ladder: Ladder, rtol: float) -> Slopes:
+def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
     """Derivatives from a ladder of differences, cell by cell.
 
     How uncertain an estimate is shows from the two estimates after it, from how much the estimates
@@ -103,9 +105,10 @@ def slopes(ladder: Ladder, rtol: float) -> Slopes:
     Args:
         ladder: the differences.
         rtol: how much the derivatives from below and above may differ.
+        unit: the relative precision of the values.
     """
     estimates = _richardson(ladder)
-    noise = _noise(ladder, estimates.slope)
+    noise = _noise(ladder, estimates.slope, unit)
     gaps = _gaps(estimates.slope)
     uncertainty = torch.maximum(gaps[:-1], _gaps(estimates.slope, 2)) + noise
     best, row = _most_certain(estimates.slope, uncertainty)
@@ -123,7 +126,8 @@ def slopes(ladder: Ladder, rtol: float) -> Slopes:
         below=below,
         above=above,
         kinked=known & _kinked(estimates.kink, noise, row, rtol * steep),
-        zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best), -1.0),
+        zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best, unit), -1.0),
+        nearby=_steepness(ladder)[_FAR].nan_to_num(0.0, 0.0, 0.0),
     )
 
 
@@ -145,21 +149,22 @@ def _gaps(estimate: Tensor, distance: int = 1) -> Tensor:
     return (estimate[:-distance] - estimate[distance:]).abs()
 
 
-def _rounding(ladder: Ladder) -> Tensor:
+def _rounding(ladder: Ladder, unit: float) -> Tensor:
     """What rounding adds to a slope at each step; so does the smallest jump of a staircase."""
     jumps = torch.stack([ladder.rise_up.abs(), ladder.rise_down.abs()])
     jump = torch.where(jumps > 0, jumps, math.inf).amin((0, 1))
     jump = torch.minimum(jump, COARSEST_JUMP * ladder.size.nan_to_num(nan=math.inf).amin(0))
     tiny = torch.finfo(torch.float64).tiny
-    return (VALUE_ULPS * EPS * ladder.size + 4 * jump + tiny) / ladder.step
+    ulps = VALUE_ULPS if unit == EPS else 1
+    return (ulps * unit * ladder.size + 4 * jump + tiny) / ladder.step
 
 
-def _noise(ladder: Ladder, estimate: Tensor) -> Tensor:
+def _noise(ladder: Ladder, estimate: Tensor, unit: float) -> Tensor:
     """The noise in an estimate, which grows as 1 / step: what smaller steps show of it."""
     step = ladder.step[1:]
     seen = (_gaps(estimate) * step[:-1]).nan_to_num(0.0, 0.0, 0.0)
     largest_below = seen.flip(0).cummax(0).values.flip(0)
-    return largest_below[1:] / step[:-2] + _rounding(ladder)[1:-2]
+    return largest_below[1:] / step[:-2] + _rounding(ladder, unit)[1:-2]
 
 
 def _most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +197,12 @@ def _kinked(kink: Tensor, noise: Tensor, best_row: Tensor, bound: Tensor) -> Ten
     return (telling.sum(0) > 1) & (least > bound) & (least >= most / 2)
 
 
-def _zero(ladder: Ladder, estimate: Tensor, uncertainty: Tensor) -> Tensor:
+def _steepness(ladder: Ladder) -> Tensor:
+    """The larger one-sided slope at each step."""
+    return torch.maximum((ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs())
+
+
+def _zero(ladder: Ladder, estimate: Tensor, uncertainty: Tensor, unit: float) -> Tensor:
     """Up to what size a derivative is 0 to within rounding; −1 where it is not seen to be 0.
 
     Either f(x + h) − f(x − h) is 0 at every step, or the derivative is nothing next to the slopes
@@ -200,10 +210,8 @@ def _zero(ladder: Ladder, estimate: Tensor, uncertainty: Tensor) -> Tensor:
     exponentially.
     """
     rise = ladder.rise_up + ladder.rise_down
-    even = (rise.abs() <= VALUE_ULPS * EPS * ladder.size) | ~ladder.taken
-    steep = torch.maximum(
-        (ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs()
-    )
+    even = (rise.abs() <= VALUE_ULPS * unit * ladder.size) | ~ladder.taken
+    steep = _steepness(ladder)
     near, far = steep[_NEAR], steep[_FAR]
     distance = float(ladder.step[_FAR] / ladder.step[_NEAR])
     as_a_power = (near > 0) & (far <= distance**_STEEPEST_POWER * near)

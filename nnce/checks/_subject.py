@@ -51,11 +51,6 @@ class Subject:
             arguments[i] = arguments[i].requires_grad_().clone()
         return arguments
 
-    @staticmethod
-    def history(value: Any) -> Any:
-        """The node of the graph that a tensor comes from; an in-place step replaces it."""
-        return value.grad_fn if isinstance(value, Tensor) else None
-
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output; whatever the function raises becomes a ValueError of one sentence."""
         return self._run(self.fill(inputs))

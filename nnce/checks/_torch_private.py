@@ -59,20 +59,37 @@ def compile_counter() -> Any:
     return counter("aot_eager")
 
 
-class _Operators(TorchDispatchMode):
-    """Keeps the calls of operators that are not PyTorch's own; no public way shows them."""
+class _Watched(TorchDispatchMode):
+    """Shows each operator of a call, its arguments and its output; no public way does."""
 
-    def __init__(self) -> None:
+    def __init__(self, see: Callable[[Any, Any, Any, Any], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.calls: list[tuple[Any, Any, Any]] = []
+        self._see = see
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace not in ("aten", "prim", "prims"):
-            self.calls.append((func, args, kwargs))
-        return func(*args, **kwargs)
+        output = func(*args, **(kwargs or {}))
+        self._see(func, args, kwargs or {}, output)
+        return output
+
+
+def narrowest(call: Callable[[], object]) -> float:
+    """The precision of the least precise dtype that a call converts numbers to; 0 if to none."""
+    found = [0.0]
+
+    def units(nested: Any) -> list[float]:
+        tensors = [t for t in tree_leaves(nested) if isinstance(t, Tensor)]
+        return [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
+
+    def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        given, returned = units((args, kwargs)), units(output)
+        if given and returned and max(returned) > min(given):
+            found.append(max(returned))
+
+    with _Watched(see):
+        call()
+    return max(found)
 
 
 def operators_without_tangents(call: Callable[[], object]) -> list[str]:
@@ -80,11 +97,15 @@ def operators_without_tangents(call: Callable[[], object]) -> list[str]:
 
     It does so for `torch.library.custom_op` with `register_autograd`, which has no forward mode.
     """
-    with _Operators() as operators:
+    calls: list[tuple[Any, Any, Any]] = []
+
+    def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if func.namespace not in ("aten", "prim", "prims"):
+            calls.append((func, args, kwargs))
+
+    with _Watched(see):
         call()
-    return list(
-        dict.fromkeys(str(func.name()) for func, *rest in operators.calls if _drops(func, *rest))
-    )
+    return list(dict.fromkeys(str(func.name()) for func, *rest in calls if _drops(func, *rest)))
 
 
 def _drops(func: Any, args: Any, kwargs: Any) -> bool:

@@ -144,8 +144,7 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     """Further calls, and further backwards over one graph."""
     ours, value, first, upstream = setting[:4]
 
-    def over_one_graph() -> Pair:
-        ours.pull(recorded, upstream, retain_graph=True)
+    def again() -> Pair:
         return ours.pull(recorded, upstream, retain_graph=True), first
 
     def after_another_forward() -> Pair:
@@ -157,8 +156,8 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
     requested = recorded.output.detach().clone()
     yield Variation("value", "when a gradient is requested", _always(requested, value))
-    yield Variation("first", "at a second call", lambda: (ours.first(upstream), first))
-    yield Variation("first", "at the second backward over one graph", over_one_graph)
+    yield Variation("first", "at a second call", again)
+    yield Variation("first", "at the second backward over one graph", again)
     yield Variation("first", "after a second forward", after_another_forward)
     yield Variation(
         "first",
@@ -256,7 +255,7 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
 
     def pair(compute: Callable[[Arrange], Tensor], arrange: Arrange) -> Pair:
         got, expected = compute(arrange), compute(_then_contiguous(arrange))
-        if not torch.equal(got, expected):
+        if not torch.allclose(got, expected, rtol=64 * EPS, atol=0.0):
             rounded = compute(_then_rounded(arrange))
             stable = torch.isclose(rounded, expected, rtol=1e-6, atol=0.0)
             got = torch.where(stable, got, expected)
@@ -274,10 +273,6 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
 
     n = setting.value.numel()
     for name, arrange in _expansions(ours.parts(ours.x)).items():
-        try:
-            ours.value(arrange)
-        except (TypeError, ValueError):
-            continue
         part = parts(arrange)
         yield Variation("value", f"inputs {name}", part(slice(n)))
         yield Variation("first", f"inputs {name}", part(slice(n, None)))
@@ -352,6 +347,7 @@ def _of_tangents(setting: Setting, tangent: Tensor) -> Iterator[Variation]:
 def _of_second(setting: Setting, second: Tensor) -> Iterator[Variation]:
     ours, upstream, along, mask = setting.ours, setting.upstream, setting.along, setting.mask
     part_of_upstream, part_of_along = upstream * mask(upstream), along * mask(along)
+    ones = torch.ones((), dtype=along.dtype, device=along.device).expand(along.shape)
 
     def in_parts() -> Pair:
         """By x it is linear in both, by the upstream gradient in the direction alone."""
@@ -361,7 +357,6 @@ def _of_second(setting: Setting, second: Tensor) -> Iterator[Variation]:
         return torch.cat([x0 + x1 + x2, (up0 + up1).flatten()]), second
 
     def along_expanded() -> Pair:
-        ones = torch.ones((), dtype=along.dtype, device=along.device).expand(along.shape)
         return ours.second_as_one(upstream, ones), ours.second_as_one(upstream, ones.contiguous())
 
     yield Variation(

@@ -6,6 +6,7 @@ eagerly and differentiated once by `backward`, which `check_gradients` is for.
 """
 
 import contextlib
+import functools
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -234,12 +235,10 @@ class _Case:
             leaves = self.leaves()
             first = torch.autograd.grad(self.plain(*leaves), leaves, create_graph=True)
             pulled = _dot(first, along)
-            return _zeros_for_none(
-                torch.autograd.grad(pulled, leaves, allow_unused=True)
-                if pulled.requires_grad
-                else [None for _ in leaves],
-                self.inputs,
-            )
+            if not pulled.requires_grad:
+                return tuple(torch.zeros_like(t) for t in self.inputs)
+            second = torch.autograd.grad(pulled, leaves, allow_unused=True)
+            return _zeros_for_none(second, self.inputs)
 
         def at(step: float) -> tuple[Tensor, ...]:
             moved = (t + step * d for t, d in zip(self.inputs, along, strict=True))
@@ -314,9 +313,8 @@ def _same(what: str, got: Any, expected: Any, *, rtol: float = 1e-10, atol: floa
 def _double_backward(case: _Case) -> None:
     for along in case.directions():
         leaves = case.leaves()
-        first = torch.autograd.grad(
-            case.number(*leaves), leaves, create_graph=True, allow_unused=True
-        )
+        number = case.number(*leaves)
+        first = torch.autograd.grad(number, leaves, create_graph=True, allow_unused=True)
         pulled = _dot(_zeros_for_none(first, leaves), along)
         if pulled.requires_grad:
             pulled.backward()  # unlike grad(), it comes by what says that it has no derivative
@@ -373,11 +371,17 @@ def _func_vmap(case: _Case) -> None:
         _same("value", got, torch.stack([case.plain(*one) for one in _one_by_one(in_dims, inputs)]))
 
 
+def _gradients_one_by_one(
+    case: _Case, in_dims: tuple[int | None, ...], inputs: tuple[Tensor, ...]
+) -> list[Tensor]:
+    each = [case.gradients(*one) for one in _one_by_one(in_dims, inputs)]
+    return [torch.stack(of_input) for of_input in zip(*each, strict=True)]
+
+
 def _per_sample(case: _Case) -> None:
     for in_dims, inputs in _batches(case):
         got = vmap(grad(case.number, case.argnums), in_dims=in_dims)(*inputs)
-        each = [case.gradients(*one) for one in _one_by_one(in_dims, inputs)]
-        _same("gradient", got, [torch.stack(of_input) for of_input in zip(*each, strict=True)])
+        _same("gradient", got, _gradients_one_by_one(case, in_dims, inputs))
 
 
 def _func_jacrev(case: _Case) -> None:
@@ -405,16 +409,8 @@ def _func_hessian(case: _Case) -> None:
 
 def _nested_forward_mode(case: _Case) -> None:
     """Second derivatives, and with a reference third ones, of one forward mode inside another."""
-    argnums = case.argnums
-
-    def forward(derivative: Callable[..., Any]) -> Callable[..., Any]:
-        transformed: Callable[..., Any] = jacfwd(derivative, argnums)
-        return transformed
-
-    def backward(derivative: Callable[..., Any]) -> Callable[..., Any]:
-        transformed: Callable[..., Any] = jacrev(derivative, argnums)
-        return transformed
-
+    forward: Any = functools.partial(jacfwd, argnums=case.argnums)
+    backward: Any = functools.partial(jacrev, argnums=case.argnums)
     _hold_hessian("hessian", case, forward(forward(case.number))(*case.inputs))
     if case.has_reference:
         third = backward(backward(backward(case.plain)))(*case.inputs)
@@ -435,11 +431,13 @@ def _flat(nested: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def _compiling(
+    function: Callable[..., Any], backend: Any = "aot_eager", **options: Any
+) -> Iterator[Callable[..., Any]]:
     """What others have compiled counts against a limit, and so would this."""
     torch.compiler.reset()
     try:
-        yield
+        yield torch.compile(function, fullgraph=True, backend=backend, **options)
     finally:
         torch.compiler.reset()
 
@@ -448,8 +446,7 @@ def _compiled(backend: str) -> "Check":
     def check(case: _Case) -> None:
         if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             raise _NotTried("inductor wants a C++ compiler, and there is none")
-        with _fresh_compiler():
-            compiled = torch.compile(case.number, fullgraph=True, backend=backend)
+        with _compiling(case.number, backend) as compiled:
             _same("value", compiled(*case.inputs), case.plain(*case.inputs))
             _same("gradient", _gradients(compiled, case.inputs), case.gradients())
 
@@ -467,8 +464,7 @@ def _dynamic_shapes(case: _Case) -> None:
     examples = _wants_examples(case)
     counter = compile_counter()
     after: list[int] = []  # dynamo may begin anew within the first call, and counts that
-    with _fresh_compiler():
-        compiled = torch.compile(case.number, fullgraph=True, backend=counter, dynamic=True)
+    with _compiling(case.number, counter, dynamic=True) as compiled:
         for repeats in (2, 3, 1):
             inputs = tuple(
                 torch.cat(repeats * [t]) if each else t
@@ -481,8 +477,7 @@ def _dynamic_shapes(case: _Case) -> None:
 
 
 def _compiled_double_backward(case: _Case) -> None:
-    with _fresh_compiler():
-        compiled = torch.compile(case.number, fullgraph=True, backend="aot_eager")
+    with _compiling(case.number) as compiled:
         for along in case.directions(1):
             leaves = case.leaves()
             first = torch.autograd.grad(compiled(*leaves), leaves, create_graph=True)
@@ -492,18 +487,14 @@ def _compiled_double_backward(case: _Case) -> None:
 
 def _compiled_per_sample(case: _Case) -> None:
     in_dims, inputs = next(_batches(case))
-    transformed = vmap(grad(case.number, case.argnums), in_dims=in_dims)
-    with _fresh_compiler():
-        got = torch.compile(transformed, fullgraph=True, backend="aot_eager")(*inputs)
-    each = [case.gradients(*one) for one in _one_by_one(in_dims, inputs)]
-    _same("gradient", got, [torch.stack(of_input) for of_input in zip(*each, strict=True)])
+    with _compiling(vmap(grad(case.number, case.argnums), in_dims=in_dims)) as compiled:
+        _same("gradient", compiled(*inputs), _gradients_one_by_one(case, in_dims, inputs))
 
 
 def _compiled_hessian(case: _Case) -> None:
     transformed = hessian(case.number)  # by the first input; by several, PyTorch 2.11 cannot
-    with _fresh_compiler():
-        got = torch.compile(transformed, fullgraph=True, backend="aot_eager")(*case.inputs)
-    _same("hessian", got, transformed(*case.inputs))
+    with _compiling(transformed) as compiled:
+        _same("hessian", compiled(*case.inputs), transformed(*case.inputs))
 
 
 def _autocast(device: str, dtype: torch.dtype) -> "Check":
@@ -601,6 +592,11 @@ def _threads(case: _Case) -> None:
         _same("gradient of one of eight threads", got, case.gradients(*inputs))
 
 
+def _history(value: Any) -> Any:
+    """The node of the graph that a tensor comes from; an in-place step replaces it."""
+    return value.grad_fn if isinstance(value, Tensor) else None
+
+
 def _untouched(case: _Case) -> None:
     """Neither the inputs nor the upstream gradient are overwritten.
 
@@ -608,20 +604,20 @@ def _untouched(case: _Case) -> None:
     history is the function's own.
     """
     arguments = case.subject.fresh()
-    history = [case.subject.history(value) for value in arguments]
+    history = [_history(value) for value in arguments]
     output = case.subject.function(*arguments)
 
     def compare(when: str) -> None:
         triples = zip(arguments, case.subject.arguments, history, strict=True)
         for i, (got, expected, before) in enumerate(triples):
-            if isinstance(got, Tensor) and case.subject.history(got) is before:
+            if isinstance(got, Tensor) and _history(got) is before:
                 _same(f"input {i} {when}", got, expected)
 
     compare("after the call")
     upstream = _random(*output.shape, seed=3).to(output.dtype)
     before = upstream.clone()
     inputs = [arguments[i] for i in case.subject.places]
-    roots = [t for t in inputs if case.subject.history(t) is not None]
+    roots = [t for t in inputs if _history(t) is not None]
     torch.autograd.grad(output, roots, upstream, allow_unused=True)
     _same("upstream gradient after the backward", upstream, before)
     compare("after the backward")

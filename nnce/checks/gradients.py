@@ -5,7 +5,9 @@ know: in saturation a numerical derivative has no digits, and `torch.autograd.gr
 absolute tolerance, lets a backward of all zeros pass there.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
-from nnce.checks._lines import Direction, Line, quick_together
-from nnce.checks._numerical import EPS, Slopes
+from nnce.checks._lines import Direction, Line
+from nnce.checks._numerical import EPS, NOTHING, Slopes
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
 from nnce.checks._variations import Setting, Variation, variations
@@ -33,8 +35,11 @@ _LARGEST_STEP = 64.0
 # A derivative is wrong only if the numerical one is certain to three digits: two or three estimates
 # may agree by accident.
 _CERTAIN = 1e-3
+# In lower precision than float64 a derivative that agrees is right if it is certain to two digits.
+_ROUGHLY = 1e-2
 # Sums in another order differ by some units in the last place of their largest terms.
-_ROUNDING = 64 * EPS
+_ULPS = 64
+_ROUNDING = _ULPS * EPS
 _REORDERED = 1e4 * EPS
 
 
@@ -140,10 +145,11 @@ def check_gradients(
     one another is probed at all elements at once. Of any other, the elements of the smallest and
     the largest computed derivative and some random ones are probed one by one.
 
-    Values are taken to be right to some units in the last place of float64. Where a function works
-    in a lower precision, cancels inside, or is a staircase, and where x is beyond 10^14 or nearer
-    to a pole than 10^-14, what it computes has other derivatives than what it means, and it may be
-    called wrong; a reference decides.
+    Values are taken to be right to some units in the last place of float64. Where a function
+    computes in float32, it is right if it agrees with all digits that this leaves, at least two; in
+    float16 and bfloat16 too few are left. Where a function cancels inside or is a staircase, and
+    where x is beyond 10^14 or nearer to a pole than 10^-14, what it computes has other derivatives
+    than what it means, and it may be called wrong; a reference decides.
 
     With a reference, value and derivatives are compared with it element by element, at any input.
     Where they differ by no more than rounding the inputs moves the reference, it cannot tell.
@@ -170,11 +176,25 @@ def check_gradients(
             sense; the sentence says which and why.
     """
     _check_options(rtol, elements, seed)
+    with warnings.catch_warnings():
+        # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
+        warnings.filterwarnings("ignore", message="`torch.jit.script")
+        return _check(function, inputs, reference, float(rtol), elements, int(seed))
+
+
+def _check(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Any],
+    reference: Callable[..., Tensor] | None,
+    rtol: float,
+    elements: int | Literal["all"],
+    seed: int,
+) -> Report:
     subject = Subject(function, inputs, "the function")
     subject.observe()
     ours = Derivatives(subject)
     value = ours.value()
-    draw = _Draw(int(seed))
+    draw = _Draw(seed)
     upstream = draw.like(value)
     try:
         first = ours.first(upstream)
@@ -182,14 +202,15 @@ def check_gradients(
             count = ours.x.numel() if elements == "all" else int(elements)
             finder = _ByDifferences(ours, value, first, upstream, draw, count, rtol)
             report = finder.report()
-            start = finder.start()
+            computed = finder.everywhere.v, finder.tangent, finder.second
         else:
             trusted = Subject(reference, inputs, "the reference")
             trusted.observe()
             report = _by_reference(ours, Derivatives(trusted), upstream, draw, rtol)
-            start = _start(ours, value, first, upstream, draw)
+            computed = _along_random(ours, upstream, draw)
     except Broken as error:
         raise ValueError(str(error)) from error
+    start = Setting(ours, value, first, upstream, *computed, draw.mask)
     changes = {
         name: getattr(report, name)._replace(verdict="wrong", error=math.nan, detail=detail)
         for name, detail in _changes(start, rtol).items()
@@ -250,10 +271,10 @@ class _Draw:
 # ---------------------------------------------------------------------- under other conditions
 
 
-def _start(
-    ours: Derivatives, value: Tensor, first: Tensor, upstream: Tensor, draw: _Draw
-) -> Setting:
-    """What the variations start from."""
+def _along_random(
+    ours: Derivatives, upstream: Tensor, draw: _Draw
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A direction, and along it the tangent and the second derivatives that there are."""
     along = draw.like(ours.x)
 
     def unless_missing(compute: Callable[[], Tensor]) -> Tensor | None:
@@ -263,8 +284,7 @@ def _start(
             return None
 
     tangent = unless_missing(lambda: ours.tangent(along))
-    second = unless_missing(lambda: ours.second_as_one(upstream, along))
-    return Setting(ours, value, first, upstream, along, tangent, second, draw.mask)
+    return along, tangent, unless_missing(lambda: ours.second_as_one(upstream, along))
 
 
 def _changes(start: Setting, rtol: float) -> dict[str, str]:
@@ -296,12 +316,16 @@ def _difference(
 ) -> str:
     """Where two vectors differ by more than rounding, in words; else an empty string."""
     usual = {"value": start.value, "first": start.first, "forward_mode": start.tangent}
+    if torch.allclose(got, expected, _ROUNDING, atol=0.0):
+        return ""
     like = [expected, usual.get(variation.of, start.second)]
     # Another layout may be summed in another order.
     largest = max(float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in like if t is not None)
     bound = rtol * torch.maximum(got.abs(), expected.abs()) + _REORDERED * largest
     off = (got - expected).abs()
     wrong = ~(alike(got, expected) | (off.isfinite() & (off <= bound)))
+    if wrong.any() and start.ours.unit > EPS:
+        wrong &= ~(off <= bound + _ULPS * start.ours.unit * largest)
     if not wrong.any():
         return ""
     at = int(torch.where(wrong, off.nan_to_num(math.inf), -1.0).argmax())
@@ -423,6 +447,25 @@ class _Evidence(NamedTuple):
     names: Callable[[int], str]
     """What to call a cell."""
 
+    def of(self, cells: Tensor) -> "_Evidence":
+        """The same for some of the elements that are moved apart."""
+
+        def names(cell: int) -> str:
+            return self.names(int(cells[cell]))
+
+        return _Evidence(self.line.of(cells), self.computed[cells], self.floor[cells], names)
+
+    def each(self) -> "list[_Evidence]":
+        """One for each element that is moved apart from the others."""
+        if not self.line.direction.apart:
+            return [self]
+        return [self.of(cell) for cell in torch.arange(len(self.computed)).split(1)]
+
+    def error(self, few: Tensor, rtol: float) -> float:
+        """The largest relative error over a few small steps."""
+        _, derivative = self.line.quick(few, self.computed, rtol)
+        return float(_relative(self.computed, derivative).max())
+
 
 class _ByDifferences:
     """At all elements at once where they do not depend on one another, else at `count` of them."""
@@ -444,6 +487,7 @@ class _ByDifferences:
         self.alone = _is_element_by_element(ours, value, draw)
         self.cells = value.numel() if self.alone else 1
         self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
+        self.largest = self._largest(first)
         self.everywhere = Direction(draw.like(ours.x) * self.size, None)
         self.tangent: Tensor | None = None
         self.second: Tensor | None = None
@@ -452,25 +496,11 @@ class _ByDifferences:
         """All findings."""
         of_first = [self._of_f(direction) for direction in self._directions(self.first)]
         first = self._judge(of_first)
-        lines = [piece.line for piece in of_first]
         return Report(
             value=Finding("cannot tell", math.nan, "there is no reference to compare it with"),
             first=first,
-            forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, lines)),
+            forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, of_first)),
             second=_or_unsupported(lambda: self._second(first)),
-        )
-
-    def start(self) -> Setting:
-        """What the variations start from, after the report."""
-        return Setting(
-            self.ours,
-            self.value,
-            self.first,
-            self.upstream,
-            self.everywhere.v,
-            self.tangent,
-            self.second,
-            self.draw.mask,
         )
 
     # -------------------------------------------------------------------------------- evidence
@@ -481,15 +511,37 @@ class _ByDifferences:
     def _gradient(self, x: Tensor) -> Tensor:
         return self.ours.at(x).first(self.upstream)
 
-    def _of_f(self, direction: Direction, line: Line | None = None) -> _Evidence:
+    def _of_f(self, direction: Direction) -> _Evidence:
         """The gradient along a direction."""
-        line = line or Line(self._f, self.ours.x, direction, self.upstream, self.cells, self.value)
-        return self._evidence(line, self._sum(self.first * direction.v), self.first)
+        line = self._line(False, direction, self.upstream, self.cells)
+        return self._evidence(line, self._along_line(self.first, line), self.largest)
 
-    def _evidence(self, line: Line, computed: Tensor, gradient: Tensor) -> _Evidence:
-        floor = line.magnitude
-        if not self.alone:  # sums of terms of the size of the largest derivatives
-            floor = floor.clamp(min=float((gradient * self.size).nan_to_num(0, 0, 0).abs().max()))
+    def _line(
+        self,
+        of_gradient: bool,
+        direction: Direction,
+        weights: Tensor,
+        cells: int,
+    ) -> Line:
+        """Of the values, or of the gradient's elements."""
+        f, center = (self._gradient, self.first) if of_gradient else (self._f, self.value)
+        unit = functools.partial(self._unit, of_gradient)
+        return Line(f, self.ours.x, direction, weights, cells, center, unit)
+
+    @functools.cache  # noqa: B019
+    def _unit(self, of_gradient: bool) -> float:
+        """The relative precision of values or gradients: the function's, where they scatter."""
+        unit = self.ours.unit
+        center = self.first if of_gradient else self.value
+        line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
+        return unit if unit > EPS and line.scatters(unit) else EPS
+
+    def _largest(self, gradient: Tensor) -> Tensor:
+        return (gradient * self.size).nan_to_num(0, 0, 0).abs().max()
+
+    def _evidence(self, line: Line, computed: Tensor, largest: Tensor) -> _Evidence:
+        # Sums are of terms of the size of the largest derivatives.
+        floor = line.magnitude if self.alone else line.magnitude.clamp(min=largest)
         elements = line.direction.elements
 
         def names(cell: int) -> str:
@@ -499,38 +551,37 @@ class _ByDifferences:
 
         return _Evidence(line, computed, _ROUNDING * floor, names)
 
+    def _along_line(self, gradient: Tensor, line: Line) -> Tensor:
+        """A gradient times the direction of a line, in cells."""
+        v, elements, apart = line.direction
+        return (gradient * v)[elements] + 0.0 if apart else self._sum(gradient * v)
+
     def _sum(self, values: Tensor) -> Tensor:
         """Values in their cells."""
         return values.reshape(-1, self.cells).sum(0)
 
     def _directions(self, gradient: Tensor) -> list[Direction]:
-        """Each input, all of its elements together, or some elements one by one."""
+        """Each input, all of its elements together, or some elements one by one.
+
+        Those are of the smallest and the largest gradients, and some at random. Where those are not
+        all, a few directions through all elements follow.
+        """
         numbers = torch.arange(len(self.ours.x), device=self.ours.x.device)
+        n, count = len(numbers), self.count
         if self.alone:
             return [self._along(elements) for elements in numbers.split(self.ours.sizes)]
-        return self._some_elements(gradient, numbers)
-
-    def _some_elements(self, gradient: Tensor, numbers: Tensor) -> list[Direction]:
-        """Single elements: those of the smallest and the largest gradients, and some at random.
-
-        Where those are not all, a few directions through all elements follow.
-        """
-        n, count = len(numbers), self.count
         if count >= n:
-            return [self._along(element) for element in numbers.split(1)]
+            return [self._along(numbers, apart=True)]
         by_size = (gradient * self.size).abs().argsort()
         third = count // 3
         chosen = [by_size[:third], by_size[n - third :]]
         chosen.append(self.draw.some_of(by_size[third : n - third], count - 2 * third))
         dense = (self.draw.like(self.ours.x) * self.size for _ in range(_DENSE_DIRECTIONS))
-        return [
-            *(self._along(element) for element in torch.cat(chosen).split(1)),
-            *(Direction(v, None) for v in dense),
-        ]
+        return [self._along(torch.cat(chosen), apart=True), *(Direction(v, None) for v in dense)]
 
-    def _along(self, elements: Tensor) -> Direction:
+    def _along(self, elements: Tensor, apart: bool = False) -> Direction:
         v = torch.zeros_like(self.ours.x).index_copy(0, elements, self.size[elements])
-        return Direction(v, elements)
+        return Direction(v, elements, apart)
 
     # -------------------------------------------------------------------------------- findings
 
@@ -546,7 +597,7 @@ class _ByDifferences:
             return finding._replace(verdict="cannot tell", detail=detail)
         return finding
 
-    def _forward_mode(self, first: Finding, lines: Sequence[Line]) -> Finding:
+    def _forward_mode(self, first: Finding, of_first: Sequence[_Evidence]) -> Finding:
         """Tangents next to the gradient along the same direction, and to values where they differ.
 
         Both are computed, so that along a direction through all elements they differ by rounding
@@ -556,7 +607,8 @@ class _ByDifferences:
         everywhere = self._of_tangent(self._of_f(self.everywhere), self.tangent)
         if first.verdict != "wrong" and self._same_as_gradient(everywhere, 0.0).all():
             return first
-        tangents = [self._of_tangent(self._of_f(line.direction, line)) for line in lines]
+        each = [one for piece in of_first for one in piece.each()]
+        tangents = [self._of_tangent(piece) for piece in each]
         if first.verdict == "wrong":
             return self._judge(tangents)
         differing = [t for t in tangents if not self._same_as_gradient(t, self.rtol).all()]
@@ -577,7 +629,7 @@ class _ByDifferences:
         return piece._replace(computed=self._sum(terms), floor=floor)
 
     def _same_as_gradient(self, tangent: _Evidence, rtol: float) -> Tensor:
-        expected = self._sum(self.first * tangent.line.direction.v)
+        expected = self._along_line(self.first, tangent.line)
         bound = tangent.floor + rtol * torch.maximum(tangent.computed.abs(), expected.abs())
         off = (tangent.computed - expected).abs()
         return alike(tangent.computed, expected) | (off.isfinite() & (off <= bound))
@@ -601,10 +653,8 @@ class _ByDifferences:
         )
 
     def _of_gradient(self, direction: Direction, by_x: Tensor) -> _Evidence:
-        line = Line(
-            self._gradient, self.ours.x, direction, self.everywhere.v, self.cells, self.first
-        )
-        return self._evidence(line, self._sum(by_x * direction.v), by_x)
+        line = self._line(True, direction, self.everywhere.v, self.cells)
+        return self._evidence(line, self._along_line(by_x, line), self._largest(by_x))
 
     def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
         """The backward is linear in the upstream gradient: along v, its derivative is J v."""
@@ -613,12 +663,12 @@ class _ByDifferences:
         if first.verdict != "right":
             return _judge([along], self.few, self.many, self.rtol)
         expected = self._sum(self.first * self.everywhere.v)
-        bound = self.rtol * expected.abs() + along.floor
-        bound += _REORDERED * (
-            self._sum(terms.abs()) + self._sum((self.first * self.everywhere.v).abs())
-        )
+        size = self._sum(terms.abs()) + self._sum((self.first * self.everywhere.v).abs())
+        bound = self.rtol * expected.abs() + along.floor + _REORDERED * size
         off = (along.computed - expected).abs()
         wrong = ~(off <= bound)
+        if wrong.any() and self.ours.unit > EPS:
+            wrong &= ~(off <= bound + self.ours.unit / EPS * along.floor)
         if wrong.any():
             cell = int(wrong.int().argmax())
             detail = (
@@ -635,19 +685,17 @@ class _ByDifferences:
         each element. Elements at which it does not decide follow one by one.
         """
         n = len(by_x)
-        line = Line(
-            self._gradient, self.ours.x, self.everywhere, torch.ones_like(by_x), n, self.first
-        )
-        largest = (by_x * self.size).nan_to_num(0, 0, 0).abs().max()
-        floor = _ROUNDING * torch.maximum(line.magnitude * self.size, largest) / self.size
+        line = self._line(True, self.everywhere, torch.ones_like(by_x), n)
+        floor = line.magnitude * self.size
+        floor = _ROUNDING * floor.clamp(min=self._largest(by_x)) / self.size
         dense = _Evidence(line, by_x, floor, self.ours.place)
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
         if found.verdict != "cannot tell":
             return self._counted(found, n)
         if len(undecided) > self.count:
             return self._counted(found, self.probed)
-        pieces = [self._of_gradient(self._along(e), by_x) for e in undecided.split(1)]
-        return self._counted(_judge(pieces, self.few, self.many, self.rtol), n)
+        piece = self._of_gradient(self._along(undecided, apart=True), by_x)
+        return self._counted(_judge([piece], self.few, self.many, self.rtol), n)
 
 
 def _is_element_by_element(ours: Derivatives, value: Tensor, draw: _Draw) -> bool:
@@ -679,26 +727,25 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
 
     Two small steps decide first, for all of it. Of the rest the worst comes first.
     """
-    lines = [piece.line for piece in pieces]
-    if all(line.single for line in lines):
-        computed = torch.cat([piece.computed for piece in pieces])
-        right, derivative = quick_together(lines, few, computed, rtol)
-        errors = _relative(computed, derivative).tolist()
-        decided = right.tolist()
-    else:
-        quick = [
-            line.quick(few, piece.computed, rtol) for line, piece in zip(lines, pieces, strict=True)
-        ]
-        errors = [
-            float(_relative(p.computed, d).max()) for p, (_, d) in zip(pieces, quick, strict=True)
-        ]
-        decided = [bool(right.all()) for right, _ in quick]
-    findings = []
-    if any(decided):
-        worst = max((error, i) for i, error in enumerate(errors) if decided[i])[1]
-        findings = [_judge_one(pieces[worst], few, many, rtol)[0]]
-    rest = [(errors[i], piece) for i, piece in enumerate(pieces) if not decided[i]]
-    for _, piece in sorted(rest, key=lambda pair: -pair[0]):
+    findings: list[Finding] = []
+    rest: list[_Evidence] = []
+    for piece in pieces:
+        right, _ = piece.line.quick(few, piece.computed, rtol)
+        if right.all():
+            findings.append(_judge_one(piece, few, many, rtol)[0])
+        elif not piece.line.direction.apart:
+            rest.append(piece)
+        else:
+            if right.any():
+                findings.append(_judge_one(piece.of(right.nonzero().flatten()), few, many, rtol)[0])
+            zeros = (~right & (piece.computed == 0)).nonzero().flatten()
+            if len(zeros) > 1 and piece.line.of(zeros).independent():
+                where = f"{len(zeros)} elements, {piece.names(int(zeros[0]))} among them"
+                findings.append(Finding("right", 0.0, f"the values do not depend on {where}"))
+                right[zeros] = True
+            if not right.all():
+                rest += piece.of((~right).nonzero().flatten()).each()
+    for piece in sorted(rest, key=lambda piece: -piece.error(few, rtol)):
         finding, _ = _judge_one(piece, few, many, rtol)
         if finding.verdict == "wrong":
             return finding
@@ -717,9 +764,11 @@ def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
 def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tuple[Finding, Tensor]:
     """The verdict on one line, and the cells at which it cannot tell."""
     line, computed = piece.line, piece.computed
-    right, derivative = line.quick(few, computed, rtol)
     small = computed.abs() <= piece.floor
-    flat = fades = torch.zeros_like(right)
+    right = flat = fades = torch.zeros_like(small)
+    derivative = torch.zeros_like(computed)
+    if not small.all() or not line.plateau().flat.all():
+        right, derivative = line.quick(few, computed, rtol)
     if (small & ~right).any():
         flat, fades = line.plateau()
         right = right | (small & flat)
@@ -728,16 +777,18 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
         error = torch.where(small & flat, 0.0, _relative(computed, derivative))
         return _finding("right", piece, derivative, error, int(error.argmax())), right.nonzero()[:0]
     found = line.slopes(many, rtol)
-    is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(piece.floor, found.zero))
-    certain, agrees = _compared(computed, found, rtol)
+    floor = line.unit / EPS * piece.floor
+    is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
+    certain, agrees = _compared(computed, found, rtol, floor if line.unit > EPS else None)
     known = found.uncertainty.isfinite() & ~found.kinked
     right = right | (known & (agrees | is_zero))
     # Both are 0 to within rounding.
-    tiny = computed.abs() <= _REORDERED / _ROUNDING * piece.floor
+    tiny = computed.abs() <= _REORDERED / _ROUNDING * floor
     nothing = tiny & (found.derivative.abs() <= 2 * found.uncertainty)
     wrong = known & certain & ~right & ~nothing
     wrong |= known & ~computed.isfinite() & (found.zero >= 0)
-    if not (right | wrong | tiny).all():
+    # A step of a staircase is flat, too, and may end in a jump.
+    if line.unit == EPS and not (right | wrong | tiny).all():
         flat, fades = line.plateau()  # where the derivative is 0, and the computed one is not
         wrong |= flat & ~tiny & ~right
         found = found._replace(derivative=torch.where(flat, 0.0, found.derivative))
@@ -752,14 +803,28 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     return _undecided(piece, found, fades, int(undecided[0])), undecided
 
 
-def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Tensor]:
-    """Where a derivative certainly differs from the numerical one, and where it agrees with it."""
+def _compared(
+    computed: Tensor, found: Slopes, rtol: float, rounding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where a derivative certainly differs from the numerical one, and where it agrees with it.
+
+    Next to a zero of the derivative it is enough that three digits are certain, and that the others
+    are nothing next to the slopes nearby. Of a function in lower precision, `rounding` is what that
+    adds to the computed derivative. The numerical one then has fewer digits; it is enough that two
+    of them are certain, at the size of the slopes nearby.
+    """
     finite = computed.isfinite()
     difference = (computed - found.derivative).abs()
     size = torch.maximum(torch.where(finite, computed.abs(), 0.0), found.derivative.abs())
     agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size)
-    differs = ~(difference <= 2 * found.uncertainty + rtol * size)
-    return (found.uncertainty <= _CERTAIN * size) & differs, agrees
+    certain = found.uncertainty <= _CERTAIN * size
+    bound = 2 * found.uncertainty + rtol * size
+    enough = certain & (found.uncertainty <= NOTHING * found.nearby)
+    if rounding is not None:
+        bound = bound + rounding
+        enough |= found.uncertainty <= _ROUGHLY * torch.maximum(size, found.nearby)
+    differs = ~(difference <= bound)
+    return certain & differs, agrees | (finite & enough & ~differs)
 
 
 def _length(piece: _Evidence, cell: int) -> float:

@@ -7,6 +7,7 @@ pass, or that people make.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -826,4 +827,155 @@ wrong(
     torch.exp,
     lambda ctx, z, u: u * torch.where(z > -30, z.exp(), 0 * z),
     lambda n, g: -40 - positive(n, g),
+)
+
+
+# --------------------------------------------------------------------- float32 inside, or elsewhere
+
+
+def single(f):
+    """The same function in float32."""
+    return lambda *inputs: f(*(t.float() for t in inputs)).double()
+
+
+for name, function in (
+    ("exp", torch.exp),
+    ("softplus", F.softplus),
+    ("logsumexp", lambda x: x.logsumexp(-1)),
+    ("layer norm", lambda x: F.layer_norm(x, x.shape)),
+    ("mean of squares", lambda x: x.square().mean()),
+    ("norm", torch.linalg.vector_norm),
+    ("cumsum", lambda x: x.cumsum(0)),
+):
+    add(f"float32: {name}", single(function), lambda n, g: normal(n + 2, g), right=True)
+add("float32: relu away from its kink", single(F.relu), away(0), right=True)
+add("float32: a gate of float64 numbers", lambda x: x * x.float().sigmoid(), right=True)
+add("float32: a mask alone", lambda x: x.sin() * (x.float() > 0), right=True)
+add("float32: next to float64", lambda x: x + x.float().sin(), right=True)
+
+
+def single_cosine(ctx, upstream):
+    return (upstream.float() * saved(ctx).float().cos()).double()
+
+
+def by_numpy(ctx, z):
+    """The sine in float32, out of PyTorch's sight."""
+    ctx.save_for_backward(z)
+    return torch.from_numpy(np.sin(z.detach().numpy().astype(np.float32)).astype(np.float64))
+
+
+sine("float32: what is saved", single_cosine, right=True, once=True)
+sine("float32: by NumPy", single_cosine, forward=by_numpy, right=True, once=True)
+for name, change in (
+    ("off by 1e-3", lambda g: 1e-3 * g),
+    ("0", lambda g: -g),
+    ("half", lambda g: -g / 2),
+):
+    sine(
+        f"float32: one element {name}",
+        lambda ctx, u, change=change: one_element(single_cosine(ctx, u), change),
+        forward=by_numpy,
+        once=True,
+    )
+sine(
+    "float32: what is saved, off by 1e-4",
+    lambda ctx, u: single_cosine(ctx, u) * (1 + 1e-4),
+    once=True,
+)
+wrong(
+    "float32: 0 in saturation",
+    single(torch.sigmoid),
+    lambda ctx, z, u: u * torch.where(z.abs() < 9, prime(z), 0 * z),
+    wide,
+)
+wrong(
+    "float32: 0 in saturation, summed",
+    single(lambda z: z.sigmoid().sum()),
+    lambda ctx, z, u: u * torch.where(z.abs() < 9, prime(z), 0 * z),
+    wide,
+)
+wrong("float32: straight through", single(torch.round), lambda ctx, z, u: u)
+
+
+# ------------------------------------------------------------------------ what a third hunt tried
+
+
+def tiny(n, generator):
+    return normal(n, generator, 1e-8)
+
+
+add("next to a zero: sin at 1e-8", torch.sin, tiny, right=True)
+add("next to a zero: cos at 1e-8", torch.cos, tiny, right=True)
+wrong("next to a zero: half", torch.cos, lambda ctx, z, u: -u * z.sin() / 2, tiny)
+add("an output that is constant", lambda x: torch.cat([x.sin(), x.new_ones(2)]), right=True)
+add("elements in no output", lambda x: x[::3].exp(), right=True)
+add(
+    "elements added up by index",
+    lambda x: x.new_zeros(2).index_add(0, torch.arange(len(x)) % 2, x).sin(),
+    right=True,
+)
+add("complex inside", lambda x: (torch.complex(x, x.cos()) ** 2).imag, right=True)
+for name, maximum, right in (
+    ("log-sum-exp by hand", lambda x: x.max().detach(), True),
+    ("log-sum-exp by hand, half of the maximum detached", torch.max, False),
+):
+    add(
+        name,
+        lambda x, m=maximum: (x - x.max().detach()).exp().sum().log() + m(x),
+        right=right,
+    )
+add("atan2", torch.atan2, pair, right=True)
+wrong(
+    "1e-9 of an element forgotten",
+    lambda z: (z[0] * z[1:2]).sum() + 1e-9 * z[2:].sum(),
+    lambda ctx, z, u: torch.cat([(u * z[1:2]).sum().view(1), u * z[:1], 0 * z[2:]]),
+    lambda n, g: normal(n + 2, g),
+)
+wrong(
+    "0 in the saturation of a difference",
+    lambda z: 1 + F.softplus(z[0] - z[1].abs() - 40),
+    lambda ctx, z, u: 0 * u * z,
+    lambda n, g: normal(2, g),
+)
+wrong(
+    "0 where a minimum inside of a maximum decides",
+    lambda z: torch.maximum(z[0], z[1:].min()),
+    lambda ctx, z, u: torch.cat([u.view(1), 0 * z[1:]]),
+    lambda n, g: torch.arange(n + 2).double() + normal(n + 2, g, 0.01),
+)
+wrong(
+    "softmax as if elements were independent",
+    lambda z: z.softmax(0),
+    lambda ctx, z, u: u * z.softmax(0) * (1 - z.softmax(0)),
+    lambda n, g: normal(n + 1, g),
+)
+wrong(
+    "the gradient of another GELU",
+    F.gelu,
+    lambda ctx, z, u: torch.func.vjp(lambda t: F.gelu(t, approximate="tanh"), z)[1](u)[0],
+)
+
+
+def every_seventh(ctx, upstream):
+    calls.append(None)
+    return upstream * saved(ctx).cos() * (1 if len(calls) % 7 else 1.1)
+
+
+calls: list[None] = []
+sine("wrong at every seventh backward of all", every_seventh)
+
+
+def into_buffer(ctx, z):
+    """The sine in memory that all calls share."""
+    ctx.save_for_backward(z)
+    ctx.buffer = outputs.setdefault(z.shape, torch.empty(z.shape, dtype=z.dtype))
+    return ctx.buffer.copy_(z.detach().sin())
+
+
+outputs: dict[torch.Size, torch.Tensor] = {}
+sine(
+    "an output in shared memory",
+    lambda ctx, u: u * (1 - ctx.buffer**2).sqrt() * saved(ctx).cos().sign(),
+    forward=into_buffer,
+    once=True,
 )
