@@ -303,7 +303,7 @@ def full_after(whole, calls):
         lambda change, epochs: "RecordWriter" in change,
         [
             # While logging, at epoch 2: in TensorBoard's thread, and when the network is saved.
-            ("records.RecordWriter.write = full_after(records.RecordWriter.write, 45)", 2),
+            ("records.RecordWriter.write = full_after(records.RecordWriter.write, 11)", 2),
             ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
             (
                 "import nnce.training.checkpoints as c\n"
@@ -353,7 +353,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
     ("change", "epochs"),
     [
         pytest.param("Monitor.log = full_after(Monitor.log, 5)", 1, marks=pytest.mark.slow),
-        pytest.param("Monitor.log_layout = full", 3, marks=pytest.mark.exhaustive),
+        pytest.param("Monitor.log_hparams = full", 3, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):

@@ -27,14 +27,19 @@ def test_a_committee_decides_by_the_mean_output(digits):
 def test_what_trains_and_chooses_cannot_see_the_test_set(digits, monkeypatch):
     """Another test set changes test figures alone; and it is not looked at before the end."""
     looked = []
-    whole = training.evaluate
+    evaluate, records = training.evaluate, training.records
 
-    def spied(output, split, loss):
+    def spied_evaluate(output, split, loss):
         looked.append(split.x.data_ptr())
-        return whole(output, split, loss)
+        return evaluate(output, split, loss)
+
+    def spied_records(networks, losses, measured, **more):
+        looked.extend(split.x.data_ptr() for split in measured.values())
+        return records(networks, losses, measured, **more)
 
     for module in (training, training.evaluation):
-        monkeypatch.setattr(module, "evaluate", spied)
+        monkeypatch.setattr(module, "evaluate", spied_evaluate)
+        monkeypatch.setattr(module, "records", spied_records)
 
     def outcome(test):
         attempt = reproduction.Attempt(ROW, ROW.settings, digits._replace(test=test), [0, 1])
