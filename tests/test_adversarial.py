@@ -392,7 +392,7 @@ def trials(dtype, pairs):
 @pytest.mark.parametrize(
     ("dtypes", "pairs"),
     [
-        ((torch.float32,), 3),
+        pytest.param((torch.float32,), 3, marks=pytest.mark.slow),
         pytest.param(tuple(TOLERANCE), 300, marks=pytest.mark.exhaustive, id="exhaustive"),
     ],
 )

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import slow_unless
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad, grad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -371,7 +372,10 @@ def test_a_context_of_the_backward(context):
     context()
 
 
-@pytest.mark.parametrize("context", BACKWARD)
+@pytest.mark.parametrize(
+    ("context",),
+    slow_unless(lambda context: context is not compiled_autograd, [(one,) for one in BACKWARD]),
+)
 def test_an_unrecognized_context_of_the_backward_is_noticed(context, monkeypatch):
     monkeypatch.setattr(functional, "_is_plain_backward", lambda *_, **__: True)
     with pytest.raises(Exception):  # noqa: B017  an AssertionError or an error of PyTorch

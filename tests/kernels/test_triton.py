@@ -43,7 +43,8 @@ def triton_does_the_work(monkeypatch):
 
 
 @compiles
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=slow)])
+@slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_interpreted(which):
     """Every test of results, in a process in which Triton is imported as an interpreter."""
     done = subprocess.run(

@@ -971,6 +971,7 @@ def test_sparse_gradients_are_for_sparse_optimisers():
 # --------------------------------------------------------------------------------- many processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dense", [False, True])
 def test_sharded_labels_are_as_in_one_process(processes_found, reduction, dense):
@@ -990,6 +991,7 @@ def test_sharded_labels_are_as_in_one_process(processes_found, reduction, dense)
             torch.testing.assert_close(got, (C.detach(), by_x, by_W[own], by_b[own]))
 
 
+@pytest.mark.slow
 def test_data_parallel(processes_found):
     from processes import WORLD, labels_problem, target_of, x_of
 
@@ -1004,6 +1006,7 @@ def test_data_parallel(processes_found):
         torch.testing.assert_close(found["parallel"], expected)
 
 
+@pytest.mark.slow
 def test_topk_merges_the_shards(processes_found):
     from processes import SHARDS, labels_problem
 
@@ -1015,6 +1018,7 @@ def test_topk_merges_the_shards(processes_found):
             assert torch.equal(got, z[:, :k]) and torch.equal(labels, order[:, :k])
 
 
+@pytest.mark.slow
 def test_topk_and_logits_after_fully_shard(processes_found):
     """The gradients are the processes' mean, as after a forward."""
     from processes import WORLD, labels_problem, x_of

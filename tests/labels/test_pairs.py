@@ -59,6 +59,7 @@ def test_its_parameters_may_be_vectors_of_one():
     torch.testing.assert_close(one.grad[0], scale.grad)
 
 
+@pytest.mark.slow
 def test_many_processes_do_what_one_does(processes_found):
     from processes import PAIRS, pairs_problem
 
@@ -112,6 +113,7 @@ def test_float16(mode, compiled):
         assert (g.double() - t).norm() <= 2**-10 * t.norm()
 
 
+@pytest.mark.slow
 def test_float16_over_many_processes(processes_found):
     from processes import PAIRS
 

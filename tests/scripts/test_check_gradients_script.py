@@ -45,6 +45,7 @@ def test_a_run(check, tmp_path, capsys):
     assert events.Tags()["images"] == ["saturation atlas"]
 
 
+@pytest.mark.slow
 def test_on_mnist_in_float64(check, mnist, tmp_path, capsys):
     options = ["--data", "mnist", "--hidden", "100", "30", "--dtype", "float64"]
     assert check.main([*options, "--no-matrix", "--run-dir", str(tmp_path)]) == 0

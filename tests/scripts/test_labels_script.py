@@ -50,6 +50,7 @@ def test_it_learns_what_was_planted(labels, tmp_path, capsys):
     assert steps == list(range(3))
 
 
+@pytest.mark.slow
 def test_memory_stays_within_what_was_stated(tmp_path):
     """In a process of its own, since a peak is a whole process's."""
     options = ("--labels", "50000", "--examples", "1024", "--features", "128", "--epochs", "1")

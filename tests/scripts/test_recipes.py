@@ -29,7 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
 ]
-recipes = pytest.mark.recipes
+
+
+def recipes(test):
+    return pytest.mark.recipes(pytest.mark.slow(test))
 
 
 def bce(z, y):

@@ -37,6 +37,7 @@ def test_the_file_is_small_and_has_its_pictures():
 
 
 @pytest.mark.recipes
+@pytest.mark.slow
 # The client's and the kernel's own, on their way to newer protocols and loops.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_runs_to_the_outputs_in_the_file():

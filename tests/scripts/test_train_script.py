@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow_unless
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nnce
@@ -58,7 +58,10 @@ def test_a_run(train, tmp_path, capsys, digits):
     assert last["test"]["accuracy"] == alone.accuracy
 
 
-@pytest.mark.parametrize("engine", training.ENGINES)
+@pytest.mark.parametrize(
+    ("engine",),
+    slow_unless(lambda engine: engine == "loops", [(engine,) for engine in training.ENGINES]),
+)
 def test_tensorboard_tags(train, tmp_path, engine):
     train.main(["--epochs", "2", "--engine", engine, "--run-dir", str(tmp_path)])
     files = list(tmp_path.glob("events.out.tfevents.*"))
@@ -213,6 +216,7 @@ def program(*options, **more):
     return subprocess.Popen(command, text=True, **{**pipes, **more})
 
 
+@pytest.mark.slow
 def test_killed_politely_or_unread_keeps_what_it_has(tmp_path):
     """SIGTERM, and `| head -1`: what was finished is kept, the status says so, and no traceback."""
     stopped, unread = tmp_path / "stopped", tmp_path / "unread"
