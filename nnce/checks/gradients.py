@@ -498,6 +498,7 @@ class _ByDifferences:
         self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
         self.largest = self._largest(first)
         self.everywhere = Direction(draw.like(ours.x) * self.size, None)
+        self._units: dict[bool, float] = {}
         self.tangent: Tensor | None = None
         self.second: Tensor | None = None
 
@@ -538,13 +539,14 @@ class _ByDifferences:
         precision = Precision(unit, lambda: self.ours.unit)
         return Line(f, self.ours.x, direction, weights, cells, center, precision)
 
-    @functools.cache  # noqa: B019
     def _unit(self, of_gradient: bool) -> float:
         """The relative precision of values or gradients: the function's, where they scatter."""
-        unit = self.ours.unit
-        center = self.first if of_gradient else self.value
-        line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
-        return unit if unit > EPS and line.scatters(unit) else EPS
+        if of_gradient not in self._units:
+            unit = self.ours.unit
+            center = self.first if of_gradient else self.value
+            line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
+            self._units[of_gradient] = unit if unit > EPS and line.scatters(unit) else EPS
+        return self._units[of_gradient]
 
     def _largest(self, gradient: Tensor) -> Tensor:
         return (gradient * self.size).nan_to_num(0, 0, 0).abs().max()
