@@ -21,6 +21,8 @@ _GRID = tuple(4.0**k for k in range(-8, 4))
 _SPARSE_GRID = {1.0: (61.7, 2.0**-9), -1.0: (61.7, 4.3)}
 # An edge is located to this share of x; beyond it is a little further.
 _EDGE, _BEYOND = 2.0**-32, 2.0**-20
+# In a lower precision, it is located to this many units in the last place.
+_EDGE_UNITS, _BEYOND_UNITS = 16, 2.0**17
 # Near 0 these are shares of this much.
 _LEAST = 2.0**-10
 # At an edge that is not a jump a value has moved by at most these few units in its last place. A
@@ -50,6 +52,15 @@ class Direction(NamedTuple):
     """Whether it moves one element after the other, and a cell holds all values after one move."""
 
 
+class Precision(NamedTuple):
+    """The relative precision of values; it takes some calls to find out."""
+
+    unit: Callable[[], float]
+    """Of the values at x and near it."""
+    coarsest: Callable[[], float]
+    """Of the values anywhere."""
+
+
 class Plateau(NamedTuple):
     """Where values do not move about x, one for each cell."""
 
@@ -70,9 +81,9 @@ class Line:
         weights: Tensor,
         cells: int,
         center: Tensor,
-        unit: Callable[[], float],
+        precision: Precision,
     ) -> None:
-        self._unit = unit
+        self.precision = precision
         self._f, self._x, self.direction = f, x, direction
         self._quick: Ladder | None = None
         self._slopes: Slopes | None = None
@@ -169,13 +180,8 @@ class Line:
     def slopes(self, steps: Tensor, rtol: float) -> Slopes:
         """Numerical derivatives from many steps."""
         if self._slopes is None:
-            self._slopes = slopes(self.ladder(steps, whole=False), rtol, self.unit)
+            self._slopes = slopes(self.ladder(steps, whole=False), rtol, self.precision.unit())
         return self._slopes
-
-    @property
-    def unit(self) -> float:
-        """The relative precision of the values."""
-        return self._unit()
 
     def scatters(self, unit: float) -> bool:
         """Whether values are rounded to this relative precision.
@@ -257,19 +263,25 @@ class Line:
 
     def _edge(self, inside: Tensor, outside: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         """Whether the edge between two steps is a kink or a jump, or one that fades out."""
-        outside = self._bisect(inside, outside, exact)
-        moved = self._amount(outside, exact)
-        further = self._amount(outside + outside.sign() * _BEYOND * self._scale(outside), exact)
-        unit = EPS if exact else _SCATTER * EPS
+        edge, beyond, unit = _EDGE, _BEYOND, self.precision.coarsest()
+        if unit > EPS:
+            edge, beyond = _EDGE_UNITS * unit, _BEYOND_UNITS * unit
+        outside = self._bisect(inside, outside, edge, exact)
+        past = outside + outside.sign() * beyond * self._scale(outside)
+        moved, further = (self._amount(step, exact) * EPS / unit for step in (outside, past))
+        unit = unit if exact else _SCATTER * unit
         continuous = moved <= _FEW
         kink = further >= torch.where(continuous, _MANY, _STEEP * moved)
+        if unit > EPS:  # the next steps of a staircase are as long as this one
+            kink &= further >= _STEEP * (past / outside - 1)
+            kink &= further >= _STEEP
         jump = moved * unit >= COARSEST_JUMP
         return kink | jump, continuous & (further < _MANY)
 
-    def _bisect(self, inside: Tensor, outside: Tensor, exact: bool) -> Tensor:
-        """The first step at which a value has moved."""
+    def _bisect(self, inside: Tensor, outside: Tensor, edge: float, exact: bool) -> Tensor:
+        """The first step at which a value has moved, to a share of x."""
         for _ in range(_MOST_HALVINGS):
-            if not ((outside - inside).abs() > _EDGE * self._scale(outside)).any():
+            if not ((outside - inside).abs() > edge * self._scale(outside)).any():
                 break
             middle = (inside + outside) / 2
             moved = self._moves(middle, exact)

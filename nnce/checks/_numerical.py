@@ -155,7 +155,8 @@ def _rounding(ladder: Ladder, unit: float) -> Tensor:
     jump = torch.where(jumps > 0, jumps, math.inf).amin((0, 1))
     jump = torch.minimum(jump, COARSEST_JUMP * ladder.size.nan_to_num(nan=math.inf).amin(0))
     tiny = torch.finfo(torch.float64).tiny
-    ulps = VALUE_ULPS if unit == EPS else 1
+    # In lower precision there are fewer digits to give away, but for the shortest steps.
+    ulps = VALUE_ULPS if unit == EPS else 1 + 2 * math.sqrt(unit) / ladder.step
     return (ulps * unit * ladder.size + 4 * jump + tiny) / ladder.step
 
 

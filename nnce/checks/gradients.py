@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
-from nnce.checks._lines import Direction, Line
+from nnce.checks._lines import Direction, Line, Precision
 from nnce.checks._numerical import EPS, NOTHING, Slopes
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
@@ -446,6 +446,10 @@ class _Evidence(NamedTuple):
     """Up to this size a derivative may be rounding alone."""
     names: Callable[[int], str]
     """What to call a cell."""
+    largest: float | Tensor
+    """The derivatives that it may be a sum of are as large as this; 0 where it is no sum."""
+    reordered: float | Tensor = 0.0
+    """What another order of summation adds to its rounding in float64."""
 
     def of(self, cells: Tensor) -> "_Evidence":
         """The same for some of the elements that are moved apart."""
@@ -453,7 +457,12 @@ class _Evidence(NamedTuple):
         def names(cell: int) -> str:
             return self.names(int(cells[cell]))
 
-        return _Evidence(self.line.of(cells), self.computed[cells], self.floor[cells], names)
+        return self._replace(
+            line=self.line.of(cells),
+            computed=self.computed[cells],
+            floor=self.floor[cells],
+            names=names,
+        )
 
     def each(self) -> "list[_Evidence]":
         """One for each element that is moved apart from the others."""
@@ -489,6 +498,7 @@ class _ByDifferences:
         self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
         self.largest = self._largest(first)
         self.everywhere = Direction(draw.like(ours.x) * self.size, None)
+        self._units: dict[bool, float] = {}
         self.tangent: Tensor | None = None
         self.second: Tensor | None = None
 
@@ -526,15 +536,17 @@ class _ByDifferences:
         """Of the values, or of the gradient's elements."""
         f, center = (self._gradient, self.first) if of_gradient else (self._f, self.value)
         unit = functools.partial(self._unit, of_gradient)
-        return Line(f, self.ours.x, direction, weights, cells, center, unit)
+        precision = Precision(unit, lambda: self.ours.unit)
+        return Line(f, self.ours.x, direction, weights, cells, center, precision)
 
-    @functools.cache  # noqa: B019
     def _unit(self, of_gradient: bool) -> float:
         """The relative precision of values or gradients: the function's, where they scatter."""
-        unit = self.ours.unit
-        center = self.first if of_gradient else self.value
-        line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
-        return unit if unit > EPS and line.scatters(unit) else EPS
+        if of_gradient not in self._units:
+            unit = self.ours.unit
+            center = self.first if of_gradient else self.value
+            line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
+            self._units[of_gradient] = unit if unit > EPS and line.scatters(unit) else EPS
+        return self._units[of_gradient]
 
     def _largest(self, gradient: Tensor) -> Tensor:
         return (gradient * self.size).nan_to_num(0, 0, 0).abs().max()
@@ -549,7 +561,7 @@ class _ByDifferences:
                 "a random direction" if elements is None else self.ours.place(int(elements[cell]))
             )
 
-        return _Evidence(line, computed, _ROUNDING * floor, names)
+        return _Evidence(line, computed, _ROUNDING * floor, names, 0.0 if self.alone else largest)
 
     def _along_line(self, gradient: Tensor, line: Line) -> Tensor:
         """A gradient times the direction of a line, in cells."""
@@ -625,14 +637,17 @@ class _ByDifferences:
         if tangent is None:
             tangent = self.ours.tangent(piece.line.direction.v)
         terms = self.upstream * tangent
-        floor = piece.floor + _REORDERED * self._sum(terms.abs()).nan_to_num(0, 0, 0)
-        return piece._replace(computed=self._sum(terms), floor=floor)
+        reordered = _REORDERED * self._sum(terms.abs()).nan_to_num(0, 0, 0)
+        return piece._replace(computed=self._sum(terms), reordered=reordered)
 
     def _same_as_gradient(self, tangent: _Evidence, rtol: float) -> Tensor:
         expected = self._along_line(self.first, tangent.line)
-        bound = tangent.floor + rtol * torch.maximum(tangent.computed.abs(), expected.abs())
+        bound = rtol * torch.maximum(tangent.computed.abs(), expected.abs()) + tangent.floor
         off = (tangent.computed - expected).abs()
-        return alike(tangent.computed, expected) | (off.isfinite() & (off <= bound))
+        same = alike(tangent.computed, expected) | (off <= bound + tangent.reordered)
+        if rtol and not same.all() and self.ours.unit > EPS:
+            same |= off <= bound + self.ours.unit / EPS * tangent.floor
+        return same & ~off.isinf()
 
     def _second(self, first: Finding) -> Finding:
         v = self.everywhere.v
@@ -688,7 +703,7 @@ class _ByDifferences:
         line = self._line(True, self.everywhere, torch.ones_like(by_x), n)
         floor = line.magnitude * self.size
         floor = _ROUNDING * floor.clamp(min=self._largest(by_x)) / self.size
-        dense = _Evidence(line, by_x, floor, self.ours.place)
+        dense = _Evidence(line, by_x, floor, self.ours.place, self._largest(by_x))
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
         if found.verdict != "cannot tell":
             return self._counted(found, n)
@@ -764,7 +779,7 @@ def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
 def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tuple[Finding, Tensor]:
     """The verdict on one line, and the cells at which it cannot tell."""
     line, computed = piece.line, piece.computed
-    small = computed.abs() <= piece.floor
+    small = computed.abs() <= piece.floor + piece.reordered
     right = flat = fades = torch.zeros_like(small)
     derivative = torch.zeros_like(computed)
     if not small.all() or not line.plateau().flat.all():
@@ -777,9 +792,13 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
         error = torch.where(small & flat, 0.0, _relative(computed, derivative))
         return _finding("right", piece, derivative, error, int(error.argmax())), right.nonzero()[:0]
     found = line.slopes(many, rtol)
-    floor = line.unit / EPS * piece.floor
+    unit = line.precision.unit()
+    single = unit > EPS
+    floor = unit / EPS * piece.floor if single else piece.floor + piece.reordered
     is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
-    certain, agrees = _compared(computed, found, rtol, floor if line.unit > EPS else None)
+    certain, agrees = _compared(
+        computed, found, rtol, _ULPS * unit * piece.largest if single else None
+    )
     known = found.uncertainty.isfinite() & ~found.kinked
     right = right | (known & (agrees | is_zero))
     # Both are 0 to within rounding.
@@ -788,7 +807,7 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     wrong = known & certain & ~right & ~nothing
     wrong |= known & ~computed.isfinite() & (found.zero >= 0)
     # A step of a staircase is flat, too, and may end in a jump.
-    if line.unit == EPS and not (right | wrong | tiny).all():
+    if not single and not (right | wrong | tiny).all():
         flat, fades = line.plateau()  # where the derivative is 0, and the computed one is not
         wrong |= flat & ~tiny & ~right
         found = found._replace(derivative=torch.where(flat, 0.0, found.derivative))
@@ -804,7 +823,7 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
 
 
 def _compared(
-    computed: Tensor, found: Slopes, rtol: float, rounding: Tensor | None
+    computed: Tensor, found: Slopes, rtol: float, rounding: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Where a derivative certainly differs from the numerical one, and where it agrees with it.
 

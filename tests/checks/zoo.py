@@ -895,6 +895,38 @@ wrong(
     wide,
 )
 wrong("float32: straight through", single(torch.round), lambda ctx, z, u: u)
+wrong(
+    "float32: jvp off by 1e-3",
+    single(torch.sin),
+    lambda ctx, z, u: u * z.cos(),
+    jvp=lambda z, dz: dz * z.cos() * (1 + 1e-3),
+)
+wrong(
+    "float32: a mask alone, off by 1e-4",
+    lambda z: z.sin() * (z.float() > 0),
+    lambda ctx, z, u: u * z.cos() * (z > 0) * (1 + 1e-4),
+    lambda n, g: positive(n, g),
+)
+wrong(
+    "float32: softmax as if elements were independent",
+    single(lambda z: z.softmax(0)),
+    lambda ctx, z, u: u * z.softmax(0) * (1 - z.softmax(0)),
+    lambda n, g: normal(n + 1, g),
+)
+add("float32: max", single(torch.max), spaced, right=True)
+add("float32: hardtanh away from its kinks", single(F.hardtanh), away(-1, 1), right=True)
+add(
+    "float32: half of the output",
+    lambda x: torch.cat([x.sin(), x.float().cos().double()]),
+    right=True,
+)
+add("float32: 1/x", single(torch.reciprocal), right=True)
+wrong(
+    "float32: 0 on a step of the staircase",
+    single(torch.sigmoid),
+    lambda ctx, z, u: u * torch.where(z.abs() < 9, prime(z), 0 * z),
+    lambda n, g: 9.5 + torch.rand(n, generator=g, dtype=torch.float64),
+)
 
 
 # ------------------------------------------------------------------------ what a third hunt tried
