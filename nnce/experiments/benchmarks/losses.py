@@ -110,7 +110,7 @@ class _Case:
         options = self._options()
         if peer == TIMM:
             try:
-                from timm.loss import BinaryCrossEntropy
+                from timm.loss.binary_cross_entropy import BinaryCrossEntropy
             except ImportError:
                 return None
             forward = partial(BinaryCrossEntropy(smoothing=0), z, y)
