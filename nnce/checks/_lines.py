@@ -20,7 +20,7 @@ _GRID = tuple(4.0**k for k in range(-8, 4))
 # What does not move at these steps up and down moves nowhere.
 _SPARSE_GRID = {1.0: (61.7, 2.0**-9), -1.0: (61.7, 4.3)}
 # An edge is located to this share of x; beyond it is a little further.
-_EDGE, _BEYOND = 2.0**-32, 2.0**-20
+_EDGE, _BEYOND, _FAR_BEYOND = 2.0**-32, 2.0**-20, 2.0**-14
 # In a lower precision, it is located to this many units in the last place.
 _EDGE_UNITS, _BEYOND_UNITS = 16, 2.0**17
 # Near 0 these are shares of this much.
@@ -272,11 +272,15 @@ class Line:
         unit = unit if exact else _SCATTER * unit
         continuous = moved <= _FEW
         kink = further >= torch.where(continuous, _MANY, _STEEP * moved)
-        if unit > EPS:  # the next steps of a staircase are as long as this one
-            kink &= further >= _STEEP * (past / outside - 1)
-            kink &= further >= _STEEP
+        # The next steps of a staircase are as long as this one.
+        if unit > EPS:
+            kink &= further >= _STEEP * torch.clamp(past / outside - 1, min=1.0)
+        else:  # where two parabolas meet, values begin to move slowly
+            past = outside + outside.sign() * _FAR_BEYOND * self._scale(outside)
+            far = self._amount(past, exact)
+            kink |= continuous & (far >= _MANY + _STEEP * (past / outside - 1))
         jump = moved * unit >= COARSEST_JUMP
-        return kink | jump, continuous & (further < _MANY)
+        return kink | jump, continuous & (further < _MANY) & ~kink
 
     def _bisect(self, inside: Tensor, outside: Tensor, edge: float, exact: bool) -> Tensor:
         """The first step at which a value has moved, to a share of x."""

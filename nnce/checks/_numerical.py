@@ -62,6 +62,9 @@ class Slopes(NamedTuple):
     """Where those two differ however small the step."""
     zero: Tensor
     """Derivatives up to this size are 0 to within rounding; −1 where the values do not show it."""
+    nothing: Tensor
+    """An uncertainty of up to this is nothing next to the slopes nearby, which shrink towards x as
+    a power of the distance does; in saturation they shrink exponentially."""
     nearby: Tensor
     """The larger one-sided slope at a quarter of the size of x."""
 
@@ -120,13 +123,15 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
     below = at_best((ladder.rise_down / ladder.down)[1:])
     above = at_best((ladder.rise_up / ladder.up)[1:])
     steep = torch.maximum(above.abs(), below.abs())
+    nothing = _nothing(ladder)
     return Slopes(
         derivative=torch.where(known, at_best(estimates.slope), math.nan),
         uncertainty=best,
         below=below,
         above=above,
         kinked=known & _kinked(estimates.kink, noise, row, rtol * steep),
-        zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best, unit), -1.0),
+        zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best, nothing, unit), -1.0),
+        nothing=nothing,
         nearby=_steepness(ladder)[_FAR].nan_to_num(0.0, 0.0, 0.0),
     )
 
@@ -203,20 +208,26 @@ def _steepness(ladder: Ladder) -> Tensor:
     return torch.maximum((ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs())
 
 
-def _zero(ladder: Ladder, estimate: Tensor, uncertainty: Tensor, unit: float) -> Tensor:
-    """Up to what size a derivative is 0 to within rounding; −1 where it is not seen to be 0.
-
-    Either f(x + h) − f(x − h) is 0 at every step, or the derivative is nothing next to the slopes
-    nearby, which shrink towards x as a power of the distance does. In saturation they shrink
-    exponentially.
-    """
-    rise = ladder.rise_up + ladder.rise_down
-    even = (rise.abs() <= VALUE_ULPS * unit * ladder.size) | ~ladder.taken
+def _nothing(ladder: Ladder) -> Tensor:
+    """What is nothing next to the slopes nearby; 0 where those may be of saturation."""
     steep = _steepness(ladder)
     near, far = steep[_NEAR], steep[_FAR]
     distance = float(ladder.step[_FAR] / ladder.step[_NEAR])
     as_a_power = (near > 0) & (far <= distance**_STEEPEST_POWER * near)
-    nothing = estimate.abs() + uncertainty <= NOTHING * near
+    return torch.where(as_a_power, NOTHING * near, 0.0).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _zero(
+    ladder: Ladder, estimate: Tensor, uncertainty: Tensor, nothing: Tensor, unit: float
+) -> Tensor:
+    """Up to what size a derivative is 0 to within rounding; −1 where it is not seen to be 0.
+
+    Either f(x + h) − f(x − h) is 0 at every step, or the derivative is nothing next to the slopes
+    nearby.
+    """
+    rise = ladder.rise_up + ladder.rise_down
+    even = (rise.abs() <= VALUE_ULPS * unit * ladder.size) | ~ladder.taken
     moves = (ladder.size > 0).any(0) & ladder.taken.any(0)
-    is_zero = (even.all(0) & moves) | (nothing & as_a_power)
-    return torch.where(is_zero, (NOTHING * near).nan_to_num(0.0, 0.0, 0.0), -1.0)
+    is_zero = (even.all(0) & moves) | ((nothing > 0) & (estimate.abs() + uncertainty <= nothing))
+    size = NOTHING * _steepness(ladder)[_NEAR].nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(is_zero, size, -1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
 from nnce.checks._lines import Direction, Line, Precision
-from nnce.checks._numerical import EPS, NOTHING, Slopes
+from nnce.checks._numerical import EPS, Slopes
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
 from nnce.checks._variations import Setting, Variation, variations
@@ -827,8 +827,8 @@ def _compared(
 ) -> tuple[Tensor, Tensor]:
     """Where a derivative certainly differs from the numerical one, and where it agrees with it.
 
-    Next to a zero of the derivative it is enough that three digits are certain, and that the others
-    are nothing next to the slopes nearby. Of a function in lower precision, `rounding` is what that
+    Next to a zero of the derivative it is enough that what is uncertain is nothing next to the
+    slopes nearby. Of a function in lower precision, `rounding` is what that
     adds to the computed derivative. The numerical one then has fewer digits; it is enough that two
     of them are certain, at the size of the slopes nearby.
     """
@@ -838,7 +838,7 @@ def _compared(
     agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size)
     certain = found.uncertainty <= _CERTAIN * size
     bound = 2 * found.uncertainty + rtol * size
-    enough = certain & (found.uncertainty <= NOTHING * found.nearby)
+    enough = found.uncertainty <= found.nothing
     if rounding is not None:
         bound = bound + rounding
         enough |= found.uncertainty <= _ROUGHLY * torch.maximum(size, found.nearby)
