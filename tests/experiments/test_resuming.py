@@ -604,7 +604,7 @@ def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_p
         place = tmp_path / f"disk-{number}"
         disk = small_disk(place, chance.randrange(20_000, 500_000)) if number % 2 else None
         run_dir = place / "run"
-        change = "" if disk else full_after(chance.randrange(1, 20))
+        change = "" if disk else full_after(chance.randrange(1, 40))
         try:
             process = command(name, *options, "--run-dir", str(run_dir), change=change)
             done = subprocess.run(process, capture_output=True, text=True, timeout=120)
@@ -635,7 +635,7 @@ def test_a_lost_permission_is_one_sentence(tmp_path):
     """In the midst of a run; what was finished stays."""
     from test_command_line import command
 
-    change = full_after(12).replace("ENOSPC", "EACCES").replace("No space left on device", "denied")
+    change = full_after(30).replace("ENOSPC", "EACCES").replace("No space left on device", "denied")
     run_dir = tmp_path / "run"
     process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
     done = subprocess.run(process, capture_output=True, text=True, timeout=120)
