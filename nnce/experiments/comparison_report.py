@@ -153,7 +153,7 @@ def _difference(difference: Difference) -> str:
 
 
 def answer(findings: Findings) -> str:
-    """What the choice of loss does, in one or two lines."""
+    """Say in one or two sentences what difference the loss makes."""
     best, epochs = findings.best_lrs, findings.summaries[0].epochs
     if len(best) < len(LOSSES):
         diverged = " and ".join(loss for loss in LOSSES if loss not in best)

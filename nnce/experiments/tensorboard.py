@@ -179,7 +179,7 @@ def options_table(config: Mapping[str, object]) -> str:
 
 
 class Monitor:
-    """Writes what there is to see of one variant into its directory, the curves as they come.
+    """Writes curves, histograms and images of one variant into its directory.
 
     What belongs to the end is in another file, which is deleted when a run is resumed.
 

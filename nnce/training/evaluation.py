@@ -18,7 +18,7 @@ from nnce.monitoring.saturation import LayerFigures, layer_figures
 
 # Validation examples from which the figures of the layers are computed.
 _LAYER_EXAMPLES = 1_000
-# Examples evaluated at once, and the numbers of the widest layer of so many networks that they fit
+# Examples evaluated at once, and outputs of the widest layer, over all networks of a part, that fit
 # the cache of a CPU core, or fill a GPU.
 _EXAMPLES = 1_024
 _NUMBERS = {True: 2**18, False: 2**26}

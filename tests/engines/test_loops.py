@@ -305,7 +305,7 @@ def in_a_process(code, begin=ONE_NETWORK, **environment):
     return done.stdout.split()
 
 
-@pytest.mark.slow  # everything is compiled anew
+@pytest.mark.slow  # compiles everything again
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_during_compilation_is_answered_when_that_ends_and_never_lost(tmp_path):
     """No step has been taken then, and training can go on."""

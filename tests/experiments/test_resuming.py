@@ -204,7 +204,7 @@ def outcome_without_command(run_dir):
 
 
 def test_more_epochs_may_be_asked_for(begun, train, tmp_path):
-    """And again what is finished: the same."""
+    """Asking again for a finished run changes nothing."""
     alone, run_dir = tmp_path / "alone", begun / "train"
     assert train.main([*TRAIN, "--epochs", "5", "--run-dir", str(alone)]) == 0
     expected = outcome_without_command(alone)
@@ -215,7 +215,7 @@ def test_more_epochs_may_be_asked_for(begun, train, tmp_path):
 
 @pytest.mark.slow
 def test_a_comparison_of_more_epochs_chooses_its_controls_anew(begun, compare, tmp_path):
-    """What it had logged of the old ones goes."""
+    """Curves of the old controls are deleted."""
     alone, run_dir = tmp_path / "alone", begun / "compare"
     assert compare.main([*COMPARE, "--epochs", "5", "--run-dir", str(alone)]) == 0
     (run_dir / "all-rates" / "quadratic-lr99-autograd").mkdir()

@@ -15,7 +15,7 @@ import nnce
 FOLDER = ROOT / "scripts" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
 PAGE = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
-# What each recipe's sentences must say.
+# The sentences that each recipe prints.
 SENTENCES = {
     "lightning_digits": r"accuracy 9\d\.\d% after 6 epochs; .* are bit for bit the same\.",
     "open_clip_pairs": r"at most \de-0[6-9] .*\n.*: \d\d? MB with nnce, 1,\d{3} MB with",
