@@ -14,14 +14,16 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nnce.experiments import command_line, report
+from nnce.experiments import command_line, pages, report
 from nnce.experiments.benchmarks import checks, labels, losses, networks
 from nnce.experiments.command_line import ArgumentParser
 
+_RUNS = Path(__file__).resolve().parents[1] / "runs"
 BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks": checks}
 
 
@@ -37,6 +39,9 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
+    parser.add_argument(
+        "--page", action="store_true", help="write runs/benchmarks.md from its JSON, and end"
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
     parser.add_run_directory_options()
     parser.add_speed_options()
@@ -47,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a peer's results differ from nnce's."""
     options_parser = parser()
     options = options_parser.parse_args(arguments)
+    if options.page:
+        pages.write_benchmarks(_RUNS, {name: str(m.__doc__) for name, m in BENCHMARKS.items()})
+        return 0
     began = time.perf_counter()
     with options_parser.user_errors():
         device = command_line.device(options.device)

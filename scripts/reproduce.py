@@ -21,6 +21,7 @@ from nnce.experiments import (
     command_line,
     comparison,
     figures,
+    pages,
     published,
     report,
     reproduction,
@@ -32,6 +33,8 @@ from nnce.experiments.reproduction import Attempt, Outcome, Spread, but_for_defa
 from nnce.experiments.tensorboard import Monitor
 from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
+
+_RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 
 def parser() -> ArgumentParser:
@@ -46,6 +49,9 @@ def parser() -> ArgumentParser:
     parser.add_argument("--max-epochs", type=int, help=limit)
     parser.add_train_size_option()
     parser.add_speed_options()
+    parser.add_argument(
+        "--page", action="store_true", help="write runs/reproduced/README.md from its JSON, and end"
+    )
     resuming.add_options(parser)
     parser.set_defaults(checkpoint_every="60s")
     return parser
@@ -56,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser()
     start = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
     options = start.options
+    if options.page:
+        pages.write_reproduced(_RUNS)
+        return 0
     if options.table is None:
         print("\n\n".join(map(listing, TABLES)))
         return 0
@@ -284,24 +293,11 @@ def verdict(table: Table, row: Row, ours: Spread) -> str:
 
 def answer(work: Work) -> str:
     """How many of the published figures are reproduced, and which are not."""
-    rows = [row for row in work.rows if row.name in work.outcomes]
-    verdicts: dict[str, list[str]] = {}
-    for told in (closing_row(work, row) for row in rows):
-        verdicts.setdefault(str(told["verdict"]), []).append(str(told["row"]))
-    figures_of = [name for verdict, names in verdicts.items() if verdict for name in names]
-    if not figures_of:
-        why = "nothing published" if work.compares else "not the published protocol or data"
-        return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {why}."
-    sentence = (
-        f"{len(verdicts.get('within', []))} of {len(figures_of)} published figures are within the "
-        f"range of our starts"
-    )
-    others = [
-        f"{verdict} in {', '.join(names)}"
-        for verdict, names in verdicts.items()
-        if verdict.startswith("ours")
-    ]
-    return "; ".join([sentence, *others]) + "."
+    rows = [closing_row(work, row) for row in work.rows if row.name in work.outcomes]
+    if any(row["verdict"] for row in rows):
+        return reproduction.summary(rows)
+    why = "nothing published" if work.compares else "not the published protocol or data"
+    return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {why}."
 
 
 def page(work: Work, command: str) -> str:

@@ -5,10 +5,13 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,6 +93,8 @@ def write_results(
     content = {
         "config": config,
         "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
@@ -127,6 +132,15 @@ def _commit(root: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):  # git is not installed, or hangs
         return None
     return done.stdout.strip() or None
+
+
+def machine() -> str:
+    """The number of processors, their name and their vector instructions."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux has the name here only
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else name
+    return f"{os.cpu_count()} × {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def device_name(device: torch.device) -> str:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from nnce import _memory, data, training
+from nnce.data import Distortion
 from nnce.experiments import comparison, estimates
 from nnce.experiments.comparison import InTurn, Run, SideBySide
 from nnce.experiments.published import Row, Table
 from nnce.modules import MLP
 from nnce.training import Settings
-from nnce.training.schedules import CONSTANT
+from nnce.training.schedules import CONSTANT, Schedule
 
 
 def protocol(row: Row, *, epochs: int | None = None) -> Settings:
@@ -226,6 +227,19 @@ class Outcome:
             )
 
 
+def summary(rows: Sequence[Mapping[str, object]]) -> str:
+    """How many published figures are reproduced, and which are not; by the rows' "verdict"."""
+    verdicts: dict[str, list[str]] = {}
+    for row in rows:
+        if row["verdict"]:
+            verdicts.setdefault(str(row["verdict"]), []).append(str(row["row"]))
+    total = sum(map(len, verdicts.values()))
+    within = len(verdicts.pop("within", []))
+    sentence = f"{within} of {total} published figures are within the range of our starts"
+    others = [f"{verdict} in {', '.join(names)}" for verdict, names in verdicts.items()]
+    return "; ".join([sentence, *others]) + "."
+
+
 def percent(table: Table, accuracy: float) -> float:
     """An accuracy in [0, 1] as the table has it."""
     return 100 * (accuracy if table.measure == "accuracy" else 1 - accuracy)
@@ -253,10 +267,19 @@ def in_words(settings: Settings, features: int, classes: int) -> str:
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         f"dropout {settings.dropout:g}" if settings.dropout else "",
         f"input dropout {settings.input_dropout:g}" if settings.input_dropout else "",
-        "" if settings.schedule == CONSTANT else but_for_defaults(settings.schedule),
-        but_for_defaults(settings.distortion) if settings.distortion else "",
+        "" if settings.schedule == CONSTANT else _options(settings.schedule),
+        _options(settings.distortion) if settings.distortion else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _options(value: Schedule | Distortion) -> str:
+    """Name the fields that are not at their defaults: "cosine, warmup 5", "rotation 10"."""
+    return ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(value, field.name)}".removeprefix("kind ")
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    )
 
 
 def but_for_defaults(value: object) -> str:
