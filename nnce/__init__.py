@@ -65,7 +65,7 @@ __all__ = [
     "watch",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Objects pickled by nnce 0.1 name this module.
 sys.modules[f"{__name__}.positives"] = positives
