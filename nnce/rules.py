@@ -11,7 +11,7 @@ checked; `nnce.functional` does that. The letters are those of the notes:
 Sums over components and means over a mini-batch are not here: rules 2 and 3 return one value per
 component, and rule 6 sums over the examples it is given.
 
-Where 1 − a would lose its digits, σ(−z) replaces it: they are equal, and σ(−z) does not round to 0.
+Where 1 − a would lose its digits, σ(−z) stands for it: they are equal, and it does not round to 0.
 """
 
 from collections.abc import Callable
