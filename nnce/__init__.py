@@ -1,7 +1,17 @@
 """Backpropagation derived by hand for networks of sigmoid neurons, as PyTorch Functions.
 
-Two losses, the quadratic one and the cross-entropy. The equations are in `nnce.rules`; "Package
-layout" in README.md, next to this file, lists the rest. All but `experiments/` needs torch alone.
+Two losses, the quadratic one and the cross-entropy. Public modules:
+
+- `nnce.rules`: equations 1 to 8 of the notes, and `nnce.losses`, the losses as a table of them
+- `nnce.functional` and `nnce.modules`: the rules as autograd Functions, functions and modules
+- `nnce.algorithm`: backpropagation without autograd, one whole pass
+- `nnce.labels`: losses over very many labels
+- `nnce.data` and `nnce.training`: data sets as tensors, and training by any engine
+- `nnce.checks` and `nnce.monitoring`: the reports of `check_gradients`, `check_composability` and
+  `watch`
+
+The names below are also public here. Examples assume `import torch, nnce`. All but `experiments/`
+needs torch alone; "Package layout" in README.md, next to this file, lists every file.
 """
 
 import sys
@@ -55,7 +65,7 @@ __all__ = [
     "watch",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Objects pickled by nnce 0.1 name this module.
 sys.modules[f"{__name__}.positives"] = positives

@@ -23,17 +23,28 @@ __all__ = [
 
 
 class Hyperparameters(NamedTuple):
-    """What may differ from network to network, in the words of `torch.optim.SGD`."""
+    """Hyperparameters of one network, named as in `torch.optim.SGD`.
+
+    >>> nnce.Hyperparameters("quadratic", lr=3.0)
+    Hyperparameters(loss='quadratic', lr=3.0, momentum=0.0, weight_decay=0.0)
+    """
 
     loss: Loss
+    """Loss that is minimized."""
     lr: float
+    """Learning rate η, above 0."""
     momentum: float = 0.0
+    """Momentum μ, in [0, 1)."""
     weight_decay: float = 0.0
     """λ / n_train, for weights only."""
 
 
 class Pass(NamedTuple):
-    """What one pass computes; lists go from the first layer with weights to the last."""
+    """The tensors of one pass; lists run from the first layer with weights to the last.
+
+    >>> nnce.algorithm.Pass._fields
+    ('z', 'a', 'dz', 'gradients')
+    """
 
     z: list[Tensor]
     """Weighted inputs, [n, neurons] each."""
@@ -52,7 +63,10 @@ def backprop(
     *,
     loss: Loss = "cross-entropy",
 ) -> Pass:
-    """One pass of the revised backpropagation algorithm, without autograd.
+    """One pass of the revised backpropagation algorithm (equations 1 and 4 to 8), without autograd.
+
+    Forward z = W a_prev + b, a = σ(z); dC/dz of the last layer by (4) or (5), of each hidden layer
+    by (7) and (8); dC/dW and dC/db by (6).
 
     Args:
         network: an `nnce.MLP`, or the layers as pairs (W [n_out, n_in], b [n_out] or None).
@@ -66,8 +80,13 @@ def backprop(
 
     Raises:
         ValueError: the loss is unknown, there is no layer, the layers, x and y do not fit or lie on
-            different devices, or the MLP is reparametrised or pruned.
+            different devices, or the MLP is reparametrized or pruned.
         TypeError: the network is neither, or not all are tensors of one floating-point dtype.
+
+    >>> W, b = torch.zeros(1, 2), torch.zeros(1)
+    >>> done = nnce.backprop([(W, b)], torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]]))
+    >>> done.a, done.gradients["0.weight"]
+    ([tensor([[0.5000]])], tensor([[-0.5000, -1.0000]]))
     """
     check_loss(loss)
     layers = _layers(network)
@@ -113,7 +132,10 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
 def deltas(
     layers: Sequence[tuple[Tensor, Tensor | None]], x: Tensor, y: Tensor, loss: Loss
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """z, a and dC/dz of every layer, without the gradients; arguments unchecked.
+    """z, a and dC/dz of every layer by equations 1, 4, 5, 7 and 8, without the gradients.
+
+    z = W a_prev + b, a = σ(z); the last dC/dz by (4) or (5), the others by (7) and (8). The
+    arguments are not checked.
 
     Args:
         layers: pairs (W [n_out, n_in], b [n_out] or None).
@@ -123,6 +145,10 @@ def deltas(
 
     Returns:
         As in a `Pass`, each a list from the first layer with weights to the last.
+
+    >>> layers = [(torch.zeros(1, 2), None)]
+    >>> nnce.algorithm.deltas(layers, torch.ones(1, 2), torch.ones(1, 1), "quadratic")
+    ([tensor([[0.]])], [tensor([[0.5000]])], [tensor([[-0.1250]])])
     """
     # Forward.
     z: list[Tensor] = []

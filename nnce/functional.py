@@ -59,6 +59,11 @@ __all__ = [
 
 
 Reduction = Literal["none", "sum", "mean", "batchmean"]
+"""How the values of the components become a loss.
+
+>>> nnce.functional.Reduction.__args__
+('none', 'sum', 'mean', 'batchmean')
+"""
 
 # ------------------------------------------------------------------------------- the Functions
 
@@ -81,7 +86,17 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @_with_signature
 class LinearFunction(Function):
-    """Equation 1 forward, equations 6 and 7 backward."""
+    """Equation 1 forward, equations 6 and 7 backward.
+
+    z = W a_prev + b for a_prev [..., n_in], W [n_out, n_in], b [n_out] or None -> z [..., n_out];
+    dC/dW = dC/dz a_prevᵀ, dC/db = dC/dz and dC/da_prev = Wᵀ dC/dz. Arguments are not checked:
+    `linear` does that.
+
+    >>> a_prev, W = torch.ones(1, 2), torch.tensor([[3.0, 4.0]], requires_grad=True)
+    >>> nnce.functional.LinearFunction.apply(a_prev, W, None).backward(torch.tensor([[2.0]]))
+    >>> W.grad
+    tensor([[2., 2.]])
+    """
 
     generate_vmap_rule = True
 
@@ -112,7 +127,15 @@ class LinearFunction(Function):
 
 @_with_signature
 class SigmoidFunction(Function):
-    """Equation 1 forward, equation 8 backward, from z."""
+    """Equation 1 forward, equation 8 backward, from z.
+
+    a = σ(z) and dC/dz = dC/da ∘ σ'(z), of z's shape. Arguments are not checked: `sigmoid` does.
+
+    >>> z = torch.tensor([0.0, 40.0], requires_grad=True)
+    >>> nnce.functional.SigmoidFunction.apply(z).sum().backward()
+    >>> z.grad
+    tensor([2.5000e-01, 4.2484e-18])
+    """
 
     generate_vmap_rule = True
 
@@ -134,7 +157,16 @@ class SigmoidFunction(Function):
 
 @_with_signature
 class SigmoidQuadraticFunction(Function):
-    """Equation 2 forward, equation 4 backward, per component."""
+    """Equation 2 forward, equation 4 backward, per component.
+
+    C = ½ (σ(z) − y)² and dC/dz = (a − y) ∘ σ'(z); z, y and C of one shape. Arguments are not
+    checked: `sigmoid_quadratic` does.
+
+    >>> z = torch.tensor([0.0], requires_grad=True)
+    >>> nnce.functional.SigmoidQuadraticFunction.apply(z, torch.ones(1)).backward()
+    >>> z.grad
+    tensor([-0.1250])
+    """
 
     generate_vmap_rule = True
 
@@ -159,7 +191,16 @@ class SigmoidQuadraticFunction(Function):
 
 @_with_signature
 class SigmoidCrossEntropyFunction(Function):
-    """Equation 3 forward, equation 5 backward, per component."""
+    """Equation 3 forward, equation 5 backward, per component.
+
+    C = −[y ln σ(z) + (1−y) ln(1 − σ(z))] and dC/dz = a − y; z, y, pos_weight (or None) and C of one
+    shape. Arguments are not checked: `sigmoid_cross_entropy` does.
+
+    >>> z = torch.tensor([0.0], requires_grad=True)
+    >>> nnce.functional.SigmoidCrossEntropyFunction.apply(z, torch.ones(1), None).backward()
+    >>> z.grad
+    tensor([-0.5000])
+    """
 
     generate_vmap_rule = True
 
@@ -460,8 +501,11 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         z, [..., n_out].
 
     Raises:
-        TypeError: an argument is no tensor, is not floating-point, or the dtypes differ.
-        ValueError: shapes or devices do not fit.
+        TypeError: an argument is not a tensor or not floating-point, or the dtypes differ.
+        ValueError: shapes or devices do not match.
+
+    >>> nnce.linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
+    tensor([[11.5000]])
     """
     if is_plain(a_prev, W, optional=(b,)) and _fits_linear(a_prev, W, b):
         return cast(Tensor, _apply_linear(a_prev, W, b))
@@ -502,8 +546,8 @@ def _fits_linear(a_prev: Tensor, W: Tensor, b: Tensor | None) -> bool:
 def sigmoid(z: Tensor) -> Tensor:
     """a = σ(z) = 1 / (1 + e^(−z)) (equation 1), differentiated by equation 8 from z.
 
-    The derivative is σ(z) σ(−z), which does not vanish where a rounds to 1 as a (1−a) does, and so
-    are all the higher ones.
+    The derivative is computed as σ(z) σ(−z), which unlike a (1−a) does not vanish where a rounds to
+    1; the same is true of higher derivatives.
 
     Args:
         z: any shape, floating-point.
@@ -512,7 +556,11 @@ def sigmoid(z: Tensor) -> Tensor:
         a in [0, 1], z's shape.
 
     Raises:
-        TypeError: z is no tensor or not floating-point.
+        TypeError: z is not a tensor or not floating-point.
+
+    >>> z = torch.tensor([0.0, 40.0], requires_grad=True)
+    >>> torch.autograd.grad(nnce.sigmoid(z).sum(), z)  # PyTorch: 0 for the second one
+    (tensor([2.5000e-01, 4.2484e-18]),)
     """
     if is_plain(z) and z.dtype.is_floating_point:
         return cast(Tensor, _apply_sigmoid(z))
@@ -531,24 +579,29 @@ def sigmoid_quadratic(
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
-        y: targets in [0, 1], of z's shape and device, in z's dtype; or whole numbers or booleans, 0
-            and 1, by which there is no gradient. (Values are not looked at here; `nnce.data.check`
-            does.)
-        ignore_index: a target other than 0 and 1, −100 say, that says: no loss here and no
-            gradient, whatever z is, NaN and infinities included; and it does not count for a mean.
+        y: targets in [0, 1], of z's shape and device, in z's dtype; or integers or booleans, 0 and
+            1, with respect to which there is no gradient. Values are not checked here;
+            `nnce.data.check` does that.
+        ignore_index: a target other than 0 and 1, such as −100: components with this target
+            contribute neither loss nor gradient, whatever z is, NaN and infinities included, and
+            are not counted in a mean.
         reduction: "none" for one value per component; "sum" over all of them; "mean" over all that
-            count, as PyTorch means it; "batchmean", the notes' C: the sum over the components
-            averaged over the examples that have one that counts, of all in the product of all
-            dimensions but the last (1 for a one-dimensional z). The sum of nothing is 0, and its
-            means are NaN.
+            count, PyTorch's mean; "batchmean", the notes' C: the sum over the components, averaged
+            over the examples that have a component that counts. The number of examples is the
+            product of all dimensions but the last (1 for a one-dimensional z). The sum of no
+            components is 0, and its means are NaN.
 
     Returns:
-        C: z's shape for "none", else one number, at least 0.
+        C, at least 0: z's shape for "none", else a scalar.
 
     Raises:
-        TypeError: z or y is no tensor, z is not floating-point, y is in another floating-point
-            dtype, or ignore_index is no whole number.
+        TypeError: z or y is not a tensor, z is not floating-point, y has a different floating-point
+            dtype, or ignore_index is not an integer.
         ValueError: shapes or devices differ, the reduction is unknown, or ignore_index is 0 or 1.
+
+    >>> z, y = torch.zeros(2, 3), torch.ones(2, 3)
+    >>> nnce.sigmoid_quadratic(z, y), nnce.sigmoid_quadratic(z, y, reduction="mean")
+    (tensor(0.3750), tensor(0.1250))
     """
     _, ignore_index = _python_numbers(0, ignore_index)
     settings = _Settings("quadratic", reduction, 0, ignore_index)
@@ -573,34 +626,39 @@ def sigmoid_cross_entropy(
     """The cross-entropy of σ(z): C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (equation 3).
 
     Differentiated by equation 5, dC/dz = σ(z) − y, computed as (1−y) σ(z) − y σ(−z), which for y of
-    0 or 1 keeps its relative precision where σ(z) − y rounds to 0. For y strictly between, its
-    error is some units in the last place of the two terms, which cancel where σ(z) comes near y,
-    and the least value of C is not 0 but the entropy of y.
+    0 or 1 keeps its relative precision where σ(z) − y rounds to 0. For y strictly between, the
+    error is a few units in the last place of the two terms, which cancel where σ(z) is close to y,
+    and the smallest value of C is not 0 but the entropy of y.
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets, as for `sigmoid_quadratic`.
-        weight: multiplies C component by component; of a shape that broadcasts to z's. What has
-            weight 0 costs nothing and pulls at nothing, at an infinite z as well.
-        pos_weight: multiplies the term of y, so that positive targets count so much more than
+        weight: multiplies C component by component; of a shape that broadcasts to z's. Components
+            with weight 0 contribute neither loss nor gradient, at an infinite z as well.
+        pos_weight: multiplies the term of y, so that positive targets count this much more than
             negative ones; of a shape that broadcasts to z's, [components] for one each.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2, as for two classes in
             `torch.nn.CrossEntropyLoss`. C is linear in y, so it is (1−s) C + s C(½), and dC/dz does
             not lose the digits that 1 − y would.
         ignore_index: as for `sigmoid_quadratic`.
-        reduction: as for `sigmoid_quadratic`; weights multiply, and do not count for a mean. With
-            "mean", all of this means what it means for
+        reduction: as for `sigmoid_quadratic`; weights multiply, and do not change the divisor of a
+            mean. With "mean", weights and options mean the same as in
             `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Returns:
-        C: z's shape for "none", else one number; at least 0 for y in [0, 1] and weights of at
-            least 0, which is not looked at.
+        C: z's shape for "none", else a scalar; at least 0 for y in [0, 1] and weights of at least
+            0, which is not checked.
 
     Raises:
-        TypeError: z or y is no tensor, z is not floating-point, a floating-point dtype is another,
-            label_smoothing is no number, or ignore_index is no whole number.
-        ValueError: shapes or devices do not fit, the reduction is unknown, label_smoothing is not
+        TypeError: z or y is not a tensor, z is not floating-point, floating-point dtypes differ,
+            label_smoothing is not a number, or ignore_index is not an integer.
+        ValueError: shapes or devices do not match, the reduction is unknown, label_smoothing is not
             in [0, 1), or ignore_index is 0 or 1.
+
+    >>> z = torch.tensor([[2.0, -40.0]], requires_grad=True)
+    >>> nnce.sigmoid_cross_entropy(z, torch.tensor([[1, 0]])).backward()
+    >>> z.grad
+    tensor([[-1.1920e-01,  4.2484e-18]])
     """
     label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
@@ -630,9 +688,10 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
 ) -> Tensor:
     """`torch.nn.functional.binary_cross_entropy_with_logits`, by equations 3 and 5.
 
-    It takes what PyTorch's function takes and returns C in the same dtype, the target's, but
-    computes it in float32 at least. It is exact where PyTorch's is not: C is 0 at z = ∞ with y = 1,
-    where PyTorch's is NaN, and a mean of float16 is finite though the sum is not.
+    C = −[y ln σ(z) + (1−y) ln(1 − σ(z))] and dC/dz = σ(z) − y. It accepts the arguments of
+    PyTorch's function and returns C in the same dtype, the target's, but computes it in float32 at
+    least. It is exact where PyTorch's is not: C is 0 at z = ∞ with y = 1, where PyTorch's is NaN,
+    and a mean of float16 is finite though the sum is not.
 
     Args:
         input: z, the logits, of any shape; floating-point.
@@ -655,6 +714,10 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
             number, or ignore_index is not an integer.
         ValueError: shapes or devices do not match, reduction is unknown, label_smoothing is not in
             [0, 1), or ignore_index is 0 or 1.
+
+    >>> z, y = torch.tensor([0.0, 9.0, 7.0]), torch.tensor([1, 1, -100])
+    >>> nnce.functional.binary_cross_entropy_with_logits(z, y, ignore_index=-100)
+    tensor(0.3466)
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -699,6 +762,11 @@ LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
     "quadratic": sigmoid_quadratic,
     "cross-entropy": sigmoid_cross_entropy,
 }
+"""The function of each loss, by its name.
+
+>>> nnce.functional.LOSS_FUNCTIONS["quadratic"] is nnce.sigmoid_quadratic
+True
+"""
 
 
 # ---------------------------------------------------------------------------------- the inside

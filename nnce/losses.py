@@ -19,10 +19,20 @@ __all__ = [
 
 
 Loss = Literal["quadratic", "cross-entropy"]
+"""Name of a loss.
+
+>>> nnce.losses.Loss.__args__
+('quadratic', 'cross-entropy')
+"""
 
 
 class LossRules(NamedTuple):
-    """The rules of one loss."""
+    """The rules of one loss.
+
+    >>> rules = nnce.losses.LOSSES["quadratic"]
+    >>> rules.dz_last(torch.tensor([0.0]), torch.tensor([1.0])), rules.has_sigmoid_prime
+    (tensor([-0.1250]), True)
+    """
 
     value: Callable[[Tensor, Tensor], Tensor]
     """C of each component, of z and y: z's shape."""
@@ -49,9 +59,22 @@ LOSSES: dict[Loss, LossRules] = {
         textbook_lr=0.5,
     ),
 }
+"""The rules of each loss: value, last delta, textbook's rate.
+
+>>> {name: rules.textbook_lr for name, rules in nnce.losses.LOSSES.items()}
+{'quadratic': 3.0, 'cross-entropy': 0.5}
+"""
 
 
 def check_loss(loss: str) -> None:
-    """Raise ValueError unless `loss` is "quadratic" or "cross-entropy"."""
+    """Raise ValueError unless `loss` is "quadratic" or "cross-entropy".
+
+    Raises:
+        ValueError: it is neither.
+
+    >>> nnce.losses.check_loss("hinge")
+    Traceback (most recent call last):
+    ValueError: expected loss 'quadratic' or 'cross-entropy', got 'hinge'
+    """
     if loss not in tuple(LOSSES):
         raise ValueError(f"expected loss {' or '.join(map(repr, LOSSES))}, got {loss!r}")

@@ -35,7 +35,17 @@ __all__ = [
 
 
 Init = Literal["scaled", "large"] | float
+"""Initialization of a layer: "scaled", "large", or a standard deviation (see `Linear`).
+
+>>> nnce.Linear(2, 1, init=0.1).init
+0.1
+"""
 INITS: tuple[str, ...] = ("scaled", "large")
+"""The initializations that have a name.
+
+>>> nnce.modules.INITS
+('scaled', 'large')
+"""
 
 
 def check_init(init: Init) -> Init:
@@ -51,9 +61,9 @@ def check_init(init: Init) -> Init:
 class Linear(nn.Linear):
     """z = W a_prev + b (equation 1), differentiated by hand (equations 6 and 7).
 
-    A `torch.nn.Linear` for whatever goes by the type; only the start is another. Both starts are
-    the textbook's, drawn on the generator's device in float64, so that a seed means the same
-    network in every dtype and on every device.
+    A subclass of `torch.nn.Linear` with a different initialization, the textbook's, drawn on the
+    generator's device in float64, so that a seed means the same network in every dtype and on every
+    device.
 
     Args:
         in_features: n_in, at least 1.
@@ -61,17 +71,21 @@ class Linear(nn.Linear):
         bias: whether there is a bias b.
         init: "scaled" for weights from N(0, 1/n_in), "large" for weights from N(0, 1); biases are
             from N(0, 1) in both. Or a number for both from N(0, init²).
-        generator: where the random numbers come from; PyTorch's global generator if None.
+        generator: source of the random numbers; None for PyTorch's global generator.
         device, dtype: of the parameters.
 
     Shape: a_prev [..., in_features] -> z [..., out_features].
 
     Raises:
-        ValueError: a size is not positive, the initialisation unknown, or the dtype not one of
-            floating-point numbers.
-        TypeError: the dtype is none.
+        ValueError: a size is not positive, the initialization is unknown, or the dtype is not a
+            floating-point dtype.
+        TypeError: dtype is not a torch.dtype.
 
     Source: M. Nielsen, Neural Networks and Deep Learning, chapters 1 and 3, `network2.py`.
+
+    >>> layer = nnce.Linear(784, 30, generator=torch.Generator().manual_seed(0))
+    >>> layer(torch.zeros(5, 784)).shape
+    torch.Size([5, 30])
     """
 
     weight: nn.Parameter
@@ -143,7 +157,13 @@ def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 class Sigmoid(nn.Sigmoid):
     """a = σ(z) (equation 1), differentiated by hand from z (equation 8). Any shape.
 
-    A `torch.nn.Sigmoid` for whatever goes by the type.
+    A subclass of `torch.nn.Sigmoid`.
+
+    Raises:
+        TypeError: z is not a tensor or not floating-point.
+
+    >>> nnce.Sigmoid()(torch.tensor([-2.0, 0.0, 2.0]))
+    tensor([0.1192, 0.5000, 0.8808])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -152,11 +172,12 @@ class Sigmoid(nn.Sigmoid):
 
 
 class MLP(nn.Sequential):
-    """A network of sigmoid neurons: `Linear`, `Sigmoid`, `Linear`, …, and z of the last layer.
+    """A network of sigmoid neurons: `Linear`, `Sigmoid`, `Linear`, …; returns z of the last layer.
 
-    The last sigmoid belongs to the loss; `nnce.functional.sigmoid(network(x))` are the activations.
-    The parameters have the names of a `torch.nn.Sequential` of `torch.nn.Linear` and
-    `torch.nn.Sigmoid`, so either one loads the other's `state_dict`.
+    a = σ(W a_prev + b) in every layer (equation 1), but the last sigmoid is part of the loss:
+    `nnce.sigmoid(network(x))` are the activations of the last layer. The parameters have the names
+    of a `torch.nn.Sequential` of `torch.nn.Linear` and `torch.nn.Sigmoid`, so either one loads the
+    other's `state_dict`.
 
     Args:
         sizes: neurons of each layer, the input first: (784, 30, 10).
@@ -166,7 +187,11 @@ class MLP(nn.Sequential):
     Shape: x [..., sizes[0]] -> z [..., sizes[-1]].
 
     Raises:
-        ValueError: fewer than two sizes, or one that is not positive.
+        ValueError: fewer than two sizes, one that is not positive, or as for `Linear`.
+
+    >>> network = nnce.MLP((784, 30, 10))
+    >>> [name for name, _ in network.named_parameters()]
+    ['0.weight', '0.bias', '2.weight', '2.bias']
     """
 
     def __init__(
@@ -248,14 +273,19 @@ class SigmoidQuadraticLoss(nn.Module):
 
     Args:
         reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
-        ignore_index: a target, −100 say, that says that a component does not count.
+        ignore_index: a target such as −100: components with this target do not count.
 
-    Shape: z and y [..., components], y in [0, 1] or ignore_index -> one number, or z's shape for
+    Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
         "none".
 
     Raises:
-        TypeError: ignore_index is no whole number.
+        TypeError: ignore_index is not an integer.
         ValueError: the reduction is unknown, or ignore_index is 0 or 1.
+
+    Source: equations 2 and 4 of the notes.
+
+    >>> nnce.SigmoidQuadraticLoss()(torch.zeros(2, 3), torch.ones(2, 3))
+    tensor(0.3750)
     """
 
     def __init__(
@@ -281,7 +311,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
 
     The default reduction averages over the examples: all dimensions but the last. For z of shape
     [N] or [N, C, H, W] that is not the mean of `torch.nn.BCEWithLogitsLoss`, but N times or W times
-    it. `BCEWithLogitsLoss` takes that one's place.
+    it. To replace that loss, use `BCEWithLogitsLoss`.
 
     Args:
         reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
@@ -289,15 +319,22 @@ class SigmoidCrossEntropyLoss(nn.Module):
         pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
             to z's, [components] for one each. Both weights are buffers, as PyTorch's are.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: a target, −100 say, that says that a component does not count.
+        ignore_index: a target such as −100: components with this target do not count.
 
-    Shape: z and y [..., components], y in [0, 1] or ignore_index -> one number, or z's shape for
+    Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
         "none".
 
     Raises:
-        TypeError: a weight is no tensor, label_smoothing no number or ignore_index no whole number.
+        TypeError: a weight is not a tensor, label_smoothing is not a number, or ignore_index is not
+            an integer.
         ValueError: the reduction is unknown, a weight is negative or NaN, label_smoothing is not in
             [0, 1), or ignore_index is 0 or 1.
+
+    Source: equations 3 and 5 of the notes.
+
+    >>> loss = nnce.SigmoidCrossEntropyLoss(pos_weight=torch.tensor([1.0, 3.0]))
+    >>> loss(torch.zeros(4, 2), torch.ones(4, 2))
+    tensor(2.7726)
     """
 
     weight: Tensor | None
@@ -344,7 +381,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """`torch.nn.BCEWithLogitsLoss`, exact: `nnce.functional.binary_cross_entropy_with_logits`.
 
-    Takes its place with its arguments, defaults, dtypes and `state_dict`.
+    A drop-in replacement with the same arguments, defaults, dtypes and `state_dict`: the mean of
+    C = −[y ln σ(z) + (1−y) ln(1 − σ(z))], with dC/dz = σ(z) − y.
 
     Args:
         weight: multiplies C; of a shape that broadcasts to z's.
@@ -359,6 +397,12 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     Raises:
         TypeError: label_smoothing is not a number, or ignore_index is not an integer.
         ValueError: label_smoothing is not in [0, 1), or ignore_index is 0 or 1.
+
+    Source: equations 3 and 5 of the notes.
+
+    >>> z, y = torch.zeros(4, 2), torch.ones(4, 2)
+    >>> nnce.BCEWithLogitsLoss()(z, y) == torch.nn.BCEWithLogitsLoss()(z, y)
+    tensor(True)
     """
 
     def __init__(

@@ -41,11 +41,20 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
     which then replaces it, so a process that is killed leaves the previous file. A symbolic link
     stays, and its target is written; an existing file keeps its mode.
 
+    Args:
+        network: an MLP.
+        path: the file to write.
+
     Raises:
-        TypeError: the network is no MLP.
-        ValueError: layers have been added to the MLP or taken out, or its parameters are not the
-            weight and the bias of each layer and nothing else: `load` would not know them.
-        OSError: the file cannot be written, or what is there is not a regular file.
+        TypeError: the network is not an MLP.
+        ValueError: layers have been added to the MLP or removed, or its parameters are not exactly
+            the weight and the bias of each layer, so that `load` could not restore them.
+        OSError: the file cannot be written, or path is not a regular file.
+
+    >>> path = tempfile.mkdtemp() + "/network.pt"
+    >>> nnce.save(nnce.MLP((2, 3, 1)), path)
+    >>> nnce.load(path).sizes
+    (2, 3, 1)
     """
     if not isinstance(network, MLP):
         raise TypeError(f"expected an nnce.MLP, got {type(network).__name__}")
@@ -71,12 +80,20 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
     claims are compared with its length before any memory is allocated.
 
     Args:
-        path: the file.
-        device: where to put the network.
+        path: the file to read.
+        device: device of the network.
+
+    Returns:
+        The network.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds something else.
+        ValueError: the file is damaged, or is not a network that nnce saved.
+
+    >>> path = tempfile.mkdtemp() + "/network.pt"
+    >>> nnce.save(nnce.MLP((2, 3, 1)), path)
+    >>> nnce.load(path)(torch.zeros(5, 2)).shape
+    torch.Size([5, 1])
     """
     with Path(path).open("rb") as file:
         length = os.fstat(file.fileno()).st_size

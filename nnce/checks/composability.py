@@ -110,6 +110,12 @@ def check_composability(
             their outputs have different shapes; the function is random, or does not depend on its
             inputs differentiably; an input is empty, sparse or on the meta device; gradients are
             disabled; there is not one of `examples` per input; or a name in `only` is unknown.
+
+    >>> z, y = torch.tensor([[0.5, -1.0]]), torch.tensor([[1.0, 0.0]])
+    >>> only = ["double backward"]
+    >>> report = nnce.check_composability(nnce.sigmoid_cross_entropy, z, y, only=only)
+    >>> report["double backward"].verdict
+    'works'
     """
     unknown = sorted(set(only or ()) - set(COLUMNS))
     if unknown:

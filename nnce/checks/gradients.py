@@ -174,6 +174,11 @@ def check_gradients(
             function cannot take the inputs in float64, is random, returns an empty tensor, or does
             not depend on its inputs differentiably, its backward fails, or an option makes no
             sense; the sentence says which and why.
+
+    >>> function = nnce.functional.SigmoidFunction.apply
+    >>> report = nnce.check_gradients(function, torch.tensor([-1.0, 0.5]))
+    >>> report.right, report.first.verdict
+    (True, 'right')
     """
     _check_options(rtol, elements, seed)
     with warnings.catch_warnings():

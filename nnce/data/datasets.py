@@ -25,6 +25,11 @@ _FILES = [
     f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 ]
 DATASETS = ("digits", *_TORCHVISION)
+"""Names of the data sets that `load` knows.
+
+>>> nnce.data.DATASETS
+('digits', 'mnist', 'fashion-mnist', 'kmnist')
+"""
 # Of the unpacked files, which torchvision, whose sums are those of the packed ones, does not check.
 _MD5 = {
     "6bbc9ace898e44ae57da46a324031adb": "mnist",
@@ -44,11 +49,20 @@ _DIGITS_HELD_OUT = 300
 
 
 class DataError(ValueError):
-    """The data asked for cannot be had, or are not what they should be."""
+    """The requested data cannot be loaded, or are not as expected.
+
+    >>> nnce.data.load("digit")
+    Traceback (most recent call last):
+    nnce.data.datasets.DataError: expected a data set out of digits, ..., got 'digit'
+    """
 
 
 class Split(NamedTuple):
-    """One of a data set's three parts."""
+    """One of a data set's three parts.
+
+    >>> nnce.data.Split(torch.zeros(4, 2), torch.zeros(4, 3)).x.shape
+    torch.Size([4, 2])
+    """
 
     x: Tensor
     """Inputs [n, features], in [0, 1]."""
@@ -57,11 +71,19 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set, split in three."""
+    """A data set, split in three.
+
+    >>> digits = nnce.data.load("digits")
+    >>> {name: len(split.x) for name, split in digits.splits().items()}
+    {'train': 1197, 'validation': 300, 'test': 300}
+    """
 
     train: Split
+    """Training data."""
     validation: Split
+    """For the choice of settings."""
     test: Split
+    """For the final result."""
 
     def splits(self) -> dict[str, Split]:
         """The three parts by name, in the order of `SPLITS`."""
@@ -69,6 +91,11 @@ class Dataset(NamedTuple):
 
 
 SPLITS = Dataset._fields
+"""Names of the splits of a `Dataset`, in its order.
+
+>>> nnce.data.SPLITS
+('train', 'validation', 'test')
+"""
 
 
 def load(
@@ -86,14 +113,22 @@ def load(
             a fixed stratified split of 1,197, 300 and 300), or "mnist", "fashion-mnist", "kmnist"
             (through torchvision; the last 10,000 of the 60,000 training images are the validation
             set).
-        data_dir: where torchvision finds the set, in its own layout (`MNIST/raw/…`), or downloads
-            it to; None for `$NNCE_DATA`, or `data` if that is not set. "digits" needs none.
-        train_size: take the first so many training examples; None for all.
+        data_dir: folder of the data in torchvision's layout (`MNIST/raw/…`), to which they are
+            downloaded if missing; None for `$NNCE_DATA`, or `data` if that is not set. Not used
+            for "digits".
+        train_size: number of training examples, the first ones; None for all.
         device, dtype: of the tensors.
 
+    Returns:
+        x [n, features] in [0, 1] and one-hot y [n, classes] of each split.
+
     Raises:
-        DataError: the name is unknown, the files are not there and cannot be downloaded, they are
-            damaged, the package that reads them is missing, or train_size does not fit.
+        DataError: the name is unknown, the files are missing and cannot be downloaded, they are
+            damaged, the package that reads them is missing, or train_size is out of range.
+
+    >>> digits = nnce.data.load("digits", train_size=100)
+    >>> digits.train.x.shape, digits.train.y.shape
+    (torch.Size([100, 64]), torch.Size([100, 10]))
     """
     if name not in DATASETS:
         raise DataError(f"expected a data set out of {', '.join(DATASETS)}, got {name!r}")
@@ -123,10 +158,21 @@ def load(
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Integer labels [n] in 0 … classes − 1 as rows of 0 with one 1, [n, classes].
+    """Integer labels in 0 … classes − 1 as rows of zeros with one 1.
+
+    Args:
+        labels: integers, [n].
+        classes: number of classes.
+
+    Returns:
+        [n, classes], int64.
 
     Raises:
-        DataError: a label is out of range or no whole number, or they are no dense tensor.
+        DataError: labels is not a dense tensor of integers, or a label is out of range.
+
+    >>> nnce.data.one_hot(torch.tensor([2, 0]), classes=3)
+    tensor([[0, 0, 1],
+            [1, 0, 0]])
     """
     _check_values("labels", labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dim() != 1:
@@ -142,12 +188,20 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def check(x: Tensor, y: Tensor) -> None:
-    """Check what the rules take for granted: inputs and targets in [0, 1], without NaN, in pairs.
+    """Check the assumptions of the rules: inputs and targets in [0, 1], without NaN, in pairs.
 
     Soft targets are allowed. Use it once on data of your own.
 
+    Args:
+        x: inputs, [n, features], floating-point.
+        y: targets, [n, classes], floating-point.
+
     Raises:
-        DataError: the sentence says what is wrong and where it is seen first.
+        DataError: it is not so; the message states what is wrong and where it occurs first.
+
+    >>> nnce.data.check(torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0]]))
+    Traceback (most recent call last):
+    nnce.data.datasets.DataError: expected inputs x in [0, 1], got 2.0 at [0, 1]
     """
     for name, values in (("inputs x", x), ("targets y", y)):
         _check_values(name, values)

@@ -14,7 +14,11 @@ from nnce.data.orders import stream
 # Examples that are distorted at once, from a seed of their own.
 _AT_ONCE = 1_000
 MAX_CHUNK = 10_000
-"""Images that are distorted within a few tenths of a second."""
+"""Number of images that are distorted within a few tenths of a second.
+
+>>> nnce.data.MAX_CHUNK
+10000
+"""
 _LIMITS = {
     "rotation": (0.0, 180.0),
     "scaling": (0.0, 0.99),
@@ -27,20 +31,29 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Distortion:
-    """What is done to square images while they are learnt: affine, elastic or both, at random.
+    """Random distortions of square images for training: affine, elastic or both.
 
-    Every image gets a distortion of its own, and another one in each epoch. The pixel at p, counted
-    from the centre, becomes what the image shows, bilinearly, at
+    Every image gets a distortion of its own, a different one in each epoch. The pixel at p, counted
+    from the center, becomes the value of the image, interpolated bilinearly, at
 
         R(θ) [[s_x, k], [0, s_y]] p + t + α G_σ * u,
 
-    with θ, s, k and t drawn evenly from within the limits below, and the fields u evenly from
+    with θ, s, k and t drawn uniformly within the limits below, and the fields u uniformly from
     (−1, 1) at each pixel and smoothed by G_σ, a Gaussian whose weights sum to 1. Beyond its edges
     an image is 0, and so are the fields.
 
+    Shape: called with x [n, side²] in [0, 1] and a generator -> [n, side²] in [0, 1].
+
+    Raises:
+        ValueError: a value is out of range.
+
     Source: P. Simard, D. Steinkraus, J. Platt, Best practices for convolutional neural networks,
-    ICDAR 2003, who take σ = 4 and α = 34, and do not say what the sum of the Gaussian is, nor which
-    affine distortions. Raises ValueError where a value makes no sense.
+    ICDAR 2003, who take σ = 4 and α = 34, and state neither the sum of the Gaussian nor which
+    affine distortions they use.
+
+    >>> distort = nnce.data.Distortion(rotation=15, alpha=34)
+    >>> distort(torch.rand(5, 28 * 28), torch.Generator().manual_seed(0)).shape
+    torch.Size([5, 784])
     """
 
     rotation: float = 0.0
@@ -131,16 +144,21 @@ class Distortion:
 class Distorted:
     """The examples of an epoch in their order, each with a distortion of its own.
 
-    What comes of a place in the order depends on the seed, the epoch, the place and how long the
-    order is, not on how many are asked for at once, and on a CPU not on the threads. On CUDA the
-    numbers are others.
+    The image at a position of the order depends on the seed, the epoch, the position and the length
+    of the order, not on how many are requested at once, and on a CPU not on the number of threads.
+    CUDA draws different numbers.
 
     Args:
-        x: the images, [N, side²].
-        order: which, [n].
-        distortion: how.
-        seed: as `nnce.training.Settings` has it.
-        epoch: which one.
+        x: images, [N, side²], in [0, 1].
+        order: indices of the images, [n].
+        distortion: the random distortion.
+        seed: the seed of `nnce.training.Settings`.
+        epoch: number of the epoch, from 0.
+
+    >>> x, order = torch.rand(6, 28 * 28), torch.arange(6)
+    >>> images = nnce.data.Distorted(x, order, nnce.data.Distortion(shear=0.1), seed=0, epoch=0)
+    >>> images[2:5].shape
+    torch.Size([3, 784])
     """
 
     def __init__(

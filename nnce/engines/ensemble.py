@@ -65,6 +65,13 @@ class Ensemble:
         TypeError: an argument is not an MLP or Hyperparameters, or loops are requested for a dtype
             other than float32 and float64.
         MemoryError: the ensemble would not fit into memory; the message states how much it needs.
+
+    >>> networks = [nnce.MLP((2, 3, 1)) for _ in range(2)]
+    >>> rates = [nnce.Hyperparameters("cross-entropy", lr=lr) for lr in (0.1, 1.0)]
+    >>> ensemble = nnce.Ensemble(networks, rates, batch_size=2, engine="products")
+    >>> x, y = torch.rand(10, 2), torch.zeros(10, 1)
+    >>> ensemble.train_epoch(x, y, torch.randperm(10))  # returns the number of steps
+    5
     """
 
     def __init__(

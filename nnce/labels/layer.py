@@ -35,27 +35,36 @@ if TYPE_CHECKING:  # not every build of PyTorch has it
 class LinearSigmoidCrossEntropyLoss(nn.Module):
     """A last layer for many labels and its loss: `linear_sigmoid_cross_entropy`.
 
+    z = x Wᵀ + b (equation 1) and C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (3), in the memory of one
+    block of labels.
+
     Args:
         in_features: features of an example, at least 1.
         num_labels: at least 1; with a group, of this process's own.
         bias: whether there is a bias b.
-        prior: the share of positives in (0, 1) from which b starts, as ln(prior / (1 − prior)):
-            with many labels the first steps would only say that nearly all targets are 0. b starts
-            from 0 if None. (Lin et al., Focal loss for dense object detection, 2017, §3.3.)
+        prior: share of positives, in (0, 1); b starts from ln(prior / (1 − prior)), because with
+            many labels the first steps would otherwise only learn that nearly all targets are 0.
+            None: b starts from 0. (Source: Lin et al., Focal loss for dense object detection, 2017,
+            §3.3.)
         weight, pos_weight: of the loss, [num_labels]; buffers `label_weight` and `pos_weight`,
             since `weight` is the layer's.
         label_smoothing, reduction, block, group: as for `linear_sigmoid_cross_entropy`.
-        generator: where the random numbers come from; PyTorch's global generator if None.
+        generator: source of the random numbers; None for PyTorch's global generator.
         device, dtype: of the parameters.
 
     The parameters are `weight` W [num_labels, in_features], from N(0, 1/in_features), and `bias` b
     [num_labels], or None, named as those of `torch.nn.Linear`, whose `state_dict` it loads.
 
-    Shape: x [n, in_features] and a target as for `linear_sigmoid_cross_entropy` -> one number, or
-        [n] for "none".
+    Shape: x [n, in_features] and a target as for `linear_sigmoid_cross_entropy` -> a scalar, or [n]
+    for "none".
 
     Raises:
         TypeError, ValueError: sizes or options make no sense, or a weight is negative.
+
+    >>> last = nnce.LinearSigmoidCrossEntropyLoss(64, 1000, prior=2 / 1000)
+    >>> last(torch.randn(8, 64), torch.randint(1000, (8, 2))).backward()  # two labels each
+    >>> last.weight.grad.shape
+    torch.Size([1000, 64])
     """
 
     weight: nn.Parameter

@@ -88,6 +88,13 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
             for a gradient, a label is out of range, a target is not in [0, 1], or a weight is
             negative.
         RuntimeError: in a second derivative.
+
+    Source: equations 1, 3, 5, 6 and 7 of the notes.
+
+    >>> x, W = torch.ones(2, 3), torch.zeros(1000, 3, requires_grad=True)
+    >>> C = nnce.linear_sigmoid_cross_entropy(x, W, torch.tensor([[7, 999], [7, -1]]))
+    >>> C.detach()  # 1000 ln 2
+    tensor(693.1472)
     """
     check_reduction(reduction)
     label_smoothing = check_label_smoothing(label_smoothing)

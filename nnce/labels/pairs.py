@@ -68,6 +68,12 @@ def pair_sigmoid_cross_entropy(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes or devices do not fit, or an option makes no sense.
         RuntimeError: in a second derivative.
+
+    Source: X. Zhai et al., Sigmoid loss for language image pre-training, ICCV 2023.
+
+    >>> x = torch.eye(3)
+    >>> nnce.pair_sigmoid_cross_entropy(x, x, scale=10.0, bias=-5.0)
+    tensor(0.0201)
     """
     check_reduction(reduction)
     block = check_block(block)

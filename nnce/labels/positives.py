@@ -36,8 +36,14 @@ class Positives:
 
     Raises:
         TypeError: crow or col is not a tensor of integers, or values not a floating-point tensor.
-        ValueError: shapes or devices do not fit, a number is negative or stands twice in one
+        ValueError: shapes or devices do not match, a number is negative or occurs twice in one
             example, or a value is not in [0, 1].
+
+    >>> targets = nnce.Positives.from_lists([[0, 2], [], [1]])
+    >>> targets.to_dense(3)
+    tensor([[1., 0., 1.],
+            [0., 0., 0.],
+            [0., 1., 0.]])
     """
 
     def __init__(self, crow: Tensor, col: Tensor, values: Tensor | None = None) -> None:

@@ -69,6 +69,14 @@ def sampled_sigmoid_cross_entropy(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes or devices do not fit, log_q asks for a gradient, or, on a CPU, a label
             is out of range.
+
+    Source: T. Mikolov et al., Distributed representations of words and phrases, 2013 (negative
+    sampling); S. Jean et al., On using very large target vocabulary, 2015 (ln q).
+
+    >>> x, W = torch.ones(2, 3), torch.zeros(1000, 3)
+    >>> positives, negatives = torch.tensor([7, 8]), torch.tensor([1, 2, 3])
+    >>> nnce.sampled_sigmoid_cross_entropy(x, W, positives, negatives)  # 4 ln 2
+    tensor(2.7726)
     """
     check_reduction(reduction)
     check_layer(input, linear_weight, linear_bias)

@@ -87,6 +87,16 @@ def watch(
         ValueError: `every` is not a whole number of at least 1, the model is compiled, or the
             writer is taken already, under the same name.
         ValueError: at the first step, if the forward pass came by no sigmoid.
+
+    >>> class Printer:
+    ...     def add_scalar(self, tag, value, step):
+    ...         print(tag, step)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())
+    >>> with nnce.watch(model, Printer()):
+    ...     model(torch.rand(4, 2)).sum().backward()
+    dz_norm/layer1 0
+    sigmoid_prime/layer1 0
+    saturated/layer1 0
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to watch, got {type(model).__name__}")

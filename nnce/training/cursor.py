@@ -12,7 +12,18 @@ from nnce import data
 
 
 def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
-    """The two streams of one seed: for the start, and for the order of the mini-batches."""
+    """The generators of a seed: of the start, and of the order of the mini-batches.
+
+    Args:
+        seed: the seed of `Settings`.
+
+    Returns:
+        Two generators on the CPU, independent of each other.
+
+    >>> start, order = nnce.training.generators(0)
+    >>> start.initial_seed() == order.initial_seed()
+    False
+    """
     start, order = (torch.Generator().manual_seed(data.stream(seed, number)) for number in (0, 1))
     return start, order
 
@@ -26,7 +37,11 @@ def restore_generator(generator: torch.Generator, state: Tensor) -> None:
 class Cursor:
     """Position of a run between two steps, for one network or for many side by side.
 
-    Together with the parameters and the optimizer's state it decides the rest of the run.
+    Together with the parameters and the optimizer's state it determines the rest of the run.
+
+    >>> cursor = nnce.training.Cursor.at_start([0, 1])
+    >>> sorted(cursor.orders(5, torch.device("cpu")))  # an order of 5 examples for each seed
+    [0, 1]
     """
 
     generators: Mapping[int, torch.Generator]

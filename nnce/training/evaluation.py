@@ -26,10 +26,16 @@ _LANES = 32
 
 
 class Record(NamedTuple):
-    """Measurements at an epoch's end; epoch 0 is the start, before any step."""
+    """Measurements at an epoch's end; epoch 0 is the start, before any step.
+
+    >>> nnce.training.Record._fields
+    ('epoch', 'step', 'seconds', 'loss', 'accuracy', 'layers')
+    """
 
     epoch: int
+    """Finished epochs."""
     step: int
+    """Mini-batches so far."""
     seconds: float
     """Training time of this epoch, without evaluation."""
     loss: dict[str, float]
@@ -41,7 +47,18 @@ class Record(NamedTuple):
 
 
 def pack(records: Sequence[Record]) -> Tensor:
-    """Records of one network as a float64 tensor, a row each, for a checkpoint."""
+    """Pack the records of one network into a tensor, for a checkpoint.
+
+    Args:
+        records: at least one, all with the same splits measured.
+
+    Returns:
+        float64, [records, numbers of a record].
+
+    >>> record = nnce.training.Record(0, 0, 0.0, {"test": 0.5}, {"test": 0.9}, [])
+    >>> nnce.training.pack([record])
+    tensor([[0.0000, 0.0000, 0.0000, 0.5000, 0.9000]], dtype=torch.float64)
+    """
     rows = [
         [
             *record[:3],
@@ -55,7 +72,19 @@ def pack(records: Sequence[Record]) -> Tensor:
 
 
 def unpack(rows: Tensor, splits: Sequence[str] = data.SPLITS) -> list[Record]:
-    """Records out of the tensor that `pack` made, with these splits measured."""
+    """Unpack the records of a tensor that `pack` returned.
+
+    Args:
+        rows: float64, [records, numbers of a record].
+        splits: names of the splits that were measured, in their order.
+
+    Returns:
+        One record per row.
+
+    >>> record = nnce.training.Record(0, 0, 0.0, {"test": 0.5}, {"test": 0.9}, [])
+    >>> nnce.training.unpack(nnce.training.pack([record]), splits=["test"]) == [record]
+    True
+    """
     found = []
     for epoch, step, seconds, *figures in rows.tolist():
         n, width = len(splits), len(LayerFigures._fields)
@@ -77,7 +106,11 @@ def unpack(rows: Tensor, splits: Sequence[str] = data.SPLITS) -> list[Record]:
 
 
 class Evaluation(NamedTuple):
-    """Loss and accuracy of a network on a split."""
+    """Loss and accuracy of a network on a split.
+
+    >>> nnce.training.Evaluation(loss=0.5, accuracy=0.9)
+    Evaluation(loss=0.5, accuracy=0.9)
+    """
 
     loss: float
     """C, at least 0."""
@@ -112,6 +145,16 @@ def records(
         epoch, step: position of the training.
         seconds: training time of the epoch.
         threads: number of threads among which the networks are divided.
+
+    Returns:
+        One record per network.
+
+    >>> split, networks = nnce.data.load("digits").validation, [nnce.MLP((64, 10))]
+    >>> record, = nnce.training.records(
+    ...     networks, ["quadratic"], {"validation": split}, epoch=0, step=0, seconds=0.0
+    ... )
+    >>> list(record.accuracy)
+    ['validation']
     """
 
     def evaluate_part(part: tuple[Loss, list[int]]) -> list[Record]:
@@ -153,12 +196,20 @@ def records(
 
 
 def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
-    """C and accuracy of a network on a split.
+    """Evaluate a network on a split: C (equation 2 or 3) averaged over the examples, and accuracy.
 
     Args:
-        output: the network as a function.
+        output: the network as a function, x [n, n_in] -> z of the last layer [n, n_out].
         split: inputs and one-hot targets.
         loss: "quadratic" or "cross-entropy".
+
+    Returns:
+        C = the mean over the examples, at least 0, and the share of examples whose largest output
+        is the right one, in [0, 1].
+
+    >>> split = nnce.data.Split(torch.eye(2), torch.eye(2))
+    >>> nnce.training.evaluate(lambda x: 40 * (x - 0.5), split, "quadratic").accuracy
+    1.0
     """
     x, y = split
     (evaluation,) = _evaluate(lambda begin, end: [output(x[begin:end]).unsqueeze(0)], y, loss)

@@ -14,7 +14,11 @@ from nnce.training.steppers import Stepper, make_stepper
 
 
 class Diverged(ArithmeticError):
-    """The loss or a parameter is not finite."""
+    """The loss or a parameter is not finite.
+
+    >>> issubclass(nnce.training.Diverged, ArithmeticError)
+    True
+    """
 
 
 def train(
@@ -35,10 +39,19 @@ def train(
         between: called between steps, where the state is whole: after each step in PyTorch's graph,
             and every few tenths of a second without. It may save the state, or raise.
 
+    Returns:
+        An iterator over the records; training advances as it is consumed.
+
     Raises:
         Diverged: the loss of a step, or a loss at an epoch's end, is infinite or NaN. Engines
             without a graph, and several processes, compute no losses of steps, so they raise at the
             epoch's end. An infinite or NaN parameter counts as well, even if no loss shows it.
+
+    >>> settings = nnce.training.Settings(hidden=(8,), epochs=2, engine="products")
+    >>> digits = nnce.data.load("digits", train_size=50)
+    >>> state = nnce.training.initial_state(settings, digits)
+    >>> [record.epoch for record in nnce.training.train(state, settings, digits)]
+    [0, 1, 2]
     """
     measured = dataset.splits() if measured is None else measured
     stepper, cursor = make_stepper(state, settings), state.cursor

@@ -13,11 +13,35 @@ from nnce.modules import Init, check_init
 from nnce.training.schedules import CONSTANT, Schedule, check_schedule
 
 Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
+"""Name of an engine: how a training step is computed.
+
+>>> nnce.training.Engine.__args__
+('backprop', 'loops', 'products', 'functions', 'autograd')
+"""
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+"""Names of all engines.
+
+>>> nnce.training.ENGINES
+('backprop', 'loops', 'products', 'functions', 'autograd')
+"""
 ENSEMBLE_ENGINES: tuple[Engine, ...] = ("backprop", "loops", "products")
-"""Engines that train by an `Ensemble`, without a graph."""
+"""Engines that train by an `Ensemble`, without a graph.
+
+>>> nnce.training.ENSEMBLE_ENGINES
+('backprop', 'loops', 'products')
+"""
 Optimizer = Literal["sgd", "adam"]
+"""Name of an optimizer.
+
+>>> nnce.training.Optimizer.__args__
+('sgd', 'adam')
+"""
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+"""Names of all optimizers.
+
+>>> nnce.training.OPTIMIZERS
+('sgd', 'adam')
+"""
 
 # torch.optim.Adam's default.
 _ADAM_LR = 1e-3
@@ -29,22 +53,31 @@ _EPOCHS_CHECKED = 10_000
 class Settings:
     """Everything that a training run depends on, except for the data.
 
-    The same settings on the same machine produce the same bits. Raises ValueError, with the name
-    of the value, for a value or a combination that makes no sense.
+    The same settings on the same machine produce the same bits.
+
+    Raises:
+        ValueError: a value or a combination makes no sense; the message names it.
+
+    >>> settings = nnce.training.Settings(loss="quadratic", epochs=5)
+    >>> settings.engine, settings.lr
+    ('backprop', 3.0)
     """
 
     hidden: tuple[int, ...] = (30,)
     """Neurons of each hidden layer; empty for a single layer."""
     loss: Loss = "cross-entropy"
+    """Loss that is minimized."""
     engine: Engine | None = None
-    """What computes the gradients: "backprop", the revised algorithm without a graph, as "loops" or
-    as "products", whichever suits the sizes, or either of those by name; "functions", nnce's
+    """How the gradients are computed: "backprop", the revised algorithm without a graph, as "loops"
+    or "products", whichever is faster for the sizes, or either by name; "functions", nnce's
     Functions in PyTorch's graph; "autograd", PyTorch alone. None for "backprop" where the optimizer
     and dropout allow it, else "functions"."""
     optimizer: Optimizer = "sgd"
     """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which requires a graph."""
     epochs: int = 30
+    """Passes over the training data, at least 1."""
     batch_size: int = 10
+    """Examples of a mini-batch, at least 1; the last one of an epoch may be shorter."""
     lr: float | None = None
     """Learning rate η; None for the textbook's (0.5 for cross-entropy, 3.0 for quadratic), or for
     Adam's 0.001."""
@@ -62,6 +95,7 @@ class Settings:
     input_dropout: float = 0.0
     """Probability with which an input is left out, in [0, 1)."""
     init: Init = "scaled"
+    """Initialization of the layers, as for `nnce.Linear`."""
     seed: int = 0
     """Random seed, 0 to 2³² − 1, of the start, the order of the mini-batches, the distortions and
     dropout. Each has a stream of its own, so networks of different shape see the same
@@ -202,12 +236,34 @@ _CHECKS: tuple[_Check, ...] = (
 
 
 def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
-    """The settings as an ensemble takes them, with λ divided by the number of training examples."""
+    """The settings in the form that an `Ensemble` takes, with λ divided by n_train.
+
+    Args:
+        settings: settings of a run.
+        n_train: number of training examples.
+
+    Returns:
+        Hyperparameters with weight_decay = λ / n_train.
+
+    >>> settings = nnce.training.Settings(l2=5.0)
+    >>> nnce.training.hyperparameters(settings, n_train=50_000).weight_decay
+    0.0001
+    """
     return Hyperparameters(
         settings.loss, settings.rate, settings.momentum, weight_decay=settings.l2 / n_train
     )
 
 
 def ensemble_engine(engine: Engine | None) -> EnsembleEngine | None:
-    """The `engine` argument of an `Ensemble`: "loops", "products", or None for whichever suits."""
+    """The `engine` argument of an `Ensemble`.
+
+    Args:
+        engine: an engine of `ENGINES`.
+
+    Returns:
+        "loops", "products", or None for whichever is faster.
+
+    >>> nnce.training.ensemble_engine("loops"), nnce.training.ensemble_engine("backprop")
+    ('loops', None)
+    """
     return engine if engine == "loops" or engine == "products" else None

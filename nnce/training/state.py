@@ -23,12 +23,19 @@ class State:
 
     Saved by `state_dict` between any two steps and loaded again, it produces the same bits as if
     training had not been interrupted.
+
+    >>> settings = nnce.training.Settings(hidden=(8,))
+    >>> state = nnce.training.initial_state(settings, nnce.data.load("digits"))
+    >>> sorted(state.state_dict())
+    ['cursor', 'losses', 'network', 'optimizer']
     """
 
     network: MLP
+    """The network, in training."""
     optimizer: torch.optim.Optimizer | Ensemble
     """Changes the parameters and holds the momentum; an `Ensemble` of one without a graph."""
     cursor: Cursor
+    """Position of the run."""
     world: World = ALONE
     """The processes that train the network together; each has this state."""
     losses: list[Tensor] = field(default_factory=list)
@@ -75,7 +82,19 @@ class State:
 
 @contextlib.contextmanager
 def mismatch_is_value_error() -> Iterator[None]:
-    """Turn any error of loading a state that does not fit into a ValueError."""
+    """Context manager that turns any error of loading a state that does not fit into a ValueError.
+
+    Returns:
+        The context manager.
+
+    Raises:
+        ValueError: in place of any error but one of running out of memory.
+
+    >>> with nnce.training.mismatch_is_value_error():
+    ...     {}["network"]
+    Traceback (most recent call last):
+    ValueError: KeyError: 'network'
+    """
     try:
         yield
     except ValueError:
@@ -87,7 +106,20 @@ def mismatch_is_value_error() -> Iterator[None]:
 
 
 def check_fits(name: str, value: object, like: Tensor) -> None:
-    """Raise ValueError unless a value is a tensor of this shape and dtype."""
+    """Raise ValueError unless a value is a tensor of a given shape and dtype.
+
+    Args:
+        name: name of the value, for the message.
+        value: the value.
+        like: a tensor of the shape and dtype.
+
+    Raises:
+        ValueError: it is not.
+
+    >>> nnce.training.check_fits("W", torch.zeros(2), torch.zeros(3))
+    Traceback (most recent call last):
+    ValueError: expected W of (3,), torch.float32, got ((2,), torch.float32)
+    """
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
         got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
         raise ValueError(f"expected {name} of {tuple(like.shape)}, {like.dtype}, got {got}")
@@ -112,11 +144,18 @@ def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALON
         dataset: all of the data, in every process.
         world: the processes that train together, each on its share of every mini-batch.
 
+    Returns:
+        A new network, its optimizer, and a cursor at the start.
+
     Raises:
         ValueError: engine "loops" with several processes.
-        MemoryError: it would not fit into memory; the sentence says how much it needs.
+        MemoryError: it would not fit into memory; the message states how much it needs.
         DataError: the data are not as `nnce.data.check` requires, or are not square images and the
             settings distort them.
+
+    >>> settings = nnce.training.Settings(hidden=(8,))
+    >>> nnce.training.initial_state(settings, nnce.data.load("digits")).network.sizes
+    (64, 8, 10)
     """
     for split in dataset:
         data.check(*split)
@@ -131,17 +170,37 @@ def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALON
 
 
 def sizes(settings: Settings, dataset: data.Dataset) -> tuple[int, ...]:
-    """Neurons of each layer, the input's first."""
+    """Neurons of each layer, the input's first.
+
+    Args:
+        settings: settings of a run.
+        dataset: its data, x [n, features] and y [n, classes].
+
+    Returns:
+        (features, hidden …, classes).
+
+    >>> settings = nnce.training.Settings(hidden=(8,))
+    >>> nnce.training.sizes(settings, nnce.data.load("digits"))
+    (64, 8, 10)
+    """
     x, y = dataset.train
     return (x.shape[1], *settings.hidden, y.shape[1])
 
 
 def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) -> None:
-    """Raise what making N networks would raise, before any is made.
+    """Raise the errors of making some networks before any is made.
+
+    Args:
+        settings: settings of the run.
+        dataset: its data.
+        networks: number of networks.
 
     Raises:
-        MemoryError: they would not fit into memory; the sentence says how much they need.
+        MemoryError: they would not fit into memory; the message states how much they need.
         DataError: the data are not square images, and the settings distort them.
+
+    >>> settings = nnce.training.Settings(hidden=(8,))
+    >>> nnce.training.check_suits(settings, nnce.data.load("digits"), networks=100)
     """
     x = dataset.train.x
     if settings.distortion is not None:
@@ -150,7 +209,22 @@ def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) ->
 
 
 def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
-    """The network before the first step, for these data; raises as `check_suits` does."""
+    """The network before the first step.
+
+    Args:
+        settings: settings of the run; shape, initialization and seed count here.
+        dataset: its data, which determine sizes, device and dtype.
+
+    Returns:
+        A new network.
+
+    Raises:
+        MemoryError, DataError: as for `check_suits`.
+
+    >>> settings = nnce.training.Settings(hidden=(8,))
+    >>> nnce.training.make_network(settings, nnce.data.load("digits")).sizes
+    (64, 8, 10)
+    """
     check_suits(settings, dataset)
     x = dataset.train.x
     return MLP(
@@ -163,7 +237,17 @@ def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
 
 
 def is_finite(network: MLP) -> bool:
-    """Whether all parameters are finite."""
+    """Whether all parameters of a network are finite.
+
+    Args:
+        network: an MLP.
+
+    Returns:
+        False if any parameter is infinite or NaN.
+
+    >>> nnce.training.is_finite(nnce.MLP((2, 1)))
+    True
+    """
     return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 

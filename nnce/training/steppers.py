@@ -88,7 +88,23 @@ def _by_graph(state: State, settings: Settings, optimizer: torch.optim.Optimizer
 
 
 def with_dropout(layers: nn.Module, settings: Settings, world: World) -> WithDropout:
-    """The network with dropout; each process draws from a stream of its own."""
+    """The network with dropout; each process draws from a stream of its own.
+
+    Args:
+        layers: the network, or its twin of PyTorch's modules.
+        settings: settings of the run; dropout, input_dropout and seed count here.
+        world: the processes that train together.
+
+    Returns:
+        A module whose `at_step` must be called before each step.
+
+    >>> settings = nnce.training.Settings(hidden=(8,), dropout=0.5)
+    >>> state = nnce.training.initial_state(settings, nnce.data.load("digits"))
+    >>> module = nnce.training.with_dropout(state.network, settings, state.world)
+    >>> module.at_step(0)
+    >>> module(torch.zeros(4, 64)).shape
+    torch.Size([4, 10])
+    """
     stream = data.stream(settings.seed, 3 + world.rank)
     return WithDropout(layers, input=settings.input_dropout, hidden=settings.dropout, stream=stream)
 
@@ -96,7 +112,22 @@ def with_dropout(layers: nn.Module, settings: Settings, world: World) -> WithDro
 def with_graph(
     network: MLP, settings: Settings
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """Network and loss whose `backward()` computes the gradients, without dropout."""
+    """Network and loss whose `backward()` computes the gradients, without dropout.
+
+    Args:
+        network: an MLP.
+        settings: settings of the run; engine and loss count here.
+
+    Returns:
+        For engine "autograd", modules of `torch.nn` that share the network's parameters, and a
+        built-in loss; otherwise the network itself and nnce's loss. The loss takes z and y
+        [n, n_out] and returns a scalar.
+
+    >>> network, settings = nnce.MLP((2, 1)), nnce.training.Settings(engine="functions")
+    >>> module, loss = nnce.training.with_graph(network, settings)
+    >>> module is network, loss is nnce.sigmoid_cross_entropy
+    (True, True)
+    """
     if settings.engine == "autograd":
         return torch_twin(network), BUILT_IN_LOSSES[settings.loss]
     return network, LOSS_FUNCTIONS[settings.loss]
