@@ -37,7 +37,7 @@ def is_size(value: object) -> TypeGuard[int]:
 
 
 def plain(value: float) -> int | float:
-    """The same number as an int or a float of Python: what is kept, saved and shown."""
+    """The same number as a Python int or float, to keep, save and show."""
     return int(value) if is_integer(value) else float(value)
 
 

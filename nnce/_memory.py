@@ -23,7 +23,7 @@ def check_memory(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Raise MemoryError if so many networks of these sizes cannot fit, before any is made.
+    """Raise MemoryError if `count` networks of these sizes cannot fit, before any is made.
 
     Counted are parameters, as many again for their momentum, and once more while they are moved; or
     the float64 numbers that the largest layer is made of, where that is more.

@@ -44,7 +44,7 @@ class LossRules(NamedTuple):
     """The learning rate of Nielsen's book (chapters 1 and 3)."""
 
 
-# Each rule is looked up when it is called: whoever changes one sees it everywhere.
+# Each rule is looked up when it is called, so that a change of a rule has effect everywhere.
 LOSSES: dict[Loss, LossRules] = {
     "quadratic": LossRules(
         value=lambda z, y: rules.quadratic(z, y),  # (2)

@@ -1,7 +1,7 @@
 """Time training, the losses and the checks, of nnce and of its peers.
 
 All contenders take turns on one machine; the figures are medians, and `ratio` is a contender's time
-over nnce's, the median of the ratios of each turn. What is measured, and how, is in
+over nnce's, the median of the ratios of each turn. The benchmarks are described in
 `nnce.experiments.benchmarks`: `networks`, `labels`, `losses` and `checks`.
 """
 
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
 
 
 def complaint(row: dict[str, Any]) -> str | None:
-    """What is wrong with a peer's result, if anything."""
+    """The error in a peer's result, or None."""
     is_wrong = row["outcome"] in ("wrong", "failed")
     return f"{row['outcome'].upper()}: {row['note']}" if is_wrong else None
 

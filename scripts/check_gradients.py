@@ -186,7 +186,7 @@ def readable_difference(difference: dict[str, Any]) -> report.Row:
 
 
 def derivatives(functions: Mapping[str, table.Row]) -> list[report.Row]:
-    """What `nnce.check_gradients` says of each function beside PyTorch's way to the same."""
+    """Verdicts of `nnce.check_gradients` on each function and on PyTorch's counterpart."""
     rows: list[report.Row] = []
     for name, row in functions.items():
         with warnings.catch_warnings():
@@ -219,7 +219,7 @@ def matrix(functions: Mapping[str, table.Row]) -> list[report.Row]:
 
 
 def cell(name: str, way: str, found: Cell) -> str:
-    """What is in a cell."""
+    """The text of a cell."""
     if found.verdict == "fails" and name in table.walked_rows():
         return f"refused: {table.REFUSED.get(way, found.detail)}"
     if found.verdict == "fails" and way in table.INSIDE_PYTORCH:

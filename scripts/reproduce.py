@@ -91,7 +91,7 @@ def listing(name: str) -> str:
 
 
 class Work:
-    """What is asked for, and how far it has come."""
+    """Rows to train, and the state of their training."""
 
     def __init__(self, options: argparse.Namespace, found: Mapping[str, Any] | None) -> None:
         self.table, self.rows = published.find(options.table, options.rows)
@@ -116,7 +116,7 @@ class Work:
 
     @property
     def protocols(self) -> dict[str, str]:
-        """How each row is trained, so that it is seen if that is not what it was."""
+        """Protocol of each row, compared when a run is resumed."""
         starts = f"{len(self.seeds)} starts from seed {self.seeds[0]}"
         # Defaults are left out: options that a later version adds had their defaults before.
         return {
@@ -126,7 +126,7 @@ class Work:
 
     @property
     def compares(self) -> bool:
-        """Whether it is what was published: the whole protocol, on MNIST."""
+        """Whether figures are comparable: the whole protocol, on MNIST."""
         return self.options.data == "mnist" and not self.is_trial
 
     @property
@@ -176,7 +176,7 @@ class Work:
 
 
 def run(work: Work, run_dir: Path, command: str) -> None:
-    """Train row by row, and write what comes out after each."""
+    """Train row by row, and write the results after each."""
     options = work.options
     header = resuming.header("reproduce.py", vars(options), ALONE, command)
     monitor: Monitor | None = None
@@ -235,7 +235,7 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
 
 
 def introduce(work: Work) -> None:
-    """Say what is going to be trained."""
+    """Print the rows and the data."""
     rows = ", ".join(row.name for row in work.rows)
     threads = command_line.threads(work.options) or parallel.processors()
     trial = " (cut short: not the published protocol)" if work.is_trial else ""
@@ -249,7 +249,7 @@ def introduce(work: Work) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------- what is told
+# ----------------------------------------------------------------------------------- output
 
 
 def closing_row(work: Work, row: Row) -> report.Row:
@@ -301,7 +301,7 @@ def answer(work: Work) -> str:
 
 
 def page(work: Work, command: str) -> str:
-    """The table for people, what it is of, and how it was made."""
+    """The table for people, with its protocol and command."""
     table = work.table
     rows = [row for row in work.rows if row.name in work.outcomes]
     features, classes = work.dataset.train.x.shape[1], work.dataset.train.y.shape[1]

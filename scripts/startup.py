@@ -4,7 +4,7 @@ import os
 import signal
 
 # A closed standard stream would lend its number to the next file that is opened, and what PyTorch
-# prints would land in there. What is written to this placeholder fails, as to the closed stream.
+# prints would land in there. Writing to this placeholder fails, as to the closed stream.
 for number in range(3):
     try:
         os.fstat(number)

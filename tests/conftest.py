@@ -18,9 +18,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# The networks here are small: one thread is as fast, and stays so beside another busy program.
+# The networks here are small: one thread is as fast, also while other programs are busy.
 torch.set_num_threads(1)
-# The same examples everywhere, however long one of them takes beside another busy program.
+# The same examples everywhere, however long one of them takes while other programs are busy.
 hypothesis.settings.register_profile("nnce", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("nnce")
 

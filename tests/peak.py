@@ -1,7 +1,7 @@
 """The peak of memory beyond inputs, parameters and gradients, of a process of its own.
 
 Hooks on saved tensors would not see what a Function keeps on its context, and a process that has
-done other things has memory at hand that does not show.
+done other things has freed memory that does not show.
 """
 
 import contextlib

@@ -373,7 +373,7 @@ def tried(name, arguments, call, oracle):
 
 
 def trials(dtype, pairs):
-    """Each argument of each function in each way, and so many drawn pairs of them."""
+    """Each argument of each function in each way, and a number of random pairs of them."""
     for name, arguments, call, oracle in valid(dtype):
         places = list(itertools.product(arguments, KINDS))
         chance = random.Random(name)

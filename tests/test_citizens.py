@@ -102,7 +102,7 @@ def prepared(model):
 
 
 class LowRank(nn.Module):
-    """A layer with a product of two small matrices beside it, as in LoRA."""
+    """A layer plus a product of two small matrices, as in LoRA."""
 
     def __init__(self, whole):
         super().__init__()

@@ -14,7 +14,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "nnce"
 _BASE = {"_arguments", "_memory", "_torch_private"}
 _NOTES = {*_BASE, "rules", "losses", "functional", "modules", "algorithm", "saving", "kernels"}
-# What a file or package may import, besides itself. Kernels are imported on first use.
+# Imports that a file or package may have, in addition to itself. Kernels are imported on first use.
 ALLOWED = {
     "_arguments": set(),
     "_memory": set(),

@@ -58,7 +58,7 @@ def check(case):
     upstream = normal(*got.shape)
     (dz,) = torch.autograd.grad(got, z, upstream)
 
-    # In float64, with the sum of the magnitudes that rounding errors are made of.
+    # In float64, with the sum of the magnitudes, the scale of the rounding errors.
     wide, target, push = z.detach().double(), y.double(), upstream.double()
     a, b = sigma(wide), sigma(-wide)
     terms = (1 - target) * a + target * b
@@ -132,7 +132,7 @@ def test_10_000_random_inputs(case):
 
 
 def compare_with_bce(seed):
-    """Value and gradients of the cross-entropy beside `BCEWithLogitsLoss`, in float64."""
+    """Value and gradients of the cross-entropy and of `BCEWithLogitsLoss`, in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):

@@ -1,4 +1,4 @@
-"""Each equation of the notes, held to what it says; the names say which one broke."""
+"""Each equation of the notes; the names of the tests say which one broke."""
 
 import math
 

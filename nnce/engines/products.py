@@ -181,7 +181,7 @@ class _Parameter(NamedTuple):
     """−lr v, where there is momentum."""
     momentum: float | Tensor
     decay: float | Tensor
-    """What the step leaves of the value, 1 − lr · weight_decay."""
+    """Factor of the value in the step, 1 − lr · weight_decay."""
     shrink: Tensor | None
     """−lr · weight_decay where momentum and decay come together, for the velocity."""
 
@@ -335,7 +335,7 @@ class _Step:
         yield from self._update(downwards[-1], x)
 
     def _update(self, place: _Place, a_prev: Tensor) -> Iterator[Call]:
-        """Equation 6, averaged over the mini-batch, and the step made of it."""
+        """Equation 6, averaged over the mini-batch, and the step."""
         add = partial(torch.baddbmm, alpha=self._alpha)
         for parameter, A, B in (
             (place.W, place.dz.mT, a_prev),

@@ -71,7 +71,7 @@ def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
 
 @functools.lru_cache
 def _quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t with so many degrees of freedom."""
+    """Two-sided 95 % quantile of Student's t with `freedom` degrees of freedom."""
     return float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 

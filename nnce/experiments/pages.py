@@ -164,7 +164,7 @@ def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
 
     Args:
         folder: the JSON files, each a `results.json` of `scripts/benchmark.py`.
-        descriptions: what each benchmark measures, by name, in the page's order.
+        descriptions: the docstring of each benchmark, by name, in the page's order.
     """
     head = _HEAD.format(command="scripts/benchmark.py --page")
     parts = [head, "# Benchmarks", _BENCHMARKS]

@@ -1,6 +1,6 @@
 """Published tables: which figure, of which network, trained how. Data, for `reproduction`.
 
-A row is the protocol of its source, as far as that can be read, and what was taken where it cannot.
+A row is the protocol of its source; where the source leaves something open, a note says so.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from nnce.training import Settings
 from nnce.training.schedules import Schedule
 
 Of = Literal["test", "best test epoch", "best validation epoch"]
-"""What a figure is of: the last epoch or the one chosen on validation, as measured on the test set;
+"""Source of a figure: the last epoch or the one chosen on validation, measured on the test set;
 or, as the book has it, the best of all epochs as measured on either set."""
 
 
@@ -30,7 +30,7 @@ class Row:
     """In percent, of the table's measure; None where nothing is published."""
     of: Of = "test"
     note: str = ""
-    """What cannot be read off the source, and what was taken; or what else is to be said."""
+    """Options that the source leaves open, and other remarks."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _unknown(what: str, name: str, names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------ the textbook
 
 _NO_INIT = (
-    "The init is not repeated beside the figure; the section's is taken, weights from N(0, 1)."
+    "The init is not repeated next to the figure; the section's is taken, weights from N(0, 1)."
 )
 
 

@@ -1,8 +1,8 @@
-"""Train a row of a published table from many starts, and see what it comes to.
+"""Train a row of a published table from several starts, and measure the networks.
 
 Nothing that trains or chooses has the test set: it is kept apart until the networks are trained.
-The exception are rows whose source quotes the best epoch as the test set shows it; such a figure is
-reported as what it is, and nothing else is made of it.
+The exception are rows whose source quotes the epoch that is best on the test set: that figure is
+reported next to the others, and chooses nothing.
 """
 
 import copy
@@ -52,7 +52,7 @@ class Attempt:
     """The networks of one row, from as many starts, while they are trained.
 
     Args:
-        row: what is trained.
+        row: the row to train.
         settings: how, but for the seed.
         dataset: all of it, the test set included, which is put away.
         seeds: the starts.
@@ -178,11 +178,11 @@ def committee_accuracy(networks: Sequence[MLP], split: data.Split) -> float:
     return training.evaluate(mean, split, "quadratic").accuracy
 
 
-# ---------------------------------------------------------------------------------- what came out
+# ---------------------------------------------------------------------------------- results
 
 
 class Spread(NamedTuple):
-    """What several starts come to, in percent of the table's measure."""
+    """One figure over several starts, in percent of the table's measure."""
 
     mean: float
     sd: float
@@ -194,7 +194,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a row has come to."""
+    """Results of a row."""
 
     row: str
     trained: Sequence[Trained]
@@ -246,7 +246,7 @@ def percent(table: Table, accuracy: float) -> float:
 
 
 def like_published(row: Row) -> str:
-    """Which figure of `Trained` is what the source quotes."""
+    """The field of `Trained` that corresponds to the source's figure."""
     return {
         "test": "chosen_test",
         "best test epoch": "best_test",
@@ -283,7 +283,7 @@ def _options(value: Schedule | Distortion) -> str:
 
 
 def but_for_defaults(value: object) -> str:
-    """As `repr`, without what is as usual in a dataclass."""
+    """As `repr`, without the fields of a dataclass that have their defaults."""
     if not dataclasses.is_dataclass(value):
         return repr(value)
     changed = (

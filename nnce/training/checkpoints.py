@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
     path: Path
     content: dict[str, Any]
-    """What was written."""
+    """The state that was saved."""
     damaged: list[str]
     """A sentence for each newer one that is not good."""
 

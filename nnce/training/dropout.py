@@ -22,9 +22,9 @@ class WithDropout(nn.Module):
 
     Args:
         layers: a network of linear layers and sigmoids.
-        input: p of what comes in, in [0, 1).
+        input: p of the inputs, in [0, 1).
         hidden: p of the hidden neurons, in [0, 1).
-        stream: a number that fixes what is drawn, with the step; 32 bits count.
+        stream: seed of the masks, together with the step; 32 bits count.
 
     Shape: x [n, n_in] -> z [n, n_out].
     """
@@ -36,11 +36,11 @@ class WithDropout(nn.Module):
         self._generator = torch.Generator(next(layers.parameters()).device)
 
     def at_step(self, step: int) -> None:
-        """Draw what belongs to this step from now on, whatever was drawn before."""
+        """Draw the masks of this step from now on, independently of earlier ones."""
         self._generator.manual_seed((self._stream ^ step) % 2**32)
 
     def forward(self, input: Tensor) -> Tensor:
-        """z of the last layer, of what is left of the network."""
+        """z of the last layer, of the network without the dropped neurons."""
         p, a = self._input, input
         for layer in self.layers.children():
             if isinstance(layer, nn.Linear):

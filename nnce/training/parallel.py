@@ -32,7 +32,7 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     joined: bool = False
-    """Whether there is a process group, be it of one."""
+    """Whether there is a process group, possibly of one process."""
 
     def share(self, of: Tensor) -> Tensor:
         """This process's part of a mini-batch, as equal as can be, and empty where it is small."""

@@ -44,7 +44,7 @@ def peak(loss: nn.Module, n: int = 8_000) -> float:
     """The most memory, in MB, that forward and backward of n random pairs take (on Linux)."""
     x, y = (nn.functional.normalize(torch.randn(n, 256)).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
-    loss(x[:2_000], y[:2_000], scale, bias).backward()  # loads and compiles what is needed once
+    loss(x[:2_000], y[:2_000], scale, bias).backward()  # loads and compiles
     _, more = timing.peak_memory(lambda: loss(x, y, scale, bias).backward(), torch.device("cpu"))
     return more / 1e6
 

@@ -238,7 +238,7 @@ def test_steps_are_no_powers_of_2():
 
 
 def test_kinks():
-    """At the kink it cannot tell, beside it it can."""
+    """Undecided at the kink, decided next to it."""
     report = nnce.check_gradients(torch.relu, column(1.0, 0.0))
     assert report.first.verdict == "cannot tell"
     assert "a kink at input 0, element (1): from below the derivative is 0, from above" in str(

@@ -22,7 +22,7 @@ def good(tmp_path_factory):
 
 
 def damages(name, chance):
-    """Ways to spoil a file, drawn anew each time: a word for it, and a function of its path."""
+    """Random ways to damage a file: a name, and a function of its path."""
     begin, size = header(name), size_of(name)
 
     def change(offset, content):

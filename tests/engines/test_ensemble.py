@@ -325,7 +325,7 @@ def old_weight_norm(layer):
     [parametrizations.weight_norm, parametrizations.spectral_norm, prune_l1, old_weight_norm],
 )
 def test_reparametrised_and_pruned_networks_are_refused(change, index):
-    """Their W is made of other parameters at each forward pass, and there is none."""
+    """Their W is computed from other parameters in each forward pass."""
     networks = pair()
     change(networks[1][index])
     message = "expected layers with a weight and a bias of their own, but one has been reparam"
@@ -467,7 +467,7 @@ def test_a_wrong_index_at_the_end_is_seen_before_any_step(wrong):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_mini_batch_larger_than_any_number_of_examples(engine):
-    """All examples, once: the same as a mini-batch of just so many."""
+    """All examples, once: the same as a mini-batch of that size."""
     networks = pair()
     values = 2 * [Hyperparameters("cross-entropy", 0.5)]
     again = copy.deepcopy(networks)

@@ -334,7 +334,7 @@ def test_gradients_accumulate_and_are_no_one_elses():
 
 
 def test_a_loss_among_others():
-    """Its value goes on into more, the upstream gradient is not 1, and x comes out of a layer."""
+    """More follows its value, the upstream gradient is not 1, and x is the output of a layer."""
     problem = Problem()
     target, y = problem.targets["index"]
     (x, W, b), layer = problem.inputs, torch.nn.Linear(5, 5, dtype=torch.float64)

@@ -69,14 +69,14 @@ def test_every_peer_comes_to_the_same_loss(drawn, peer):
     ["nnce", "nnce, products", "torch.func, vmap over networks", "JAX, vmap over networks"],
 )
 def test_an_order_for_each_network(drawn, peer):
-    """The first network's is that of one network alone, so it comes to the same loss."""
+    """The first network's is that of one network alone, so it reaches the same loss."""
     one, own = WORKS
     alone = networks.check("nnce", one, *drawn, 1)
     try:
-        beside = networks.check(peer, own, *drawn, 3)
+        together = networks.check(peer, own, *drawn, 3)
     except peers.Missing as reason:
         pytest.skip(str(reason))
-    assert beside == pytest.approx(alone, rel=networks.SAME_LOSS)
+    assert together == pytest.approx(alone, rel=networks.SAME_LOSS)
     with pytest.raises(peers.Missing, match="share no product"):
         peers.floor(own, *drawn, [])
 

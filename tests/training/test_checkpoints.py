@@ -152,7 +152,7 @@ def claims():
 
 
 def damages(good, folder, chance, count):
-    """So many ways to be no good checkpoint, of each kind some: a name, and the bytes."""
+    """`count` damaged checkpoints of all kinds: a name, and the bytes."""
     size = len(good)
     _, of_content = good.split(b"\n", 1)
     yield "empty", b""
@@ -199,7 +199,7 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_used(
     chance = random.Random(0)
     peaks = pathlib.Path("/proc/self/clear_refs")
     if peaks.exists():
-        peaks.write_text("5")  # the peak begins anew
+        peaks.write_text("5")  # reset the peak
         before = peak.resident("VmRSS")
     kinds = set()
     for name, data in itertools.islice(damages(newest, tmp_path, chance, count), count):

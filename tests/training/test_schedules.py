@@ -102,7 +102,7 @@ SCHEDULE = Schedule("step", step_size=1, gamma=0.5, warmup=2, warmup_start=0.25)
 @pytest.mark.parametrize("engine", training.ENGINES)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_every_engine_trains_at_pytorchs_rates(engine, momentum, digits):
-    """Plain PyTorch with its own scheduler comes to the same parameters in float64."""
+    """Plain PyTorch with its own scheduler reaches the same parameters in float64."""
     n, lr = 205, 0.1 if momentum else 0.5
     x, y = (part[:n].double() for part in digits.train)
     dataset = digits._replace(train=data.Split(x, y))

@@ -34,7 +34,7 @@ Step = Callable[[], object]
 
 
 class Work(NamedTuple):
-    """Logits or inputs, and what is computed of them."""
+    """Logits or inputs, and the computation to time."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32

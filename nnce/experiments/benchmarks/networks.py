@@ -121,7 +121,7 @@ def row(
     """A row of results.json.
 
     Args:
-        work, peer, networks: what was timed.
+        work, peer, networks: the identity of the row.
         outcome: "right", "wrong" (a loss that differs from nnce's), "failed" (it raised), "missing"
             (it cannot run here) or "estimate".
         note: the loss, or why there is no time.
@@ -185,7 +185,7 @@ def limit(work: Work, networks: int, ours: float) -> dict[str, Any]:
 
 
 def threads_of(name: str, work: Work, networks: int) -> int:
-    """How many threads a peer has; JAX takes what it likes."""
+    """Number of threads of a peer; JAX chooses its own."""
     suits = ensemble.suits_loops(
         work.sizes, work.batch_size, torch.float32, torch.device("cpu"), work.density
     )
@@ -239,7 +239,7 @@ def measure(
 def _prepare_all(
     work: Work, names: Sequence[str], x: Tensor, y: Tensor
 ) -> tuple[dict[_Key, Runner], dict[_Key, float], list[dict[str, Any]]]:
-    """What can run, the losses, and a row for each peer that cannot."""
+    """The peers that can run, their losses, and a row for each that cannot."""
     runners: dict[_Key, Runner] = {}
     losses: dict[_Key, float] = {}
     rows = []

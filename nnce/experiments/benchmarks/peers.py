@@ -45,7 +45,7 @@ class Work(NamedTuple):
     own_orders: bool = False
     """Whether each of several networks has its own order of the examples."""
     threads: int | None = None
-    """What was asked for."""
+    """The engine that was requested."""
 
     def __str__(self) -> str:
         inputs = "" if self.density < 1 else ", no zeros"
@@ -195,7 +195,7 @@ def _gradients_of(twin: nn.Module) -> Callable[..., dict[str, Tensor]]:
 
 def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
     """The whole step under torch.compile: forward, backward and update in one graph."""
-    torch._dynamo.reset()  # what was compiled for another work counts against a limit
+    torch._dynamo.reset()  # code compiled for another work counts against a limit
     twin = torch_twin(networks[0])
     parameters = {name: p.detach() for name, p in twin.named_parameters()}
     gradients = _gradients_of(twin)
