@@ -95,12 +95,22 @@ CONSTANT = Schedule()
 """The default: the rate does not change."""
 
 
+class _NoParameters(torch.optim.Optimizer):
+    """A rate of 1 for a scheduler, without `Optimizer.__init__`, which imports dynamo (2 s)."""
+
+    def __init__(self) -> None:
+        self.param_groups = [{"lr": 1.0}]
+
+    def step(self) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
 @functools.lru_cache(maxsize=256)
 def _tabulated(
     scheduler: type[lr_scheduler.LRScheduler], arguments: tuple[object, ...], length: int
 ) -> tuple[float, ...]:
     """The factors of the first epochs by one of PyTorch's schedulers."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer = _NoParameters()
     rates = scheduler(optimizer, *arguments)  # type: ignore[arg-type]
     optimizer.step()  # or PyTorch would warn that it should come first
     factors = []
