@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,7 +175,8 @@ def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
             f"## {title.rstrip('.')}",
             f"```sh\n.venv/bin/python scripts/benchmark.py {name}\n```",
             found["answer"],
-            *(report.table(rows) for rows in _by_work(found["rows"])),
+            report.table(_by_work(found["rows"])),
+            *_not_measured(found["rows"]),
             method.strip(),
             f"Measured on {found['date']}, {found['machine']}, {versions}, "
             f"{found['config']['repetitions']} turns: [`{name}.json`](benchmarks/{name}.json).",
@@ -190,32 +190,50 @@ alternate (least–most): above 1, nnce is faster. The row **nnce** is its own m
 Ratios hold for the machine and versions named; run the command for yours."""
 
 
-def _by_work(rows: Sequence[Mapping[str, Any]]) -> list[list[report.Row]]:
-    """Tables of contenders and works, those with most contenders in common together."""
+def _by_work(rows: Sequence[Mapping[str, Any]]) -> list[report.Row]:
+    """One row for each work, with a column for each contender that was measured at all."""
     works: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        count = row.get("networks", 1)
-        work = row["work"] + (f", {count} networks" if count > 1 else "")
-        works.setdefault(work, {})[row["peer"]] = row
-    tables: dict[tuple[str, ...], list[report.Row]] = {}
+        if row["outcome"] in _MEASURED:
+            count = row.get("networks", 1)
+            work = row["work"] + (f", {count} networks" if count > 1 else "")
+            works.setdefault(work, {})[row["peer"]] = row
+    peers = dict.fromkeys(peer for by_peer in works.values() for peer in by_peer)
+    del peers["nnce"]
+    table: list[report.Row] = []
     for work, by_peer in works.items():
-        ours = next(iter(by_peer.values()))
-        cells: dict[str, str] = {"work": work, "**nnce**, s": f"{ours['seconds']:.3g}"}
-        for peer, row in list(by_peer.items())[1:]:
-            cells[peer] = _ratio(row)
-        for key, form in (("peak_bytes", "{:,.0f}"), ("ulps", "{:,.1f}")):
-            if ours.get(key) is not None and not math.isnan(float(ours[key])):
-                scale = 1e-6 if key == "peak_bytes" else 1
-                cells["peak, MB" if key == "peak_bytes" else "error, units"] = form.format(
-                    scale * ours[key]
-                )
-        tables.setdefault(tuple(cells), []).append(cells)
-    return list(tables.values())
+        ours = by_peer["nnce"]
+        table.append(
+            {
+                "work": work,
+                "**nnce**, s": f"{ours['seconds']:.3g}",
+                **{peer: _ratio(by_peer.get(peer)) for peer in peers},
+                "peak, MB": _number(ours.get("peak_bytes"), 1e-6, ",.0f"),
+                **({"error, units": _number(ours["ulps"], 1, ",.1f")} if "ulps" in ours else {}),
+            }
+        )
+    return table
 
 
-def _ratio(row: Mapping[str, Any]) -> str:
-    if row["outcome"] != "right":
-        return str(row["outcome"])
-    if row["ratio"] is None:
+_MEASURED = ("right", "estimate")
+
+
+def _ratio(row: Mapping[str, Any] | None) -> str:
+    if row is None:
         return ""
-    return f"{row['ratio']:.2f} ({row['ratio_least']:.2f}–{row['ratio_most']:.2f})"
+    spread = f" ({row['ratio_least']:.2f}–{row['ratio_most']:.2f})" if row["ratio_least"] else ""
+    return f"{row['ratio']:.2f}{spread}"
+
+
+def _number(value: float | None, scale: float, form: str) -> str:
+    return "" if value is None else format(scale * value, form)
+
+
+def _not_measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A paragraph that names the contenders without a time, and why; none if there are none."""
+    reasons = dict.fromkeys(
+        f"{row['peer'].removesuffix(' (not installed)')} ({row['note'] or row['outcome']})"
+        for row in rows
+        if row["outcome"] not in _MEASURED
+    )
+    return [f"Not measured: {'; '.join(reasons)}."] if reasons else []

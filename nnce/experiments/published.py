@@ -122,7 +122,7 @@ NIELSEN = Table(
     measure="accuracy",
     seeds=10,
     about="The book quotes the best epoch of one run, or of the best of three; mini-batches of 10. "
-    "The single neuron of its chapter 3 is scripts/slowdown.py.",
+    "The single neuron of its chapter 3 is `scripts/slowdown.py`.",
     rows=(
         _nielsen("N1", (30,), "quadratic", 3.0, 95.42, note=_THREE),
         _nielsen("N2", (100,), "quadratic", 3.0, 96.59, note=_THREE),

@@ -1,7 +1,6 @@
 """The generated pages are those of the JSON next to them."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -58,8 +57,9 @@ FOUND = {
     "rows": [
         {**ROW, "peer": "nnce", "ratio": 1.0, "ratio_least": 1.0, "ratio_most": 1.0, "ulps": 2.5},
         {**ROW, "peer": "it", "ratio": 3.14, "ratio_least": 3.0, "ratio_most": 4.0},
-        {**ROW, "peer": "other", "outcome": "not installed", "ratio": math.nan},
-        {**ROW, "work": "[9]", "networks": 4, "peer": "nnce", "ratio": 1.0, "peak_bytes": None},
+        {**ROW, "peer": "other", "outcome": "not installed", "ratio": None},
+        {**ROW, "peer": "limit", "outcome": "estimate", "ratio": 0.5, "ratio_least": None},
+        {**ROW, "work": "[9]", "networks": 4, "peer": "nnce", "peak_bytes": None, "ulps": None},
     ],
 }
 
@@ -74,6 +74,8 @@ def test_a_page_of_benchmarks(script, tmp_path):
     page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert page.count("## Benchmark of ") == len(command.BENCHMARKS)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
-    row = ["[8]", "0.5", "3.14 (3.00–4.00)", "not installed", "2", "2.5"]
-    assert row in lines and ["[9], 4 networks", "0.5"] in lines
+    assert ["work", "**nnce**, s", "it", "limit", "peak, MB", "error, units"] in lines
+    assert ["[8]", "0.5", "3.14 (3.00–4.00)", "0.50", "2", "2.5"] in lines
+    assert ["[9], 4 networks", "0.5", "", "", "", ""] in lines
+    assert page.count("Not measured: other (not installed).") == len(command.BENCHMARKS)
     assert "2030-01-02, 8 × Some processor (AVX2), torch 9.9, 7 turns" in page
