@@ -214,7 +214,7 @@ class Training:
                         log.finished = epoch
                         if epoch:
                             command_line.keep(log.run_dir)
-                    self.saver.after(epoch, epochs)
+                    self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch - bar.n)
             bar.set_description("the control, by autograd")
             if not self.controls.runs:
@@ -227,7 +227,7 @@ class Training:
                     if log:
                         going = [run for run in self.controls.runs if not run.stopped]
                         log.epoch(going, self.dataset)
-                    self.saver.after(epoch, epochs)
+                    self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch * len(self.controls.runs) - bar.n)
 
 

@@ -21,7 +21,7 @@ import nnce
 from nnce import data
 from nnce.experiments.command_line import from_here, keep
 from nnce.saving import write_whole
-from nnce.training import Record
+from nnce.training import Record, best_record
 
 # A table must fit the screen: a header is as wide as its text.
 tabulate.MIN_PADDING = 0
@@ -202,7 +202,6 @@ def epoch_line(record: Record) -> str:
 
 def closing_rows(records: Sequence[Record]) -> list[Row]:
     """The start, the epoch that is best on the validation data, and the last epoch."""
-    best = max(records, key=lambda record: record.accuracy["validation"])
     return [
         {
             "network": name,
@@ -213,7 +212,7 @@ def closing_rows(records: Sequence[Record]) -> list[Row]:
         }
         for name, record in (
             ("start", records[0]),
-            ("best on validation", best),
+            ("best on validation", best_record(records)),
             ("last", records[-1]),
         )
         for split in record.loss

@@ -23,7 +23,9 @@ from nnce.training.checkpoints import CheckpointError
 from nnce.training.parallel import ALONE, World
 
 # What does not change the numbers, or only by rounding, may be another on resuming.
-_MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
+_MAY_CHANGE = ("epochs", "patience", "checkpoint_every", "data_dir", "threads", "resume")
+# Those of them that may only be raised: the run is beyond what a lower value would have come to.
+_MAY_RISE = ("epochs", "patience")
 # Steps between which the processes of a job do not ask each other whether to stop.
 _STEPS_UNASKED = 10
 
@@ -135,8 +137,10 @@ def start(
     for name, value in vars(asked).items():
         was = getattr(recorded, name)
         option = name if name in positional else f"--{name.replace('_', '-')}"
-        if name == "epochs" and value < was:
-            parser.error(f"{option} {value}: may be raised on resuming, and the run has {was}")
+        if name in _MAY_RISE and value != was and (was is None or value < was):
+            parser.error(
+                f"{option} {value}: may be raised on resuming, and the run has {was or 'no limit'}"
+            )
         if value != was and name not in _MAY_CHANGE:
             parser.error(
                 f"{option} {_in_words(value)}: the run in {run_dir} was begun with "
@@ -326,11 +330,11 @@ class Saver:
             command_line.stop(code - 1)
             command_line.let_through()
 
-    def after(self, epoch: int, last: int) -> None:
+    def after(self, epoch: int, *, is_last: bool) -> None:
         """After an epoch that is logged."""
         due = self._world.largest(int(self._is_time()))
         at_its_turn = bool(epoch and self._epochs and epoch % self._epochs == 0)
-        if due or at_its_turn or epoch == last:
+        if due or at_its_turn or is_last:
             self.save()
         self.between(ask=1)
 

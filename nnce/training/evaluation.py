@@ -40,6 +40,11 @@ class Record(NamedTuple):
     """Figures of each layer, from the first one with weights to the last."""
 
 
+def best_record(records: Sequence[Record]) -> Record:
+    """The record of the highest validation accuracy, the first one of several."""
+    return max(records, key=lambda record: record.accuracy["validation"])
+
+
 def pack(records: Sequence[Record]) -> Tensor:
     """Records of one network as a float64 tensor, a row each, for a checkpoint."""
     rows = [

@@ -47,12 +47,13 @@ def test_a_run(train, tmp_path, capsys, digits):
 
     network = nnce.load(run_dir / "network.pt")
     assert network.sizes == (64, 12, 8, 10)
-    end = out.splitlines()[-6:]
-    assert results["answer"].splitlines() == end[1:3]
+    end = out.splitlines()[-8:]
+    assert results["answer"].splitlines() == end[1:5]
     accuracy = f"{100 * last['test']['accuracy']:.2f} %"
     assert f"Test accuracy {accuracy} after epoch 2." in end
     assert f"The network: nnce.load('{run_dir / 'network.pt'}')" in end
     assert sum(f" {accuracy} " in line for line in out.splitlines() if "| last " in line) >= 1
+    assert f"The best: nnce.load('{run_dir / 'best.pt'}')" in end
     alone = training.evaluate(network, digits.test, "cross-entropy")
     assert last["test"]["loss"] == pytest.approx(alone.loss)
     assert last["test"]["accuracy"] == alone.accuracy
@@ -88,6 +89,31 @@ def test_tensorboard_tags(train, tmp_path, engine):
     assert set(events.Tags()["images"]) == {"weights/layer1", "wrong", "confusion"}
     for tag in ("output/z", "output/a", "output/dz"):
         assert [event.step for event in events.Histograms(tag)] == [0, 1, 2]
+
+
+def test_the_best_network_and_an_end_by_patience(train, tmp_path, capsys, digits):
+    """Of 300 examples epoch 10 is the best, and epoch 12 no better."""
+    run_dir = tmp_path / "run"
+    options = ["--patience", "2", "--train-size", "300", "--run-dir", str(run_dir)]
+    assert train.main(options) == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    epochs = results["epochs"]
+    assert len(epochs) == 13 and results["stopped_early"] and results["config"]["patience"] == 2
+    assert results["best"] == epochs[10] != epochs[12]
+    assert epochs[10]["accuracy"]["validation"] == epochs[12]["accuracy"]["validation"]
+    for name, epoch in (("network", 12), ("best", 10)):
+        found = training.evaluate(nnce.load(run_dir / f"{name}.pt"), digits.test, "cross-entropy")
+        assert found.accuracy == epochs[epoch]["accuracy"]["test"]
+    validation, test = (
+        f"{100 * epochs[10]['accuracy'][of]:.2f} %" for of in ("validation", "test")
+    )
+    out = capsys.readouterr().out
+    assert " after epoch 12: no higher validation accuracy in 2 epochs.\n" in out
+    assert f"Best on validation: {validation} after epoch 10, with {test} on test.\n" in out
+    # With more patience it goes on, up to what a run comes to that had it from the start.
+    assert train.main(["--resume", str(run_dir), "--patience", "4"]) == 0
+    resumed = json.loads((run_dir / "results.json").read_text())
+    assert len(resumed["epochs"]) > 13 and resumed["epochs"][:13] == epochs
 
 
 def test_dry_run_leaves_nothing_behind(train, tmp_path, monkeypatch, capsys):
@@ -129,6 +155,8 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--engine", "magic"], "invalid choice: 'magic'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--patience", "0"], "expected --patience of at least 1 epoch, got 0"),
+        (["--patience", "soon"], "invalid int value: 'soon'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--threads", "0"], "1 to 1,024 --threads, got 0"),
         (["--matmul-precision", "low"], "invalid choice: 'low'"),
