@@ -326,7 +326,7 @@ def begun(alone, tmp_path):
         (
             "train",
             ["--patience", "2"],
-            "--patience 2: may be raised on resuming, and the run has no",
+            "--patience 2: may be raised on resuming, and the run",
         ),
         ("compare", ["--seeds", "3"], "--seeds 3: the run in {} was begun with 2"),
         ("compare", ["--lrs", "1", "3"], "--lrs 1 3: the run in {} was begun with 1"),
