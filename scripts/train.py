@@ -21,6 +21,7 @@ from nnce import _memory, data, training
 from nnce.engines import ensemble
 from nnce.experiments import command_line, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.epochs import EpochsFile, epoch_row
 from nnce.experiments.tensorboard import Monitor
 from nnce.losses import LOSSES
 from nnce.training import parallel
@@ -224,24 +225,34 @@ class Training:
         """Train to the end, and write and print the results."""
         records, state = self.records, self.state
         introduce(state, self.settings, self.dataset, self.config)
-        with Monitor(self.run_dir, self.config, [[record] for record in records]) as monitor:
+        so_far = [epoch_row(self.settings, record) for record in records]
+        with (
+            Monitor(self.run_dir, self.config, [[record] for record in records]) as monitor,
+            EpochsFile(self.run_dir, so_far) as csv,
+        ):
+
+            def flush() -> None:
+                monitor.flush()
+                csv.flush()
+
             every = str(self.config["checkpoint_every"])
-            saver = resuming.Saver(self.run_dir, every, self.state_dict, monitor.flush, state.world)
+            saver = resuming.Saver(self.run_dir, every, self.state_dict, flush, state.world)
             if self._finished:
                 nnce.save(self._finished, self.network_path)
                 self._save_best()
             if not state.cursor.step:
                 saver.save()
             with resuming.Ending(self.run_dir, lambda: len(records) > 1, saver.save) as ending:
-                self._train(monitor, saver)
-            rows, seconds = report.closing_rows(records) if records else [], self.seconds
+                self._train(monitor, csv, saver)
+            seconds = self.seconds
             if records:
-                self._write(monitor, rows, seconds, interrupted=ending.stopped is not None)
+                tables = self._write(monitor, seconds, interrupted=ending.stopped is not None)
         if records:
-            print(f"\n{report.table([report.readable(row) for row in rows])}\n")
+            print(f"\n{self.answer()}\n\n{tables}\n")
             print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
             if not self.config["dry_run"]:
-                report.print_end(self.answer(), "Results", self.run_dir)
+                results = "Results, epochs.csv and learning-curves.png"
+                report.print_end(self.answer(), results, self.run_dir)
         kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
         ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}to go on:")
 
@@ -277,7 +288,7 @@ class Training:
         assert self.state.best is not None
         nnce.save(self.state.best.network, self.best_path)
 
-    def _train(self, monitor: Monitor, saver: resuming.Saver) -> None:
+    def _train(self, monitor: Monitor, csv: EpochsFile, saver: resuming.Saver) -> None:
         """Log and save the network after each epoch."""
         network, settings = self.state.network, self.settings
         done = self.records[-1].epoch if self.records else 0
@@ -292,6 +303,7 @@ class Training:
                 patience=self.patience,
             ):
                 monitor.log(record)
+                csv.append([epoch_row(settings, record)])
                 monitor.log_histograms(
                     network, self.dataset.validation, settings.loss, record.epoch
                 )
@@ -304,13 +316,16 @@ class Training:
                 is_last = self.state.is_over(settings.epochs, self.patience)
                 saver.after(record.epoch, is_last=is_last)
                 bar.update(record.epoch - bar.n)
-                bar.write(report.epoch_line(record))
+                if is_last or report.has_line(record.epoch):
+                    bar.write(report.epoch_line(record))
 
-    def _write(
-        self, monitor: Monitor, rows: Sequence[report.Row], seconds: float, *, interrupted: bool
-    ) -> None:
-        """Write results.json and, worth less, the pictures."""
+    def _write(self, monitor: Monitor, seconds: float, *, interrupted: bool) -> str:
+        """Write results.json and, worth less, the pictures; the tables for people."""
         device = self.dataset.train.x.device
+        # The network in memory may be in an epoch that does not count.
+        finished = nnce.load(self.network_path, device)
+        rows = report.closing_rows(self.records)
+        classes = report.by_class(training.confusion(finished, self.dataset.test))
         report.write_results(
             self.run_dir,
             config=self.config,
@@ -321,17 +336,21 @@ class Training:
             interrupted=interrupted,
             best=report.record_as_dict(training.best_record(self.records)),
             stopped_early=self.stopped_early,
+            test=classes,
             training_seconds=self.training_seconds,
             epochs=[report.record_as_dict(record) for record in self.records],
         )
-        # The network in memory may be in an epoch that does not count.
-        finished = nnce.load(self.network_path, device)
+        with command_line.announced("learning curves"):
+            title = f"{self.config['data']}, {self.settings.loss}, rate {self.settings.rate:g}"
+            figure = figures.training_curves(self.records, title)
+            report.write_figure(self.run_dir / "learning-curves.png", figure, dpi=90)
         with command_line.announced("pictures for TensorBoard"):
             monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
         monitor.log_hparams(self.config, self.records[-1])
         if self.settings.distortion is not None:
             figure = figures.distortions(self.dataset.train.x, self.settings.distortion)
             monitor.log_figure("distortion", figure)
+        return f"{report.closing_table(rows)}\n\n{report.class_table(classes)}"
 
 
 def introduce(

@@ -16,6 +16,7 @@ from nnce.experiments.comparison import Run, Variant, by_variant
 from nnce.experiments.estimates import PERCENT, SHARE, Limits, estimate
 from nnce.experiments.proof.precision import Curve
 from nnce.losses import Loss
+from nnce.training import Record, best_record
 
 
 def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve]) -> Figure:
@@ -108,11 +109,9 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     return figure
 
 
-def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
+def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
     """How many examples of each class (row) are taken for which (column)."""
-    classes = split.y.shape[1]
-    pairs = split.y.argmax(-1) * classes + z.argmax(-1)
-    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).tolist()
+    classes = len(counts)
     right = sum(counts[i][i] for i in range(classes))
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
     # Colors are for the mistakes: what is right is darker than all of them.
@@ -130,7 +129,7 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
         panel.set_yticks(range(classes))
     panel.tick_params(length=0, pad=2)
     panel.set_xlabel("row: class; column: taken for")
-    panel.set_title(f"{right:,} of {len(z):,} right")
+    panel.set_title(f"{right:,} of {sum(map(sum, counts)):,} right")
     return figure
 
 
@@ -255,7 +254,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     )
     by_epoch.set_ylabel("test accuracy, %")
     if shown:  # the start, at chance, would squeeze what is compared
-        by_epoch.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
+        by_epoch.set_ylim(*_accuracy_limits(shown))
     by_lr.set_xscale("log")
     by_lr.set_xlabel("learning rate")
     by_lr.set_ylabel("test accuracy after the last epoch, %")
@@ -265,10 +264,52 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     return figure
 
 
-def _legend_below(figure: Figure, panel: Any) -> None:
-    """The panel's legend below all panels, where it covers no curve."""
-    handles, labels = panel.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
+def training_curves(records: Sequence[Record], title: str) -> Figure:
+    """One network in three panels by epoch: loss, accuracy, and the slowdown of each layer.
+
+    Args:
+        records: of the start and each epoch; the best on validation is marked.
+        title: what was trained.
+    """
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    epochs, best = [record.epoch for record in records], best_record(records).epoch
+    for split, color in zip(records[0].loss, ("C0", "C1", "C2"), strict=True):
+        panels[0].plot(epochs, [one.loss[split] for one in records], color=color, label=split)
+        accuracies = [100 * one.accuracy[split] for one in records]
+        panels[1].plot(epochs, accuracies, color=color, label=split)
+    for layer in range(len(records[0].layers)):
+        slowdowns = [record.layers[layer].slowdown for record in records]
+        look = {"ls": "--", "color": f"C{3 + layer}", "label": f"layer {layer + 1}"}
+        panels[2].plot(epochs, slowdowns, **look)
+    titles = ("loss", "accuracy, %", "slowdown: share of dz that σ'(z) leaves")
+    for panel, name in zip(panels, titles, strict=True):
+        panel.axvline(best, color="0.6", lw=1, ls=":", label="best on validation")
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        panel.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    shares = [share for record in records[1:] for share in record.accuracy.values()]
+    if shares:  # the start, at chance, would squeeze the rest
+        panels[1].set_ylim(*_accuracy_limits([100 * share for share in shares]))
+    panels[2].set_ylim(bottom=0)
+    _legend_below(figure, panels[1], panels[2])
+    figure.suptitle(title)
+    return figure
+
+
+def _accuracy_limits(shown: Sequence[float]) -> tuple[float, float]:
+    return max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5
+
+
+def _legend_below(figure: Figure, *panels: Any) -> None:
+    """The panels' legend below all panels, where it covers no curve."""
+    by_label = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     if by_label:
         figure.legend(
             by_label.values(), by_label.keys(), loc="outside lower center", ncols=4, fontsize=8

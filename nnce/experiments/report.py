@@ -10,12 +10,13 @@ import shlex
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tabulate
 import torch
+from torch import Tensor
 
 import nnce
 from nnce import data
@@ -33,6 +34,8 @@ TENSORBOARD = (
     "http://localhost:6006/?smoothing=0&tagFilter="
     f"{urllib.parse.quote(f'^(?!{_HIDDEN})', safe='')}#timeseries"
 )
+# More classes would push the rest off the screen.
+_CLASSES_SHOWN = 12
 Row = Mapping[str, object]
 """A row of a table: columns by name."""
 
@@ -196,8 +199,13 @@ def describe(name: str, dataset: data.Dataset) -> str:
 def epoch_line(record: Record) -> str:
     """One epoch, for people."""
     losses = ", ".join(f"{split} {value:.4f}" for split, value in record.loss.items())
-    accuracies = ", ".join(f"{split} {in_percent(v)}" for split, v in record.accuracy.items())
-    return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies}"
+    accuracies = ", ".join(f"{100 * share:.2f}" for share in record.accuracy.values())
+    return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies} %"
+
+
+def has_line(epoch: int) -> bool:
+    """Whether an epoch is printed: the first ten, then every tenth, hundredth and so on."""
+    return bool(epoch % 10 ** (len(str(epoch)) - 1) == 0)
 
 
 def closing_rows(records: Sequence[Record]) -> list[Row]:
@@ -219,11 +227,57 @@ def closing_rows(records: Sequence[Record]) -> list[Row]:
     ]
 
 
-def readable(row: Row) -> Row:
-    """A row of `closing_rows` for people."""
-    accuracy = row["accuracy"]
-    assert isinstance(accuracy, float)
-    return {**row, "accuracy": in_percent(accuracy)}
+def closing_table(rows: Sequence[Row]) -> str:
+    """`closing_rows` for people, a row for each network."""
+    by_network: dict[object, dict[str, object]] = {}
+    for row in rows:
+        of_network = by_network.setdefault(
+            row["network"], {"network": row["network"], "epoch": row["epoch"]}
+        )
+        loss, accuracy = row["loss"], row["accuracy"]
+        assert isinstance(accuracy, float)
+        of_network[str(row["data"])] = f"{_cell(loss)}, {in_percent(accuracy)}"
+    return f"Loss and accuracy:\n\n{table(list(by_network.values()))}"
+
+
+def by_class(counts: Tensor) -> dict[str, Any]:
+    """Confusion matrix, and precision, recall and F1 of each class, as scikit-learn defines them.
+
+    Args:
+        counts: examples of each class (row) that are taken for which (column).
+    """
+    support, taken = counts.sum(1), counts.sum(0)
+    right, share = counts.diagonal().double(), support.double() / support.sum()
+    scores = torch.stack(  # 0 where nothing is taken for the class, or of it
+        [
+            right / taken.clamp_min(1),
+            right / support.clamp_min(1),
+            2 * right / (taken + support).clamp_min(1),
+        ],
+        -1,
+    )
+    there = (taken + support) > 0
+    averages = {
+        "macro avg": scores[there].mean(0),
+        "weighted avg": share @ scores,
+    }
+
+    def rows(names: Iterable[object], scores: Tensor, support: Tensor) -> list[Row]:
+        columns = ("class", "precision", "recall", "f1-score", "support")
+        values = zip(names, *scores.T.tolist(), support.tolist(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
+
+    return {
+        "confusion": counts.tolist(),
+        "classes": rows(range(len(counts)), scores, support),
+        "averages": rows(averages, torch.stack([*averages.values()]), support.sum().expand(2)),
+    }
+
+
+def class_table(classes: Mapping[str, Any]) -> str:
+    """`by_class` for people; the averages alone if there are more classes than fit a screen."""
+    of_each = classes["classes"] if len(classes["classes"]) <= _CLASSES_SHOWN else []
+    return f"Test data by class:\n\n{table([*of_each, *classes['averages']])}"
 
 
 def record_as_dict(record: Record) -> dict[str, object]:

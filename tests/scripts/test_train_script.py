@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import subprocess
@@ -42,6 +43,13 @@ def test_a_run(train, tmp_path, capsys, digits):
     assert results["threads"] == torch.get_num_threads()
     assert results["seconds"] > results["training_seconds"] > 0
     assert [record["epoch"] for record in results["epochs"]] == [0, 1, 2]
+    with (run_dir / "epochs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    for row, record in zip(rows, results["epochs"], strict=True):
+        assert float(row["loss/validation"]) == record["loss"]["validation"]
+        assert float(row["slowdown/layer3"]) == record["layers"][2]["slowdown"]
+    assert (run_dir / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
     last = {row["data"]: row for row in results["rows"] if row["network"] == "last"}
     assert set(last) == {"train", "validation", "test"}
 
@@ -57,6 +65,23 @@ def test_a_run(train, tmp_path, capsys, digits):
     alone = training.evaluate(network, digits.test, "cross-entropy")
     assert last["test"]["loss"] == pytest.approx(alone.loss)
     assert last["test"]["accuracy"] == alone.accuracy
+    counts = results["test"]["confusion"]
+    assert sum(map(sum, counts)) == 300
+    right = sum(counts[i][i] for i in range(10))
+    assert right / 300 == alone.accuracy
+    assert [row["support"] for row in results["test"]["classes"]] == list(map(sum, counts))
+    lines = out.splitlines()
+    assert lines[6:10] == end[1:5]  # after three epochs, and at the end
+    assert "| weighted avg |" in out
+
+
+def test_the_screen_begins_with_the_answer_and_fits(train, tmp_path, capsys):
+    assert train.main(["--train-size", "100", "--run-dir", str(tmp_path / "run")]) == 0
+    *lines, browser = capsys.readouterr().out.splitlines()
+    assert len(lines) < 60 and browser.startswith("In the browser: ")
+    assert max(len(line) for line in lines if "/" not in line) <= 100
+    shown = [int(line[6:9]) for line in lines if line.startswith("epoch ")]
+    assert shown == [*range(10), 10, 20, 30]
 
 
 @pytest.mark.parametrize(
