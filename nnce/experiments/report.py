@@ -20,7 +20,7 @@ from torch import Tensor
 
 import nnce
 from nnce import data
-from nnce.experiments.command_line import from_here, keep
+from nnce.experiments.command_line import from_here, heard, keep
 from nnce.saving import write_whole
 from nnce.training import Record, best_record
 
@@ -93,6 +93,7 @@ def write_results(
     content = {
         "config": config,
         "versions": versions(),
+        **checkout(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
@@ -115,6 +116,18 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             by_package[package] = importlib.metadata.version(package)
     return by_package
+
+
+def checkout() -> dict[str, Any]:
+    """The git commit of nnce's source, and whether its files are those of the commit.
+
+    Empty without git, or where the source is not a checkout.
+    """
+    described = versions().get("commit")
+    if described is None:
+        return {}
+    commit = described.removesuffix("-dirty")
+    return {"git": {"commit": commit, "clean": described == commit}}
 
 
 @functools.cache
@@ -174,6 +187,10 @@ def print_end(
         run_dir: the run's directory.
         curves: TensorBoard's folders, by what is in each; the run's directory if not given.
     """
+    out = heard()
+    if out is not sys.stdout:  # --quiet
+        print(f"{answer}\n{results}: {from_here(run_dir)}", file=out)
+        return
     print(f"\n{answer}\n{results}: {from_here(run_dir)}")
     for title, folder in ({"Curves": run_dir} if curves is None else curves).items():
         print(f"{title}: {tensorboard_command(folder)}")

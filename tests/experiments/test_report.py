@@ -43,6 +43,7 @@ def test_results_say_where_they_come_from(tmp_path):
     content = json.loads(path.read_text())
     assert content["config"] == {"x": 1} and content["extra"] == [2]
     assert content["versions"]["torch"] == torch.__version__
+    assert content["git"] == report.checkout()["git"] or "git" not in content
     assert content["device"] == "cpu" and content["threads"] == torch.get_num_threads()
 
 
@@ -71,13 +72,14 @@ def test_the_version_is_that_of_the_source_with_its_commit(tmp_path, monkeypatch
 
     def commit_of(root):
         monkeypatch.setattr(nnce, "__file__", str(root / "nnce" / "__init__.py"))
-        return report.versions().get("commit")
+        return report.versions().get("commit"), report.checkout().get("git")
 
-    assert commit_of(checkout) == commit
-    assert commit_of(checkout / "site-packages") is None
-    assert commit_of(tmp_path / "dirty") == f"{commit}-dirty"
+    assert commit_of(checkout) == (commit, {"commit": commit, "clean": True})
+    assert commit_of(checkout / "site-packages") == (None, None)
+    dirty = {"commit": commit, "clean": False}
+    assert commit_of(tmp_path / "dirty") == (f"{commit}-dirty", dirty)
     monkeypatch.setenv("PATH", "")
-    assert commit_of(tmp_path / "without git") is None
+    assert commit_of(tmp_path / "without git") == (None, None)
 
 
 @pytest.mark.parametrize(

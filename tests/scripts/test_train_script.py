@@ -141,6 +141,68 @@ def test_the_best_network_and_an_end_by_patience(train, tmp_path, capsys, digits
     assert len(resumed["epochs"]) > 13 and resumed["epochs"][:13] == epochs
 
 
+def test_quiet_prints_the_answer_and_where_it_is(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run_dir = tmp_path / "run"
+    assert train.main(["--quiet", "--epochs", "1", "--run-dir", str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads((run_dir / "results.json").read_text())["answer"]
+    assert out == f"{answer}\nResults, epochs.csv and learning-curves.png: {run_dir}\n"
+    assert err == ""  # no bars on a terminal
+    assert train.main(["--resume", str(run_dir), "--epochs", "2"]) == 0
+    assert "epoch   2" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_a_configuration(train, tmp_path, capsys):
+    """Its options are defaults, and explicit ones win; so does a file of options alone."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--hidden", "7", "6", "--l2", "0.5", "--init", "0.1", "--loss", "quadratic"]
+    options += ["--train-size", "50", "--epochs", "1", "--quiet", "--patience", "3"]
+    assert train.main([*options, "--run-dir", str(first)]) == 0
+    config = str(first / "results.json")
+    explicit = ["--hidden", "5", "--epochs", "2", "--run-dir", str(second)]
+    assert train.main(["--config", config, *explicit]) == 0
+    assert "network 64-5-10, quadratic loss" in capsys.readouterr().out
+    was, now = (
+        json.loads((folder / "results.json").read_text())["config"] for folder in (first, second)
+    )
+    changed = {"hidden": [5], "epochs": 2, "run_dir": str(second), "quiet": False}
+    assert now == {**was, **changed}
+    some = tmp_path / "some.json"
+    some.write_text('{"lr": 0.25, "seed": 4, "quiet": true}')
+    parsed = train.parser().parse_args(["--config", str(some), "--seed", "5"])
+    assert (parsed.lr, parsed.seed, parsed.quiet, parsed.config) == (0.25, 5, False, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        ("precious", "expected JSON, as in the results.json of a run"),
+        ("[1]", "expected an object of options by name"),
+        ('{"config": 3}', "expected an object of options by name"),
+        ('{"config": {"seeds": 8}}', "an option 'seeds', which this version of "),
+        ('{"lr": "fast"}', "it has lr = 'fast', which this version of "),
+        ('{"hidden": 30}', "it has hidden = 30, which"),
+        ('{"epochs": null}', "it has epochs = None, which"),
+        ('{"patience": 0}', "expected --patience of at least 1 epoch, got 0"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(content, message, train, tmp_path, refused):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_text(content)
+    line = refused(train.main, "--config", str(path))
+    assert message in line
+    if "patience" not in message:
+        assert f"--config {path}: " in line
+
+
+def test_a_configuration_and_a_run_to_resume_are_refused(train, refused):
+    line = refused(train.main, "--config", "a", "--resume", "b")
+    assert "expected --config or --resume, got both" in line
+
+
 def test_dry_run_leaves_nothing_behind(train, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run"]) == 0
