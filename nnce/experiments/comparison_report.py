@@ -215,10 +215,10 @@ def overview(findings: Findings) -> str:
         f"Test accuracy after epoch {epochs}: mean (95 % interval), n = {networks}; cross-entropy "
         f'− quadratic; "best" on validation.'
     )
-    return _joined([heading, table(rows), *_diverged(findings), *findings.notes])
+    return joined([heading, table(rows), *_diverged(findings), *findings.notes])
 
 
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
     """Paragraphs, with the footnote once if a mark refers to it."""
     text = "\n\n".join(part.removesuffix(BY_LOGIT).rstrip() for part in parts)
     return f"{text}\n\n{BY_LOGIT}" if _MARK in text else text
@@ -318,7 +318,7 @@ def page(findings: Findings, dtype: str) -> str:
             f"accuracy:",
             table(rows),
         ]
-    return _joined(parts)
+    return joined(parts)
 
 
 BEST, ALL = "best-rates", "all-rates"

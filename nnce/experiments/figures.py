@@ -264,6 +264,34 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     return figure
 
 
+def heat_map(
+    names: Sequence[str], values: Sequence[Sequence[str]], accuracies: Sequence[Sequence[float]]
+) -> Figure:
+    """Validation accuracy by two options: the first one's values are rows, the second's columns.
+
+    Args:
+        names: of the two options.
+        values: those of each option.
+        accuracies: in [0, 1], a row for each value of the first; NaN is left blank.
+    """
+    rows, columns = values
+    figure = Figure(figsize=(2.6 + 0.9 * len(columns), 2 + 0.5 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    percents = [[100 * share for share in row] for row in accuracies]
+    drawn = panel.imshow(percents, cmap="viridis", aspect="auto")
+    low, high = drawn.get_clim()
+    for (y, row), x in itertools.product(enumerate(percents), range(len(columns))):
+        if math.isfinite(row[x]):
+            color = "black" if 2 * row[x] > low + high else "white"
+            panel.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=color)
+    panel.set_xticks(range(len(columns)), columns)
+    panel.set_yticks(range(len(rows)), rows)
+    panel.set_ylabel(names[0])
+    panel.set_xlabel(names[1])
+    panel.set_title("validation accuracy, %", fontsize=10)
+    return figure
+
+
 def training_curves(records: Sequence[Record], title: str) -> Figure:
     """One network in three panels by epoch: loss, accuracy, and the slowdown of each layer.
 
