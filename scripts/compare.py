@@ -201,7 +201,7 @@ def write_sweep(
     )
     results = "Results (results.md, epochs.csv)"
     if (accuracies := sweep.heat_map(conclusion)) is not None:
-        figure = figures.heat_map(*accuracies)
+        figure = figures.heat_map(accuracies)
         report.write_figure(run_dir / "heat-map.png", figure, dpi=90)
         results = "Results (results.md, epochs.csv, heat-map.png)"
     print(f"\n{answer}\n\n{sweep.ranking(conclusion)}\n\n{seconds:.1f} s")

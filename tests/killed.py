@@ -92,7 +92,8 @@ def outcome(run_dir):
         found[path.name] = {name: tensor.tolist() for name, tensor in state.items()}
     if (run_dir / "epochs.csv").exists():
         found["csv"] = rows(run_dir / "epochs.csv")
-        found["picture"] = (run_dir / "learning-curves.png").read_bytes()
+    for path in run_dir.glob("*.png"):
+        found[path.name] = path.read_bytes()
     content = nnce.training.checkpoints.latest_checkpoint(run_dir).content
 
     def plain(value):

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -264,20 +264,26 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     return figure
 
 
-def heat_map(
-    names: Sequence[str], values: Sequence[Sequence[str]], accuracies: Sequence[Sequence[float]]
-) -> Figure:
-    """Validation accuracy by two options: the first one's values are rows, the second's columns.
+class HeatMap(NamedTuple):
+    """Mean validation accuracy over two options."""
 
-    Args:
-        names: of the two options.
-        values: those of each option.
-        accuracies: in [0, 1], a row for each value of the first; NaN is left blank.
-    """
-    rows, columns = values
+    names: list[str]
+    """Of the two options."""
+    values: list[list[str]]
+    """Values of each option, in order."""
+    accuracies: list[list[float]]
+    """In [0, 1], for each value of the first option (row) and of the second (column); NaN where
+    networks diverged."""
+    others: str
+    """The other options, as typed."""
+
+
+def heat_map(of: HeatMap) -> Figure:
+    """Validation accuracy by two options of a sweep; NaN is left blank."""
+    rows, columns = of.values
     figure = Figure(figsize=(2.6 + 0.9 * len(columns), 2 + 0.5 * len(rows)), layout="constrained")
     panel = figure.subplots()
-    percents = [[100 * share for share in row] for row in accuracies]
+    percents = [[100 * share for share in row] for row in of.accuracies]
     drawn = panel.imshow(percents, cmap="viridis", aspect="auto")
     low, high = drawn.get_clim()
     for (y, row), x in itertools.product(enumerate(percents), range(len(columns))):
@@ -286,9 +292,9 @@ def heat_map(
             panel.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=color)
     panel.set_xticks(range(len(columns)), columns)
     panel.set_yticks(range(len(rows)), rows)
-    panel.set_ylabel(names[0])
-    panel.set_xlabel(names[1])
-    panel.set_title("validation accuracy, %", fontsize=10)
+    panel.set_ylabel(of.names[0])
+    panel.set_xlabel(of.names[1])
+    panel.set_title(f"validation accuracy, %\n{of.others}", fontsize=10)
     return figure
 
 

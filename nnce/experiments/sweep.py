@@ -18,6 +18,7 @@ from nnce.experiments.comparison import Run, SideBySide
 from nnce.experiments.comparison_report import joined, percent
 from nnce.experiments.epochs import epoch_row
 from nnce.experiments.estimates import SHARE, Estimate, estimate
+from nnce.experiments.figures import HeatMap
 from nnce.experiments.report import Row, table
 from nnce.losses import LOSSES
 from nnce.training.parallel import World
@@ -275,13 +276,8 @@ def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
     return joined(parts)
 
 
-def heat_map(conclusion: Conclusion) -> tuple[list[str], list[list[str]], list[list[float]]] | None:
-    """Mean validation accuracy over two options, the others as chosen; None for fewer than two.
-
-    Returns:
-        The names of the options, the values of each, and the accuracy for each value of the first
-        (row) and of the second (column), NaN where networks diverged.
-    """
+def heat_map(conclusion: Conclusion) -> HeatMap | None:
+    """Accuracy over the first two options, the others as chosen; None for fewer than two."""
     best = conclusion.ranked[0].values
     texts = {name: [*dict.fromkeys(c.values[name] for c in conclusion.ranked)] for name in best}
     names = [name for name, of in texts.items() if len(of) > 1][:2]
@@ -289,14 +285,12 @@ def heat_map(conclusion: Conclusion) -> tuple[list[str], list[list[str]], list[l
         return None
     by_values = {in_words(c.values): c.validation.mean for c in conclusion.ranked}
     rows, columns = (_in_order(texts[name]) for name in names)
-    return (
-        names,
-        [rows, columns],
-        [
-            [by_values[in_words({**best, names[0]: row, names[1]: column})] for column in columns]
-            for row in rows
-        ],
-    )
+    accuracies = [
+        [by_values[in_words({**best, names[0]: row, names[1]: column})] for column in columns]
+        for row in rows
+    ]
+    others = {name: text for name, text in best.items() if name not in names}
+    return HeatMap(names, [rows, columns], accuracies, in_words(others))
 
 
 def _in_order(texts: Sequence[str]) -> list[str]:

@@ -268,6 +268,7 @@ KILLED = {
     "train, an epoch at a time": ["--epochs", "40"],
     "train, patience": ["--patience", "6"],
     "compare, loops": ["--epochs", "6", "--seeds", "2", "--lrs", "1", "3", "--momentum", "0.2"],
+    "compare, sweep": ["--sweep", "lr=0.3,1", "hidden=12,8-6", "--epochs", "9", "--seeds", "2"],
     "compare, products": [
         *("--epochs", "6", "--seeds", "2", "--lrs", "1", "3"),
         *("--hidden", "3000", "--train-size", "300"),

@@ -87,7 +87,7 @@ def test_the_screen(compare, tmp_path, capsys):
 
 
 def test_diverged_combinations_are_last_and_never_chosen(compare, tmp_path):
-    options = ["--sweep", "lr=1e38,0.5", "--seeds", "2", "--epochs", "1", "--train-size", "50"]
+    options = ["--sweep", "lr=1e38,0.5", "--seeds", "2", "--epochs", "2"]
     assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["lr"] for row in results["rows"]] == ["0.5", "1e38"]
@@ -97,8 +97,8 @@ def test_diverged_combinations_are_last_and_never_chosen(compare, tmp_path):
 
 
 def test_where_all_diverge_nothing_is_chosen(compare, tmp_path, capsys):
-    options = ["--sweep", "lr=1e38", "l2=0,1", "--seeds", "1", "--epochs", "1"]
-    assert compare.main([*options, "--train-size", "50", "--run-dir", str(tmp_path)]) == 0
+    options = ["--sweep", "lr=1e38", "l2=0,1", "--seeds", "1", "--epochs", "2"]
+    assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
     assert "No choice: all 2 combinations diverged." in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["chosen"] is None and results["test"] is None
@@ -144,11 +144,15 @@ def test_a_heat_map_has_each_value_in_order_and_the_others_as_chosen():
         }.items()
     ]  # fmt: skip
     ranked = sorted(all_of_it, key=lambda one: (one.diverged, -one.validation.mean))
-    names, values, accuracies = sweep.heat_map(sweep.Conclusion(ranked, None))
+    names, values, accuracies, others = sweep.heat_map(sweep.Conclusion(ranked, None))
+    assert others == "l2=0"
     assert names == ["lr", "init"] and values == [["2", "10"], ["large", "scaled"]]
     expected = torch.tensor([[0.5, 0.51], [0.9, 0.91]])
     torch.testing.assert_close(torch.tensor(accuracies), expected)
-    figure = figures.heat_map(["lr", "l2"], [["2", "10"], ["0", "5"]], [[0.5, math.nan], [0.9, 1]])
+    values = [["2", "10"], ["0", "5"]]
+    of = figures.HeatMap(["lr", "l2"], values, [[0.5, math.nan], [0.9, 1]], "init=large")
+    figure = figures.heat_map(of)
+    assert figure.axes[0].get_title() == "validation accuracy, %\ninit=large"
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["50.00", "90.00", "100.00"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["2", "10"]

@@ -60,9 +60,12 @@ def test_several_processes_train_the_same_network(processes, names, tmp_path):
 
 
 @pytest.mark.slow
-def test_networks_shared_out_over_processes_are_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    "options", [["--lrs", "1"], ["--sweep", "lr=0.3,1", "hidden=9,8-6"]], ids=["losses", "sweep"]
+)
+def test_networks_shared_out_over_processes_are_the_same_bits(options, tmp_path):
     """More networks of one kind than processes, and fewer controls."""
-    options = ["--epochs", "2", "--seeds", "3", "--lrs", "1", "--train-size", "200"]
+    options = ["--epochs", "2", "--seeds", "3", "--train-size", "200", *options]
     outcomes = []
     for name in ("alone", "shared"):
         command = [ROOT / "scripts" / "compare.py", *options, "--run-dir", tmp_path / name]
@@ -73,7 +76,7 @@ def test_networks_shared_out_over_processes_are_the_same_bits(tmp_path):
         assert job.wait(timeout=300) == 0
         outcomes.append(killed.outcome(tmp_path / name))
         for of_processes in ("side by side", "controls"):  # as many parts as processes
-            del outcomes[-1][of_processes]
+            outcomes[-1].pop(of_processes, None)
     assert killed.differences(*outcomes) == []
 
 
