@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
 from nnce import data, rules
@@ -305,8 +305,9 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
         records: of the start and each epoch; the best on validation is marked.
         title: what was trained.
     """
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3)
+    figure = Figure(figsize=(12, 4.4))  # a constrained layout would draw everything twice
+    margins = {"left": 0.05, "right": 0.99, "bottom": 0.24, "top": 0.86, "wspace": 0.18}
+    panels = figure.subplots(1, 3, gridspec_kw=margins)
     epochs, best = [record.epoch for record in records], best_record(records).epoch
     for split, color in zip(records[0].loss, ("C0", "C1", "C2"), strict=True):
         panels[0].plot(epochs, [one.loss[split] for one in records], color=color, label=split)
@@ -324,6 +325,7 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
     shares = [share for record in records[1:] for share in record.accuracy.values()]
     if shares:  # the start, at chance, would squeeze the rest
         panels[1].set_ylim(*_accuracy_limits([100 * share for share in shares]))
@@ -345,9 +347,8 @@ def _legend_below(figure: Figure, *panels: Any) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if by_label:
-        figure.legend(
-            by_label.values(), by_label.keys(), loc="outside lower center", ncols=4, fontsize=8
-        )
+        loc = "outside lower center" if figure.get_layout_engine() else "lower center"
+        figure.legend(by_label.values(), by_label.keys(), loc=loc, ncols=4, fontsize=8)
 
 
 def _draw_band(
