@@ -14,12 +14,22 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+import nnce
 from nnce import _memory, data
 from nnce.engines import ensemble
-from nnce.experiments import command_line, comparison, comparison_report, figures, report, resuming
+from nnce.experiments import (
+    command_line,
+    comparison,
+    comparison_report,
+    figures,
+    report,
+    resuming,
+    sweep,
+)
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.comparison import Findings, Run, SideBySide, Variant
 from nnce.experiments.comparison_report import Log
+from nnce.experiments.epochs import EpochsFile
 from nnce.losses import LOSSES, Loss
 from nnce.training import Settings, parallel
 from nnce.training.parallel import World
@@ -47,6 +57,13 @@ def parser() -> ArgumentParser:
         default=1,
         help="how many of the networks of each loss, at its best rate, to train again by autograd",
     )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="NAME=V,V",
+        help="instead of the comparison, train every combination of these options' values, as in "
+        "lr=0.1,0.3 l2=0,5 hidden=30,100-30, and choose one on the validation data",
+    )
     parser.add_speed_options()
     resuming.add_options(parser)
     return parser
@@ -57,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser()
     world = parallel.join()
     start = resuming.start(options_parser, arguments, "compare.py", world)
+    work = sweep_all if start.options.sweep else compare
+    try:
+        return work(options_parser, start, world)
+    finally:
+        parallel.leave()
+
+
+def compare(options_parser: ArgumentParser, start: resuming.Start, world: World) -> int:
+    """Compare the two losses; the exit status."""
     options, found = start.options, start.found
     with options_parser.user_errors():
         settings, dataset = prepare(options)
@@ -67,16 +93,119 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training = Training(options, dataset, runs, world, found)
     start_of = command_line.name_of(options)
     name = f"compare-{options.data}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
-    try:
-        with start.directory(options_parser, name, world=world) as path:
-            if world.rank:
-                training.run(None, start.command)
-                return 0
-            introduce(options, dataset, training)
-            run(training, path, start.command)
-    finally:
-        parallel.leave()
+    with start.directory(options_parser, name, world=world) as path:
+        if world.rank:
+            training.run(None, start.command)
+            return 0
+        introduce(options, dataset, training)
+        run(training, path, start.command)
     return 0
+
+
+def sweep_all(options_parser: ArgumentParser, start: resuming.Start, world: World) -> int:
+    """Train every combination of --sweep, and choose one; the exit status."""
+    options, found = start.options, start.found
+    with options_parser.user_errors():
+        options.device = command_line.device(options.device).type
+        for name in ("lrs", "control_seeds"):
+            if getattr(options, name) != options_parser.get_default(name):
+                raise ValueError(f"expected --sweep or --{name.replace('_', '-')}, got both")
+        dataset = command_line.load_data(options)
+        all_of_it = sweep.Sweep(options, dataset, world)
+        sizes = all_of_it.groups[0].runs[0].network.sizes
+        command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
+        command_line.announce_compilation(options, sizes)
+        before = 0.0
+        if found is not None:
+            resuming.warn(found, world)
+            with resuming.loading():
+                all_of_it.load_state_dict(found["sweep"])
+                before = float(found["seconds"])
+    names = "-".join(text.partition("=")[0] for text in options.sweep)
+    name = f"sweep-{options.data}-{names}-seeds{options.seeds}"
+    with start.directory(options_parser, name, world=world) as path:
+        groups = f"{len(all_of_it.groups)} groups" if len(all_of_it.groups) > 1 else "one group"
+        print(
+            f"{report.describe(options.data, dataset)}\n{len(all_of_it.combinations)} combinations "
+            f"from {options.seeds} starts each: {all_of_it.networks} networks, in {groups}",
+            flush=True,
+        )
+        train_sweep(all_of_it, dataset, start, path, world, before)
+    return 0
+
+
+def train_sweep(
+    all_of_it: sweep.Sweep,
+    dataset: data.Dataset,
+    start: resuming.Start,
+    run_dir: Path,
+    world: World,
+    before: float,
+) -> None:
+    """Train a sweep with its checkpoints, and in the first process write what comes out.
+
+    Args:
+        before: seconds of the run before it was resumed.
+    """
+    options, began_anew = start.options, start.found is None
+    header = resuming.header("compare.py", vars(options), world, start.command)
+    began = time.perf_counter() - before
+
+    def content() -> dict[str, Any]:
+        seconds = time.perf_counter() - began
+        return {**header, "sweep": all_of_it.state_dict(), "seconds": seconds}
+
+    with contextlib.ExitStack() as stack:
+        csv = None if world.rank else stack.enter_context(EpochsFile(run_dir, all_of_it.all_rows()))
+        flush = csv.flush if csv else lambda: None
+        every = options.checkpoint_every
+        saver = resuming.Saver(None if world.rank else run_dir, every, content, flush, world)
+        if began_anew:
+            saver.save()
+        total = options.epochs * len(all_of_it.groups)
+        silent = True if world.rank else None
+        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=silent, leave=False))
+        with resuming.Ending(run_dir, lambda: False, saver.save) as ending:
+            for group in all_of_it.epochs(functools.partial(saver.between, ask=1)):
+                epoch = group.finished
+                if csv:
+                    csv.append(all_of_it.rows(group, epoch))
+                saver.after(epoch, is_last=epoch == options.epochs)
+                bar.update(min(epoch, 1))
+    ending.close("Interrupted; to go on:")
+    if not world.rank:
+        write_sweep(all_of_it, dataset, start, run_dir, time.perf_counter() - began)
+
+
+def write_sweep(
+    all_of_it: sweep.Sweep,
+    dataset: data.Dataset,
+    start: resuming.Start,
+    run_dir: Path,
+    seconds: float,
+) -> None:
+    """Write and print the choice, the ranking and the heat map."""
+    conclusion = sweep.conclude(all_of_it, dataset)
+    answer = sweep.answer(conclusion)
+    page = f"{answer}\n\n{sweep.ranking(conclusion, all_of_it.networks)}"
+    report.write_text(run_dir / "results.md", f"{page}\n\nMade by `{start.command}`.\n")
+    if conclusion.chosen is not None:
+        nnce.save(conclusion.chosen.runs[0].network, run_dir / "network.pt")
+    report.write_results(
+        run_dir,
+        config=vars(start.options),
+        device=dataset.train.x.device,
+        seconds=seconds,
+        command=start.command,
+        **sweep.results(conclusion),
+    )
+    results = "Results (results.md, epochs.csv)"
+    if (accuracies := sweep.heat_map(conclusion)) is not None:
+        figure = figures.heat_map(accuracies)
+        report.write_figure(run_dir / "heat-map.png", figure, dpi=90)
+        results = "Results (results.md, epochs.csv, heat-map.png)"
+    print(f"\n{answer}\n\n{sweep.ranking(conclusion)}\n\n{seconds:.1f} s")
+    report.print_end(answer, results, run_dir, curves={})
 
 
 def run(training: "Training", run_dir: Path, command: str) -> None:
@@ -214,7 +343,7 @@ class Training:
                         log.finished = epoch
                         if epoch:
                             command_line.keep(log.run_dir)
-                    self.saver.after(epoch, epochs)
+                    self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch - bar.n)
             bar.set_description("the control, by autograd")
             if not self.controls.runs:
@@ -227,7 +356,7 @@ class Training:
                     if log:
                         going = [run for run in self.controls.runs if not run.stopped]
                         log.epoch(going, self.dataset)
-                    self.saver.after(epoch, epochs)
+                    self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch * len(self.controls.runs) - bar.n)
 
 

@@ -230,7 +230,7 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
             if new := attempt.records(epoch):
                 monitor.log(*new)
-            saver.after(epoch, settings.epochs)
+            saver.after(epoch, is_last=epoch == settings.epochs)
             bar.update(epoch - bar.n)
 
 

@@ -21,6 +21,7 @@ from nnce import _memory, data, training
 from nnce.engines import ensemble
 from nnce.experiments import command_line, figures, report, resuming
 from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.epochs import EpochsFile, epoch_row
 from nnce.experiments.tensorboard import Monitor
 from nnce.losses import LOSSES
 from nnce.training import parallel
@@ -60,6 +61,13 @@ def parser() -> ArgumentParser:
             help=f"leave out so many of the {of}, anew for each example and step; for functions "
             "and autograd",
         )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="epochs without a higher validation accuracy after which training stops "
+        "(default: no limit)",
+    )
     parser.add_speed_options()
     resuming.add_options(parser)
     parser.add_argument(
@@ -88,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, dry_run = run_name(options, settings), options.dry_run
         with start.directory(options_parser, name, dry_run=dry_run, world=world) as path:
             if world.rank:
-                follow(state, settings, dataset, options.checkpoint_every)
+                follow(state, settings, dataset, options)
                 return 0
             command_line.announce_threads(options)
             Training(state, settings, dataset, config, path, so_far).run()
@@ -116,6 +124,8 @@ def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
     """Settings and data out of the options; ValueError where they make no sense."""
     options.device = command_line.device(options.device).type
+    if options.patience is not None and options.patience < 1:
+        raise ValueError(f"expected --patience of at least 1 epoch, got {options.patience:,}")
     own = ("loss", "engine", "optimizer", "lr", "dropout", "input_dropout")
     settings = command_line.settings(options, **{name: getattr(options, name) for name in own})
     dataset = command_line.load_data(options)
@@ -145,6 +155,8 @@ def go_on(state: training.State, found: Mapping[str, Any]) -> SoFar:
         epochs = [record.epoch for record in records if len(record.layers) == layers]
         if epochs != list(range(state.cursor.recorded + 1)):
             raise ValueError(f"expected records up to epoch {state.cursor.recorded}")
+        if state.best and training.best_record(records).epoch != state.best.epoch:
+            raise ValueError(f"expected the network of epoch {training.best_record(records).epoch}")
         finished = copy.deepcopy(state.network)
         if found["finished"] is not None:
             finished.load_state_dict(found["finished"])
@@ -152,12 +164,18 @@ def go_on(state: training.State, found: Mapping[str, Any]) -> SoFar:
 
 
 def follow(
-    state: training.State, settings: training.Settings, dataset: data.Dataset, every: str
+    state: training.State,
+    settings: training.Settings,
+    dataset: data.Dataset,
+    options: argparse.Namespace,
 ) -> None:
     """Train along with the first process, which alone logs and writes."""
-    saver = resuming.Saver(None, every, dict, lambda: None, state.world)
-    for record in training.train(state, settings, dataset, between=saver.between):
-        saver.after(record.epoch, settings.epochs)
+    saver = resuming.Saver(None, options.checkpoint_every, dict, lambda: None, state.world)
+    patience = options.patience
+    for record in training.train(
+        state, settings, dataset, between=saver.between, patience=patience
+    ):
+        saver.after(record.epoch, is_last=state.is_over(settings.epochs, patience))
 
 
 class Training:
@@ -173,7 +191,9 @@ class Training:
         so_far: SoFar,
     ) -> None:
         self.state, self.settings, self.dataset, self.config = state, settings, dataset, config
-        self.run_dir, self.network_path = run_dir, run_dir / "network.pt"
+        self.run_dir = run_dir
+        self.network_path, self.best_path = run_dir / "network.pt", run_dir / "best.pt"
+        self.patience: Any = config["patience"]
         self.records, self._finished = so_far.records, so_far.finished
         self._began = time.perf_counter() - so_far.seconds
         self._header = resuming.header("train.py", config, state.world)
@@ -205,60 +225,107 @@ class Training:
         """Train to the end, and write and print the results."""
         records, state = self.records, self.state
         introduce(state, self.settings, self.dataset, self.config)
-        with Monitor(self.run_dir, self.config, [[record] for record in records]) as monitor:
+        so_far = [epoch_row(self.settings, record) for record in records]
+        with (
+            Monitor(self.run_dir, self.config, [[record] for record in records]) as monitor,
+            EpochsFile(self.run_dir, so_far) as csv,
+        ):
+
+            def flush() -> None:
+                monitor.flush()
+                csv.flush()
+
             every = str(self.config["checkpoint_every"])
-            saver = resuming.Saver(self.run_dir, every, self.state_dict, monitor.flush, state.world)
+            saver = resuming.Saver(self.run_dir, every, self.state_dict, flush, state.world)
             if self._finished:
                 nnce.save(self._finished, self.network_path)
+                self._save_best()
             if not state.cursor.step:
                 saver.save()
             with resuming.Ending(self.run_dir, lambda: len(records) > 1, saver.save) as ending:
-                self._train(monitor, saver)
-            rows, seconds = report.closing_rows(records) if records else [], self.seconds
+                self._train(monitor, csv, saver)
+            seconds = self.seconds
             if records:
-                self._write(monitor, rows, seconds, interrupted=ending.stopped is not None)
+                tables = self._write(monitor, seconds, interrupted=ending.stopped is not None)
         if records:
-            print(f"\n{report.table([report.readable(row) for row in rows])}\n")
+            print(f"\n{self.answer()}\n\n{tables}\n")
             print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
             if not self.config["dry_run"]:
-                report.print_end(self.answer(), "Results", self.run_dir)
+                results = "Results, epochs.csv and learning-curves.png"
+                report.print_end(self.answer(), results, self.run_dir)
         kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
         ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}to go on:")
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether --patience has ended it."""
+        last = self.records[-1].epoch
+        return last < self.settings.epochs and self.state.is_stale(self.patience)
+
     def answer(self) -> str:
-        """How good the network is, and how to use it."""
-        last = self.records[-1]
-        path = command_line.from_here(self.network_path)
+        """How good the last network and the best one are, and how to use them."""
+        last, best = self.records[-1], training.best_record(self.records)
+        early = (
+            f": no higher validation accuracy in {self.patience} epochs"
+            if self.stopped_early
+            else ""
+        )
+        accuracies = {
+            split: report.in_percent(share)
+            for split, share in best.accuracy.items()
+            if split != "train"
+        }
+        paths = [command_line.from_here(path) for path in (self.network_path, self.best_path)]
         return (
-            f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch {last.epoch}.\n"
-            f"The network: nnce.load({path!r})"
+            f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch "
+            f"{last.epoch}{early}.\n"
+            f"Best on validation: {accuracies['validation']} after epoch {best.epoch}, with "
+            f"{accuracies['test']} on test.\n"
+            f"The network: nnce.load({paths[0]!r})\nThe best: nnce.load({paths[1]!r})"
         )
 
-    def _train(self, monitor: Monitor, saver: resuming.Saver) -> None:
+    def _save_best(self) -> None:
+        assert self.state.best is not None
+        nnce.save(self.state.best.network, self.best_path)
+
+    def _train(self, monitor: Monitor, csv: EpochsFile, saver: resuming.Saver) -> None:
         """Log and save the network after each epoch."""
         network, settings = self.state.network, self.settings
         done = self.records[-1].epoch if self.records else 0
         with tqdm(
             total=settings.epochs, initial=done, unit="epoch", disable=None, leave=False
         ) as bar:
-            for record in training.train(self.state, settings, self.dataset, between=saver.between):
+            for record in training.train(
+                self.state,
+                settings,
+                self.dataset,
+                between=saver.between,
+                patience=self.patience,
+            ):
                 monitor.log(record)
+                csv.append([epoch_row(settings, record)])
                 monitor.log_histograms(
                     network, self.dataset.validation, settings.loss, record.epoch
                 )
                 nnce.save(network, self.network_path)
                 self.records.append(record)
+                if training.best_record(self.records) is record:
+                    self._save_best()
                 if record.epoch:
                     command_line.keep(self.run_dir)
-                saver.after(record.epoch, settings.epochs)
+                is_last = self.state.is_over(settings.epochs, self.patience)
+                saver.after(record.epoch, is_last=is_last)
                 bar.update(record.epoch - bar.n)
-                bar.write(report.epoch_line(record))
+                if is_last or report.has_line(record.epoch):
+                    bar.write(report.epoch_line(record))
 
-    def _write(
-        self, monitor: Monitor, rows: Sequence[report.Row], seconds: float, *, interrupted: bool
-    ) -> None:
-        """Write results.json and, worth less, the pictures."""
+    def _write(self, monitor: Monitor, seconds: float, *, interrupted: bool) -> str:
+        """Write results.json and, worth less, the pictures; the tables for people."""
         device = self.dataset.train.x.device
+        # The network in memory may be in an epoch that does not count.
+        finished = nnce.load(self.network_path, device)
+        rows = report.closing_rows(self.records)
+        classes = report.by_class(training.confusion(finished, self.dataset.test))
         report.write_results(
             self.run_dir,
             config=self.config,
@@ -267,17 +334,23 @@ class Training:
             rows=rows,
             answer=self.answer(),
             interrupted=interrupted,
+            best=report.record_as_dict(training.best_record(self.records)),
+            stopped_early=self.stopped_early,
+            test=classes,
             training_seconds=self.training_seconds,
             epochs=[report.record_as_dict(record) for record in self.records],
         )
-        # The network in memory may be in an epoch that does not count.
-        finished = nnce.load(self.network_path, device)
+        with command_line.announced("learning curves"):
+            title = f"{self.config['data']}, {self.settings.loss}, rate {self.settings.rate:g}"
+            figure = figures.training_curves(self.records, title)
+            report.write_figure(self.run_dir / "learning-curves.png", figure, dpi=90)
         with command_line.announced("pictures for TensorBoard"):
             monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
         monitor.log_hparams(self.config, self.records[-1])
         if self.settings.distortion is not None:
             figure = figures.distortions(self.dataset.train.x, self.settings.distortion)
             monitor.log_figure("distortion", figure)
+        return f"{report.closing_table(rows)}\n\n{report.class_table(classes)}"
 
 
 def introduce(

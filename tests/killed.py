@@ -87,12 +87,13 @@ def outcome(run_dir):
     folders = sorted({path.parent for path in run_dir.rglob("events.out.tfevents.*")})
     for folder in folders:
         found["curves", folder.relative_to(run_dir)] = curves(folder)
-    if (run_dir / "network.pt").exists():
-        state = nnce.load(run_dir / "network.pt").state_dict()
-        found["network"] = {name: tensor.tolist() for name, tensor in state.items()}
+    for path in run_dir.glob("*.pt"):
+        state = nnce.load(path).state_dict()
+        found[path.name] = {name: tensor.tolist() for name, tensor in state.items()}
     if (run_dir / "epochs.csv").exists():
         found["csv"] = rows(run_dir / "epochs.csv")
-        found["picture"] = (run_dir / "learning-curves.png").read_bytes()
+    for path in run_dir.glob("*.png"):
+        found[path.name] = path.read_bytes()
     content = nnce.training.checkpoints.latest_checkpoint(run_dir).content
 
     def plain(value):

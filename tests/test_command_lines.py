@@ -24,7 +24,7 @@ SMALL = {
 }
 # Where the work begins that takes too long for a thousand of them.
 WORK = {
-    "compare": ("run",),
+    "compare": ("run", "train_sweep"),
     "labels": ("learn",),
     "check_gradients": ("measure_everywhere",),
     "benchmark": ("measure",),
@@ -51,6 +51,17 @@ MORE = {
     # A million hidden neurons are valid, and take minutes.
     "hidden": ("1", "3", "50", "0", "-1", "2.5", "1" + 30 * "0"),
     "lrs": ("0.5", "1", "quadratic=1,3", "cross-entropy=0.5", "hinge=1", "quadratic=", "0", "-1"),
+    "sweep": (
+        "lr=0.1,1",
+        "l2=0,5",
+        "hidden=3,4-2",
+        "init=scaled,0.1",
+        "lr",
+        "x=1",
+        "l2=-1",
+        "l2=a",
+    ),
+    "patience": ("1", "3", "0", "-1"),
     "checkpoint_every": ("1", "3", "30s", "0", "0s", "s", "-1", "1.5", "infs"),
     "start": ("1", "-1", "0.6", "nan"),
     "table": ("nielsen", "nielsen", "neilsen", "simard"),

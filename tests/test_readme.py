@@ -74,7 +74,12 @@ def test_example(name, code, script, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "options"), COMMANDS, ids=[" ".join([n, *o]) for n, o in COMMANDS]
 )
-def test_every_command_is_one_of_a_scripts(name, options, script):
+def test_every_command_is_one_of_a_scripts(name, options, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "--config" in options:
+        path = tmp_path / options[options.index("--config") + 1]
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
     options = ["10" if option == "N" else option for option in options]
     script(name).parser().parse_args(options)
 

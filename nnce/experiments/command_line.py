@@ -5,15 +5,17 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -45,6 +47,8 @@ _DISTORTIONS = {
     "elastic_sigma": ("sigma", "standard deviation of their Gaussian, pixels"),
 }
 _UNDISTORTED = data.Distortion()
+# Options that a --config does not set.
+_OF_ONE_RUN = ("run_dir", "name", "resume", "config", "quiet", "dry_run")
 # PyTorch counts in 64 bits, and multiplies what it is given.
 _LARGEST = 10**15
 
@@ -66,8 +70,82 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse's may fill an object of another class
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
-        """Positional arguments may stand before, between and after the options."""
-        return self.parse_intermixed_args(args)
+        """Positional arguments may stand before, between and after the options.
+
+        What a --config file says are defaults. It is None afterwards, so that it is read once.
+        """
+        options = self.parse_intermixed_args(args)
+        if getattr(options, "config", None) is not None:
+            if getattr(options, "resume", None) is not None:
+                self.error("expected --config or --resume, got both")
+            given = [
+                action.dest
+                for action in self._actions
+                if isinstance(action, argparse._AppendAction) and getattr(options, action.dest)
+            ]
+            self.set_recorded(
+                self._read_config(options.config),
+                f"--config {options.config}: it has",
+                skip=(*_OF_ONE_RUN, *given),
+            )
+            options = self.parse_intermixed_args(args)
+            options.config = None
+        return options
+
+    def _read_config(self, path: Path) -> Mapping[str, object]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            self.error(f"--config {path}: {error.strerror}")
+        except ValueError:
+            self.error(f"--config {path}: expected JSON, as in the results.json of a run")
+        config = content.get("config", content) if isinstance(content, dict) else content
+        if not isinstance(config, dict):
+            self.error(f"--config {path}: expected an object of options by name")
+        return config
+
+    def set_recorded(
+        self, config: Mapping[str, object], source: str, skip: Sequence[str] = ()
+    ) -> None:
+        """Make recorded options the defaults, each value checked like a given one.
+
+        Args:
+            config: values by option, as in results.json.
+            source: begins the sentence for what is wrong.
+            skip: options that are left as they are.
+        """
+        actions = {action.dest: action for action in self._actions}
+        config = {name: value for name, value in config.items() if name not in skip}
+        for name, value in config.items():
+            if name not in actions:
+                self.error(
+                    f"{source} an option {name!r}, which this version of {self.prog} does not have"
+                )
+            if not self._is_valid(actions[name], value):
+                shown = textwrap.shorten(repr(value), 100)
+                self.error(
+                    f"{source} {name} = {shown}, which this version of {self.prog} does not accept"
+                )
+        # (argparse takes an empty list of positional arguments for one that was given.)
+        defaults = {n: v for n, v in config.items() if v != [] or actions[n].option_strings}
+        self.set_defaults(**defaults)
+
+    def _is_valid(self, action: argparse.Action, value: object) -> bool:
+        """Whether a recorded value is what argparse would make of it, were it given."""
+        if value is None or action.nargs == 0:
+            return (value is None and action.default is None) or isinstance(value, bool)
+        several = [value]
+        if isinstance(action, argparse._AppendAction):
+            several = value if isinstance(value, list) else []
+        return bool(several) and all(self._is_valid_once(action, one) for one in several)
+
+    def _is_valid_once(self, action: argparse.Action, value: object) -> bool:
+        texts = list(map(str, value)) if isinstance(value, list) else [str(value)]
+        try:
+            given = self._get_values(action, texts)
+        except (argparse.ArgumentError, ValueError):
+            return False
+        return bool(given == value) or (isinstance(given, Path) and str(given) == value)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one clear line, of several processes once."""
@@ -88,11 +166,20 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_run_directory_options()
 
     def add_run_directory_options(self) -> None:
-        """--run-dir and --name, for `run_directory`."""
+        """--run-dir and --name, for `run_directory`, --config and --quiet."""
         folder = "new or empty folder for the results (default: a new one under runs/)"
         self.add_argument("--run-dir", type=Path, help=folder)
         self.add_argument(
             "--name", type=_word, help="a word in the name of the new folder under runs/"
+        )
+        self.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="JSON file of options, such as the results.json of a run; explicit ones win",
+        )
+        self.add_argument(
+            "--quiet", action="store_true", help="print the answer and the run directory only"
         )
 
     def add_hidden_option(self, meaning: str) -> None:
@@ -178,6 +265,8 @@ class ArgumentParser(argparse.ArgumentParser):
                     raise ValueError("expected --run-dir or --name, got both")
                 name = f"{name}-{options.name}" if options.name else name
                 path = stack.enter_context(run_directory(options.run_dir, name, **more))
+            if options.quiet:
+                stack.enter_context(_quiet())
             yield path
 
 
@@ -297,6 +386,34 @@ def _text(old: object, stream: _Stream) -> io.TextIOWrapper:
         errors="replace",  # σ on a terminal that has none
         line_buffering=True,
     )
+
+
+class _Muted:
+    """A stream that is not a terminal, so that it has no progress bars; standard output is mute."""
+
+    def __init__(self, stream: Any, *, mute: bool) -> None:
+        self.heard, self._mute = stream, mute
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.heard, name)
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> int:
+        return len(text) if self._mute else self.heard.write(text)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    out, err = (_Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False))
+    with contextlib.redirect_stdout(cast(Any, out)), contextlib.redirect_stderr(cast(Any, err)):
+        yield
+
+
+def heard() -> Any:
+    """Standard output, also with --quiet."""
+    return sys.stdout.heard if isinstance(sys.stdout, _Muted) else sys.stdout
 
 
 def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
@@ -547,7 +664,9 @@ def announce_compilation(
     """Announce that the loops will be compiled, which takes some seconds, once."""
     dtype, place = DTYPES[options.dtype], device(options.device)
     suits = ensemble.suits_loops(sizes, options.batch_size, dtype, place, density=0.2)
-    if (engine == "loops" or (engine == "backprop" and suits)) and not loops.is_cached():
+    if (engine == "loops" or (engine == "backprop" and suits)) and not (
+        options.quiet or loops.is_cached()
+    ):
         print("compiling the loops: once, and it takes some seconds", flush=True)
 
 

@@ -94,7 +94,7 @@ class Run:
     @property
     def best(self) -> Record:
         """The epoch of the highest validation accuracy, the first one of several."""
-        return max(self.records, key=lambda record: record.accuracy["validation"])
+        return training.best_record(self.records)
 
     def packed_records(self) -> Tensor:
         """The records for a checkpoint; those that were in the last one are not packed again."""

@@ -1,10 +1,7 @@
 """Tables, epochs.csv and TensorBoard folders of a comparison."""
 
 import contextlib
-import csv
-import io
 import math
-import os
 import shutil
 import statistics
 import time
@@ -25,9 +22,10 @@ from nnce.experiments.comparison import (
     Variant,
     by_variant,
 )
+from nnce.experiments.epochs import EpochsFile, epoch_row
 from nnce.experiments.estimates import Difference, Estimate
-from nnce.experiments.report import Row, table, write_text
-from nnce.experiments.tensorboard import Monitor, options_table, scalars
+from nnce.experiments.report import Row, table
+from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
 from nnce.training import Record
 
@@ -217,10 +215,10 @@ def overview(findings: Findings) -> str:
         f"Test accuracy after epoch {epochs}: mean (95 % interval), n = {networks}; cross-entropy "
         f'− quadratic; "best" on validation.'
     )
-    return _joined([heading, table(rows), *_diverged(findings), *findings.notes])
+    return joined([heading, table(rows), *_diverged(findings), *findings.notes])
 
 
-def _joined(parts: Sequence[str]) -> str:
+def joined(parts: Sequence[str]) -> str:
     """Paragraphs, with the footnote once if a mark refers to it."""
     text = "\n\n".join(part.removesuffix(BY_LOGIT).rstrip() for part in parts)
     return f"{text}\n\n{BY_LOGIT}" if _MARK in text else text
@@ -320,32 +318,7 @@ def page(findings: Findings, dtype: str) -> str:
             f"accuracy:",
             table(rows),
         ]
-    return _joined(parts)
-
-
-_EPOCHS = "epochs.csv"
-
-
-def _row(run: Run, epoch: int) -> Row:
-    """The row of an epoch."""
-    record = run.records[epoch]
-    return {
-        **run.variant._asdict(),
-        "seed": run.settings.seed,
-        "epoch": record.epoch,
-        "step": record.step,
-        "seconds": record.seconds,
-        **scalars(record),
-    }
-
-
-def _as_csv(rows: Sequence[Row], *, header: bool) -> str:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else [])
-    if header and rows:
-        table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
+    return joined(parts)
 
 
 BEST, ALL = "best-rates", "all-rates"
@@ -388,13 +361,12 @@ class Log:
         for several, last in ((runs, self.finished), (controls, controls_finished)):
             for epoch in range(last + 1):
                 of_epoch = [run for run in several if epoch < len(run.records)]
-                rows += [_row(run, epoch) for run in of_epoch]
+                rows += [epoch_row(run.settings, run.records[epoch]) for run in of_epoch]
                 for variant, of_variant in by_variant(of_epoch).items():
                     records = [run.records[epoch] for run in of_variant]
                     self._logged.setdefault(variant, []).append(records)
-        write_text(run_dir / _EPOCHS, _as_csv(rows, header=True))
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context((run_dir / _EPOCHS).open("ab", buffering=0))
+        self._csv = self._stack.enter_context(EpochsFile(run_dir, rows))
         self._monitors: dict[Variant, Monitor] = {}
 
     @property
@@ -416,7 +388,7 @@ class Log:
 
     def flush(self) -> None:
         """Wait until everything is on the disk."""
-        os.fsync(self._file.fileno())
+        self._csv.flush()
         for monitor in self._monitors.values():
             monitor.flush()
 
@@ -429,7 +401,7 @@ class Log:
     def epoch(self, runs: Sequence[Run], dataset: data.Dataset) -> None:
         """The last epoch of these runs."""
         with self._timed():
-            self._append([_row(run, run.last.epoch) for run in runs])
+            self._csv.append([epoch_row(run.settings, run.last) for run in runs])
             for variant, of_variant in by_variant(runs).items():
                 monitor = self.monitor(variant)
                 monitor.log(*(run.last for run in of_variant))
@@ -437,17 +409,6 @@ class Log:
                 monitor.log_histograms(
                     first.network, dataset.validation, variant.loss, first.last.epoch
                 )
-
-    def _append(self, rows: Sequence[Row]) -> None:
-        """All of these rows, or where the disk is full none: half a number would be another one."""
-        end = self._file.seek(0, os.SEEK_END)
-        content = memoryview(_as_csv(rows, header=not end).encode())
-        try:
-            while content:
-                content = content[self._file.write(content) :]
-        except OSError:
-            self._file.truncate(self._file.seek(end))
-            raise
 
     def monitor(self, variant: Variant) -> Monitor:
         """The variant's own TensorBoard run."""

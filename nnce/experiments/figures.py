@@ -4,11 +4,11 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
 from nnce import data, rules
@@ -16,6 +16,7 @@ from nnce.experiments.comparison import Run, Variant, by_variant
 from nnce.experiments.estimates import PERCENT, SHARE, Limits, estimate
 from nnce.experiments.proof.precision import Curve
 from nnce.losses import Loss
+from nnce.training import Record, best_record
 
 
 def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve]) -> Figure:
@@ -108,11 +109,9 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     return figure
 
 
-def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
+def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
     """How many examples of each class (row) are taken for which (column)."""
-    classes = split.y.shape[1]
-    pairs = split.y.argmax(-1) * classes + z.argmax(-1)
-    counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes).tolist()
+    classes = len(counts)
     right = sum(counts[i][i] for i in range(classes))
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
     # Colors are for the mistakes: what is right is darker than all of them.
@@ -130,7 +129,7 @@ def confusion_matrix(split: data.Split, z: Tensor) -> Figure:
         panel.set_yticks(range(classes))
     panel.tick_params(length=0, pad=2)
     panel.set_xlabel("row: class; column: taken for")
-    panel.set_title(f"{right:,} of {len(z):,} right")
+    panel.set_title(f"{right:,} of {sum(map(sum, counts)):,} right")
     return figure
 
 
@@ -255,7 +254,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     )
     by_epoch.set_ylabel("test accuracy, %")
     if shown:  # the start, at chance, would squeeze what is compared
-        by_epoch.set_ylim(max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5)
+        by_epoch.set_ylim(*_accuracy_limits(shown))
     by_lr.set_xscale("log")
     by_lr.set_xlabel("learning rate")
     by_lr.set_ylabel("test accuracy after the last epoch, %")
@@ -265,14 +264,91 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     return figure
 
 
-def _legend_below(figure: Figure, panel: Any) -> None:
-    """The panel's legend below all panels, where it covers no curve."""
-    handles, labels = panel.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
+class HeatMap(NamedTuple):
+    """Mean validation accuracy over two options."""
+
+    names: list[str]
+    """Of the two options."""
+    values: list[list[str]]
+    """Values of each option, in order."""
+    accuracies: list[list[float]]
+    """In [0, 1], for each value of the first option (row) and of the second (column); NaN where
+    networks diverged."""
+    others: str
+    """The other options, as typed."""
+
+
+def heat_map(of: HeatMap) -> Figure:
+    """Validation accuracy by two options of a sweep; NaN is left blank."""
+    rows, columns = of.values
+    figure = Figure(figsize=(2.6 + 0.9 * len(columns), 2 + 0.5 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    percents = [[100 * share for share in row] for row in of.accuracies]
+    drawn = panel.imshow(percents, cmap="viridis", aspect="auto")
+    low, high = drawn.get_clim()
+    for (y, row), x in itertools.product(enumerate(percents), range(len(columns))):
+        if math.isfinite(row[x]):
+            color = "black" if 2 * row[x] > low + high else "white"
+            panel.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=color)
+    panel.set_xticks(range(len(columns)), columns)
+    panel.set_yticks(range(len(rows)), rows)
+    panel.set_ylabel(of.names[0])
+    panel.set_xlabel(of.names[1])
+    panel.set_title(f"validation accuracy, %\n{of.others}", fontsize=10)
+    return figure
+
+
+def training_curves(records: Sequence[Record], title: str) -> Figure:
+    """One network in three panels by epoch: loss, accuracy, and the slowdown of each layer.
+
+    Args:
+        records: of the start and each epoch; the best on validation is marked.
+        title: what was trained.
+    """
+    figure = Figure(figsize=(12, 4.4))  # a constrained layout would draw everything twice
+    margins = {"left": 0.05, "right": 0.99, "bottom": 0.24, "top": 0.86, "wspace": 0.18}
+    panels = figure.subplots(1, 3, gridspec_kw=margins)
+    epochs, best = [record.epoch for record in records], best_record(records).epoch
+    for split, color in zip(records[0].loss, ("C0", "C1", "C2"), strict=True):
+        panels[0].plot(epochs, [one.loss[split] for one in records], color=color, label=split)
+        accuracies = [100 * one.accuracy[split] for one in records]
+        panels[1].plot(epochs, accuracies, color=color, label=split)
+    for layer in range(len(records[0].layers)):
+        slowdowns = [record.layers[layer].slowdown for record in records]
+        look = {"ls": "--", "color": f"C{3 + layer}", "label": f"layer {layer + 1}"}
+        panels[2].plot(epochs, slowdowns, **look)
+    titles = ("loss", "accuracy, %", "slowdown: share of dz that σ'(z) leaves")
+    for panel, name in zip(panels, titles, strict=True):
+        panel.axvline(best, color="0.6", lw=1, ls=":", label="best on validation")
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        panel.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    shares = [share for record in records[1:] for share in record.accuracy.values()]
+    if shares:  # the start, at chance, would squeeze the rest
+        panels[1].set_ylim(*_accuracy_limits([100 * share for share in shares]))
+    panels[2].set_ylim(bottom=0)
+    _legend_below(figure, panels[1], panels[2])
+    figure.suptitle(title)
+    return figure
+
+
+def _accuracy_limits(shown: Sequence[float]) -> tuple[float, float]:
+    return max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5
+
+
+def _legend_below(figure: Figure, *panels: Any) -> None:
+    """The panels' legend below all panels, where it covers no curve."""
+    by_label = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     if by_label:
-        figure.legend(
-            by_label.values(), by_label.keys(), loc="outside lower center", ncols=4, fontsize=8
-        )
+        loc = "outside lower center" if figure.get_layout_engine() else "lower center"
+        figure.legend(by_label.values(), by_label.keys(), loc=loc, ncols=4, fontsize=8)
 
 
 def _draw_band(

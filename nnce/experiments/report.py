@@ -13,18 +13,19 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tabulate
 import torch
+from torch import Tensor
 
 import nnce
 from nnce import data
-from nnce.experiments.command_line import from_here, keep
+from nnce.experiments.command_line import from_here, heard, keep
 from nnce.saving import write_whole
-from nnce.training import Record
+from nnce.training import Record, best_record
 
 # A table must fit the screen: a header is as wide as its text.
 tabulate.MIN_PADDING = 0
@@ -36,6 +37,8 @@ TENSORBOARD = (
     "http://localhost:6006/?smoothing=0&tagFilter="
     f"{urllib.parse.quote(f'^(?!{_HIDDEN})', safe='')}#timeseries"
 )
+# More classes would push the rest off the screen.
+_CLASSES_SHOWN = 12
 Row = Mapping[str, object]
 """A row of a table: columns by name."""
 
@@ -95,6 +98,7 @@ def write_results(
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
+        **checkout(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
@@ -117,6 +121,18 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             by_package[package] = importlib.metadata.version(package)
     return by_package
+
+
+def checkout() -> dict[str, Any]:
+    """The git commit of nnce's source, and whether its files are those of the commit.
+
+    Empty without git, or where the source is not a checkout.
+    """
+    described = versions().get("commit")
+    if described is None:
+        return {}
+    commit = described.removesuffix("-dirty")
+    return {"git": {"commit": commit, "clean": described == commit}}
 
 
 @functools.cache
@@ -185,6 +201,10 @@ def print_end(
         run_dir: the run's directory.
         curves: TensorBoard's folders, by what is in each; the run's directory if not given.
     """
+    out = heard()
+    if out is not sys.stdout:  # --quiet
+        print(f"{answer}\n{results}: {from_here(run_dir)}", file=out)
+        return
     print(f"\n{answer}\n{results}: {from_here(run_dir)}")
     for title, folder in ({"Curves": run_dir} if curves is None else curves).items():
         print(f"{title}: {tensorboard_command(folder)}")
@@ -210,13 +230,17 @@ def describe(name: str, dataset: data.Dataset) -> str:
 def epoch_line(record: Record) -> str:
     """One epoch, for people."""
     losses = ", ".join(f"{split} {value:.4f}" for split, value in record.loss.items())
-    accuracies = ", ".join(f"{split} {in_percent(v)}" for split, v in record.accuracy.items())
-    return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies}"
+    accuracies = ", ".join(f"{100 * share:.2f}" for share in record.accuracy.values())
+    return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies} %"
+
+
+def has_line(epoch: int) -> bool:
+    """Whether an epoch is printed: the first ten, then every tenth, hundredth and so on."""
+    return bool(epoch % 10 ** (len(str(epoch)) - 1) == 0)
 
 
 def closing_rows(records: Sequence[Record]) -> list[Row]:
     """The start, the epoch that is best on the validation data, and the last epoch."""
-    best = max(records, key=lambda record: record.accuracy["validation"])
     return [
         {
             "network": name,
@@ -227,18 +251,64 @@ def closing_rows(records: Sequence[Record]) -> list[Row]:
         }
         for name, record in (
             ("start", records[0]),
-            ("best on validation", best),
+            ("best on validation", best_record(records)),
             ("last", records[-1]),
         )
         for split in record.loss
     ]
 
 
-def readable(row: Row) -> Row:
-    """A row of `closing_rows` for people."""
-    accuracy = row["accuracy"]
-    assert isinstance(accuracy, float)
-    return {**row, "accuracy": in_percent(accuracy)}
+def closing_table(rows: Sequence[Row]) -> str:
+    """`closing_rows` for people, a row for each network."""
+    by_network: dict[object, dict[str, object]] = {}
+    for row in rows:
+        of_network = by_network.setdefault(
+            row["network"], {"network": row["network"], "epoch": row["epoch"]}
+        )
+        loss, accuracy = row["loss"], row["accuracy"]
+        assert isinstance(accuracy, float)
+        of_network[str(row["data"])] = f"{_cell(loss)}, {in_percent(accuracy)}"
+    return f"Loss and accuracy:\n\n{table(list(by_network.values()))}"
+
+
+def by_class(counts: Tensor) -> dict[str, Any]:
+    """Confusion matrix, and precision, recall and F1 of each class, as scikit-learn defines them.
+
+    Args:
+        counts: examples of each class (row) that are taken for which (column).
+    """
+    support, taken = counts.sum(1), counts.sum(0)
+    right, share = counts.diagonal().double(), support.double() / support.sum()
+    scores = torch.stack(  # 0 where nothing is taken for the class, or of it
+        [
+            right / taken.clamp_min(1),
+            right / support.clamp_min(1),
+            2 * right / (taken + support).clamp_min(1),
+        ],
+        -1,
+    )
+    there = (taken + support) > 0
+    averages = {
+        "macro avg": scores[there].mean(0),
+        "weighted avg": share @ scores,
+    }
+
+    def rows(names: Iterable[object], scores: Tensor, support: Tensor) -> list[Row]:
+        columns = ("class", "precision", "recall", "f1-score", "support")
+        values = zip(names, *scores.T.tolist(), support.tolist(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
+
+    return {
+        "confusion": counts.tolist(),
+        "classes": rows(range(len(counts)), scores, support),
+        "averages": rows(averages, torch.stack([*averages.values()]), support.sum().expand(2)),
+    }
+
+
+def class_table(classes: Mapping[str, Any]) -> str:
+    """`by_class` for people; the averages alone if there are more classes than fit a screen."""
+    of_each = classes["classes"] if len(classes["classes"]) <= _CLASSES_SHOWN else []
+    return f"Test data by class:\n\n{table([*of_each, *classes['averages']])}"
 
 
 def record_as_dict(record: Record) -> dict[str, object]:

@@ -23,7 +23,9 @@ from nnce.training.checkpoints import CheckpointError
 from nnce.training.parallel import ALONE, World
 
 # What does not change the numbers, or only by rounding, may be another on resuming.
-_MAY_CHANGE = ("epochs", "checkpoint_every", "data_dir", "threads", "resume")
+_MAY_CHANGE = ("epochs", "patience", "checkpoint_every", "data_dir", "threads", "resume", "quiet")
+# Those of them that may only be raised: the run is beyond what a lower value would have come to.
+_MAY_RISE = ("epochs", "patience")
 # Steps between which the processes of a job do not ask each other whether to stop.
 _STEPS_UNASKED = 10
 
@@ -123,8 +125,10 @@ def start(
         parser.error(wrong)
     if run_dir is None or found is None:
         return Start(options, None, None, command)
-    _set_defaults(parser, found["config"], run_dir)
+    begun = f"--resume {run_dir}: it was begun with"
+    parser.set_recorded(found["config"], begun, skip=("quiet",))
     recorded = parser.parse_args([])
+    recorded.quiet = options.quiet
     if options.resume is None:  # restarted, with the same arguments as at first
         return Start(recorded, found, run_dir, found["command"])
     asked = parser.parse_args(arguments)
@@ -135,8 +139,10 @@ def start(
     for name, value in vars(asked).items():
         was = getattr(recorded, name)
         option = name if name in positional else f"--{name.replace('_', '-')}"
-        if name == "epochs" and value < was:
-            parser.error(f"{option} {value}: may be raised on resuming, and the run has {was}")
+        if name in _MAY_RISE and value != was and (was is None or value < was):
+            parser.error(
+                f"{option} {value}: may be raised on resuming, and the run has {was or 'no limit'}"
+            )
         if value != was and name not in _MAY_CHANGE:
             parser.error(
                 f"{option} {_in_words(value)}: the run in {run_dir} was begun with "
@@ -144,32 +150,6 @@ def start(
             )
     asked.resume = None
     return Start(asked, found, run_dir, found["command"])
-
-
-def _set_defaults(parser: ArgumentParser, config: Mapping[str, object], run_dir: Path) -> None:
-    """Make a recorded configuration the parser's defaults, each value checked like a given one."""
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in config.items():
-        begun = f"--resume {run_dir}: it was begun with"
-        if name not in actions:
-            parser.error(f"{begun} an option {name!r}, which this version does not have")
-        if not _is_valid(parser, actions[name], value):
-            shown = textwrap.shorten(repr(value), 100)
-            parser.error(f"{begun} {name} = {shown}, which this version does not accept")
-    # (argparse takes an empty list of positional arguments for one that was given.)
-    parser.set_defaults(**{n: v for n, v in config.items() if v != [] or actions[n].option_strings})
-
-
-def _is_valid(parser: ArgumentParser, action: argparse.Action, value: object) -> bool:
-    """Whether a recorded value is what argparse would make of it, were it given."""
-    if value is None or action.nargs == 0:
-        return (value is None and action.default is None) or isinstance(value, bool)
-    texts = list(map(str, value)) if isinstance(value, list) else [str(value)]
-    try:
-        given = parser._get_values(action, texts)
-    except (argparse.ArgumentError, ValueError):
-        return False
-    return bool(given == value) or (isinstance(given, Path) and str(given) == value)
 
 
 def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
@@ -326,11 +306,11 @@ class Saver:
             command_line.stop(code - 1)
             command_line.let_through()
 
-    def after(self, epoch: int, last: int) -> None:
+    def after(self, epoch: int, *, is_last: bool) -> None:
         """After an epoch that is logged."""
         due = self._world.largest(int(self._is_time()))
         at_its_turn = bool(epoch and self._epochs and epoch % self._epochs == 0)
-        if due or at_its_turn or epoch == last:
+        if due or at_its_turn or is_last:
             self.save()
         self.between(ask=1)
 

@@ -48,7 +48,7 @@ from nnce.experiments import estimates, figures
 from nnce.losses import Loss
 from nnce.modules import MLP
 from nnce.saving import to_disk
-from nnce.training import Record
+from nnce.training import Record, confusion
 
 # Histograms are worth most in the first epochs; more of them would only make the files large.
 _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
@@ -280,7 +280,8 @@ class Monitor:
         with torch.no_grad():
             z = network(split.x)
         self._closing.add_figure("wrong", figures.wrong_examples(split, z), epoch)
-        self._closing.add_figure("confusion", figures.confusion_matrix(split, z), epoch)
+        counts = confusion(network, split).tolist()
+        self._closing.add_figure("confusion", figures.confusion_matrix(counts), epoch)
 
     def log_hparams(self, config: Mapping[str, object], record: Record) -> None:
         """Enter the options that vary, and the last figures, in the table of hyperparameters.

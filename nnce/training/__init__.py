@@ -7,7 +7,16 @@ May import the notes' files, `engines`, `monitoring` and `data`; not `experiment
 """
 
 from nnce.training.cursor import Cursor, generators
-from nnce.training.evaluation import Evaluation, Record, evaluate, pack, records, unpack
+from nnce.training.evaluation import (
+    Evaluation,
+    Record,
+    best_record,
+    confusion,
+    evaluate,
+    pack,
+    records,
+    unpack,
+)
 from nnce.training.loop import Diverged, train
 from nnce.training.settings import (
     ENGINES,
@@ -20,6 +29,7 @@ from nnce.training.settings import (
     hyperparameters,
 )
 from nnce.training.state import (
+    Best,
     State,
     check_fits,
     check_suits,
@@ -35,6 +45,7 @@ __all__ = [
     "ENGINES",
     "ENSEMBLE_ENGINES",
     "OPTIMIZERS",
+    "Best",
     "Cursor",
     "Diverged",
     "Engine",
@@ -43,8 +54,10 @@ __all__ = [
     "Record",
     "Settings",
     "State",
+    "best_record",
     "check_fits",
     "check_suits",
+    "confusion",
     "ensemble_engine",
     "evaluate",
     "generators",

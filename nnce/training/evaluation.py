@@ -46,6 +46,11 @@ class Record(NamedTuple):
     """Figures of each layer, from the first one with weights to the last."""
 
 
+def best_record(records: Sequence[Record]) -> Record:
+    """The record of the highest validation accuracy, the first one of several."""
+    return max(records, key=lambda record: record.accuracy["validation"])
+
+
 def pack(records: Sequence[Record]) -> Tensor:
     """Pack the records of one network into a tensor, for a checkpoint.
 
@@ -214,6 +219,23 @@ def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
     x, y = split
     (evaluation,) = _evaluate(lambda begin, end: [output(x[begin:end]).unsqueeze(0)], y, loss)
     return evaluation
+
+
+@torch.no_grad()
+def confusion(network: MLP, split: data.Split) -> Tensor:
+    """How many examples of each class (row) are taken for which (column), [n_out, n_out].
+
+    The sum of its diagonal is the accuracy that `records` measures.
+    """
+    layers, (x, y) = _stacked([network]), split
+    first, classes = _first_layer(layers, x), y.shape[1]
+    counts = torch.zeros(classes**2, dtype=torch.long, device=y.device)
+    for begin in range(0, len(y), _EXAMPLES):
+        true = y[begin : begin + _EXAMPLES].argmax(1)
+        z = _forward(layers, first, begin, begin + len(true))[-1].mT.double()  # [1, n_out, n]
+        pairs = true * classes + z.max(1).indices[0]
+        counts += torch.bincount(pairs, minlength=classes**2)
+    return counts.view(classes, classes)
 
 
 # ------------------------------------------------------- stacks of networks of one shape and loss

@@ -28,8 +28,11 @@ def train(
     *,
     measured: Mapping[str, data.Split] | None = None,
     between: Callable[[], None] | None = None,
+    patience: int | None = None,
 ) -> Iterator[Record]:
     """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
+
+    `state.best` is the network of the highest validation accuracy.
 
     Args:
         state: from `initial_state`; changed in place, so `state.network` is the trained network.
@@ -38,6 +41,8 @@ def train(
         measured: splits to evaluate, "validation" at least; None for all of the dataset.
         between: called between steps, where the state is whole: after each step in PyTorch's graph,
             and every few tenths of a second without. It may save the state, or raise.
+        patience: epochs without a higher validation accuracy after which training stops, at least
+            1; None for no limit.
 
     Returns:
         An iterator over the records; training advances as it is consumed.
@@ -58,7 +63,7 @@ def train(
     while True:
         if cursor.recorded < cursor.epoch:
             yield _record(state, settings, measured)
-        if cursor.epoch >= settings.epochs:
+        if state.is_over(settings.epochs, patience):
             return
         _train_epoch(state, settings, dataset.train, stepper, between)
         _check_losses(state, settings)
@@ -79,6 +84,7 @@ def _record(state: State, settings: Settings, measured: Mapping[str, data.Split]
     finite = all(map(math.isfinite, record.loss.values())) and is_finite(state.network)
     if cursor.epoch and not finite:
         raise Diverged(_diverged(f"after epoch {cursor.epoch}", settings))
+    state.keep_if_best(record.accuracy["validation"])
     cursor.recorded, cursor.seconds = cursor.epoch, 0.0
     return record
 

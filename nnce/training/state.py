@@ -1,9 +1,10 @@
 """State of a training run: network, optimizer and cursor, saved and loaded as one."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,16 @@ from nnce.modules import MLP
 from nnce.training.cursor import Cursor, generators
 from nnce.training.parallel import ALONE, World
 from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, hyperparameters
+
+
+class Best(NamedTuple):
+    """The network of the highest validation accuracy so far; of several equal ones the first."""
+
+    epoch: int
+    accuracy: float
+    """On the validation data, in [0, 1]."""
+    network: MLP
+    """A copy."""
 
 
 @dataclass
@@ -40,6 +51,27 @@ class State:
     """The processes that train the network together; each has this state."""
     losses: list[Tensor] = field(default_factory=list)
     """Loss before each step of the current epoch, for engines that compute it."""
+    best: Best | None = None
+    """None before the first record."""
+
+    def keep_if_best(self, accuracy: float) -> None:
+        """Copy the network if this validation accuracy, after an epoch, is the highest so far."""
+        if self.best is None or accuracy > self.best.accuracy:
+            self.best = Best(self.cursor.epoch, accuracy, copy.deepcopy(self.network))
+
+    def is_stale(self, patience: int | None) -> bool:
+        """Whether the last `patience` epochs were no better than one before; None for never."""
+        if patience is None or self.best is None:
+            return False
+        return self.cursor.recorded - self.best.epoch >= patience
+
+    def is_over(self, epochs: int, patience: int | None = None) -> bool:
+        """Whether the last of `epochs` is recorded, or patience has ended in any process.
+
+        Waits for all processes, since they must stop together.
+        """
+        stale = self.world.largest(int(self.is_stale(patience)))
+        return self.cursor.recorded >= epochs or bool(stale)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in it, for a checkpoint."""
@@ -52,6 +84,8 @@ class State:
             "optimizer": optimizer,
             "losses": torch.stack(self.losses) if self.losses else None,
             "cursor": self.cursor.state_dict(),
+            "best": self.best
+            and {**self.best._asdict(), "network": dict(self.best.network.state_dict())},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,10 +95,7 @@ class State:
             ValueError: it does not fit.
         """
         with mismatch_is_value_error():
-            # `network.load_state_dict` would cast other dtypes.
-            for name, parameter in self.network.state_dict().items():
-                check_fits(name, state["network"][name], parameter)
-            self.network.load_state_dict(state["network"])
+            _load_network(self.network, state["network"])
             without_graph = not isinstance(self.optimizer, torch.optim.Optimizer)
             if without_graph != ("velocities" in state["optimizer"]):
                 raise ValueError(
@@ -78,6 +109,18 @@ class State:
             self.cursor.load_state_dict(state["cursor"])
             losses = state["losses"]
             self.losses = [] if losses is None else list(losses.to(self.network[0].weight.device))
+            self.best = self._loaded_best(state["best"])
+
+    def _loaded_best(self, state: Mapping[str, Any] | None) -> Best | None:
+        if (state is None) != (self.cursor.recorded < 0):
+            raise ValueError(f"expected the best network up to epoch {self.cursor.recorded}")
+        if state is None:
+            return None
+        best = Best(state["epoch"], state["accuracy"], copy.deepcopy(self.network))
+        if type(best.epoch) is not int or type(best.accuracy) is not float:
+            raise ValueError(f"expected epoch and accuracy of the best network, got {best[:2]}")
+        _load_network(best.network, state["network"])
+        return best
 
 
 @contextlib.contextmanager
@@ -123,6 +166,13 @@ def check_fits(name: str, value: object, like: Tensor) -> None:
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
         got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
         raise ValueError(f"expected {name} of {tuple(like.shape)}, {like.dtype}, got {got}")
+
+
+def _load_network(network: MLP, state: Mapping[str, Any]) -> None:
+    # `network.load_state_dict` would cast other dtypes.
+    for name, parameter in network.state_dict().items():
+        check_fits(name, state[name], parameter)
+    network.load_state_dict(state)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, by_number: Mapping[str, Any]) -> None:

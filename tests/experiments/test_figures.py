@@ -24,17 +24,17 @@ def test_the_atlas_marks_where_bce_loss_ends():
 
 
 def test_confusion_counts_every_example(digits):
-    x, y = digits.test
-    figure = figures.confusion_matrix(digits.test, 10 * y - 5)
-    assert figure.axes[0].get_title() == "300 of 300 right"
+    counts = torch.diag(digits.test.y.sum(0).long())
+    counts[3, 5] = 2
+    figure = figures.confusion_matrix(counts.tolist())
+    assert figure.axes[0].get_title() == "300 of 302 right"
     texts = figure.axes[0].texts
-    assert sum(int(text.get_text()) for text in texts) == len(x)
+    assert sum(int(text.get_text()) for text in texts) == 302
     assert min(text.get_fontsize() for text in texts) * figure.dpi / 72 >= 12  # pixels
 
 
 def test_counts_of_four_digits_fit_their_cells(digits):
-    y = torch.eye(10).repeat_interleave(1_100, 0)
-    figure = figures.confusion_matrix(data.Split(torch.zeros(len(y), 64), y), y)
+    figure = figures.confusion_matrix(torch.eye(10).long().mul(1_100).tolist())
     FigureCanvasAgg(figure).draw()
     (panel,) = figure.axes
     cell = panel.get_window_extent().width / 10
@@ -61,6 +61,27 @@ def test_learning_curves_have_whole_epochs_titles_and_no_legend_over_curves():
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names == ["cross-entropy, rate 1", "quadratic, rate 3"]
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
+
+
+def test_training_curves_have_every_epoch_of_loss_accuracy_and_slowdown():
+    records = [record(n, 0.7) for n in range(4)]
+    figure = figures.training_curves(records, "title")
+    FigureCanvasAgg(figure).draw()
+    for panel, names in zip(
+        figure.axes, [["train", "validation", "test"]] * 2 + [["layer 1"]], strict=True
+    ):
+        *curves, best = panel.lines
+        assert [line.get_label() for line in curves] == names
+        assert all(list(line.get_xdata()) == [0, 1, 2, 3] for line in curves)
+        assert best.get_xdata()[0] == 3
+        assert all(tick == int(tick) for tick in panel.get_xticks())
+    loss, accuracy, slowdown = (panel.lines[0].get_ydata() for panel in figure.axes)
+    assert list(loss) == [one.loss["train"] for one in records]
+    assert list(accuracy) == [100 * one.accuracy["train"] for one in records]
+    assert list(slowdown) == [0.2] * 4
+    (legend,) = figure.legends
     box = legend.get_window_extent()
     assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
 

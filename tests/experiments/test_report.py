@@ -6,6 +6,7 @@ import subprocess
 import urllib.parse
 
 import pytest
+import sklearn.metrics
 import torch
 
 import nnce
@@ -42,6 +43,7 @@ def test_results_say_where_they_come_from(tmp_path):
     content = json.loads(path.read_text())
     assert content["config"] == {"x": 1} and content["extra"] == [2]
     assert content["versions"]["torch"] == torch.__version__
+    assert content["git"] == report.checkout()["git"] or "git" not in content
     assert content["device"] == "cpu" and content["threads"] == torch.get_num_threads()
 
 
@@ -70,13 +72,14 @@ def test_the_version_is_that_of_the_source_with_its_commit(tmp_path, monkeypatch
 
     def commit_of(root):
         monkeypatch.setattr(nnce, "__file__", str(root / "nnce" / "__init__.py"))
-        return report.versions().get("commit")
+        return report.versions().get("commit"), report.checkout().get("git")
 
-    assert commit_of(checkout) == commit
-    assert commit_of(checkout / "site-packages") is None
-    assert commit_of(tmp_path / "dirty") == f"{commit}-dirty"
+    assert commit_of(checkout) == (commit, {"commit": commit, "clean": True})
+    assert commit_of(checkout / "site-packages") == (None, None)
+    dirty = {"commit": commit, "clean": False}
+    assert commit_of(tmp_path / "dirty") == (f"{commit}-dirty", dirty)
     monkeypatch.setenv("PATH", "")
-    assert commit_of(tmp_path / "without git") is None
+    assert commit_of(tmp_path / "without git") == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +97,42 @@ def test_percent(estimate, text):
 
 def test_lines_and_tables_have_the_same_units():
     record = Record(3, 30, 1.0, {"test": 0.25}, {"test": 0.97666}, [])
-    assert report.epoch_line(record).endswith("loss: test 0.2500  accuracy: test 97.67 %")
+    assert report.epoch_line(record).endswith("loss: test 0.2500  accuracy: 97.67 %")
     row = {"network": "last", "epoch": 3, "data": "test", "loss": 0.25, "accuracy": 0.97666}
-    assert "| 0.2500 | 97.67 %" in report.table([report.readable(row)])
+    assert "| last    |     3 | 0.2500, 97.67 % |" in report.closing_table([row])
+
+
+def test_few_of_many_epochs_are_printed():
+    shown = [epoch for epoch in range(1_001) if report.has_line(epoch)]
+    assert shown == [*range(10), *range(10, 100, 10), *range(100, 1_000, 100), 1_000]
+
+
+def test_figures_by_class_are_scikit_learns(generator):
+    """Of class 6 there are no examples, class 7 is never named, and class 8 is neither."""
+    true = torch.randint(6, (500,), generator=generator)
+    true[:20] = 7
+    named = torch.where(torch.rand(500, generator=generator) < 0.7, true, true.roll(1))
+    named[named == 7] = 6
+    counts = torch.zeros(9, 9, dtype=torch.long).index_put_(
+        (true, named), torch.tensor(1), accumulate=True
+    )
+    found = report.by_class(counts)
+    expected = sklearn.metrics.classification_report(
+        true, named, output_dict=True, zero_division=0.0
+    )
+    del expected["accuracy"]
+    rows = {str(row["class"]): row for row in [*found["classes"], *found["averages"]]}
+    assert rows.pop("8") == dict(rows["6"], **{"class": 8})
+    assert rows.keys() == expected.keys()
+    for name, row in expected.items():
+        assert {**rows[name], "class": 0} == pytest.approx({**row, "class": 0}), name
+    assert (
+        found["confusion"]
+        == sklearn.metrics.confusion_matrix(true, named, labels=range(9)).tolist()
+    )
+    assert report.class_table(found).count("\n") == 2 + 2 + 9 + 2 - 1
+    many = report.class_table(report.by_class(torch.eye(100, dtype=torch.long)))
+    assert "macro avg" in many and many.count("\n") == 2 + 2 + 2 - 1
 
 
 def test_the_end_names_folders_inside_the_run(tmp_path, capsys):

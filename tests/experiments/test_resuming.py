@@ -4,10 +4,12 @@ import contextlib
 import copy
 import gc
 import itertools
+import operator
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +31,8 @@ from nnce.training.schedules import Schedule
 
 VERSION = nnce.__version__
 TRAIN = ["--epochs", "3", "--train-size", "300", "--momentum", "0.5", "--l2", "1"]
+# Of 30 epochs the first 12: epoch 10 is the best, and epoch 12 no better.
+PATIENCE = ["--patience", "2", "--train-size", "300", "--checkpoint-every", "3"]
 COMPARE = ["--epochs", "2", "--seeds", "2", "--lrs", "1", "--train-size", "300"]
 
 
@@ -128,8 +132,13 @@ def test_a_state_goes_on_to_the_same_bits(variant, stop, digits, tmp_path):
         assert [r._replace(seconds=0) for r in [*records, *rest]] == [
             r._replace(seconds=0) for r in whole
         ]
-        for a, b in zip(state.network.parameters(), alone.network.parameters(), strict=True):
-            assert torch.equal(a, b)
+        assert state.best[:2] == alone.best[:2]
+        for network in ("network", "best.network"):
+            expected, found = (
+                operator.attrgetter(network)(of).parameters() for of in (alone, state)
+            )
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)
         assert state.cursor.step == alone.cursor.step == 2 * 3
 
 
@@ -161,6 +170,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
         train.main([*TRAIN, "--run-dir", str(run_dir)])
     assert train.main(["--resume", str(run_dir)]) == 0
     same_as_alone(alone["train"], run_dir)
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory):
+    """An uninterrupted run that --patience ends, not to be changed."""
+    run_dir = tmp_path_factory.mktemp("patience") / "run"
+    assert killed.loaded("train").main([*PATIENCE, "--run-dir", str(run_dir)]) == 0
+    return run_dir
+
+
+@pytest.mark.parametrize("writes", [37, 80])
+def test_killed_with_patience_it_keeps_the_same_best_network(writes, stopped_early, tmp_path):
+    """Killed in the so-manieth write, of best.pt or another file."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    child = killed.run("train", [*PATIENCE, "--run-dir", str(run_dir)], log, dies_at=writes)
+    assert killed.status_of(child) == -signal.SIGKILL, log.read_text()
+    assert killed.loaded("train").main(["--resume", str(run_dir)]) == 0
+    same_as_alone(stopped_early, run_dir)
 
 
 @pytest.mark.parametrize(("calls",), slow_unless(lambda calls: calls == 9, [(0,), (9,), (14,)]))
@@ -239,7 +266,9 @@ KILLED = {
     },
     "train, adam": ["--optimizer", "adam", "--epochs", "8"],
     "train, an epoch at a time": ["--epochs", "40"],
+    "train, patience": ["--patience", "6"],
     "compare, loops": ["--epochs", "6", "--seeds", "2", "--lrs", "1", "3", "--momentum", "0.2"],
+    "compare, sweep": ["--sweep", "lr=0.3,1", "hidden=12,8-6", "--epochs", "9", "--seeds", "2"],
     "compare, products": [
         *("--epochs", "6", "--seeds", "2", "--lrs", "1", "3"),
         *("--hidden", "3000", "--train-size", "300"),
@@ -295,6 +324,11 @@ def begun(alone, tmp_path):
         ("train", ["--dry-run"], "--dry-run True: the run in {} was begun with False"),
         ("train", ["--epochs", "2"], "--epochs 2: may be raised on resuming, and the run has 3"),
         ("train", ["--epochs", "0"], "--epochs 0: may be raised on resuming"),
+        (
+            "train",
+            ["--patience", "2"],
+            "--patience 2: may be raised on resuming, and the run",
+        ),
         ("compare", ["--seeds", "3"], "--seeds 3: the run in {} was begun with 2"),
         ("compare", ["--lrs", "1", "3"], "--lrs 1 3: the run in {} was begun with 1"),
         ("compare", ["--control-seeds", "0"], "--control-seeds 0: the run in {} was begun with 1"),

@@ -106,3 +106,17 @@ def test_each_part_is_shown_on_a_terminal(slowdown, tmp_path, monkeypatch, capsy
 )
 def test_bad_input_is_one_line(slowdown, options, message, refused):
     assert message in refused(slowdown.main, *options)
+
+
+def test_quiet_and_an_earlier_run_as_configuration(script, tmp_path, capsys):
+    """Explicit starts replace the recorded ones."""
+    main, first, second = script("slowdown").main, tmp_path / "first", tmp_path / "second"
+    options = ["--start", "1", "2", "--start", "-1", "0.5", "--epochs", "3", "--quiet"]
+    assert main([*options, "--run-dir", str(first)]) == 0
+    answer = json.loads((first / "results.json").read_text())["answer"]
+    assert capsys.readouterr().out == f"{answer}\nResults and a picture: {first}\n"
+    options = ["--config", str(first / "results.json"), "--run-dir", str(second)]
+    for more, starts in (([], [[1.0, 2.0], [-1.0, 0.5]]), (["--start", "3", "4"], [[3.0, 4.0]])):
+        assert script("slowdown").parser().parse_args([*options, *more]).start == starts
+    assert main([*options, "--start", "3", "4"]) == 0
+    assert json.loads((second / "results.json").read_text())["config"]["epochs"] == 3

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import subprocess
@@ -42,20 +43,45 @@ def test_a_run(train, tmp_path, capsys, digits):
     assert results["threads"] == torch.get_num_threads()
     assert results["seconds"] > results["training_seconds"] > 0
     assert [record["epoch"] for record in results["epochs"]] == [0, 1, 2]
+    with (run_dir / "epochs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    for row, record in zip(rows, results["epochs"], strict=True):
+        assert float(row["loss/validation"]) == record["loss"]["validation"]
+        assert float(row["slowdown/layer3"]) == record["layers"][2]["slowdown"]
+    assert (run_dir / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
     last = {row["data"]: row for row in results["rows"] if row["network"] == "last"}
     assert set(last) == {"train", "validation", "test"}
 
     network = nnce.load(run_dir / "network.pt")
     assert network.sizes == (64, 12, 8, 10)
-    end = out.splitlines()[-6:]
-    assert results["answer"].splitlines() == end[1:3]
+    end = out.splitlines()[-8:]
+    assert results["answer"].splitlines() == end[1:5]
     accuracy = f"{100 * last['test']['accuracy']:.2f} %"
     assert f"Test accuracy {accuracy} after epoch 2." in end
     assert f"The network: nnce.load('{run_dir / 'network.pt'}')" in end
     assert sum(f" {accuracy} " in line for line in out.splitlines() if "| last " in line) >= 1
+    assert f"The best: nnce.load('{run_dir / 'best.pt'}')" in end
     alone = training.evaluate(network, digits.test, "cross-entropy")
     assert last["test"]["loss"] == pytest.approx(alone.loss)
     assert last["test"]["accuracy"] == alone.accuracy
+    counts = results["test"]["confusion"]
+    assert sum(map(sum, counts)) == 300
+    right = sum(counts[i][i] for i in range(10))
+    assert right / 300 == alone.accuracy
+    assert [row["support"] for row in results["test"]["classes"]] == list(map(sum, counts))
+    lines = out.splitlines()
+    assert lines[6:10] == end[1:5]  # after three epochs, and at the end
+    assert "| weighted avg |" in out
+
+
+def test_the_screen_begins_with_the_answer_and_fits(train, tmp_path, capsys):
+    assert train.main(["--train-size", "100", "--run-dir", str(tmp_path / "run")]) == 0
+    *lines, browser = capsys.readouterr().out.splitlines()
+    assert len(lines) < 60 and browser.startswith("In the browser: ")
+    assert max(len(line) for line in lines if "/" not in line) <= 100
+    shown = [int(line[6:9]) for line in lines if line.startswith("epoch ")]
+    assert shown == [*range(10), 10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +114,93 @@ def test_tensorboard_tags(train, tmp_path, engine):
     assert set(events.Tags()["images"]) == {"weights/layer1", "wrong", "confusion"}
     for tag in ("output/z", "output/a", "output/dz"):
         assert [event.step for event in events.Histograms(tag)] == [0, 1, 2]
+
+
+def test_the_best_network_and_an_end_by_patience(train, tmp_path, capsys, digits):
+    """Of 300 examples epoch 10 is the best, and epoch 12 no better."""
+    run_dir = tmp_path / "run"
+    options = ["--patience", "2", "--train-size", "300", "--run-dir", str(run_dir)]
+    assert train.main(options) == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    epochs = results["epochs"]
+    assert len(epochs) == 13 and results["stopped_early"] and results["config"]["patience"] == 2
+    assert results["best"] == epochs[10] != epochs[12]
+    assert epochs[10]["accuracy"]["validation"] == epochs[12]["accuracy"]["validation"]
+    for name, epoch in (("network", 12), ("best", 10)):
+        found = training.evaluate(nnce.load(run_dir / f"{name}.pt"), digits.test, "cross-entropy")
+        assert found.accuracy == epochs[epoch]["accuracy"]["test"]
+    validation, test = (
+        f"{100 * epochs[10]['accuracy'][of]:.2f} %" for of in ("validation", "test")
+    )
+    out = capsys.readouterr().out
+    assert " after epoch 12: no higher validation accuracy in 2 epochs.\n" in out
+    assert f"Best on validation: {validation} after epoch 10, with {test} on test.\n" in out
+    # With more patience it goes on, up to what a run comes to that had it from the start.
+    assert train.main(["--resume", str(run_dir), "--patience", "4"]) == 0
+    resumed = json.loads((run_dir / "results.json").read_text())
+    assert len(resumed["epochs"]) > 13 and resumed["epochs"][:13] == epochs
+
+
+def test_quiet_prints_the_answer_and_where_it_is(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run_dir = tmp_path / "run"
+    assert train.main(["--quiet", "--epochs", "1", "--run-dir", str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads((run_dir / "results.json").read_text())["answer"]
+    assert out == f"{answer}\nResults, epochs.csv and learning-curves.png: {run_dir}\n"
+    assert err == ""  # no bars on a terminal
+    assert train.main(["--resume", str(run_dir), "--epochs", "2"]) == 0
+    assert "epoch   2" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_a_configuration(train, tmp_path, capsys):
+    """Its options are defaults, and explicit ones win; so does a file of options alone."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--hidden", "7", "6", "--l2", "0.5", "--init", "0.1", "--loss", "quadratic"]
+    options += ["--train-size", "50", "--epochs", "1", "--quiet", "--patience", "3"]
+    assert train.main([*options, "--run-dir", str(first)]) == 0
+    config = str(first / "results.json")
+    explicit = ["--hidden", "5", "--epochs", "2", "--run-dir", str(second)]
+    assert train.main(["--config", config, *explicit]) == 0
+    assert "network 64-5-10, quadratic loss" in capsys.readouterr().out
+    was, now = (
+        json.loads((folder / "results.json").read_text())["config"] for folder in (first, second)
+    )
+    changed = {"hidden": [5], "epochs": 2, "run_dir": str(second), "quiet": False}
+    assert now == {**was, **changed}
+    some = tmp_path / "some.json"
+    some.write_text('{"lr": 0.25, "seed": 4, "quiet": true}')
+    parsed = train.parser().parse_args(["--config", str(some), "--seed", "5"])
+    assert (parsed.lr, parsed.seed, parsed.quiet, parsed.config) == (0.25, 5, False, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        ("precious", "expected JSON, as in the results.json of a run"),
+        ("[1]", "expected an object of options by name"),
+        ('{"config": 3}', "expected an object of options by name"),
+        ('{"config": {"seeds": 8}}', "an option 'seeds', which this version of "),
+        ('{"lr": "fast"}', "it has lr = 'fast', which this version of "),
+        ('{"hidden": 30}', "it has hidden = 30, which"),
+        ('{"epochs": null}', "it has epochs = None, which"),
+        ('{"patience": 0}', "expected --patience of at least 1 epoch, got 0"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(content, message, train, tmp_path, refused):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_text(content)
+    line = refused(train.main, "--config", str(path))
+    assert message in line
+    if "patience" not in message:
+        assert f"--config {path}: " in line
+
+
+def test_a_configuration_and_a_run_to_resume_are_refused(train, refused):
+    line = refused(train.main, "--config", "a", "--resume", "b")
+    assert "expected --config or --resume, got both" in line
 
 
 def test_dry_run_leaves_nothing_behind(train, tmp_path, monkeypatch, capsys):
@@ -129,6 +242,8 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--engine", "magic"], "invalid choice: 'magic'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--patience", "0"], "expected --patience of at least 1 epoch, got 0"),
+        (["--patience", "soon"], "invalid int value: 'soon'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--threads", "0"], "1 to 1,024 --threads, got 0"),
         (["--matmul-precision", "low"], "invalid choice: 'low'"),

@@ -1,5 +1,6 @@
 """One network trained by several processes, and many shared out over them, over gloo."""
 
+import json
 import os
 import re
 import signal
@@ -15,7 +16,8 @@ import together
 import torch
 from conftest import ROOT
 
-from nnce import training
+import nnce
+from nnce import data, training
 from nnce.experiments import command_line
 from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
@@ -58,9 +60,12 @@ def test_several_processes_train_the_same_network(processes, names, tmp_path):
 
 
 @pytest.mark.slow
-def test_networks_shared_out_over_processes_are_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    "options", [["--lrs", "1"], ["--sweep", "lr=0.3,1", "hidden=9,8-6"]], ids=["losses", "sweep"]
+)
+def test_networks_shared_out_over_processes_are_the_same_bits(options, tmp_path):
     """More networks of one kind than processes, and fewer controls."""
-    options = ["--epochs", "2", "--seeds", "3", "--lrs", "1", "--train-size", "200"]
+    options = ["--epochs", "2", "--seeds", "3", "--train-size", "200", *options]
     outcomes = []
     for name in ("alone", "shared"):
         command = [ROOT / "scripts" / "compare.py", *options, "--run-dir", tmp_path / name]
@@ -71,7 +76,7 @@ def test_networks_shared_out_over_processes_are_the_same_bits(tmp_path):
         assert job.wait(timeout=300) == 0
         outcomes.append(killed.outcome(tmp_path / name))
         for of_processes in ("side by side", "controls"):  # as many parts as processes
-            del outcomes[-1][of_processes]
+            outcomes[-1].pop(of_processes, None)
     assert killed.differences(*outcomes) == []
 
 
@@ -124,6 +129,22 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path
     assert "--resume" not in (tmp_path / "out").read_text()
     expected, found = killed.outcome(tmp_path / "alone"), killed.outcome(run_dir)
     assert killed.differences(expected, found) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["backprop", "functions"])
+def test_processes_stop_together_where_patience_ends(engine, tmp_path):
+    options = ["--patience", "2", "--train-size", "300", "--engine", engine]
+    command = [ROOT / "scripts" / "train.py", *options, "--run-dir", tmp_path / "run"]
+    job = torchrun(2, *command, stdout=subprocess.DEVNULL)
+    assert job.wait(timeout=300) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    accuracies = [record["accuracy"]["validation"] for record in results["epochs"]]
+    assert results["stopped_early"] and len(accuracies) < 31
+    assert accuracies.index(max(accuracies)) == results["best"]["epoch"] == len(accuracies) - 3
+    best = nnce.load(tmp_path / "run" / "best.pt")
+    validation = data.load("digits").validation
+    assert training.evaluate(best, validation, "cross-entropy").accuracy == max(accuracies)
 
 
 @pytest.mark.slow

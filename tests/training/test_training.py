@@ -237,3 +237,43 @@ def test_a_parameter_that_is_no_number_is_seen_where_no_loss_shows_it(digits, en
         state.network[0].weight[0, unused] = math.nan
     with pytest.raises(Diverged, match="no longer a finite number"):
         list(training.train(state, settings, dataset))
+
+
+@pytest.fixture(scope="module")
+def few_digits(digits):
+    return digits._replace(train=data.Split(*(part[:300] for part in digits.train)))
+
+
+@pytest.mark.parametrize("engine", training.ENGINES)
+def test_the_best_network_is_the_one_of_the_highest_validation_accuracy(engine, few_digits):
+    """Of equal ones the first; it is a copy."""
+    settings = Settings(engine=engine, epochs=12)
+    state, networks, accuracies = training.initial_state(settings, few_digits), [], []
+    for record in training.train(state, settings, few_digits):
+        networks.append([parameter.detach().clone() for parameter in state.network.parameters()])
+        accuracies.append(record.accuracy["validation"])
+        best = accuracies.index(max(accuracies))
+        assert state.best[:2] == (best, accuracies[best])
+        for a, b in zip(state.best.network.parameters(), networks[best], strict=True):
+            assert torch.equal(a, b)
+    # An equal epoch came later.
+    assert best == 10 and accuracies[12] == accuracies[10]
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_training_stops_after_so_many_epochs_without_a_better_one(patience, few_digits):
+    settings = Settings(epochs=25)
+    _, all_records = run(settings, few_digits)
+    accuracies = [record.accuracy["validation"] for record in all_records]
+    best_at = [accuracies.index(max(accuracies[: n + 1])) for n in range(26)]
+    last = next(n for n in range(26) if n - best_at[n] == patience)
+    assert last < 25
+    state = training.initial_state(settings, few_digits)
+    records = list(training.train(state, settings, few_digits, patience=patience))
+    assert [r._replace(seconds=0) for r in records] == [
+        r._replace(seconds=0) for r in all_records[: last + 1]
+    ]
+    assert state.best.epoch == last - patience and state.is_over(25, patience)
+    # It is over, also for one that resumes it; with more patience it goes on.
+    assert list(training.train(state, settings, few_digits, patience=patience)) == []
+    assert len(list(training.train(state, settings, few_digits))) == 25 - last

@@ -1,0 +1,71 @@
+"""epochs.csv: a row for each network and epoch, with every figure that is logged."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnce.experiments.report import Row, write_text
+from nnce.experiments.tensorboard import scalars
+from nnce.training import Record, Settings
+
+_NAME = "epochs.csv"
+
+
+def epoch_row(settings: Settings, record: Record, **more: object) -> Row:
+    """The row of a network after an epoch."""
+    return {
+        "loss": settings.loss,
+        "lr": settings.rate,
+        "engine": settings.engine,
+        **more,
+        "seed": settings.seed,
+        "epoch": record.epoch,
+        "step": record.step,
+        "seconds": record.seconds,
+        **scalars(record),
+    }
+
+
+class EpochsFile:
+    """epochs.csv of a run, which grows with every epoch.
+
+    Args:
+        run_dir: the run's directory.
+        rows: those of the epochs so far, if a run is resumed; later ones in the file are dropped.
+    """
+
+    def __init__(self, run_dir: Path, rows: Sequence[Row] = ()) -> None:
+        write_text(run_dir / _NAME, _as_csv(rows, header=True))
+        self._file = (run_dir / _NAME).open("ab", buffering=0)
+
+    def __enter__(self) -> "EpochsFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add all of these rows, or none where the disk is full: half a number would be wrong."""
+        end = self._file.seek(0, os.SEEK_END)
+        content = memoryview(_as_csv(rows, header=not end).encode())
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            self._file.truncate(self._file.seek(end))
+            raise
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fsync(self._file.fileno())
+
+
+def _as_csv(rows: Sequence[Row], *, header: bool) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]) if rows else [])
+    if header and rows:
+        table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,301 @@
+"""A sweep over training options: every combination from several starts, chosen on validation.
+
+Networks of one shape, batch size and distortion train next to each other, the groups one after the
+other. Only the chosen combination is evaluated on the test data.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nnce import data, training
+from nnce.experiments import command_line, comparison
+from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.comparison import Run, SideBySide
+from nnce.experiments.comparison_report import joined, percent
+from nnce.experiments.epochs import epoch_row
+from nnce.experiments.estimates import SHARE, Estimate, estimate
+from nnce.experiments.figures import HeatMap
+from nnce.experiments.report import Row, table
+from nnce.losses import LOSSES
+from nnce.training.parallel import World
+
+# Training options that make no sense in a sweep.
+_NOT_SWEPT = ("help", "epochs", "train_size")
+# Measured in every epoch; the test data are for the chosen combination.
+_SPLITS = ("train", "validation")
+# More rows would push the answer off the screen.
+_ROWS_SHOWN = 20
+
+Values = dict[str, str]
+"""A combination: the text of each value, by option."""
+
+
+class Combination(NamedTuple):
+    """One combination of values, and its networks, one for each seed."""
+
+    values: Values
+    runs: list[Run]
+
+    @property
+    def diverged(self) -> int:
+        """How many of its networks diverged."""
+        return sum(run.diverged for run in self.runs)
+
+    @property
+    def validation(self) -> Estimate:
+        """Validation accuracy after the last epoch, over the seeds; NaN if any diverged."""
+        accuracies = [run.last.accuracy["validation"] for run in self.runs]
+        return estimate([] if self.diverged else accuracies, SHARE)
+
+
+def in_words(values: Mapping[str, str]) -> str:
+    """A combination as it is typed."""
+    return " ".join(f"{name}={text}" for name, text in values.items())
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(None)
+    parser.add_training_options()
+    parser.add_argument("--loss", choices=tuple(LOSSES))
+    parser.add_argument("--lr", type=float)
+    return parser
+
+
+def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
+    """`--sweep`: for each option the texts of its values, and the values.
+
+    Exits with one sentence for a bad value.
+
+    Raises:
+        ValueError: an option is unknown, has no value, or is there twice.
+    """
+    parser = _parser()
+    known = [action.dest for action in parser._actions if action.dest not in _NOT_SWEPT]
+    swept: dict[str, dict[str, object]] = {}
+    for text in texts:
+        option, _, values = text.partition("=")
+        name = option.replace("-", "_")
+        if name not in known:
+            names = ", ".join(sorted(known)).replace("_", "-")
+            raise ValueError(f"expected --sweep of {names}, got {option!r}")
+        if name in swept or not all(values.split(",")):
+            raise ValueError(f"expected each name in --sweep once, as NAME=V,V, got {text!r}")
+        swept[name] = {}
+        for value in values.split(","):
+            option = f"--{name.replace('_', '-')}"
+            given = (
+                [option, *value.split("-")]
+                if name == "hidden" and value[0] != "-"
+                else [f"{option}={value}"]
+            )
+            parsed = getattr(parser.parse_args(given), name)
+            if parsed not in swept[name].values():
+                swept[name][value] = parsed
+    return swept
+
+
+def plan(
+    options: argparse.Namespace, dataset: data.Dataset
+) -> list[tuple[Values, list[training.Settings]]]:
+    """Each combination and its settings, one for each seed.
+
+    Raises:
+        ValueError: a value or a combination makes no sense.
+        MemoryError: so many networks would not fit.
+    """
+    swept, seeds = parse(options.sweep), range(options.seed, options.seed + options.seeds)
+    if not 1 <= len(seeds) <= 1_000:
+        raise ValueError(f"expected 1 to 1,000 --seeds, got {options.seeds:,}")
+    planned: list[tuple[Values, list[training.Settings]]] = []
+    count = math.prod(map(len, swept.values())) * len(seeds)
+    for texts in itertools.product(*swept.values()):
+        values = dict(zip(swept, texts, strict=True))
+        changed = {name: swept[name][text] for name, text in values.items()}
+        more = {name: changed.pop(name) for name in ("loss", "lr") if name in changed}
+        own = argparse.Namespace(**{**vars(options), **changed})
+        settings = command_line.settings(own, **more)
+        if not planned or "hidden" in swept:
+            comparison.check(settings, seeds, dataset, networks=count)
+        planned.append((values, [dataclasses.replace(settings, seed=seed) for seed in seeds]))
+    return planned
+
+
+class Sweep:
+    """All networks of a sweep, in groups that train next to each other.
+
+    Args:
+        options: those of the script.
+        dataset: all of the data.
+        world: the processes, which divide each group among them.
+    """
+
+    def __init__(self, options: argparse.Namespace, dataset: data.Dataset, world: World) -> None:
+        self._dataset = dataset
+        self.combinations = [
+            Combination(values, comparison.make_runs(settings, dataset))
+            for values, settings in plan(options, dataset)
+        ]
+        self._values = {
+            id(run): values for values, of_values in self.combinations for run in of_values
+        }
+        by_kind: dict[object, list[Run]] = {}
+        for combination in self.combinations:
+            for run in combination.runs:
+                of = run.settings
+                by_kind.setdefault((of.hidden, of.batch_size, of.distortion), []).append(run)
+        threads = command_line.threads(options)
+        self.groups = [
+            SideBySide(runs, dataset, threads, world, _SPLITS) for runs in by_kind.values()
+        ]
+
+    @property
+    def networks(self) -> int:
+        """How many networks there are in all."""
+        return sum(len(group.runs) for group in self.groups)
+
+    def epochs(self, between: Callable[[], None]) -> Iterator[SideBySide]:
+        """Train group by group, yielding the group after each of its epochs."""
+        for group in self.groups:
+            for _ in group.epochs(between):
+                yield group
+
+    def rows(self, group: SideBySide, epoch: int) -> list[Row]:
+        """The rows of an epoch for epochs.csv, without layers, whose number may be swept."""
+        found: list[Row] = []
+        for run in group.runs:
+            swept = {n: v for n, v in self._values[id(run)].items() if n not in ("loss", "lr")}
+            row = epoch_row(run.settings, run.records[epoch], **swept)
+            found.append({name: value for name, value in row.items() if "/layer" not in name})
+        return found
+
+    def all_rows(self) -> list[Row]:
+        """The rows of all epochs so far."""
+        return [
+            row
+            for group in self.groups
+            for epoch in range(group.finished + 1)
+            for row in self.rows(group, epoch)
+        ]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All of it, for a checkpoint; waits for all processes. The first one has it."""
+        return [group.state_dict() for group in self.groups]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from there; ValueError if it does not fit."""
+        for group, of_group in zip(self.groups, state, strict=True):
+            group.load_state_dict(of_group)
+
+
+class Conclusion(NamedTuple):
+    """What comes out of a sweep."""
+
+    ranked: list[Combination]
+    """The highest validation accuracy first, of equal ones the first; diverged ones last."""
+    test: Estimate | None
+    """Test accuracy of the first one's networks; None if all diverged."""
+
+    @property
+    def chosen(self) -> Combination | None:
+        """The combination of the highest validation accuracy."""
+        return None if self.test is None else self.ranked[0]
+
+
+def conclude(sweep: Sweep, dataset: data.Dataset) -> Conclusion:
+    """Rank the combinations by validation accuracy, and evaluate the first one on the test data."""
+
+    def rank(combination: Combination) -> tuple[bool, float]:
+        return bool(combination.diverged), -combination.validation.mean
+
+    ranked = sorted(sweep.combinations, key=rank)
+    best = ranked[0]
+    if best.diverged:
+        return Conclusion(ranked, None)
+    accuracies = [
+        training.evaluate(run.network, dataset.test, run.settings.loss).accuracy
+        for run in best.runs
+    ]
+    return Conclusion(ranked, estimate(accuracies, SHARE))
+
+
+def answer(conclusion: Conclusion) -> str:
+    """The chosen combination and its accuracies."""
+    ranked, chosen = conclusion.ranked, conclusion.chosen
+    if chosen is None or conclusion.test is None:
+        return f"No choice: all {len(ranked)} combinations diverged."
+    return (
+        f"Best of {len(ranked)} on validation: {in_words(chosen.values)}\n"
+        f"Validation accuracy {percent(chosen.validation, sd=False)} %, test accuracy "
+        f"{percent(conclusion.test, sd=False)} %; seeds: {len(chosen.runs)}."
+    )
+
+
+def results(conclusion: Conclusion) -> dict[str, Any]:
+    """Answer, choice and rows for results.json."""
+    chosen = conclusion.chosen
+    return {
+        "answer": answer(conclusion),
+        "chosen": None if chosen is None else chosen.values,
+        "test": None if conclusion.test is None else conclusion.test._asdict(),
+        "rows": [
+            {
+                **combination.values,
+                "networks": len(combination.runs),
+                "diverged": combination.diverged,
+                **{
+                    f"validation accuracy, {key}": value
+                    for key, value in combination.validation._asdict().items()
+                },
+            }
+            for combination in conclusion.ranked
+        ],
+    }
+
+
+def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
+    """The combinations for people, the best first."""
+    rows: list[Row] = []
+    for place, combination in enumerate(conclusion.ranked[:most], start=1):
+        diverged = f"diverged: {combination.diverged} of {len(combination.runs)}"
+        rows.append(
+            {
+                "": place,
+                **combination.values,
+                "validation %": diverged
+                if combination.diverged
+                else percent(combination.validation, sd=False),
+            }
+        )
+    parts, left = [table(rows)], len(conclusion.ranked) - len(rows)
+    if left:
+        parts.append(f"{left} more in results.md")
+    return joined(parts)
+
+
+def heat_map(conclusion: Conclusion) -> HeatMap | None:
+    """Accuracy over the first two options, the others as chosen; None for fewer than two."""
+    best = conclusion.ranked[0].values
+    texts = {name: [*dict.fromkeys(c.values[name] for c in conclusion.ranked)] for name in best}
+    names = [name for name, of in texts.items() if len(of) > 1][:2]
+    if len(names) < 2:
+        return None
+    by_values = {in_words(c.values): c.validation.mean for c in conclusion.ranked}
+    rows, columns = (_in_order(texts[name]) for name in names)
+    accuracies = [
+        [by_values[in_words({**best, names[0]: row, names[1]: column})] for column in columns]
+        for row in rows
+    ]
+    others = {name: text for name, text in best.items() if name not in names}
+    return HeatMap(names, [rows, columns], accuracies, in_words(others))
+
+
+def _in_order(texts: Sequence[str]) -> list[str]:
+    """Numbers by size, anything else by name."""
+    try:
+        return sorted(texts, key=float)
+    except ValueError:
+        return sorted(texts)
