@@ -5,7 +5,8 @@ The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -168,6 +169,10 @@ class MLP(nn.Sequential):
     Raises:
         ValueError: fewer than two sizes, or one that is not positive.
     """
+
+    about: Mapping[str, Any] = MappingProxyType({})
+    """Plain values of any meaning (JSON's) that `nnce.save` keeps with the parameters. Networks of
+    `nnce.training` have their data set's: see `nnce.data.Dataset.about`."""
 
     def __init__(
         self,

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.announce_compilation(options, sizes)
         training = Training(options, dataset, runs, world, found)
     start_of = command_line.name_of(options)
-    name = f"compare-{options.data}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
+    word = command_line.data_word(options)
+    name = f"compare-{word}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
     try:
         with start.directory(options_parser, name, world=world) as path:
             if world.rank:
@@ -129,7 +130,9 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
 
     write_results()  # before the pictures: what is computed is safe from now on
     layers = _memory.dashed(runs[0].network.sizes)
-    title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
+    title = (
+        f"{command_line.data_word(options)}, {layers}, start {options.init}, n = {options.seeds}"
+    )
     best = findings.best_lrs
     with command_line.announced("learning curves"):
         figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
