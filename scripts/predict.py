@@ -123,8 +123,8 @@ def read(
         if form.image is None:
             raise ValueError(f"{options.run} was trained on numbers, not on images: use --index N")
         of = (form.data, form.image, dtype)
-        x = [pictures.inputs(path, *of) for path in options.images]
-        return [{"image": str(path)} for path in options.images], torch.stack(x)
+        inputs = torch.stack([pictures.inputs(path, *of) for path in options.images])
+        return [{"image": str(path)} for path in options.images], inputs
     if not form.data:
         raise ValueError(f"{options.run} does not record its data set, which --index needs")
     dataset = data.load(form.data, data_dir=options.data_dir, dtype=dtype)

@@ -61,7 +61,7 @@ def _archive(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("not an archive")
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("x", "y") if name in archive}
             names = archive.files
     except Exception as error:  # of many types: what a foreign file gives is left to chance
