@@ -7,6 +7,7 @@ if __name__ == "__main__":
 import argparse
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Form(NamedTuple):
     """What a network's inputs and outputs mean: `nnce.data.Dataset.about`."""
 
     data: str
-    image: tuple[int, int] | None
+    image: list[int] | None
     classes: list[str]
 
 
@@ -91,28 +92,19 @@ def load(path: Path) -> nnce.MLP:
 
 def form_of(network: nnce.MLP, path: Path) -> Form:
     """What inputs and outputs mean, as the network's file says or, if it does not, by its sizes."""
-    about, (inputs, *_, outputs) = network.about, network.sizes
+    inputs, *_, outputs = network.sizes
     usual, size = _USUAL.get(inputs, ("", None))
-    form = Form(
-        about.get("data", usual),
-        about.get("image", size),
-        about.get("classes", [*map(str, range(outputs))]),
-    )
+    by_sizes = {"data": usual, "image": size, "classes": list(map(str, range(outputs)))}
+    about: dict[str, Any] = {**by_sizes, **network.about}
+    image, classes = about["image"], about["classes"]
+    is_size = isinstance(image, list) and [*map(type, image)] == [int, int] and min(image) > 0
     if (
-        not isinstance(form.data, str)
-        or not (form.image is None or _is_size(form.image, inputs))
-        or not isinstance(form.classes, list)
-        or len({*map(str, form.classes)}) != outputs
+        not isinstance(about["data"], str)
+        or not (image is None or (is_size and math.prod(image) == inputs))
+        or not (isinstance(classes, list) and len({*map(str, classes)}) == outputs)
     ):
         raise ValueError(f"{path} describes its inputs or classes otherwise than its sizes do")
-    return form._replace(classes=[*map(str, form.classes)])
-
-
-def _is_size(image: Any, inputs: int) -> bool:
-    if not (isinstance(image, list) and len(image) == 2):
-        return False
-    height, width = image
-    return isinstance(height, int) and isinstance(width, int) and 0 < height * width == inputs
+    return Form(about["data"], image, list(map(str, classes)))
 
 
 def read(

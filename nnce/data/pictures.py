@@ -6,6 +6,7 @@ like them if the same is done to it.
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def gray(picture: Any) -> Tensor:
 
 
 def inputs(
-    path: str | os.PathLike[str], data: str, image: tuple[int, int], dtype: torch.dtype
+    path: str | os.PathLike[str], data: str, image: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The inputs of a network for a picture from a file, [height · width], in [0, 1].
 

@@ -61,6 +61,9 @@ def test_memory_stays_within_what_was_stated(tmp_path):
     assert "within the" in done.stdout
     memory = results(tmp_path / "run")["memory"]
     assert memory["before_MB"] < memory["peak_MB"] <= memory["bound_MB"]
+    command = [sys.executable, "scripts/labels.py", "--resume", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--epochs", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert "within the" in done.stdout, done.stderr
 
 
 def test_the_same_seed_is_the_same_run(labels, tmp_path):
