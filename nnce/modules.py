@@ -5,7 +5,8 @@ The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -193,6 +194,10 @@ class MLP(nn.Sequential):
     >>> [name for name, _ in network.named_parameters()]
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+
+    about: Mapping[str, Any] = MappingProxyType({})
+    """Plain values of any meaning (JSON's) that `nnce.save` keeps with the parameters. Networks of
+    `nnce.training` have their data set's: see `nnce.data.Dataset.about`."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import itertools
+import json
 import os
 import pickletools
 import re
@@ -35,7 +36,7 @@ _NAMES = re.compile(
 
 
 def save(network: MLP, path: str | os.PathLike[str]) -> None:
-    """Save a network, so that `load` gives it back: sizes and parameters, each in its dtype.
+    """Save a network, so that `load` gives it back: sizes, parameters in their dtypes, and `about`.
 
     The file appears whole or not at all: it is written to a temporary file in the same folder,
     which then replaces it, so a process that is killed leaves the previous file. A symbolic link
@@ -46,7 +47,7 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
         path: the file to write.
 
     Raises:
-        TypeError: the network is not an MLP.
+        TypeError: the network is not an MLP, or its `about` has values that JSON does not have.
         ValueError: layers have been added to the MLP or removed, or its parameters are not exactly
             the weight and the bias of each layer, so that `load` could not restore them.
         OSError: the file cannot be written, or path is not a regular file.
@@ -67,6 +68,8 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
         "sizes": tuple(int(size) for size in network.sizes),
         "state_dict": {name: tensor.detach().cpu().clone() for name, tensor in state.items()},
     }
+    if network.about:
+        content["about"] = json.dumps(dict(network.about))
     # In memory first: where the disk is full, torch.save raises a RuntimeError of its own.
     file = io.BytesIO()
     torch.save(content, file)
@@ -127,6 +130,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
             # Each in its own dtype and, whatever the file says, in memory of its own.
             clones = {name: tensor.clone() for name, tensor in state.items()}
             network.load_state_dict(clones, assign=True)
+        if "about" in content:
+            network.about = dict(json.loads(content["about"]))
     except Exception as error:  # as above: right in format, and anything else in it
         if _memory.shortage(error):
             raise

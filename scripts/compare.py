@@ -92,7 +92,8 @@ def compare(options_parser: ArgumentParser, start: resuming.Start, world: World)
         command_line.announce_compilation(options, sizes)
         training = Training(options, dataset, runs, world, found)
     start_of = command_line.name_of(options)
-    name = f"compare-{options.data}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
+    word = command_line.data_word(options)
+    name = f"compare-{word}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
     with start.directory(options_parser, name, world=world) as path:
         if world.rank:
             training.run(None, start.command)
@@ -122,7 +123,7 @@ def sweep_all(options_parser: ArgumentParser, start: resuming.Start, world: Worl
                 all_of_it.load_state_dict(found["sweep"])
                 before = float(found["seconds"])
     names = "-".join(text.partition("=")[0] for text in options.sweep)
-    name = f"sweep-{options.data}-{names}-seeds{options.seeds}"
+    name = f"sweep-{command_line.data_word(options)}-{names}-seeds{options.seeds}"
     with start.directory(options_parser, name, world=world) as path:
         groups = f"{len(all_of_it.groups)} groups" if len(all_of_it.groups) > 1 else "one group"
         print(
@@ -258,7 +259,9 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
 
     write_results()  # before the pictures: what is computed is safe from now on
     layers = _memory.dashed(runs[0].network.sizes)
-    title = f"{options.data}, {layers}, start {options.init}, n = {options.seeds}"
+    title = (
+        f"{command_line.data_word(options)}, {layers}, start {options.init}, n = {options.seeds}"
+    )
     best = findings.best_lrs
     with command_line.announced("learning curves"):
         figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")

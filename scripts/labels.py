@@ -6,17 +6,23 @@ if __name__ == "__main__":
 
 import argparse
 import codecs
+import contextlib
+import functools
 import gzip
+import hashlib
 import itertools
 import math
 import re
+import sys
 import time
+import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor, nn
@@ -28,9 +34,13 @@ from nnce.experiments import command_line, report, resuming
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.timing import resident
 from nnce.labels import blocks
+from nnce.saving import write_whole
+from nnce.training.parallel import ALONE
+from nnce.training.state import check_fits
 
 BEST = (1, 3, 5)
 """How many of the best labels precision and nDCG look at."""
+MODEL = "model.npz"
 # What Python, PyTorch's threads and the allocator may take besides what is counted.
 SLACK_MB = 100
 LARGEST = 2**31 - 1
@@ -88,6 +98,17 @@ class Classifier(nn.Module):
         return cast(Tensor, self.labels(self.encode(x), positives))
 
 
+def load_model(path: str | Path) -> Classifier:
+    """The model of a run's model.npz."""
+    with np.load(path, allow_pickle=False) as arrays:
+        state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    labels, features = state["labels.weight"].shape
+    embedding = state.get("embedding.weight")
+    model = Classifier(None if embedding is None else len(embedding), features, labels, 0.5)
+    model.load_state_dict(state)
+    return model
+
+
 # ---------------------------------------------------------------------------------------- data
 
 
@@ -134,6 +155,55 @@ def read(path: Path) -> tuple[Examples, int, int]:
     except _BadLine as error:
         number, sentence = error.args
         raise ValueError(f"{path}, line {number:,}: {sentence}") from error
+
+
+def cache_of(path: Path) -> Path:
+    """The binary copy of a text file's examples, next to it."""
+    return path.with_name(f"{path.name}.cache.npz")
+
+
+def read_cached(path: Path) -> tuple[Examples, int, int] | None:
+    """What `read` returns, from the binary copy; None if there is none of the text as it is."""
+    with contextlib.suppress(Exception):  # of many types: a damaged copy is made again
+        with cache_of(path).open("rb") as file, np.load(file, allow_pickle=False) as found:
+            if str(found["text"]) != _sha256(path):
+                return None
+            n, features, labels = map(int, found["sizes"])
+            arrays = (found["values"], found["columns"], found["starts"])
+            crow, col = torch.from_numpy(found["crow"]), torch.from_numpy(found["col"])
+        matrix = scipy.sparse.csr_array(arrays, shape=(n, features))
+        matrix.check_format(full_check=True)
+        if len(crow) == n + 1 and (not len(col) or col.max() < labels):
+            return Examples(matrix, Positives(crow, col)), features, labels
+    return None
+
+
+def write_cache(path: Path, examples: Examples, features: int, labels: int) -> None:
+    """Write the binary copy for `read_cached`, whole or not at all; print why it cannot be."""
+    matrix = cast(scipy.sparse.csr_array, examples.features)
+    arrays = {
+        "text": np.array(_sha256(path)),
+        "sizes": np.array([len(examples.positives), features, labels]),
+        **{"values": matrix.data, "columns": matrix.indices, "starts": matrix.indptr},
+        **{"crow": examples.positives.crow.numpy(), "col": examples.positives.col.numpy()},
+    }
+    try:
+        write_arrays(cache_of(path), arrays)
+    except OSError as error:
+        print(f"{path} will be parsed again by the next run: {error}", file=sys.stderr)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as .npz, whole or not at all, a few megabytes at a time."""
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class _BadLine(Exception):
@@ -280,8 +350,8 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--data-file",
         type=Path,
-        help="examples to learn from, in the XMC repository's sparse text format, or that and .gz "
-        "(if not given: planted ones)",
+        help="examples to learn from, in the XMC repository's sparse text format, or that and .gz; "
+        "a binary copy is kept next to it (if not given: planted ones)",
     )
     parser.add_argument(
         "--test-file", type=Path, help="examples to test on (if not given: a tenth of --data-file)"
@@ -296,158 +366,313 @@ def parser() -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_run_directory_options()
     parser.add_speed_options()
+    resuming.add_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and rank; the exit status."""
     options_parser = parser()
-    options = options_parser.parse_args(arguments)
+    start = resuming.start(options_parser, arguments, "labels.py", ALONE)
+    options = start.options
     with options_parser.user_errors():
-        for name in ("labels", "examples", "features", "positives", "epochs", "batch_size"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"expected a positive --{name.replace('_', '-')}")
-        if not (math.isfinite(options.lr) and options.lr > 0):
-            raise ValueError(f"expected a positive --lr, got {options.lr}")
-        if not options.data_file and options.labels > PLANTED_LABELS:
-            raise ValueError(f"expected at most {PLANTED_LABELS:,} --labels of planted examples")
-        if options.test_file and not options.data_file:
-            raise ValueError("expected --data-file with --test-file")
+        check(options)
         command_line.set_speed(options, torch.get_num_threads())
         generator = torch.Generator().manual_seed(options.seed)
-        train, test, inputs, num_labels = load(options, generator)
-        torch.manual_seed(options.seed)
-        share = max(len(train.positives.col), 1) / (len(train.positives) * num_labels)
-        model = Classifier(inputs, options.features, num_labels, min(share, 0.5))
-    with options_parser.run_directory(options, "labels") as run_dir:
+        data = load(options, generator)
+        learning = Learning(data, generator, options)
+        if start.found and start.run_dir:
+            resuming.warn(start.found, ALONE)
+            with resuming.loading():
+                learning.load_state_dict(start.found, start.run_dir)
+    with start.directory(options_parser, "labels") as run_dir:
         command_line.announce_threads(options)
-        learn(model, train, test, num_labels, generator, options, run_dir)
+        learn(learning, run_dir)
     return 0
 
 
-def load(
-    options: argparse.Namespace, generator: torch.Generator
-) -> tuple[Examples, Examples, int | None, int]:
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError unless the options make sense together."""
+    for name in ("labels", "examples", "features", "positives", "epochs", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"expected a positive --{name.replace('_', '-')}")
+    if not (math.isfinite(options.lr) and options.lr > 0):
+        raise ValueError(f"expected a positive --lr, got {options.lr}")
+    if not options.data_file and options.labels > PLANTED_LABELS:
+        raise ValueError(f"expected at most {PLANTED_LABELS:,} --labels of planted examples")
+    if options.test_file and not options.data_file:
+        raise ValueError("expected --data-file with --test-file")
+
+
+class Data(NamedTuple):
     """Examples to learn from and to test on, how many sparse features, and how many labels."""
+
+    train: Examples
+    test: Examples
+    inputs: int | None
+    num_labels: int
+
+
+def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
+    """Planted examples, or those of the files, of which binary copies are kept."""
     if options.data_file is None:
-        both = planted(
-            *(options.examples, options.features, options.labels, options.positives), generator
-        )
-        return *both, None, options.labels
-    examples, inputs, num_labels = read(options.data_file)
+        asked = (options.examples, options.features, options.labels, options.positives)
+        return Data(*planted(*asked, generator), None, options.labels)
+    parsed = {}
+    read_from = {}
+    for path in filter(None, (options.data_file, options.test_file)):
+        with command_line.announced(f"reading {path}"):
+            if (found := read_cached(path)) is None:
+                found = parsed[path] = read(path)
+        read_from[path] = found
+    examples, inputs, num_labels = read_from[options.data_file]
     if options.test_file is not None:
-        test, *sizes = read(options.test_file)
+        train, (test, *sizes) = examples, read_from[options.test_file]
         if sizes != [inputs, num_labels]:
             raise ValueError(
                 f"{options.test_file}: expected {inputs:,} features and {num_labels:,} labels like "
                 f"--data-file, got {sizes[0]:,} and {sizes[1]:,}"
             )
-        train = examples
     else:
-        n = len(examples.positives)
-        if n < 2:
-            raise ValueError(
-                f"{options.data_file}: expected two examples at least, one for the test"
-            )
-        order = torch.randperm(n, generator=generator)
-        matrix = cast(scipy.sparse.csr_array, examples.features)
-        test, train = (
-            Examples(matrix[chosen.numpy()], examples.positives[chosen])
-            for chosen in order.tensor_split([max(n // 10, 1)])
-        )
+        test, train = _apart(examples, options.data_file, generator)
     if not len(test.positives.col):
         source = options.test_file or f"the tenth of {options.data_file} that --seed draws"
         raise ValueError(
             f"expected a test set with labels, got none in {source}: choose a different one"
         )
-    return train, test, inputs, num_labels
+    for path, content in parsed.items():
+        write_cache(path, *content)
+    return Data(train, test, inputs, num_labels)
 
 
-def learn(
-    model: Classifier,
-    train: Examples,
-    test: Examples,
-    num_labels: int,
-    generator: torch.Generator,
-    options: argparse.Namespace,
-    run_dir: Path,
-) -> None:
-    """Train, log each epoch, and write what came out."""
-    began = time.perf_counter()
-    n, parameters = len(train.positives), sum(p.numel() for p in model.parameters())
-    size = 4 * parameters / 1e6
+def _apart(examples: Examples, path: Path, generator: torch.Generator) -> tuple[Examples, Examples]:
+    """A tenth of the examples, drawn, and the others."""
+    n = len(examples.positives)
+    if n < 2:
+        raise ValueError(f"{path}: expected two examples at least, one for the test")
+    order = torch.randperm(n, generator=generator)
+    matrix = cast(scipy.sparse.csr_array, examples.features)
+    test, train = (
+        Examples(matrix[chosen.numpy()], examples.positives[chosen])
+        for chosen in order.tensor_split([max(n // 10, 1)])
+    )
+    return test, train
+
+
+class Learning:
+    """A model while it is trained: everything that a run needs to go on, and how it does."""
+
+    def __init__(self, data: Data, generator: torch.Generator, options: argparse.Namespace) -> None:
+        self.data, self.generator, self.options = data, generator, options
+        torch.manual_seed(options.seed)
+        n, num_labels = len(data.train.positives), data.num_labels
+        share = max(len(data.train.positives.col), 1) / (n * num_labels)
+        self.model = Classifier(data.inputs, options.features, num_labels, min(share, 0.5))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=options.lr, fused=True)
+        self.steps = math.ceil(n / options.batch_size)
+        # Epochs that are finished, steps of the next one, their losses, and those of all steps.
+        self.epoch, self.step, self.total = 0, 0, 0.0
+        self.losses: list[float] = []
+        self.rows: list[report.Row] = []
+        self._before_order = generator.get_state()
+        self._files: list[str] = []
+        x = data.train.features
+        values: Any = x.numpy() if isinstance(x, Tensor) else x.data
+        positives: Any = data.train.positives.col.numpy()
+        self._checksum = zlib.crc32(positives, zlib.crc32(values))
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of the run, with those before it was stopped."""
+        return time.perf_counter() - self._began
+
+    def state_dict(self, run_dir: Path) -> dict[str, Any]:
+        """Content of a checkpoint.
+
+        Parameters and Adam's averages are in a file of their own, written from where they are: a
+        checkpoint is packed in memory, twice as large as what is in it.
+        """
+        if self.epoch or self.step:
+            name = f"state-{self.epoch:04}-{self.step:06}.npz"
+            write_arrays(run_dir / name, {key: t.numpy() for key, t in self._tensors().items()})
+            self._files = [*[old for old in self._files if old != name][-1:], name]
+        return {
+            **resuming.header("labels.py", vars(self.options), ALONE),
+            "seconds": self.seconds,
+            "data": self._checksum,
+            "position": [self.epoch, self.step, self.total],
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "rows": self.rows,
+            "generator": self._before_order,
+            "files": self._files,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], run_dir: Path) -> None:
+        """Continue from a checkpoint; ValueError if it does not fit or its file is damaged."""
+        if state["data"] != self._checksum:
+            raise ValueError("the data have changed since the run was begun")
+        self.epoch, self.step, self.total = state["position"]
+        self.losses, self.rows = state["losses"].tolist(), list(state["rows"])
+        self._before_order, self._files = state["generator"], list(state["files"])
+        self.generator.set_state(self._before_order)
+        self._began -= state["seconds"]
+        if not self._files:
+            return
+        path = run_dir / self._files[-1]
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                moments: dict[int, dict[str, Tensor]] = {}
+                for number, (name, p) in enumerate(self.model.named_parameters()):
+                    loaded = torch.from_numpy(arrays[name])
+                    check_fits(name, loaded, p)
+                    p.data.copy_(loaded)
+                    del loaded
+                    of = {of: torch.from_numpy(arrays[f"adam/{of}/{name}"]) for of in _ADAM}
+                    for average in _ADAM[1:]:
+                        check_fits(average, of[average], p)
+                    moments[number] = of
+        except (OSError, zlib.error, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and what Adam keeps of each, by name."""
+        tensors = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            tensors |= {f"adam/{of}/{name}": self.optimizer.state[p][of] for of in _ADAM}
+        return tensors
+
+    def forget(self, run_dir: Path) -> None:
+        """Delete the files of checkpoints that are no longer kept."""
+        for path in run_dir.glob("state-*.npz"):
+            if path.name not in self._files:
+                path.unlink()
+
+    def run_epoch(self, saver: resuming.Saver, writer: SummaryWriter, bar: Any) -> None:
+        """The steps of an epoch that are left."""
+        size, train = self.options.batch_size, self.data.train
+        order = torch.randperm(len(train.positives), generator=self.generator)
+        rest = order[self.step * size :]
+        for x, positives in train.batches(size, rest) if len(rest) else ():
+            self.optimizer.zero_grad()
+            C = self.model(x, positives)
+            C.backward()
+            self.optimizer.step()
+            self.total += C.item() * len(positives)
+            writer.add_scalar("loss/step", C.item(), len(self.losses))
+            self.losses.append(C.item())
+            self.step += 1
+            bar.update()
+            saver.between()
+
+    def finish_epoch(self, writer: SummaryWriter) -> str:
+        """Evaluate and log; a line for people."""
+        epoch, train_loss = self.epoch + 1, self.total / len(self.data.train.positives)
+        check_loss(train_loss, "training", epoch)
+        options, data = self.options, self.data
+        found = evaluate(self.model, data.test, data.num_labels, options.batch_size)
+        check_loss(found["loss"], "test", epoch)
+        losses = {"loss_train": train_loss, "loss_test": found.pop("loss")}
+        self.rows.append({"epoch": epoch, **losses, **found})
+        log(writer, self.rows[-1])
+        self.epoch, self.step, self.total = epoch, 0, 0.0
+        self._before_order = self.generator.get_state()
+        best = report.in_percent(found["precision@1"])
+        return f"epoch {epoch}: loss {train_loss:.4f}, precision@1 {best}"
+
+
+# What Adam keeps of each parameter.
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def log(writer: SummaryWriter, row: report.Row) -> None:
+    """Add an epoch's figures to the curves."""
+    for name, value in row.items():
+        if isinstance(value, float):
+            writer.add_scalar(f"test/{name}", value, cast(int, row["epoch"]))
+
+
+def learn(learning: Learning, run_dir: Path) -> None:
+    """Train, log and save each epoch, and write what came out."""
+    memory = introduce(learning)
+    data, options = learning.data, learning.options
+    for old in run_dir.glob("events.out.tfevents.*"):  # of a run that is resumed: written again
+        old.unlink()
+    with SummaryWriter(str(run_dir)) as writer:
+        for step, loss in enumerate(learning.losses):
+            writer.add_scalar("loss/step", loss, step)
+        for row in learning.rows:
+            log(writer, row)
+        every = str(options.checkpoint_every)
+        content = functools.partial(learning.state_dict, run_dir)
+        saver = resuming.Saver(run_dir, every, content, writer.flush, ALONE)
+        if not learning.losses:
+            saver.save()
+        with resuming.Ending(run_dir, lambda: learning.epoch > 0, saver.save) as ending:
+            train(learning, saver, writer, run_dir)
+        learning.forget(run_dir)
+    memory["peak_MB"] = resident(peak=True) / 1e6
+    baseline = most_frequent(data.train, data.test, data.num_labels)
+    rows = [{"epoch": "the most frequent", **baseline}, *learning.rows]
+    conclusion = answer(rows, data.num_labels, memory["peak_MB"], memory["bound_MB"])
+    report.write_results(
+        run_dir,
+        config=vars(options),
+        device=torch.device("cpu"),
+        seconds=learning.seconds,
+        rows=rows,
+        answer=conclusion,
+        interrupted=ending.stopped is not None,
+        memory=memory,
+    )
+    print(f"\n{report.table([readable(row) for row in rows])}\n")
+    print(f"{learning.seconds:.1f} s")
+    if learning.epoch:
+        path = command_line.from_here(run_dir / MODEL)
+        conclusion += f"\nThe model: labels.load_model({path!r})"
+    report.print_end(conclusion, "Results", run_dir)
+    ending.close(f"Interrupted; {learning.epoch} epochs are kept; to go on:")
+
+
+def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_dir: Path) -> None:
+    """The epochs that are left."""
+    epochs = learning.options.epochs
+    total, done = epochs * learning.steps, len(learning.losses)
+    with tqdm(total=total, initial=done, unit="step", disable=None, leave=False) as bar:
+        while learning.epoch < epochs:
+            learning.run_epoch(saver, writer, bar)
+            line = learning.finish_epoch(writer)
+            parameters = learning.model.state_dict().items()
+            write_arrays(run_dir / MODEL, {name: tensor.numpy() for name, tensor in parameters})
+            command_line.keep(run_dir)
+            bar.write(line)
+            saver.after(learning.epoch, epochs)
+            learning.forget(run_dir)
+
+
+def introduce(learning: Learning) -> dict[str, float]:
+    """Print what is going to be trained and how much memory it takes; the figures."""
+    data, options = learning.data, learning.options
+    n, num_labels = len(data.train.positives), data.num_labels
+    size = 4 * sum(p.numel() for p in learning.model.parameters()) / 1e6
     # Ranking has a block of its own.
     block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     warm_up()
     before = resident() / 1e6
-    bound = before + 3 * size + block + SLACK_MB
+    of_adam = 1 if learning.optimizer.state else 3  # loaded averages are in memory already
+    bound = before + of_adam * size + block + SLACK_MB
+    after = f"\ngoing on after step {len(learning.losses):,}" if learning.losses else ""
     print(
-        f"{n:,} training and {len(test.positives):,} test examples, {num_labels:,} labels, "
-        f"threads {torch.get_num_threads()}\n"
+        f"{n:,} training and {len(data.test.positives):,} test examples, {num_labels:,} labels, "
+        f"threads {torch.get_num_threads()}{after}\n"
         f"memory: {before:,.0f} MB at hand, parameters of {size:,.0f} among them; their gradient "
         f"and Adam's two averages {3 * size:,.0f}, blocks of labels {block:,.0f}: at most "
         f"{bound:,.0f} MB with {SLACK_MB} to spare (all logits of a mini-batch would be "
         f"{4 * options.batch_size * num_labels / 1e6:,.0f}, and more with their gradient)",
         flush=True,
     )
-    rows: list[report.Row] = [
-        {"epoch": "the most frequent", **most_frequent(train, test, num_labels)}
-    ]
-    ending = resuming.Ending(run_dir, lambda: len(rows) > 1)
-    steps = math.ceil(n / options.batch_size)
-    with (
-        ending,
-        SummaryWriter(str(run_dir)) as writer,
-        tqdm(total=options.epochs * steps, unit="step", disable=None, leave=False) as bar,
-    ):
-        for epoch in range(1, options.epochs + 1):
-            total = 0.0
-            order = torch.randperm(n, generator=generator)
-            for step, (x, positives) in enumerate(train.batches(options.batch_size, order)):
-                optimizer.zero_grad()
-                C = model(x, positives)
-                C.backward()
-                optimizer.step()
-                total += C.item() * len(positives)
-                writer.add_scalar("loss/step", C.item(), (epoch - 1) * steps + step)
-                bar.update()
-            check_loss(total, "training", epoch)
-            found = evaluate(model, test, num_labels, options.batch_size)
-            check_loss(found["loss"], "test", epoch)
-            with command_line.undisturbed():
-                rows.append(
-                    {
-                        "epoch": epoch,
-                        "loss_train": total / n,
-                        "loss_test": found.pop("loss"),
-                        **found,
-                    }
-                )
-                for name, value in rows[-1].items():
-                    if isinstance(value, float):
-                        writer.add_scalar(f"test/{name}", value, epoch)
-                command_line.keep(run_dir)
-                bar.write(
-                    f"epoch {epoch}: loss {total / n:.4f}, precision@1 "
-                    f"{report.in_percent(found['precision@1'])}"
-                )
-    peak = resident(peak=True) / 1e6
-    with command_line.undisturbed():
-        report.write_results(
-            run_dir,
-            config=vars(options),
-            device=torch.device("cpu"),
-            seconds=time.perf_counter() - began,
-            rows=rows,
-            answer=answer(rows, num_labels, peak, bound),
-            interrupted=ending.stopped is not None,
-            memory={"before_MB": before, "bound_MB": bound, "peak_MB": peak},
-        )
-    print(f"\n{report.table([readable(row) for row in rows])}\n")
-    print(f"{time.perf_counter() - began:.1f} s")
-    report.print_end(answer(rows, num_labels, peak, bound), "Results", run_dir)
-    ending.close(f"Interrupted; epochs 1 to {len(rows) - 1} are kept.")
+    return {"before_MB": before, "bound_MB": bound}
 
 
 def answer(rows: Sequence[report.Row], num_labels: int, peak: float, bound: float) -> str:

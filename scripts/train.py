@@ -116,7 +116,7 @@ def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
     layers = _memory.dashed(options.hidden) or "single-layer"
     optimizer = "" if settings.optimizer == "sgd" else f"-{settings.optimizer}"
     return (
-        f"{options.data}-{options.loss}-lr{settings.rate:g}{optimizer}-{layers}-"
+        f"{command_line.data_word(options)}-{options.loss}-lr{settings.rate:g}{optimizer}-{layers}-"
         f"{command_line.name_of(options)}-{settings.engine}-seed{options.seed}"
     )
 

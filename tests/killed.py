@@ -1,4 +1,4 @@
-"""Runs of train.py and compare.py that are killed, over and over, and resumed; and what must be so.
+"""Runs of train.py, compare.py and labels.py that are killed over and over, and resumed.
 
 A process of its own, which imports everything once and then forks a process for each run:
 
@@ -22,11 +22,14 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 # What differs from run to run: how long it took, and where it was.
 POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A signal may also come before there is anything that listens, or when all is done.
 STOPPED = {128 + number for number in POLITE} | {-number for number in POLITE}
+_MEMORY = ("memory", "answer")
 TIMES = ("minutes", "seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
 
 
@@ -90,6 +93,11 @@ def outcome(run_dir):
     for path in run_dir.glob("*.pt"):
         state = nnce.load(path).state_dict()
         found[path.name] = {name: tensor.tolist() for name, tensor in state.items()}
+    if (run_dir / "model.npz").exists():  # of labels.py, whose answer tells the memory
+        found["results"] = {k: v for k, v in found["results"].items() if k not in _MEMORY}
+        for path in (run_dir / "model.npz", max(run_dir.glob("state-*.npz"))):
+            with np.load(path) as arrays:
+                found[path.name] = {name: arrays[name].tobytes() for name in arrays}
     if (run_dir / "epochs.csv").exists():
         found["csv"] = rows(run_dir / "epochs.csv")
     for path in run_dir.glob("*.png"):

@@ -13,6 +13,9 @@ from conftest import ROOT, slow_unless
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nnce
+from nnce import data
+
 NAMES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "startup")
 # So that a valid run is short; whatever is drawn overrides it.
 SMALL = {
@@ -21,6 +24,7 @@ SMALL = {
     "labels": ["--labels", "60", "--examples", "50", "--features", "4", "--epochs", "1"],
     "slowdown": ["--epochs", "3"],
     "reproduce": ["--data", "digits"],
+    "predict": ["network.pt", "--index", "3"],
 }
 # Where the work begins that takes too long for a thousand of them.
 WORK = {
@@ -66,6 +70,7 @@ MORE = {
     "start": ("1", "-1", "0.6", "nan"),
     "table": ("nielsen", "nielsen", "neilsen", "simard"),
     "rows": ("N1", "N8", "n8b", "N9"),
+    "data": (*data.DATASETS, "digits", "folder", "file", "nowhere"),
     "init": ("scaled", "large", "small", "0.05", "0", "-1", "inf"),
     **dict.fromkeys(
         ("rotation", "scaling", "shear", "translation", "elastic", "elastic_sigma"), NUMBERS
@@ -140,6 +145,7 @@ def somewhere(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("precious")
     (tmp_path / "empty").mkdir()
+    nnce.save(nnce.MLP((64, 10)), tmp_path / "network.pt")
 
     def nowhere(*arguments, **more):
         raise OSError("no network")

@@ -1,6 +1,8 @@
+import copy
 import errno
 import io
 import os
+import pickle
 import stat
 import zipfile
 
@@ -10,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import nnce
-from nnce import saving
+from nnce import MLP, saving
 from nnce.training import checkpoints
 
 
@@ -408,3 +410,27 @@ def test_a_network_that_names_more_than_tensors_is_refused(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="damaged or no network that nnce saved") as refused:
         nnce.load(tmp_path / "network.pt")
     assert "it names " in str(refused.value.__cause__)
+
+
+def test_what_a_network_is_about_is_saved_with_it(tmp_path):
+    network = MLP((4, 3, 2))
+    nnce.save(network, tmp_path / "network.pt")
+    assert dict(nnce.load(tmp_path / "network.pt").about) == {}
+    network.about = {"classes": ["a", "é"], "image": [2, 2], "more": None}
+    nnce.save(network, tmp_path / "network.pt")
+    loaded = nnce.load(tmp_path / "network.pt")
+    assert loaded.about == network.about
+    assert copy.deepcopy(loaded).about == pickle.loads(pickle.dumps(loaded)).about == network.about
+    network.about = {"tensor": torch.ones(1)}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        nnce.save(network, tmp_path / "network.pt")
+    assert nnce.load(tmp_path / "network.pt").about == loaded.about
+
+
+@pytest.mark.parametrize("about", ["[" * 100_000, "5", "{", {"a": 1}, None, "[1]"])
+def test_a_file_that_is_about_no_plain_values_is_refused(tmp_path, about):
+    network = MLP((4, 3, 2))
+    content = {"format": "nnce.MLP 1", "sizes": (4, 3, 2), "state_dict": network.state_dict()}
+    torch.save({**content, "about": about}, tmp_path / "network.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        nnce.load(tmp_path / "network.pt")

@@ -6,7 +6,6 @@ May import the notes' files.
 from nnce.data.datasets import (
     DATASETS,
     SPLITS,
-    DataError,
     Dataset,
     Split,
     check,
@@ -14,6 +13,7 @@ from nnce.data.datasets import (
     one_hot,
 )
 from nnce.data.distortions import MAX_CHUNK, Distorted, Distortion
+from nnce.data.errors import DataError
 from nnce.data.orders import order, stream
 
 __all__ = [

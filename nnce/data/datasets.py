@@ -9,7 +9,9 @@ import hashlib
 import io
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from nnce import _memory
 from nnce._arguments import is_size
+from nnce.data import own
+from nnce.data.errors import DataError
 
 # What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
 # 28 by 28 pixels in 10 classes.
@@ -48,15 +52,6 @@ _VALIDATION_SIZE = 10_000
 _DIGITS_HELD_OUT = 300
 
 
-class DataError(ValueError):
-    """The requested data cannot be loaded, or are not as expected.
-
-    >>> nnce.data.load("digit")
-    Traceback (most recent call last):
-    nnce.data.datasets.DataError: expected a data set out of digits, ..., got 'digit'
-    """
-
-
 class Split(NamedTuple):
     """One of a data set's three parts.
 
@@ -70,20 +65,22 @@ class Split(NamedTuple):
     """Targets [n, classes], one-hot."""
 
 
-class Dataset(NamedTuple):
-    """A data set, split in three.
-
-    >>> digits = nnce.data.load("digits")
-    >>> {name: len(split.x) for name, split in digits.splits().items()}
-    {'train': 1197, 'validation': 300, 'test': 300}
-    """
-
+class _Splits(NamedTuple):
     train: Split
     """Training data."""
     validation: Split
     """For the choice of settings."""
     test: Split
     """For the final result."""
+
+
+class Dataset(_Splits):
+    """A data set, split in three: train, validation and test."""
+
+    about: Mapping[str, Any] = MappingProxyType({})
+    """What inputs and targets mean, if `load` made it: "data" (a name or the path of one's own
+    data), "image" (height and width, or None for inputs that are not images) and "classes" (their
+    names, in the order of the targets)."""
 
     def splits(self) -> dict[str, Split]:
         """The three parts by name, in the order of `SPLITS`."""
@@ -99,23 +96,23 @@ SPLITS = Dataset._fields
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     data_dir: str | os.PathLike[str] | None = None,
     train_size: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Dataset:
-    """Load a data set by name.
+    """Load a data set by name, or one's own from a file or folder.
 
     Args:
         name: "digits" (scikit-learn's 1,797 handwritten 8×8 digits, inside the installed package;
             a fixed stratified split of 1,197, 300 and 300), or "mnist", "fashion-mnist", "kmnist"
             (through torchvision; the last 10,000 of the 60,000 training images are the validation
-            set).
+            set); or the path of an .npz file or of a folder of images by class (`nnce.data.own`).
         data_dir: folder of the data in torchvision's layout (`MNIST/raw/…`), to which they are
             downloaded if missing; None for `$NNCE_DATA`, or `data` if that is not set. Not used
-            for "digits".
+            for "digits" and paths.
         train_size: number of training examples, the first ones; None for all.
         device, dtype: of the tensors.
 
@@ -130,17 +127,26 @@ def load(
     >>> digits.train.x.shape, digits.train.y.shape
     (torch.Size([100, 64]), torch.Size([100, 10]))
     """
-    if name not in DATASETS:
-        raise DataError(f"expected a data set out of {', '.join(DATASETS)}, got {name!r}")
+    is_own = str(name) not in DATASETS
+    if is_own and not os.path.exists(name):
+        raise DataError(
+            f"expected an .npz file, a folder of images by class, or a data set out of "
+            f"{', '.join(DATASETS)}, got {str(name)!r}"
+        )
     if train_size is not None and not is_size(train_size):
         raise DataError(f"expected a train size of at least 1, a whole number, got {train_size!r}")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DataError(f"expected a floating-point torch.dtype, got {dtype!r}")
-    if name == "digits":
-        parts = _digits()
+    if is_own:
+        x, labels, about = own.read(Path(name))
+        held_out = min(max(len(x) // 6, len(about["classes"])), _VALIDATION_SIZE)
+        parts = [(x[chosen], labels[chosen]) for chosen in _stratified(labels, held_out)]
+    elif name == "digits":
+        parts, about = _digits(), {"image": [8, 8], "classes": list("0123456789")}
     else:
         default = os.environ.get("NNCE_DATA") or "data"
-        parts = _torchvision(name, Path(default if data_dir is None else data_dir))
+        parts, classes = _torchvision(str(name), Path(default if data_dir is None else data_dir))
+        about = {"image": [28, 28], "classes": classes}
 
     images, labels = parts[0]
     if train_size is not None and train_size > len(images):
@@ -149,12 +155,14 @@ def load(
         )
     parts[0] = (images[:train_size], labels[:train_size])
     splits = [
-        Split(images.to(device, dtype), one_hot(labels, 10).to(device, dtype))
+        Split(images.to(device, dtype), one_hot(labels, len(about["classes"])).to(device, dtype))
         for images, labels in parts
     ]
     for split in splits:
         check(*split)
-    return Dataset(*splits)
+    dataset = Dataset(*splits)
+    dataset.about = {"data": str(name), **about}
+    return dataset
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -239,29 +247,36 @@ _Part = tuple[Tensor, Tensor]  # images [n, features] in [0, 1], labels [n]
 
 
 def _digits() -> list[_Part]:
+    sklearn = _sklearn()
+    x, labels = map(torch.from_numpy, sklearn.datasets.load_digits(return_X_y=True))
+    return [(x[chosen] / 16, labels[chosen]) for chosen in _stratified(labels, _DIGITS_HELD_OUT)]
+
+
+def _stratified(labels: Tensor, held_out: int) -> list[Tensor]:
+    """The examples of each part, of which validation and test have so many; always the same."""
+    split = _sklearn().model_selection.train_test_split
+    rest: Any = torch.arange(len(labels)).numpy()
+    parts = []
+    for _ in ("test", "validation"):
+        stratify = labels.numpy()[rest]
+        rest, part = split(rest, test_size=held_out, stratify=stratify, random_state=0)
+        parts.append(torch.from_numpy(part))
+    return [torch.from_numpy(rest), *reversed(parts)]
+
+
+def _sklearn() -> Any:
     try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        import sklearn.datasets
+        import sklearn.model_selection
     except ImportError as error:
         raise DataError(
-            f"digits needs scikit-learn: pip install 'nnce[scripts]' ({error})"
+            f"digits and data of one's own need scikit-learn: pip install 'nnce[scripts]' ({error})"
         ) from error
-    x, labels = load_digits(return_X_y=True)
-
-    def hold_out(x: Any, labels: Any) -> Any:
-        return train_test_split(
-            x, labels, test_size=_DIGITS_HELD_OUT, stratify=labels, random_state=0
-        )
-
-    x, x_test, labels, labels_test = hold_out(x, labels)
-    x, x_validation, labels, labels_validation = hold_out(x, labels)
-    return [
-        (torch.from_numpy(x) / 16, torch.from_numpy(labels))
-        for x, labels in ((x, labels), (x_validation, labels_validation), (x_test, labels_test))
-    ]
+    return sklearn
 
 
-def _torchvision(name: str, data_dir: Path) -> list[_Part]:
+def _torchvision(name: str, data_dir: Path) -> tuple[list[_Part], list[str]]:
+    """The three parts, and the names of the classes."""
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
@@ -274,11 +289,12 @@ def _torchvision(name: str, data_dir: Path) -> list[_Part]:
     loader = getattr(datasets, _TORCHVISION[name])
     x, labels = _read(loader, name, data_dir, train=True)
     x_test, labels_test = _read(loader, name, data_dir, train=False)
-    return [
+    parts = [
         (x[:-_VALIDATION_SIZE], labels[:-_VALIDATION_SIZE]),
         (x[-_VALIDATION_SIZE:], labels[-_VALIDATION_SIZE:]),
         (x_test, labels_test),
     ]
+    return parts, [name.partition(" - ")[0] for name in loader.classes]  # MNIST's: "7 - seven"
 
 
 def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:

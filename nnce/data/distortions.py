@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnce._arguments import is_number, plain
-from nnce.data.datasets import DataError
+from nnce.data.errors import DataError
 from nnce.data.orders import stream
 
 # Examples that are distorted at once, from a seed of their own.

@@ -155,7 +155,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_common_options(self) -> None:
         """--data, --data-dir, --device, --dtype, --seed, --run-dir and --name."""
-        self.add_argument("--data", choices=data.DATASETS, default="digits", help="data set")
+        self.add_argument(
+            "--data",
+            type=_data,
+            default="digits",
+            metavar="|".join((*data.DATASETS, "PATH")),
+            help="data set, or the path of your own: an .npz file with arrays x and y, or a folder "
+            "of images by class",
+        )
         folder = "folder of the data, downloaded if missing (default: $NNCE_DATA, else data)"
         self.add_argument("--data-dir", type=Path, help=folder)
         self.add_argument(
@@ -278,6 +285,18 @@ def _whole_number(text: str) -> int:
             f"expected a whole number within ±{_LARGEST:,}, got {text}"
         )
     return number
+
+
+def _data(text: str) -> str:
+    """`--data`: a path as an absolute one, with which a run is resumed from any folder."""
+    is_path = text not in data.DATASETS and os.path.exists(text)
+    return os.path.abspath(text) if is_path else text
+
+
+def data_word(options: argparse.Namespace) -> str:
+    """--data for titles and names of folders: of your own data the file's or folder's name."""
+    name = Path(options.data).name.removesuffix(".npz")
+    return re.sub(r"[^\w.+-]", "_", name)[:60] or "data"
 
 
 def _word(text: str) -> str:
@@ -599,13 +618,14 @@ def _schedule(options: argparse.Namespace) -> Schedule:
 
 def load_data(options: argparse.Namespace) -> data.Dataset:
     """The data set that the options name, on their device and in their dtype."""
-    return data.load(
-        options.data,
-        data_dir=options.data_dir,
-        train_size=getattr(options, "train_size", None),  # a script that trains has it
-        device=device(options.device),
-        dtype=DTYPES[options.dtype],
-    )
+    with announced(f"reading {options.data}"):
+        return data.load(
+            options.data,
+            data_dir=options.data_dir,
+            train_size=getattr(options, "train_size", None),  # a script that trains has it
+            device=device(options.device),
+            dtype=DTYPES[options.dtype],
+        )
 
 
 def device(name: str) -> torch.device:

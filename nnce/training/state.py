@@ -277,13 +277,15 @@ def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
     """
     check_suits(settings, dataset)
     x = dataset.train.x
-    return MLP(
+    network = MLP(
         sizes(settings, dataset),
         init=settings.init,
         generator=generators(settings.seed)[0],
         device=x.device,
         dtype=x.dtype,
     )
+    network.about = dict(dataset.about)
+    return network
 
 
 def is_finite(network: MLP) -> bool:

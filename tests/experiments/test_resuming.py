@@ -273,6 +273,7 @@ KILLED = {
         *("--epochs", "6", "--seeds", "2", "--lrs", "1", "3"),
         *("--hidden", "3000", "--train-size", "300"),
     ],
+    "labels": ["--labels", "300", "--examples", "2000", "--batch-size", "16", "--epochs", "4"],
 }
 
 

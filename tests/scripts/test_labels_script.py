@@ -1,8 +1,10 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
 
+import killed
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,9 @@ def test_memory_stays_within_what_was_stated(tmp_path):
     assert "within the" in done.stdout
     memory = results(tmp_path / "run")["memory"]
     assert memory["before_MB"] < memory["peak_MB"] <= memory["bound_MB"]
+    command = [sys.executable, "scripts/labels.py", "--resume", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--epochs", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert "within the" in done.stdout, done.stderr
 
 
 def test_the_same_seed_is_the_same_run(labels, tmp_path):
@@ -66,6 +71,79 @@ def test_the_same_seed_is_the_same_run(labels, tmp_path):
         labels.main([*SMALL, "--seed", str(seed), "--run-dir", str(tmp_path / name)])
     a, b, c = (results(tmp_path / name)["rows"] for name in "abc")
     assert a == b != c
+
+
+def same(alone, run):
+    return killed.differences(killed.outcome(alone), killed.outcome(run)) == []
+
+
+SEVERAL = (*SMALL, "--batch-size", "50", "--checkpoint-every", "2")
+
+
+@pytest.mark.parametrize("calls", [0, 3, 8, 9, 20])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
+    labels, tmp_path, monkeypatch, capsys, calls
+):
+    """Within an epoch, after its last step, and after it is evaluated; stopped twice."""
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert labels.main([*SEVERAL, "--run-dir", str(alone)]) == 0
+    arguments = [*SEVERAL, "--run-dir", str(run)]
+    for more in (calls, 1):
+        killed.stopped_after(monkeypatch, more)
+        with pytest.raises(KeyboardInterrupt):
+            labels.main(arguments)
+        arguments = ["--resume", str(run)]
+        assert capsys.readouterr().err.endswith(f" --resume {run}\n")
+        assert len(list(run.glob("state-*.npz"))) <= 3
+    (run / "model.npz").unlink(missing_ok=True)
+    assert labels.main(arguments) == 0
+    assert same(alone, run)
+    assert len(list(run.glob("state-*.npz"))) == 2
+
+
+def test_more_epochs_may_be_asked_for(labels, tmp_path):
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert labels.main([*SEVERAL, "--run-dir", str(alone)]) == 0
+    assert labels.main([*SEVERAL, "--epochs", "1", "--run-dir", str(run)]) == 0
+    assert labels.main(["--resume", str(run), "--epochs", "3"]) == 0
+    alone, run = killed.outcome(alone), killed.outcome(run)
+    assert killed.differences(alone, run) == []
+
+
+def test_what_cannot_be_resumed_is_one_sentence(labels, tmp_path, refused, monkeypatch):
+    path, run = tmp_path / "data.txt", tmp_path / "run"
+    path.write_bytes(FILE)
+    options = ("--data-file", str(path), "--features", "3", "--seed", "1")
+    assert labels.main([*options, "--epochs", "1", "--run-dir", str(run)]) == 0
+    resume = ("--resume", str(run))
+    assert "--lr 2.0: the run in" in refused(labels.main, *resume, "--lr", "2")
+    path.write_bytes(FILE.replace(b"0:0.25", b"0:0.75").replace(b"3:0.5", b"3:0.625"))
+    assert "the data have changed since the run was begun" in refused(labels.main, *resume)
+    path.write_bytes(FILE)
+    (state,) = run.glob("state-*.npz")
+    content = bytearray(state.read_bytes())
+    content[300] ^= 1
+    state.write_bytes(content)
+    assert f"{state} cannot be read: " in refused(labels.main, *resume)
+    state.unlink()
+    assert f"{state} cannot be read: " in refused(labels.main, *resume)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_model_loads_again(labels, tmp_path, capsys, sparse):
+    path, run = tmp_path / "data.txt", tmp_path / "run"
+    path.write_bytes(FILE)
+    options = ("--data-file", str(path), "--features", "3", "--seed", "1") if sparse else SMALL
+    assert labels.main([*options, "--run-dir", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"The model: labels.load_model('{run / 'model.npz'}')" in out
+    model = labels.load_model(run / "model.npz")
+    options = labels.parser().parse_args([*options])
+    data = labels.load(options, torch.Generator().manual_seed(options.seed))
+    found = labels.evaluate(model, data.test, data.num_labels, options.batch_size)
+    last = results(run)["rows"][-1]
+    assert found["loss"] == last["loss_test"]
+    assert found["precision@1"] == last["precision@1"]
 
 
 def test_figures_are_torchmetrics(labels):
@@ -109,6 +187,67 @@ def test_a_file(labels, tmp_path, zipped):
         options = ("--features", "3", "--batch-size", "2", "--epochs", "2", "--seed", "1")
         assert labels.main(["--data-file", str(path), *more, *options, "--run-dir", str(run)]) == 0
         assert len(results(run)["rows"]) == 3
+
+
+def plain(content):
+    examples, *sizes = content
+    x, y = examples
+    of_x = (x.indptr.tolist(), x.indices.tolist(), x.data.tobytes())
+    return of_x, y.crow.tolist(), y.col.tolist(), sizes
+
+
+def test_a_binary_copy_is_read_in_place_of_the_text(labels, tmp_path, monkeypatch):
+    path, cache = tmp_path / "data.gz", tmp_path / "data.gz.cache.npz"
+    path.write_bytes(gzip.compress(FILE))
+    options = ("--data-file", str(path), "--features", "3", "--epochs", "1", "--seed", "1")
+    assert labels.main([*options, "--run-dir", str(tmp_path / "a")]) == 0
+    parsed, copied = labels.read(path), labels.read_cached(path)
+    assert plain(copied) == plain(parsed)
+    assert copied[0].features.dtype == parsed[0].features.dtype == np.float32
+    with monkeypatch.context() as patched:
+        patched.setattr(labels, "read", None)  # nothing is parsed
+        assert labels.main([*options, "--run-dir", str(tmp_path / "b")]) == 0
+    a, b = (results(tmp_path / name)["rows"] for name in "ab")
+    assert a == b
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", path.name, cache.name]
+
+    # Another text of the same length and date.
+    status = path.stat()
+    changed = gzip.compress(FILE.replace(b"0:0.25", b"0:0.75"))
+    path.write_bytes(changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert labels.read_cached(path) is None
+    assert labels.main([*options, "--run-dir", str(tmp_path / "c")]) == 0
+    assert plain(labels.read_cached(path)) == plain(labels.read(path)) != plain(parsed)
+    whole = cache.read_bytes()
+    for damage in (whole[:-50], whole[:200] + b"?" + whole[201:], b"", b"text"):
+        cache.write_bytes(damage)
+        assert labels.read_cached(path) is None
+    os.utime(path)  # as a copy has: the content counts
+    cache.write_bytes(whole)
+    assert labels.read_cached(path) is not None
+
+
+@pytest.mark.parametrize("array", ["columns", "starts", "crow", "col", "sizes"])
+def test_a_binary_copy_that_does_not_fit_is_made_again(labels, tmp_path, array):
+    path = tmp_path / "data.txt"
+    path.write_bytes(FILE)
+    labels.write_cache(path, *labels.read(path))
+    with np.load(labels.cache_of(path)) as arrays:
+        found = dict(arrays)
+    found[array][-1] = 1 if array == "sizes" else 99
+    np.savez(labels.cache_of(path), **found)
+    assert labels.read_cached(path) is None
+
+
+def test_a_binary_copy_that_cannot_be_written_is_one_line(labels, tmp_path, monkeypatch, capsys):
+    path, run = tmp_path / "data.txt", tmp_path / "run"
+    path.write_bytes(FILE)
+    (tmp_path / "data.txt.cache.npz").mkdir()
+    options = ("--data-file", str(path), "--features", "3", "--epochs", "1", "--seed", "1")
+    assert labels.main([*options, "--run-dir", str(run)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} will be parsed again by the next run: ")
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data.gz", "DATA.GZ"])

@@ -1,0 +1,162 @@
+"""Classify pictures, or an example of the test set, by a network that train.py has trained."""
+
+if __name__ == "__main__":
+    import startup  # noqa: F401  before all else
+
+
+import argparse
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import nnce
+from nnce import data
+from nnce.data import pictures
+from nnce.experiments import command_line, report
+from nnce.experiments.command_line import ArgumentParser
+from nnce.saving import write_whole
+
+# Data sets of networks that do not record theirs, by the number of inputs.
+_USUAL = {64: ("digits", [8, 8]), 784: ("mnist", [28, 28])}
+# Classes in a table, and the shortest side of a picture that is written, in pixels.
+_MOST, _SIDE = 10, 200
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("run", type=Path, help="run folder of train.py, or a network's file")
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="*",
+        metavar="IMAGE",
+        help="PNG or JPEG files of any size; a drawing may be light on dark or dark on light",
+    )
+    parser.add_argument("--index", type=int, metavar="N", help="example N of the test set, from 0")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG of the network's inputs")
+    folder = "folder of the data for --index (default: $NNCE_DATA, else data)"
+    parser.add_argument("--data-dir", type=Path, help=folder)
+    return parser
+
+
+class Form(NamedTuple):
+    """What a network's inputs and outputs mean: `nnce.data.Dataset.about`."""
+
+    data: str
+    image: list[int] | None
+    classes: list[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Classify as asked; the exit status."""
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
+    with options_parser.user_errors():
+        if bool(options.images) == (options.index is not None):
+            raise ValueError("expected either IMAGE files or --index N")
+        network = load(options.run)
+        form = form_of(network, options.run)
+        named, x = read(options, form, network.linears()[0].weight.dtype)
+        if x.shape[1] != network.sizes[0]:
+            raise ValueError(f"expected {network.sizes[0]} inputs, got {x.shape[1]}: {form.data}")
+        with torch.no_grad():
+            a = nnce.sigmoid(network(x))
+        if options.picture:
+            write_picture(options.picture, x, form)
+    predictions = [
+        {
+            **of,
+            "class": form.classes[int(activations.argmax())],
+            "activations": dict(zip(form.classes, activations.tolist(), strict=True)),
+        }
+        for of, activations in zip(named, a, strict=True)
+    ]
+    print(json.dumps(predictions, indent=2) if options.json else in_words(predictions))
+    return 0
+
+
+def load(path: Path) -> nnce.MLP:
+    """The network of a run folder or file."""
+    if path.is_dir() and not (path / "network.pt").is_file():
+        raise ValueError(f"expected a run folder of train.py, with a network.pt in it, got {path}")
+    return nnce.load(path / "network.pt" if path.is_dir() else path)
+
+
+def form_of(network: nnce.MLP, path: Path) -> Form:
+    """What inputs and outputs mean, as the network's file says or, if it does not, by its sizes."""
+    inputs, *_, outputs = network.sizes
+    usual, size = _USUAL.get(inputs, ("", None))
+    by_sizes = {"data": usual, "image": size, "classes": list(map(str, range(outputs)))}
+    about: dict[str, Any] = {**by_sizes, **network.about}
+    image, classes = about["image"], about["classes"]
+    is_size = isinstance(image, list) and [*map(type, image)] == [int, int] and min(image) > 0
+    if (
+        not isinstance(about["data"], str)
+        or not (image is None or (is_size and math.prod(image) == inputs))
+        or not (isinstance(classes, list) and len({*map(str, classes)}) == outputs)
+    ):
+        raise ValueError(f"{path} describes its inputs or classes otherwise than its sizes do")
+    return Form(about["data"], image, list(map(str, classes)))
+
+
+def read(
+    options: argparse.Namespace, form: Form, dtype: torch.dtype
+) -> tuple[list[dict[str, str]], Tensor]:
+    """The names of the pictures, of a test example with its class; and the network's inputs."""
+    if options.index is None:
+        if form.image is None:
+            raise ValueError(f"{options.run} was trained on numbers, not on images: use --index N")
+        of = (form.data, form.image, dtype)
+        inputs = torch.stack([pictures.inputs(path, *of) for path in options.images])
+        return [{"image": str(path)} for path in options.images], inputs
+    if not form.data:
+        raise ValueError(f"{options.run} does not record its data set, which --index needs")
+    dataset = data.load(form.data, data_dir=options.data_dir, dtype=dtype)
+    (x, y), index = dataset.test, options.index
+    if not 0 <= index < len(x):
+        raise ValueError(
+            f"expected --index from 0 to {len(x) - 1:,}, a test example of {form.data}, got "
+            f"{index:,}"
+        )
+    target = dataset.about["classes"][int(y[index].argmax())]
+    return [{"image": f"test example {index}", "target": target}], x[index : index + 1]
+
+
+def write_picture(path: Path, inputs: Tensor, form: Form) -> None:
+    """Write what the network saw, side by side, as PNG."""
+    from PIL import Image
+
+    if form.image is None:
+        raise ValueError("expected images for --picture, but the network was trained on numbers")
+    scale = max(1, _SIDE // min(form.image))
+    tiles = torch.cat([x.view(*form.image) for x in inputs], dim=1)
+    gray = tiles.mul(255).round().byte().repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    file = io.BytesIO()
+    Image.fromarray(gray.numpy()).save(file, format="PNG")
+    write_whole(path, lambda whole: whole.write(file.getbuffer()))
+
+
+def in_words(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """The class of each picture, and then the activations of all."""
+    answers, tables = [], []
+    for prediction in predictions:
+        image, activations = prediction["image"], prediction["activations"]
+        if "target" in prediction:
+            image += f" (class {prediction['target']})"
+        best = sorted(activations, key=activations.__getitem__, reverse=True)[:_MOST]
+        answers.append(f"{image}: {best[0]} (activation {activations[best[0]]:.3f})")
+        rows = [{"class": name, "activation": activations[name]} for name in best]
+        tables.append(f"{image}\n\n{report.table(rows)}\n")
+    return "\n".join([*answers, "", *tables]).rstrip()
+
+
+if __name__ == "__main__":
+    command_line.run_script(main)
