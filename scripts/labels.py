@@ -647,7 +647,7 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
             write_arrays(run_dir / MODEL, {name: tensor.numpy() for name, tensor in parameters})
             command_line.keep(run_dir)
             bar.write(line)
-            saver.after(learning.epoch, epochs)
+            saver.after(learning.epoch, is_last=learning.epoch == epochs)
             learning.forget(run_dir)
 
 

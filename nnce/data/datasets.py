@@ -75,7 +75,12 @@ class _Splits(NamedTuple):
 
 
 class Dataset(_Splits):
-    """A data set, split in three: train, validation and test."""
+    """A data set, split in three: train, validation and test.
+
+    >>> digits = nnce.data.load("digits")
+    >>> {name: len(split.x) for name, split in digits.splits().items()}
+    {'train': 1197, 'validation': 300, 'test': 300}
+    """
 
     about: Mapping[str, Any] = MappingProxyType({})
     """What inputs and targets mean, if `load` made it: "data" (a name or the path of one's own
@@ -209,7 +214,7 @@ def check(x: Tensor, y: Tensor) -> None:
 
     >>> nnce.data.check(torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0]]))
     Traceback (most recent call last):
-    nnce.data.datasets.DataError: expected inputs x in [0, 1], got 2.0 at [0, 1]
+    nnce.data.errors.DataError: expected inputs x in [0, 1], got 2.0 at [0, 1]
     """
     for name, values in (("inputs x", x), ("targets y", y)):
         _check_values(name, values)

@@ -2,4 +2,9 @@
 
 
 class DataError(ValueError):
-    """The data asked for cannot be had, or are not what they should be."""
+    """The requested data cannot be loaded, or are not as expected.
+
+    >>> nnce.data.check(torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0]]))
+    Traceback (most recent call last):
+    nnce.data.errors.DataError: expected inputs x in [0, 1], got 2.0 at [0, 1]
+    """

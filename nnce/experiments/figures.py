@@ -347,8 +347,13 @@ def _legend_below(figure: Figure, *panels: Any) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if by_label:
-        loc = "outside lower center" if figure.get_layout_engine() else "lower center"
-        figure.legend(by_label.values(), by_label.keys(), loc=loc, ncols=4, fontsize=8)
+        figure.legend(
+            list(by_label.values()),
+            list(by_label),
+            loc="outside lower center" if figure.get_layout_engine() else "lower center",
+            ncols=4,
+            fontsize=8,
+        )
 
 
 def _draw_band(

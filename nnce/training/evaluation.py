@@ -47,7 +47,18 @@ class Record(NamedTuple):
 
 
 def best_record(records: Sequence[Record]) -> Record:
-    """The record of the highest validation accuracy, the first one of several."""
+    """The record of the highest validation accuracy, the first one of several.
+
+    Args:
+        records: at least one, with "validation" measured.
+
+    Returns:
+        One of them.
+
+    >>> records = [nnce.training.Record(e, e, 0.0, {}, {"validation": e % 2}, []) for e in range(4)]
+    >>> nnce.training.best_record(records).epoch
+    1
+    """
     return max(records, key=lambda record: record.accuracy["validation"])
 
 
@@ -223,9 +234,20 @@ def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
 
 @torch.no_grad()
 def confusion(network: MLP, split: data.Split) -> Tensor:
-    """How many examples of each class (row) are taken for which (column), [n_out, n_out].
+    """How many examples of each class (row) are assigned to which class (column).
 
-    The sum of its diagonal is the accuracy that `records` measures.
+    The sum of its diagonal, divided by n, is the accuracy that `records` measures.
+
+    Args:
+        network: an MLP.
+        split: inputs and one-hot targets.
+
+    Returns:
+        [n_out, n_out], integers.
+
+    >>> split, network = nnce.data.load("digits").test, nnce.MLP((64, 10))
+    >>> nnce.training.confusion(network, split).sum().item()
+    300
     """
     layers, (x, y) = _stacked([network]), split
     first, classes = _first_layer(layers, x), y.shape[1]

@@ -19,9 +19,15 @@ from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, 
 
 
 class Best(NamedTuple):
-    """The network of the highest validation accuracy so far; of several equal ones the first."""
+    """The network of the highest validation accuracy so far; of several equal ones the first.
+
+    >>> best = nnce.training.Best(epoch=3, accuracy=0.9, network=nnce.MLP((2, 1)))
+    >>> best.epoch, best.accuracy
+    (3, 0.9)
+    """
 
     epoch: int
+    """Number of finished epochs."""
     accuracy: float
     """On the validation data, in [0, 1]."""
     network: MLP
@@ -38,7 +44,7 @@ class State:
     >>> settings = nnce.training.Settings(hidden=(8,))
     >>> state = nnce.training.initial_state(settings, nnce.data.load("digits"))
     >>> sorted(state.state_dict())
-    ['cursor', 'losses', 'network', 'optimizer']
+    ['best', 'cursor', 'losses', 'network', 'optimizer']
     """
 
     network: MLP
