@@ -1,5 +1,7 @@
 """Hold the hand-written gradients against PyTorch's, over the whole range of z, in every dtype."""
 
+from __future__ import annotations
+
 if __name__ == "__main__":
     import startup  # noqa: F401  before all else
 
@@ -10,10 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -28,6 +29,9 @@ from nnce.experiments.proof.precision import Measured
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
 from nnce.training import twin
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What gradients in float32 may differ by, in norm: rounding, and no more.
 SAME_IN_NORM = 1e-6

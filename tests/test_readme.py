@@ -86,7 +86,7 @@ def test_every_command_is_one_of_a_scripts(name, options, script, tmp_path, monk
 
 def test_commands_that_begin_with_a_word_are_among_them():
     positional = {name for name, options in COMMANDS if options and options[0].isalpha()}
-    assert positional == {"benchmark", "reproduce"}
+    assert positional == {"benchmark", "predict", "reproduce"}
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,5 +1,7 @@
 """Tables, epochs.csv and TensorBoard folders of a comparison."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import shutil
@@ -7,9 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from nnce import data
 from nnce.experiments.comparison import (
@@ -28,6 +28,9 @@ from nnce.experiments.report import Row, table
 from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
 from nnce.training import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 READING = """\
 At equal rates part of the difference is the length of the step: cross-entropy's dC/dz is the
@@ -380,7 +383,7 @@ class Log:
         if (self.run_dir / BEST).is_dir():
             shutil.rmtree(self.run_dir / BEST)
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,11 +1,12 @@
-"""Means and paired differences with their 95 % confidence intervals."""
+"""Means and paired differences with their 95 % confidence intervals.
+
+`scipy.special` is imported with the first one (and `scipy.stats`, a second more, not at all).
+"""
 
 import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
-
-from scipy import special  # scipy.stats would take another second to import
 
 CONFIDENCE = 0.95
 
@@ -63,6 +64,8 @@ def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
     p = (mean - least) / width
     if not 0 < p < 1:  # all values are at a limit, but for rounding
         return mean, mean
+    from scipy import special
+
     half /= width * p * (1 - p)
     ends = (special.expit(special.logit(p) + step) for step in (-half, half))
     low, high = (least + width * float(end) for end in ends)
@@ -71,7 +74,9 @@ def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
 
 @functools.lru_cache
 def _quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t with `freedom` degrees of freedom."""
+    """Two-sided 95 % quantile of Student's t with this many degrees of freedom."""
+    from scipy import special
+
     return float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
@@ -101,6 +106,8 @@ def paired_difference(
     spread = sd > 1e-12 * max(map(abs, differences), default=0.0)
     p = math.nan
     if spread:
+        from scipy import special
+
         t = mean / (sd / math.sqrt(n))
         p = float(2 * special.stdtr(n - 1, -abs(t)))
     return Difference(mean, low, high, p, n, by_logit=by_logit)

@@ -1,14 +1,17 @@
-"""Figures. Each function draws one and returns it; saving and logging are the caller's."""
+"""Figures. Each function draws one and returns it; saving and logging are the caller's.
+
+matplotlib is imported with the first figure, since a run needs it only when it ends.
+"""
+
+from __future__ import annotations
 
 import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
 from nnce import data, rules
@@ -18,10 +21,25 @@ from nnce.experiments.proof.precision import Curve
 from nnce.losses import Loss
 from nnce.training import Record, best_record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def _count_in_whole_numbers(panel: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
 
 def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve]) -> Figure:
     """|dC/dz| against z for y = 0, a panel a dtype: how wrong neurons learn, and who sees it."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = _new_figure(11, 7)
     panels = figure.subplots(2, 2, squeeze=False).flatten()
     for panel, ours, slow in zip(panels, cross_entropy, quadratic, strict=False):
         z = ours.z.double()
@@ -80,7 +98,7 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     # By how much the wrong class is ahead of the right one.
     lead = (a.amax(-1) - a[torch.arange(len(a), device=a.device), true]) * (said != true)
     order = lead.argsort(descending=True)[: min(count, int((said != true).sum()))]
-    figure = Figure(figsize=(11, 5))
+    figure = _new_figure(11, 5, layout=None)
     if not len(order):
         figure.suptitle("No example is classified wrongly")
         return figure
@@ -116,7 +134,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
     # Colors are for the mistakes: what is right is darker than all of them.
     darkest = 2 * max(1, *mistakes)
-    figure = Figure(figsize=(4.4, 4.9), layout="constrained")
+    figure = _new_figure(4.4, 4.9)
     panel = figure.subplots()
     panel.imshow(counts, cmap="Reds", vmin=0, vmax=darkest)
     if classes <= 20:
@@ -146,7 +164,7 @@ def distortions(x: Tensor, distortion: data.Distortion, examples: int = 8, each:
     first = x[:examples]
     generator = torch.Generator(x.device).manual_seed(0)
     rows = [first, *(distortion(first, generator) for _ in range(each))]
-    figure = Figure(figsize=(len(first), len(rows) + 0.6), layout="constrained")
+    figure = _new_figure(len(first), len(rows) + 0.6)
     panels = figure.subplots(len(rows), len(first), squeeze=False)
     for line, images in zip(panels, rows, strict=True):
         for panel, image in zip(line, images, strict=True):
@@ -165,7 +183,7 @@ def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title:
         rows: a name, the published figure if there is one, and ours, of which NaN are not drawn.
         title: of the picture; the measure is in it.
     """
-    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = _new_figure(8, 1.2 + 0.4 * len(rows))
     panel = figure.subplots()
     finite = [[value for value in ours if math.isfinite(value)] for _, _, ours in rows]
     all_published = [published for _, published, _ in rows if published is not None]
@@ -224,7 +242,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         title: what was trained, and how many.
     """
     variants = by_variant([run for run in runs if not run.diverged])
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = _new_figure(12, 4.6)
     by_epoch, by_lr, meter = figure.subplots(1, 3)
     shown: list[float] = []
     for color, loss in zip(("C0", "C1"), sorted(best), strict=False):
@@ -245,7 +263,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
             panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
     for panel in (by_epoch, meter):
         panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        _count_in_whole_numbers(panel)
     _legend_below(figure, by_epoch)
     by_epoch.set_title("How well and how fast", fontsize=10)
     by_lr.set_title("How much depends on the rate", fontsize=10)
@@ -281,7 +299,7 @@ class HeatMap(NamedTuple):
 def heat_map(of: HeatMap) -> Figure:
     """Validation accuracy by two options of a sweep; NaN is left blank."""
     rows, columns = of.values
-    figure = Figure(figsize=(2.6 + 0.9 * len(columns), 2 + 0.5 * len(rows)), layout="constrained")
+    figure = _new_figure(2.6 + 0.9 * len(columns), 2 + 0.5 * len(rows))
     panel = figure.subplots()
     percents = [[100 * share for share in row] for row in of.accuracies]
     drawn = panel.imshow(percents, cmap="viridis", aspect="auto")
@@ -305,7 +323,7 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
         records: of the start and each epoch; the best on validation is marked.
         title: what was trained.
     """
-    figure = Figure(figsize=(12, 4.4))  # a constrained layout would draw everything twice
+    figure = _new_figure(12, 4.4, layout=None)  # a constrained layout would draw everything twice
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.24, "top": 0.86, "wspace": 0.18}
     panels = figure.subplots(1, 3, gridspec_kw=margins)
     epochs, best = [record.epoch for record in records], best_record(records).epoch
@@ -322,10 +340,10 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
         panel.axvline(best, color="0.6", lw=1, ls=":", label="best on validation")
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        _count_in_whole_numbers(panel)
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].yaxis.set_tick_params(which="minor", labelleft=False)
     shares = [share for record in records[1:] for share in record.accuracy.values()]
     if shares:  # the start, at chance, would squeeze the rest
         panels[1].set_ylim(*_accuracy_limits([100 * share for share in shares]))
@@ -382,7 +400,7 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
         stories: for each start its title and, by name of the rule, three curves: the outputs, the
             losses and |dC/dw|.
     """
-    figure = Figure(figsize=(4 * len(stories), 7), layout="constrained")
+    figure = _new_figure(4 * len(stories), 7)
     panels = figure.subplots(3, len(stories), squeeze=False, sharex=True, sharey="row")
     colors = {"cross-entropy": "C0", "quadratic": "C1"}
     for column, (title, by_rule) in zip(panels.T, stories, strict=True):
@@ -398,7 +416,7 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
         panel.set_ylabel(label)
     panels[0, 0].set_ylim(-0.03, 1.03)
     panels[1, 0].set_yscale("log")
-    panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _count_in_whole_numbers(panels[0, 0])
     _legend_below(figure, panels[0, 0])
     figure.suptitle("One neuron, input 1, target 0: the learning slowdown")
     return figure

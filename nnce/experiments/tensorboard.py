@@ -25,15 +25,16 @@ step is the epoch; epoch 0 is the start. Layers are numbered from 1, the first w
 loop, under the same tags.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from tensorboard.plugins.hparams.plugin_data_pb2 import (  # type: ignore[import-untyped]
     HParamsPluginData,
@@ -49,6 +50,9 @@ from nnce.losses import Loss
 from nnce.modules import MLP
 from nnce.saving import to_disk
 from nnce.training import Record, confusion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Histograms are worth most in the first epochs; more of them would only make the files large.
 _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
@@ -322,7 +326,7 @@ class Monitor:
             self._closing.close()
             _put_last(self._run_dir)
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, *error: object) -> None:
