@@ -347,7 +347,7 @@ def _legend_below(figure: Figure, *panels: Any) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     if by_label:
-        loc = "outside lower center" if figure.get_layout_engine() else "lower center"
+        loc: Any = "outside lower center" if figure.get_layout_engine() else "lower center"
         figure.legend(by_label.values(), by_label.keys(), loc=loc, ncols=4, fontsize=8)
 
 
