@@ -248,7 +248,9 @@ class Training:
             if records:
                 tables = self._write(monitor, seconds, interrupted=ending.stopped is not None)
         if records:
-            print(f"\n{self.answer()}\n\n{tables}\n")
+            if not self.config["dry_run"]:
+                print(f"\n{self.answer()}")
+            print(f"\n{tables}\n")
             print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
             if not self.config["dry_run"]:
                 results = "Results, epochs.csv and learning-curves.png"
