@@ -29,7 +29,7 @@ from nnce.experiments import (
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.comparison import Findings, Run, SideBySide, Variant
 from nnce.experiments.comparison_report import Log
-from nnce.experiments.epochs import EpochsFile
+from nnce.experiments.epochs import as_csv
 from nnce.losses import LOSSES, Loss
 from nnce.training import Settings, parallel
 from nnce.training.parallel import World
@@ -143,12 +143,8 @@ def train_sweep(
     world: World,
     before: float,
 ) -> None:
-    """Train a sweep with its checkpoints, and in the first process write what comes out.
-
-    Args:
-        before: seconds of the run before it was resumed.
-    """
-    options, began_anew = start.options, start.found is None
+    """Train a sweep, resumed after some seconds, with its checkpoints, and write the results."""
+    options = start.options
     header = resuming.header("compare.py", vars(options), world, start.command)
     began = time.perf_counter() - before
 
@@ -156,23 +152,18 @@ def train_sweep(
         seconds = time.perf_counter() - began
         return {**header, "sweep": all_of_it.state_dict(), "seconds": seconds}
 
-    with contextlib.ExitStack() as stack:
-        csv = None if world.rank else stack.enter_context(EpochsFile(run_dir, all_of_it.all_rows()))
-        flush = csv.flush if csv else lambda: None
-        every = options.checkpoint_every
-        saver = resuming.Saver(None if world.rank else run_dir, every, content, flush, world)
-        if began_anew:
-            saver.save()
-        total = options.epochs * len(all_of_it.groups)
-        silent = True if world.rank else None
-        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=silent, leave=False))
-        with resuming.Ending(run_dir, lambda: False, saver.save) as ending:
-            for group in all_of_it.epochs(functools.partial(saver.between, ask=1)):
-                epoch = group.finished
-                if csv:
-                    csv.append(all_of_it.rows(group, epoch))
-                saver.after(epoch, is_last=epoch == options.epochs)
-                bar.update(min(epoch, 1))
+    path = None if world.rank else run_dir
+    saver = resuming.Saver(path, options.checkpoint_every, content, lambda: None, world)
+    if start.found is None:
+        saver.save()
+    total, silent = options.epochs * len(all_of_it.groups), True if world.rank else None
+    with (
+        tqdm(total=total, unit="epoch", disable=silent, leave=False) as bar,
+        resuming.Ending(run_dir, lambda: False, saver.save) as ending,
+    ):
+        for epoch in all_of_it.epochs(functools.partial(saver.between, ask=1)):
+            saver.after(epoch, is_last=epoch == options.epochs)
+            bar.update(min(epoch, 1))
     ending.close("Interrupted; to go on:")
     if not world.rank:
         write_sweep(all_of_it, dataset, start, run_dir, time.perf_counter() - began)
@@ -200,6 +191,7 @@ def write_sweep(
         command=start.command,
         **sweep.results(conclusion),
     )
+    report.write_text(run_dir / "epochs.csv", as_csv(sweep.epoch_rows(conclusion)))
     results = "Results (results.md, epochs.csv)"
     if (accuracies := sweep.heat_map(conclusion)) is not None:
         figure = figures.heat_map(accuracies)

@@ -248,7 +248,9 @@ class Training:
             if records:
                 tables = self._write(monitor, seconds, interrupted=ending.stopped is not None)
         if records:
-            print(f"\n{self.answer()}\n\n{tables}\n")
+            if not self.config["dry_run"]:
+                print(f"\n{self.answer()}")
+            print(f"\n{tables}\n")
             print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
             if not self.config["dry_run"]:
                 results = "Results, epochs.csv and learning-curves.png"
@@ -265,28 +267,21 @@ class Training:
     def answer(self) -> str:
         """How good the last network and the best one are, and how to use them."""
         last, best = self.records[-1], training.best_record(self.records)
-        early = (
-            f": no higher validation accuracy in {self.patience} epochs"
-            if self.stopped_early
-            else ""
-        )
-        accuracies = {
-            split: report.in_percent(share)
-            for split, share in best.accuracy.items()
-            if split != "train"
-        }
-        paths = [command_line.from_here(path) for path in (self.network_path, self.best_path)]
+        early = f": no higher validation accuracy in {self.patience} epochs"
+        _, validation, test = map(report.in_percent, best.accuracy.values())
+        network, best_one = map(command_line.from_here, (self.network_path, self.best_path))
         return (
-            f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch "
-            f"{last.epoch}{early}.\n"
-            f"Best on validation: {accuracies['validation']} after epoch {best.epoch}, with "
-            f"{accuracies['test']} on test.\n"
-            f"The network: nnce.load({paths[0]!r})\nThe best: nnce.load({paths[1]!r})"
+            f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch {last.epoch}"
+            f"{early if self.stopped_early else ''}.\n"
+            f"Best on validation: {validation} after epoch {best.epoch}, with {test} on test.\n"
+            f"The network: nnce.load({network!r})\nThe best: nnce.load({best_one!r})"
         )
 
-    def _save_best(self) -> None:
-        assert self.state.best is not None
-        nnce.save(self.state.best.network, self.best_path)
+    def _save_best(self, epoch: int | None = None) -> None:
+        """Write best.pt; if an epoch is given, only if it is the best one."""
+        best = self.state.best
+        if best is not None and epoch in (None, best.epoch):
+            nnce.save(best.network, self.best_path)
 
     def _train(self, monitor: Monitor, csv: EpochsFile, saver: resuming.Saver) -> None:
         """Log and save the network after each epoch."""
@@ -309,8 +304,7 @@ class Training:
                 )
                 nnce.save(network, self.network_path)
                 self.records.append(record)
-                if training.best_record(self.records) is record:
-                    self._save_best()
+                self._save_best(record.epoch)
                 if record.epoch:
                     command_line.keep(self.run_dir)
                 is_last = self.state.is_over(settings.epochs, self.patience)

@@ -37,7 +37,7 @@ class EpochsFile:
     """
 
     def __init__(self, run_dir: Path, rows: Sequence[Row] = ()) -> None:
-        write_text(run_dir / _NAME, _as_csv(rows, header=True))
+        write_text(run_dir / _NAME, as_csv(rows))
         self._file = (run_dir / _NAME).open("ab", buffering=0)
 
     def __enter__(self) -> "EpochsFile":
@@ -49,7 +49,7 @@ class EpochsFile:
     def append(self, rows: Sequence[Row]) -> None:
         """Add all of these rows, or none where the disk is full: half a number would be wrong."""
         end = self._file.seek(0, os.SEEK_END)
-        content = memoryview(_as_csv(rows, header=not end).encode())
+        content = memoryview(as_csv(rows, header=not end).encode())
         try:
             while content:
                 content = content[self._file.write(content) :]
@@ -62,7 +62,8 @@ class EpochsFile:
         os.fsync(self._file.fileno())
 
 
-def _as_csv(rows: Sequence[Row], *, header: bool) -> str:
+def as_csv(rows: Sequence[Row], *, header: bool = True) -> str:
+    """Rows with the same keys as text."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]) if rows else [])
     if header and rows:

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nnce import data, training
@@ -139,9 +139,6 @@ class Sweep:
             Combination(values, comparison.make_runs(settings, dataset))
             for values, settings in plan(options, dataset)
         ]
-        self._values = {
-            id(run): values for values, of_values in self.combinations for run in of_values
-        }
         by_kind: dict[object, list[Run]] = {}
         for combination in self.combinations:
             for run in combination.runs:
@@ -157,29 +154,10 @@ class Sweep:
         """How many networks there are in all."""
         return sum(len(group.runs) for group in self.groups)
 
-    def epochs(self, between: Callable[[], None]) -> Iterator[SideBySide]:
-        """Train group by group, yielding the group after each of its epochs."""
+    def epochs(self, between: Callable[[], None]) -> Iterator[int]:
+        """Train group by group, yielding each epoch of each group."""
         for group in self.groups:
-            for _ in group.epochs(between):
-                yield group
-
-    def rows(self, group: SideBySide, epoch: int) -> list[Row]:
-        """The rows of an epoch for epochs.csv, without layers, whose number may be swept."""
-        found: list[Row] = []
-        for run in group.runs:
-            swept = {n: v for n, v in self._values[id(run)].items() if n not in ("loss", "lr")}
-            row = epoch_row(run.settings, run.records[epoch], **swept)
-            found.append({name: value for name, value in row.items() if "/layer" not in name})
-        return found
-
-    def all_rows(self) -> list[Row]:
-        """The rows of all epochs so far."""
-        return [
-            row
-            for group in self.groups
-            for epoch in range(group.finished + 1)
-            for row in self.rows(group, epoch)
-        ]
+            yield from group.epochs(between)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """All of it, for a checkpoint; waits for all processes. The first one has it."""
@@ -236,24 +214,29 @@ def answer(conclusion: Conclusion) -> str:
 
 def results(conclusion: Conclusion) -> dict[str, Any]:
     """Answer, choice and rows for results.json."""
-    chosen = conclusion.chosen
+    chosen, test = conclusion.chosen, conclusion.test
+    rows = []
+    for one in conclusion.ranked:
+        validation = one.validation._asdict()
+        accuracy = {f"validation accuracy, {key}": value for key, value in validation.items()}
+        counts = {"networks": len(one.runs), "diverged": one.diverged}
+        rows.append({**one.values, **counts, **accuracy})
     return {
         "answer": answer(conclusion),
-        "chosen": None if chosen is None else chosen.values,
-        "test": None if conclusion.test is None else conclusion.test._asdict(),
-        "rows": [
-            {
-                **combination.values,
-                "networks": len(combination.runs),
-                "diverged": combination.diverged,
-                **{
-                    f"validation accuracy, {key}": value
-                    for key, value in combination.validation._asdict().items()
-                },
-            }
-            for combination in conclusion.ranked
-        ],
+        "chosen": chosen and chosen.values,
+        "test": test and test._asdict(),
+        "rows": rows,
     }
+
+
+def epoch_rows(conclusion: Conclusion) -> list[Row]:
+    """Every epoch of every network, for epochs.csv; without layers, which may differ in number."""
+    found: list[Row] = []
+    for values, runs in conclusion.ranked:
+        swept = {name: text for name, text in values.items() if name not in ("loss", "lr")}
+        rows = [epoch_row(run.settings, record, **swept) for run in runs for record in run.records]
+        found += [{name: v for name, v in row.items() if "/layer" not in name} for row in rows]
+    return found
 
 
 def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
@@ -279,7 +262,7 @@ def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
 def heat_map(conclusion: Conclusion) -> HeatMap | None:
     """Accuracy over the first two options, the others as chosen; None for fewer than two."""
     best = conclusion.ranked[0].values
-    texts = {name: [*dict.fromkeys(c.values[name] for c in conclusion.ranked)] for name in best}
+    texts = {name: {c.values[name] for c in conclusion.ranked} for name in best}
     names = [name for name, of in texts.items() if len(of) > 1][:2]
     if len(names) < 2:
         return None
@@ -293,7 +276,7 @@ def heat_map(conclusion: Conclusion) -> HeatMap | None:
     return HeatMap(names, [rows, columns], accuracies, in_words(others))
 
 
-def _in_order(texts: Sequence[str]) -> list[str]:
+def _in_order(texts: Iterable[str]) -> list[str]:
     """Numbers by size, anything else by name."""
     try:
         return sorted(texts, key=float)
