@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> Any:
                 if picture.mode.startswith("I"):  # 16 bits, which convert("L") would cut off
                     picture = picture.point(lambda value: value / 256).convert("L")
                 picture.load()
-                return picture
+                return picture.convert("RGB") if picture.mode == "CMYK" else picture
     except Exception as error:  # of many types: what a damaged file gives is left to chance
         if _memory.shortage(error):
             raise

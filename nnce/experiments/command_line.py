@@ -661,7 +661,8 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 @contextlib.contextmanager
 def announced(description: str) -> Iterator[None]:
     """Show on a terminal what a block of some seconds is doing."""
-    with tqdm(desc=description, bar_format="{desc} …", disable=None, leave=False):
+    disable = None if parallel.is_first() else True  # None: where nobody watches
+    with tqdm(desc=description, bar_format="{desc} …", disable=disable, leave=False):
         yield
 
 

@@ -246,6 +246,14 @@ def test_train_resume_and_predict(source, tmp_path, monkeypatch, capsys):
     assert found["target"] in COLORS
 
 
+def test_images_that_are_not_square_are_not_distorted(tmp_path, refused):
+    for shape in ((4, 6), (2, 8)):
+        x = np.zeros((60, *shape), np.uint8)
+        path = saved(tmp_path / "own.npz", x=x, y=Y)
+        line = refused(killed.loaded("train").main, "--data", str(path), "--rotation", "9")
+        assert "square" in line
+
+
 def test_rows_that_are_not_images(tmp_path, refused, capsys):
     x, y = arrays(shape=(13,))
     path = saved(tmp_path / "wine.npz", x=x, y=y)

@@ -138,6 +138,18 @@ def test_polarity_color_place_and_frame_do_not_matter(form, tmp_path):
         torch.testing.assert_close(x, seen["light"], atol=1e-5, rtol=0, msg=way)
 
 
+def test_a_jpeg_for_printing(tmp_path):
+    """In four inks, which Pillow does not convert to every other kind."""
+    picture = drawings.drawing(4, random.Random(4))
+    picture.save(tmp_path / "rgb.png")
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    rgb, cmyk = (
+        pictures.inputs(tmp_path / name, "mnist", (28, 28), torch.float32)
+        for name in ("rgb.png", "cmyk.jpg")
+    )
+    assert (rgb - cmyk).abs().max() < 0.2
+
+
 @pytest.mark.parametrize("digit", range(10))
 def test_a_drawing_has_the_form_of_the_data_set(digit, tmp_path, digits):
     drawings.drawing(digit, random.Random(digit)).save(tmp_path / "x.png")
