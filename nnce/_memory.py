@@ -26,7 +26,7 @@ def check_memory(
     """Raise MemoryError if `count` networks of these sizes cannot fit, before any is made.
 
     Counted are parameters, as many again for their momentum, and once more while they are moved; or
-    the float64 numbers that the largest layer is made of, where that is more.
+    the float64 numbers that the largest layer is drawn from, where that is more.
     """
     parameters = networks * bytes_of(sizes, dtype)
     drawn = 8 * max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))

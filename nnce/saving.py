@@ -29,7 +29,7 @@ from nnce.modules import MLP
 __all__ = ["load", "save"]
 
 _FORMAT = "nnce.MLP 1"
-# What a network's file may name: tensors of the usual kinds, and what they are kept in.
+# Names that a network's file may contain: tensors of the usual kinds, and their containers.
 _NAMES = re.compile(
     r"torch(\.storage)? \w+Storage|torch\._utils _rebuild_\w+|collections OrderedDict"
 )
@@ -110,7 +110,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
                 _check_names(archive)
             file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many types: what a foreign file gives is left to chance
+        except Exception as error:  # of any type: the content of a foreign file is arbitrary
             if _memory.shortage(error):
                 raise
             raise ValueError(f"{path} is damaged or no network that nnce saved") from error
@@ -182,7 +182,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     content is complete in `.unfinished-…` next to it; should that fail, the latter stays.
 
     Raises:
-        OSError: the file cannot be written, or what is at `path` is not a regular file.
+        OSError: the file cannot be written, or `path` is not a regular file.
     """
     target = Path(os.path.realpath(path))
     # A name that no other process uses, and where none can have placed a link: "x" refuses both.

@@ -1,4 +1,4 @@
-"""Train with both losses from many starts, and say with error bars what the choice of loss does."""
+"""Train with both losses from many starts, and report the effect of the loss with error bars."""
 
 if __name__ == "__main__":
     import startup  # noqa: F401  before all else
@@ -202,7 +202,7 @@ def write_sweep(
 
 
 def run(training: "Training", run_dir: Path, command: str) -> None:
-    """Train, log, and write what came out."""
+    """Train, log, and write the results."""
     options, runs = training.options, training.side_by_side.runs
     log = Log(run_dir, vars(options), runs, training.controls.runs, training.controls.finished)
     with log:
@@ -216,17 +216,17 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             findings = write(training, log, command, interrupted=ending.stopped is not None)
     kept = ""
     if log.finished >= 1:
-        kept = "what was finished is in the table; "
+        kept = "finished networks are in the table; "
         answer = comparison_report.answer(findings)
         print(f"\n{answer}\n\n{comparison_report.overview(findings)}\n")
         print(training.costs.in_words(runs, log))
-        results = "All differences, p-values, epochs.csv and pictures, in results.md and beside it"
+        results = "results.md (all differences, p-values), epochs.csv and pictures"
         report.print_end(answer, results, run_dir, log.folders)
     ending.close(f"Interrupted; {kept}to go on:")
 
 
 def write(training: "Training", log: Log, command: str, *, interrupted: bool) -> Findings:
-    """Write what came out, and return it."""
+    """Write the results, and return them."""
     options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
     controls, run_dir = training.controls.runs, log.run_dir
     with command_line.announced("every engine against autograd"):
@@ -249,7 +249,7 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
             **results,
         )
 
-    write_results()  # before the pictures: what is computed is safe from now on
+    write_results()  # before the pictures: the numbers are safe from now on
     layers = _memory.dashed(runs[0].network.sizes)
     title = (
         f"{command_line.data_word(options)}, {layers}, start {options.init}, n = {options.seeds}"
@@ -412,7 +412,7 @@ class Costs:
 
 
 def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Training) -> None:
-    """Say what is going to be trained."""
+    """Print the networks and the data."""
     runs = training.side_by_side.runs
     variants = comparison.by_variant(runs)
     threads = command_line.threads(options) or parallel.processors()

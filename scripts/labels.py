@@ -41,7 +41,7 @@ from nnce.training.state import check_fits
 BEST = (1, 3, 5)
 """How many of the best labels precision and nDCG look at."""
 MODEL = "model.npz"
-# What Python, PyTorch's threads and the allocator may take besides what is counted.
+# Allowance for Python, PyTorch's threads and the allocator, which are not counted.
 SLACK_MB = 100
 LARGEST = 2**31 - 1
 """The most examples, features and labels that a file may have."""
@@ -207,7 +207,7 @@ def _sha256(path: Path) -> str:
 
 
 class _BadLine(Exception):
-    """The number of a line, from 1, and what is wrong with it."""
+    """The number of a line, from 1, and its error."""
 
 
 # At most 18 digits, which fit into 64 bits.
@@ -334,7 +334,7 @@ def evaluate(
 
 
 def most_frequent(train: Examples, test: Examples, num_labels: int) -> dict[str, float]:
-    """What naming the most frequent labels for every example would come to."""
+    """Figures of a classifier that names the most frequent labels for every example."""
     often = torch.bincount(train.positives.col, minlength=num_labels)
     best = often.argsort(descending=True, stable=True)[: max(BEST)]
     relevant = relevance(best.expand(len(test.positives), -1), test.positives, num_labels)
@@ -594,7 +594,7 @@ def log(writer: SummaryWriter, row: report.Row) -> None:
 
 
 def learn(learning: Learning, run_dir: Path) -> None:
-    """Train, log and save each epoch, and write what came out."""
+    """Train, log and save each epoch, and write the results."""
     memory = introduce(learning)
     data, options = learning.data, learning.options
     for old in run_dir.glob("events.out.tfevents.*"):  # of a run that is resumed: written again
@@ -652,7 +652,7 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
 
 
 def introduce(learning: Learning) -> dict[str, float]:
-    """Print what is going to be trained and how much memory it takes; the figures."""
+    """Print the task and the memory that it takes; return the figures."""
     data, options = learning.data, learning.options
     n, num_labels = len(data.train.positives), data.num_labels
     size = 4 * sum(p.numel() for p in learning.model.parameters()) / 1e6
@@ -666,7 +666,7 @@ def introduce(learning: Learning) -> dict[str, float]:
     print(
         f"{n:,} training and {len(data.test.positives):,} test examples, {num_labels:,} labels, "
         f"threads {torch.get_num_threads()}{after}\n"
-        f"memory: {before:,.0f} MB at hand, parameters of {size:,.0f} among them; their gradient "
+        f"memory: {before:,.0f} MB in use, parameters of {size:,.0f} among them; their gradient "
         f"and Adam's two averages {3 * size:,.0f}, blocks of labels {block:,.0f}: at most "
         f"{bound:,.0f} MB with {SLACK_MB} to spare (all logits of a mini-batch would be "
         f"{4 * options.batch_size * num_labels / 1e6:,.0f}, and more with their gradient)",

@@ -48,7 +48,7 @@ def parser() -> ArgumentParser:
 
 
 class Form(NamedTuple):
-    """What a network's inputs and outputs mean: `nnce.data.Dataset.about`."""
+    """Meaning of a network's inputs and outputs: `nnce.data.Dataset.about`."""
 
     data: str
     image: list[int] | None
@@ -131,7 +131,7 @@ def read(
 
 
 def write_picture(path: Path, inputs: Tensor, form: Form) -> None:
-    """Write what the network saw, side by side, as PNG."""
+    """Write the inputs of the network, next to each other, as PNG."""
     from PIL import Image
 
     if form.image is None:

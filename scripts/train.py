@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
         "--optimizer",
         choices=training.OPTIMIZERS,
         default="sgd",
-        help="what is made of the gradients; adam is for functions and autograd",
+        help="optimizer; adam requires --engine functions or autograd",
     )
     textbook = ", ".join(f"{rules.textbook_lr} for {loss}" for loss, rules in LOSSES.items())
     parser.add_argument(
@@ -58,8 +58,8 @@ def parser() -> ArgumentParser:
             type=float,
             default=0.0,
             metavar="P",
-            help=f"leave out so many of the {of}, anew for each example and step; for functions "
-            "and autograd",
+            help=f"dropout probability of the {of}, in [0, 1), drawn for each example and step; "
+            "requires --engine functions or autograd",
         )
     parser.add_argument(
         "--patience",
@@ -137,7 +137,7 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
 
 
 class SoFar(NamedTuple):
-    """What a run has come to beside its state."""
+    """Progress of a run in addition to its state."""
 
     records: list[training.Record]
     finished: nnce.MLP | None = None
@@ -353,7 +353,7 @@ def introduce(
     dataset: data.Dataset,
     config: Mapping[str, object],
 ) -> None:
-    """Say what is going to be trained."""
+    """Print the network and the data."""
     processes = f", {state.world.size} processes" if state.world.joined else ""
     after = f"\ngoing on after step {state.cursor.step:,}" if state.cursor.step else ""
     print(

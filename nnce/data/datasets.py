@@ -258,7 +258,7 @@ def _digits() -> list[_Part]:
 
 
 def _stratified(labels: Tensor, held_out: int) -> list[Tensor]:
-    """The examples of each part, of which validation and test have so many; always the same."""
+    """The examples of each part, `held_out` of them in validation and in test; always the same."""
     split = _sklearn().model_selection.train_test_split
     rest: Any = torch.arange(len(labels)).numpy()
     parts = []
@@ -310,7 +310,7 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
             half = file.partition("-")[0] == "train"
             raise DataError(_damaged(name, folder, half, f"{file} is a folder"))
     complete = all((folder / file).exists() for file in _FILES)
-    older = folder.with_name("processed")  # what torchvision once made of them, and prefers still
+    older = folder.with_name("processed")  # files of an older torchvision, which still prefers them
     if all((older / file).exists() for file in ("training.pt", "test.pt")):
         folder, complete = older, True
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -319,7 +319,7 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = loader(data_dir, train=train, download=not complete)
         why = _unlike_mnist(dataset.data, dataset.targets, 60_000 if train else 10_000)
-    except Exception as error:  # of many types: what a damaged file gives is left to chance
+    except Exception as error:  # of any type: the content of a damaged file is arbitrary
         if _memory.shortage(error):
             raise
         reason = " ".join(str(error).split()) or "not in the format of MNIST"
@@ -364,7 +364,7 @@ def _check_sums(packed_md5: dict[str, str], name: str, folder: Path, train: bool
         packed = folder / f"{file}.gz"
         if of == name or (of is None and not packed.is_file()):
             continue
-        # A gzip file ends in the CRC-32 and the length of what it holds.
+        # A gzip file ends in the CRC-32 and the length of its content.
         ends = zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little")
         if of is not None:
             why = f"{file} is of {of}"
@@ -382,7 +382,7 @@ def _md5(content: bytes) -> str:
 
 
 def _short(reason: str) -> str:
-    """The first and the last words of a long reason: what was tried, and what came of it."""
+    """The first and the last words of a long reason: the attempt, and its outcome."""
     return reason if len(reason) <= 160 else f"{reason[:60]} … {reason[-90:]}"
 
 

@@ -25,7 +25,7 @@ from nnce import _memory
 from nnce.data import pictures
 from nnce.data.errors import DataError
 
-# What a folder for a part of a data set is called, which is not a class.
+# Names of folders that are parts of a data set and not classes.
 _PARTS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -64,7 +64,7 @@ def _archive(path: Path) -> tuple[Tensor, Tensor, list[str]]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("x", "y") if name in archive}
             names = archive.files
-    except Exception as error:  # of many types: what a foreign file gives is left to chance
+    except Exception as error:  # of any type: the content of a foreign file is arbitrary
         if _memory.shortage(error):
             raise
         why = " ".join(str(error).split())

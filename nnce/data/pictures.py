@@ -45,7 +45,7 @@ def read(path: str | os.PathLike[str]) -> Any:
                     picture = picture.point(lambda value: value / 256).convert("L")
                 picture.load()
                 return picture.convert("RGB") if picture.mode == "CMYK" else picture
-    except Exception as error:  # of many types: what a damaged file gives is left to chance
+    except Exception as error:  # of any type: the content of a damaged file is arbitrary
         if _memory.shortage(error):
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -105,7 +105,7 @@ def _ink(picture: Any) -> Tensor | None:
 
 
 def _cropped(ink: Tensor) -> Tensor:
-    """What is within the smallest rectangle around the drawing."""
+    """Crop to the smallest rectangle around the drawing."""
     drawn = ink > 0.2
     rows, columns = (drawn.any(axis).nonzero() for axis in (1, 0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -157,7 +157,7 @@ def _with_stroke(ink: Tensor) -> Tensor:
 def _like_digits(ink: Tensor) -> Tensor:
     """Stretched to 20x32 in a bitmap of 32x32 with about as much ink; its 4x4 blocks counted."""
     height, width = ink.shape
-    # What is narrow, most often a 1, keeps its proportions.
+    # A narrow drawing, most often a 1, keeps its proportions.
     stretched = 20 if width > 0.35 * height else max(1, round(32 * width / height))
     bitmap = _placed(_scaled(ink, 32, stretched), 32, 0, (32 - stretched) // 2)[None]
     for _ in range(2):  # the blacker its surroundings, the sooner a pixel is ink

@@ -293,7 +293,7 @@ class _Step:
         self._scratch = [torch.empty_like(self._places[-1].dz) for _ in range(2)]
 
     def calls(self, x: Tensor, y: Tensor, not_y: Tensor) -> list[Call]:
-        """What the step does, call by call; x [G, n, n_in], y [G or 1, n, n_out], not_y is 1 − y.
+        """The calls of a step; x [G, n, n_in], y [G or 1, n, n_out], not_y is 1 − y.
 
         A list of prepared calls, made once, since looking up some sixty attributes and taking the
         same branches at each step took a fifth of it.

@@ -1,4 +1,4 @@
-"""What the scripts share: options and what they mean, signals and streams, the run's directory."""
+"""Common parts of the scripts: options, signals and streams, the run's directory."""
 
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ _DISTORTIONS = {
 _UNDISTORTED = data.Distortion()
 # Options that a --config does not set.
 _OF_ONE_RUN = ("run_dir", "name", "resume", "config", "quiet", "dry_run")
-# PyTorch counts in 64 bits, and multiplies what it is given.
+# PyTorch counts in 64 bits, and multiplies sizes.
 _LARGEST = 10**15
 
 
@@ -72,7 +72,7 @@ class ArgumentParser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """Positional arguments may stand before, between and after the options.
 
-        What a --config file says are defaults. It is None afterwards, so that it is read once.
+        The options of a --config file are defaults. It is None afterwards, so that it is read once.
         """
         options = self.parse_intermixed_args(args)
         if getattr(options, "config", None) is not None:
@@ -111,7 +111,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
         Args:
             config: values by option, as in results.json.
-            source: begins the sentence for what is wrong.
+            source: beginning of the error message.
             skip: options that are left as they are.
         """
         actions = {action.dest: action for action in self._actions}
@@ -254,7 +254,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def user_errors(self) -> Iterator[None]:
-        """Around what depends on the user's input: what does not fit there is one line."""
+        """Context for reading the user's input: an error is one line."""
         try:
             yield
         except Exception as error:
@@ -550,7 +550,7 @@ stop = _signals.stop
 
 
 class Failed(Exception):
-    """What no script can help, such as a full disk, and what is left of its run."""
+    """Failure outside the script, such as a full disk, and the files that are kept."""
 
 
 def _beyond_us(error: BaseException) -> str | None:
@@ -660,7 +660,7 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 
 @contextlib.contextmanager
 def announced(description: str) -> Iterator[None]:
-    """Show on a terminal what a block of some seconds is doing."""
+    """Show on a terminal the activity of a block of some seconds."""
     disable = None if parallel.is_first() else True  # None: where nobody watches
     with tqdm(desc=description, bar_format="{desc} …", disable=disable, leave=False):
         yield
@@ -811,7 +811,7 @@ def _check_name(path: Path) -> None:
 
 
 def _content(folder: Path) -> list[Path]:
-    """What is in a folder, but for the files that systems put into every folder."""
+    """Contents of a folder, without the files that systems put into every folder."""
     return [path for path in folder.iterdir() if path.name not in _NOT_OURS]
 
 
@@ -830,7 +830,7 @@ def _failing(path: Path, keeps: Callable[[], bool]) -> Iterator[None]:
             raise
         torchrun_gives_up = parallel.lost(error) and not parallel.restarts_left()
         how = f"; to go on:\n{command_to_resume(path)}" if torchrun_gives_up else ""
-        raise Failed(f"{sentence}; what was finished is kept in {path}{how}") from error
+        raise Failed(f"{sentence}; finished results are kept in {path}{how}") from error
 
 
 def command_to_resume(run_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""Seeds × losses × rates: all networks side by side, and the statistics of what comes out.
+"""Seeds × losses × rates: all networks side by side, and the statistics of the results.
 
 Networks are *paired*: those of one seed start from the same parameters and see the same
 mini-batches, whatever their loss and rate. The control is one of them trained again by PyTorch's
@@ -34,17 +34,18 @@ from nnce.modules import MLP
 from nnce.training import Engine, Record, Settings, parallel
 from nnce.training.parallel import ALONE, World
 
-# Of the training data the first so many are measured: the sd of an accuracy of 96 % is 0.3 points.
+# Number of training examples that are measured, the first ones: the standard deviation of an
+# accuracy of 96 % is 0.3 points.
 _MEASURED = 5_000
 CONTROL: Engine = "autograd"
 # "backprop" is one of the first two.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
-# The engines are compared over so many training examples: 200 mini-batches of 10.
+# The engines are compared over this many training examples: 200 mini-batches of 10.
 _ENGINE_EXAMPLES = 2_000
 
 
 class Variant(NamedTuple):
-    """What is compared: networks that differ in nothing but their seed."""
+    """One side of a comparison: networks that differ in nothing but their seed."""
 
     loss: Loss
     lr: float
@@ -77,7 +78,7 @@ class Run:
 
     @property
     def variant(self) -> Variant:
-        """What it is compared as."""
+        """The variant that it belongs to."""
         assert self.settings.engine is not None
         return Variant(self.settings.loss, self.settings.rate, self.settings.engine)
 
@@ -128,11 +129,11 @@ def plan(
         base: all that they have in common; seeds are counted from its seed.
         lrs: learning rates, by loss; a rate that is there twice counts once.
         seeds: how many starts.
-        dataset: what they are for.
+        dataset: their training and test data.
 
     Raises:
         ValueError: there is no seed, no loss or no rate, or a value makes no sense.
-        MemoryError: so many networks would not fit; the sentence says how much they need.
+        MemoryError: the networks would not fit; the message says how much they need.
     """
     if not is_size(seeds):
         raise ValueError(f"expected at least 1 seed, a whole number, got {seeds!r}")
@@ -156,12 +157,12 @@ def plan(
 def check(
     settings: Settings, seeds: range, dataset: data.Dataset, networks: int | None = None
 ) -> None:
-    """Raise what making networks from these seeds would, before any is made, be it in a list.
+    """Raise the errors of making networks from these seeds, before any is made.
 
     Raises:
         ValueError: a seed is none, or loops are asked for and cannot be had.
         TypeError: loops are asked for, and do not know the dtype.
-        MemoryError: so many would not fit; None for one for each seed.
+        MemoryError: they would not fit.
         DataError: the data are no square images, and the settings distort them.
     """
     if seeds.stop > 2**32:
@@ -190,8 +191,8 @@ class SideBySide:
             start and its order of the mini-batches.
         dataset: on one device, in one dtype. The records' "train" is its first 5,000 training
             examples.
-        threads: for loops, as `Ensemble` takes them, and to measure so many networks at once; None
-            for as many as this process has processors.
+        threads: for loops, as `Ensemble` takes them, and to measure that many networks at once;
+            None for as many as this process has processors.
         world: the processes.
         splits: what the records are of; "validation" at least.
 
@@ -324,7 +325,7 @@ class SideBySide:
         return self._world.largest(own)
 
     def _record(self) -> None:
-        """What there is to know of each network, after an epoch."""
+        """Record each network after an epoch."""
         records: list[Record] = []
         cursor = self._cursor
         if self._together is not None:
@@ -340,7 +341,7 @@ class SideBySide:
                     seconds=cursor.seconds / len(self._share),
                     threads=at_once,
                 )
-        # Appended together, so that whoever interrupts finds them all equally long.
+        # Appended together, so that an interruption finds them all equally long.
         for run, record in zip(self._share, records, strict=True):
             run.records.append(record)
             # A weight whose input is always 0 may be NaN, and no loss would show it.
@@ -385,7 +386,7 @@ def _parameters(runs: Sequence[Run]) -> list[Tensor]:
 
 
 def _set_parameters(runs: Sequence[Run], stacked: Sequence[Tensor]) -> None:
-    """In place, so that an ensemble of them goes on with these."""
+    """In place, so that an ensemble of them continues with these."""
     for number, run in enumerate(runs):
         values = run.network.state_dict()
         for (name, place), of_all in zip(values.items(), stacked, strict=True):
@@ -425,7 +426,7 @@ def _check_processes(made_by: int, world: World) -> None:
 
 @contextlib.contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """So many threads for each of PyTorch's products."""
+    """Use this many threads for each of PyTorch's products."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -579,7 +580,7 @@ def engine_differences(
     return differences
 
 
-# --------------------------------------------------------------------------- what came of them
+# --------------------------------------------------------------------------- results
 
 
 def by_variant(runs: Sequence[Run]) -> dict[Variant, list[Run]]:
@@ -634,7 +635,7 @@ class Summary(NamedTuple):
 
 
 def summarise(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
-    """The summary of runs of one variant, with the losses' best rates at hand."""
+    """The summary of runs of one variant, given the losses' best rates."""
     variant = runs[0].variant
     whole = [run for run in runs if not run.diverged]
 
@@ -725,7 +726,7 @@ class ControlDifference(NamedTuple):
 
 
 def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[ControlDifference]:
-    """The difference of each control that has come to the first epoch."""
+    """The difference of each control that has finished an epoch."""
     twins = {(run.variant, run.settings.seed): run for run in runs}
     all_differences = []
     for run in controls:
@@ -750,7 +751,7 @@ def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[Co
 
 
 class Findings(NamedTuple):
-    """What a comparison says."""
+    """Results of a comparison."""
 
     best_lrs: dict[Loss, float]
     summaries: list[Summary]
@@ -759,7 +760,7 @@ class Findings(NamedTuple):
     engines: list[EngineDifference]
     controls: list[ControlDifference]
     notes: list[str]
-    """What a reader must know, a sentence each."""
+    """Caveats for the reader, a sentence each."""
 
 
 def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset) -> Findings:

@@ -335,7 +335,7 @@ class Log:
     Args:
         run_dir: the run's directory.
         config: name and value of each option.
-        runs, controls: networks that have records, if a run goes on; what has been logged after
+        runs, controls: networks that have records, if a run is resumed; points logged after
             those goes.
         controls_finished: the last epoch that all controls have a record of.
     """
@@ -374,7 +374,7 @@ class Log:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """TensorBoard's folders, by what is in them."""
+        """TensorBoard's folders, by their contents."""
         titles = {"Curves at the best rates": BEST, "Curves at all rates": ALL}
         folders = {title: self.run_dir / name for title, name in titles.items()}
         return {title: folder for title, folder in folders.items() if folder.is_dir()}
@@ -429,7 +429,7 @@ class Log:
         page: str,
         figure: Figure,
     ) -> None:
-        """Add what belongs at the end: pictures of the best networks, texts, and their folder."""
+        """Add the end: pictures of the best networks, texts, and their folder."""
         with self._timed():
             by_name = by_variant(runs)
             chosen = [variant for variant in by_name if best.get(variant.loss) == variant.lr]

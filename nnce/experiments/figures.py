@@ -132,7 +132,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
     classes = len(counts)
     right = sum(counts[i][i] for i in range(classes))
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
-    # Colors are for the mistakes: what is right is darker than all of them.
+    # Colors are for the mistakes: correct cells are darker than all of them.
     darkest = 2 * max(1, *mistakes)
     figure = _new_figure(4.4, 4.9)
     panel = figure.subplots()
@@ -152,7 +152,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
 
 
 def distortions(x: Tensor, distortion: data.Distortion, examples: int = 8, each: int = 5) -> Figure:
-    """What a distortion does: some images in the first row, and below several of each distorted.
+    """Examples of a distortion: images in the first row, and several distortions of each below.
 
     Args:
         x: images [n, side²], of which the first are drawn.
@@ -218,10 +218,10 @@ def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title:
 
 
 def _most(values: Sequence[float], published: Sequence[float]) -> tuple[float, float]:
-    """From where to where the published figures lie and ours but the far out, with a margin.
+    """Range of the published figures and ours without far outliers, with a margin.
 
-    Far out, as Tukey says (Exploratory Data Analysis, 1977), is what is further than three times
-    the distance of the quartiles from the nearer one: starts that got stuck, as a rule.
+    A far outlier (Tukey, Exploratory Data Analysis, 1977) is further from the nearer quartile than
+    three times the distance of the quartiles: usually a start that got stuck.
     """
     near = values
     if len(values) > 1:
@@ -239,7 +239,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
     Args:
         runs: all networks; those that diverged are left out.
         best: each loss's best rate.
-        title: what was trained, and how many.
+        title: the networks, and their number.
     """
     variants = by_variant([run for run in runs if not run.diverged])
     figure = _new_figure(12, 4.6)
@@ -271,7 +271,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         "Slowdown meter: what the quadratic loss\nleaves of dz where it is badly wrong", fontsize=10
     )
     by_epoch.set_ylabel("test accuracy, %")
-    if shown:  # the start, at chance, would squeeze what is compared
+    if shown:  # the start, at chance level, would squeeze the rest
         by_epoch.set_ylim(*_accuracy_limits(shown))
     by_lr.set_xscale("log")
     by_lr.set_xlabel("learning rate")
@@ -321,7 +321,7 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
 
     Args:
         records: of the start and each epoch; the best on validation is marked.
-        title: what was trained.
+        title: the network.
     """
     figure = _new_figure(12, 4.4, layout=None)  # a constrained layout would draw everything twice
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.24, "top": 0.86, "wspace": 0.18}

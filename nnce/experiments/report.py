@@ -82,7 +82,7 @@ def write_results(
     rows: Sequence[Row],
     **more: Any,
 ) -> Path:
-    """Write `results.json`, for programs: what was asked, where it ran, and what came out.
+    """Write `results.json`, for programs: the options, the machine, and the results.
 
     Args:
         run_dir: the run's directory.
@@ -197,9 +197,9 @@ def print_end(
 
     Args:
         answer: one or two sentences.
-        results: what is in the run's directory.
+        results: the contents of the run's directory.
         run_dir: the run's directory.
-        curves: TensorBoard's folders, by what is in each; the run's directory if not given.
+        curves: TensorBoard's folders, by their contents; the run's directory if not given.
     """
     out = heard()
     if out is not sys.stdout:  # --quiet

@@ -1,4 +1,4 @@
-"""Runs that nothing can lose: when a checkpoint is written, and how a run goes on from one."""
+"""Checkpoints and resuming: when a checkpoint is written, and how a run continues from one."""
 
 import argparse
 import contextlib
@@ -22,9 +22,9 @@ from nnce.training import checkpoints, mismatch_is_value_error, parallel
 from nnce.training.checkpoints import CheckpointError
 from nnce.training.parallel import ALONE, World
 
-# What does not change the numbers, or only by rounding, may be another on resuming.
+# Options that change no number, or only its rounding, may differ when a run is resumed.
 _MAY_CHANGE = ("epochs", "patience", "checkpoint_every", "data_dir", "threads", "resume", "quiet")
-# Those of them that may only be raised: the run is beyond what a lower value would have come to.
+# Those of them that may only be raised, since the run is beyond a lower value.
 _MAY_RISE = ("epochs", "patience")
 # Steps between which the processes of a job do not ask each other whether to stop.
 _STEPS_UNASKED = 10
@@ -37,8 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
         type=_every,
         default="1",
         metavar="EPOCHS",
-        help="how often all that a run needs to go on is saved: after so many epochs, or seconds "
-        "with an s, 30s say; and when it is stopped",
+        help="checkpoint interval: epochs (5) or seconds (30s); a run that is stopped saves, too",
     )
     parser.add_argument(
         "--resume",
@@ -60,18 +59,18 @@ def _every(text: str) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------- options
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """Options and checkpoint that a run starts from."""
 
     options: argparse.Namespace
-    """Those on the command line, or where a run goes on its own ones."""
+    """Those on the command line, or of the run that is resumed."""
     found: dict[str, Any] | None
     """The content of its checkpoint."""
     run_dir: Path | None
-    """Where it goes on."""
+    """Position from which it continues."""
     command: str
     """The script's command; for a resumed run the one that started it."""
 
@@ -188,7 +187,7 @@ def _read(run_dir: Path, script: str) -> dict[str, Any]:
     if of != script:
         raise ValueError(f"that is a run of {of}, not of {script}")
     if not _has_header(found.content):
-        raise ValueError(f"{found.path} does not say what was asked for")
+        raise ValueError(f"{found.path} does not record the options of the run")
     for sentence in found.damaged:
         print(f"{sentence}; going on from {found.path}, the one before", file=sys.stderr)
     return found.content
@@ -205,11 +204,11 @@ def _has_header(content: Mapping[str, Any]) -> bool:
     )
 
 
-# -------------------------------------------------------------------------------- what is recorded
+# -------------------------------------------------------------------------- contents of a checkpoint
 
 
 def circumstances(world: World) -> dict[str, Any]:
-    """What the bits depend on beside the options."""
+    """Everything that the bits depend on in addition to the options."""
     return {
         **report.versions(),
         "threads": torch.get_num_threads(),
@@ -249,12 +248,12 @@ def warn(found: Mapping[str, Any], world: World) -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Around what takes a run to where its checkpoint is: one sentence for what does not fit."""
+    """Context for loading a checkpoint: one sentence for content that does not fit."""
     try:
         with mismatch_is_value_error():
             yield
     except ValueError as error:
-        why = textwrap.shorten(str(error), 200)  # what does not fit may be long
+        why = textwrap.shorten(str(error), 200)  # the value may be long
         raise ValueError(f"the checkpoint does not fit its configuration: {why}") from error
 
 
@@ -364,7 +363,7 @@ class Ending:
         return self.stopped is not None
 
     def close(self, interrupted: str) -> None:
-        """Raise what has stopped the run; of a Ctrl-C print the sentence and how to go on."""
+        """Raise the exception that stopped the run; after Ctrl-C print how to resume."""
         if isinstance(self.stopped, KeyboardInterrupt):
             print(interrupted, file=sys.stderr)
             if self._save is not None:

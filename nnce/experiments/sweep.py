@@ -105,7 +105,7 @@ def plan(
 
     Raises:
         ValueError: a value or a combination makes no sense.
-        MemoryError: so many networks would not fit.
+        MemoryError: the networks would not fit.
     """
     swept, seeds = parse(options.sweep), range(options.seed, options.seed + options.seeds)
     if not 1 <= len(seeds) <= 1_000:
@@ -170,7 +170,7 @@ class Sweep:
 
 
 class Conclusion(NamedTuple):
-    """What comes out of a sweep."""
+    """Results of a sweep."""
 
     ranked: list[Combination]
     """The highest validation accuracy first, of equal ones the first; diverged ones last."""

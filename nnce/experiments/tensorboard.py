@@ -1,4 +1,4 @@
-"""TensorBoard: what is logged and under which tags.
+"""TensorBoard: values, and the tags under which they are logged.
 
 One TensorBoard run per variant, with identical tags, so that the runs of a folder are overlaid. The
 step is the epoch; epoch 0 is the start. Layers are numbered from 1, the first with weights.
@@ -59,7 +59,7 @@ _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _HISTOGRAM_EXAMPLES = 1_000
 # TensorBoard draws 30 by default.
 _BINS = 60
-# Of a wide first layer the first so many neurons are drawn.
+# Number of neurons of a wide first layer that are drawn, the first ones.
 _IMAGES = 100
 _ROW = 8
 _PREFIX = "events.out.tfevents."
@@ -185,7 +185,7 @@ def options_table(config: Mapping[str, object]) -> str:
 class Monitor:
     """Writes curves, histograms and images of one variant into its directory.
 
-    What belongs to the end is in another file, which is deleted when a run is resumed.
+    The end is in another file, which is deleted when a run is resumed.
 
     Args:
         run_dir: where TensorBoard finds it.
@@ -277,7 +277,7 @@ class Monitor:
             grey = 0.5 + 0.5 * weights / largest  # 0 is grey, whatever the neuron's scale
             scale = max(1, 56 // side)
             enlarged = grey.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-            # TensorBoard draws rows of 8, and what is missing in the last one black.
+            # TensorBoard draws rows of 8, and fills the last one with black.
             missing = -len(weights) % _ROW if len(weights) > _ROW else 0
             framed = nn.functional.pad(enlarged, (1, 1, 1, 1, 0, 0, 0, missing), value=1.0)
             self._closing.add_images("weights/layer1", framed.float().cpu(), epoch)

@@ -307,7 +307,7 @@ class _Call(threading.local):
     watched: "_Pass | None" = None
 
     def is_running(self) -> bool:
-        """Whether it goes on. Ctrl-C, for one, ends a call without the hook after the forward."""
+        """Whether it is still running. Ctrl-C ends a call without the hook after the forward."""
         frame = None if self.caller is None else sys._getframe(1)
         while frame is not None and frame is not self.caller:
             frame = frame.f_back
@@ -418,7 +418,7 @@ def _tensors(output: object) -> Iterator[Tensor]:
 
 
 def _made_of(outputs: Sequence[Tensor]) -> set[Node]:
-    """What the outputs are but parts, forms, clamps and casts of, as nodes of autograd's graph."""
+    """Nodes of autograd's graph that the outputs are parts, views, clamps or casts of."""
     waiting = [output.grad_fn for output in outputs]
     seen: set[Node] = set()
     while waiting:
@@ -443,7 +443,7 @@ def _same_storage(a: Tensor, output: Tensor) -> bool:
 
 _IN_PLACE = {torch.sigmoid_, Tensor.sigmoid_}
 _SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, torch.special.expit, *_IN_PLACE}
-# The operations that leave an output what it is, by the names of their nodes.
+# Operations that do not change the meaning of an output, by the names of their nodes.
 _KEEPING = {
     *("Clamp", "ClampMin", "ClampMax", "NanToNum", "ToCopy", "Clone", "Copy", "CopySlices"),
     *("View", "UnsafeView", "ReshapeAlias", "AsStrided", "Alias", "Squeeze", "Unsqueeze", "T"),

@@ -123,7 +123,7 @@ def latest_checkpoint(folder: Path) -> Found | None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Take away what a process that was killed had begun to write."""
+    """Delete files that a killed process had begun to write."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         leftover.unlink(missing_ok=True)
 

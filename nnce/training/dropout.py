@@ -15,10 +15,10 @@ _FOR_A_DRAW = 64 // 16
 class WithDropout(nn.Module):
     """A network in PyTorch's graph as it learns: each example sees a part of it, of its own.
 
-    What goes into a layer, a_prev, is a_prev ∘ m / (1 − p), with m 0 with probability p and 1
-    otherwise, drawn anew for each neuron, example and step. So what comes of it is on average what
-    it would be without, and the network that has learnt is used as it is. p is rounded to a whole
-    number of 65,536ths, 65,535 at most.
+    The input of a layer, a_prev, is replaced by a_prev ∘ m / (1 − p), where m is 0 with probability
+    p and 1 otherwise, drawn for each neuron, example and step. Its mean is a_prev, so that the
+    trained network is used as it is. p is rounded to a multiple of 1/65,536, at most
+    65,535/65,536.
 
     Args:
         layers: a network of linear layers and sigmoids.

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 # Seconds that the first process waits for the others to come.
 _PATIENCE = 300
-# Seconds that these wait for the first one to say what is wrong.
+# Seconds that the others wait for rank 0 to print the error.
 _MOMENT = 10.0
 
 Item = TypeVar("Item")
@@ -47,7 +47,7 @@ class World(NamedTuple):
         return int(together)
 
     def gather(self, one: Item) -> list[Item]:
-        """What each process has, for the first one; waits for them. The others get nothing."""
+        """Gather the values of all processes on rank 0, and wait for them; None on the others."""
         if self.size == 1:
             return [one]
         everyone = [one] * self.size if self.rank == 0 else None
@@ -55,14 +55,14 @@ class World(NamedTuple):
         return everyone or []
 
     def exchange(self, one: Item) -> list[Item]:
-        """What each process has, for all of them; waits for them."""
+        """Gather the values of all processes on each of them, and wait for them."""
         everyone = [one] * self.size
         if self.size > 1:
             distributed.all_gather_object(everyone, one)
         return everyone
 
     def broadcast(self, one: Item | None) -> Item:
-        """What the first process has; waits for it."""
+        """The value of rank 0; waits for it."""
         place = [one]
         if self.size > 1:
             distributed.broadcast_object_list(place)
@@ -85,7 +85,8 @@ def is_first() -> bool:
 def join() -> World:
     """The world that `torchrun` has started this process in; ALONE if it has not.
 
-    Over gloo, and over NCCL what is on CUDA; there each process takes the GPU of its local rank.
+    Over gloo, and over NCCL for tensors on CUDA, where each process takes the GPU of its local
+    rank.
     """
     if not launched():
         return ALONE

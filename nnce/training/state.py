@@ -262,7 +262,7 @@ def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) ->
     if settings.distortion is not None:
         settings.distortion.check(x.shape[1])
         height, width = dataset.about.get("image") or (1, 1)
-        if height != width:  # 2x8, say, which has as many numbers as a square
+        if height != width:  # such as 2x8, which has as many numbers as a square
             raise data.DataError(f"expected square images to distort, got {width}x{height}")
     check_memory(sizes(settings, dataset), networks, dtype=x.dtype, device=x.device)
 

@@ -321,7 +321,7 @@ def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_
     done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=FULL + change)
     assert done.returncode == 1
     assert done.stderr == (
-        f"train.py: error: No space left on device; what was finished is kept in {run_dir}\n"
+        f"train.py: error: No space left on device; finished results are kept in {run_dir}\n"
     )
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
     recorded = results(run_dir)
@@ -335,7 +335,7 @@ def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     change = change.replace("import nnce.", "import nnce.experiments.report, nnce.", 1)
     done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "what was finished is kept in" in done.stderr
+    assert "finished results are kept in" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
     names = {re.split("[.-]", path.name)[0] for path in run_dir.iterdir()}
     assert names == {"network", "events", "checkpoint"}
@@ -361,7 +361,7 @@ def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):
     done = run("compare", *QUICK["compare"], "--run-dir", str(run_dir), change=FULL + change)
     assert done.returncode == 1
     assert done.stderr == (
-        f"compare.py: error: No space left on device; what was finished is kept in {run_dir}\n"
+        f"compare.py: error: No space left on device; finished results are kept in {run_dir}\n"
     )
     assert {row["epochs"] for row in results(run_dir)["rows"]} == {epochs}
     assert set(range(epochs + 1)) <= set(csv_epochs(run_dir))

@@ -199,7 +199,7 @@ def peak_in_a_process(work: Work, name: str, device: torch.device) -> float:
 def peak_here(name: str, work: Work, device: torch.device) -> float:
     """Bytes that a step takes beyond inputs, parameters and their gradients; NaN if unknown."""
     warm_up = Problem(Work(*(min(size, 2_048) for size in work)), device)
-    PEERS[name](warm_up)()  # libraries, threads and what they keep
+    PEERS[name](warm_up)()  # libraries, threads and their buffers
     _, peak = peak_memory(PEERS[name](Problem(work, device)), device)
     return peak - work.gradient_bytes
 

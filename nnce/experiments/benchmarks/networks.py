@@ -96,7 +96,7 @@ def prepare(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> Runne
 
     def first() -> Epoch:
         epoch, _ = PEERS[name](work, x, y, fresh_networks(work, networks, x.device))
-        # What is compiled for its shapes must have seen them all.
+        # Code compiled for its shapes must have seen them all.
         compiles = name in (JAX, JAX_VMAP, peers.COMPILED)
         warm = torch.arange(examples if compiles else min(examples, 2_000), device=x.device)
         epoch(work.indices(warm, networks, torch.Generator().manual_seed(0)))
@@ -159,7 +159,7 @@ def peaks_of_one_thread(work: Work) -> tuple[float, float]:
 
 
 def limit(work: Work, networks: int, ours: float) -> dict[str, Any]:
-    """What the inputs that are not 0 need of as many threads as nnce has.
+    """Least time that the inputs that are not 0 need, on as many threads as nnce has.
 
     Multiplications: two for a weight of the first layer and an input that is not 0 (forward and
     step), three for a weight of the layers above. Bytes: those inputs and their numbers, once; and

@@ -26,7 +26,7 @@ Array: TypeAlias = Any  # of NumPy, JAX (untyped here) or PyTorch
 LR = 0.5
 BUILT_IN = BUILT_IN_LOSSES["cross-entropy"]
 # For the floor: networks are walked in groups that fit into the processor's cache, and mini-batches
-# gathered so many at a time.
+# gathered this many at a time.
 CACHE_BYTES = 3_000_000
 BLOCK_STEPS = 32
 # As many inputs are not 0 as of MNIST's: a weight whose input is 0 does not move.
@@ -98,8 +98,8 @@ def nnce_ensemble(
 def _products(networks: list[MLP], n: int) -> Callable[[Tensor], None]:
     """A step of networks side by side of n examples, the matrix products alone: nothing is learnt.
 
-    The first layers are one product, those above batched ones; forward, da and dW. What is not
-    computed between them is 0.
+    The first layers are one product, those above batched ones; forward, da and dW. Values that are
+    not computed between them are 0.
     """
     by_layer = zip(*(network.linears() for network in networks), strict=True)
     weights = [torch.stack([linear.weight.detach() for linear in layer]) for layer in by_layer]

@@ -1,4 +1,4 @@
-"""How exact the elementwise rules are over the whole range of z, beside what PyTorch has for them.
+"""Accuracy of the elementwise rules over the whole range of z, next to PyTorch's counterparts.
 
 The truth is computed by mpmath, which comes with torch, in 60 digits. It is kept as two float64
 numbers, whose sum it is, because one would not do to judge float64.
@@ -126,7 +126,7 @@ class Measured(NamedTuple):
     relative: float
     """The largest relative error, where the exact value is a normal number."""
     ulps: float
-    """The largest error in units in the last place, likewise."""
+    """The largest error in units in the last place, also NaN if none is known."""
     worst_z: float = math.nan
     """The z of that."""
     below_normal: float = 0.0

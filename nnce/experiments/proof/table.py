@@ -63,7 +63,7 @@ def rows() -> dict[str, Row]:
 
 
 def walked_rows() -> dict[str, Row]:
-    """The two functions that go block by block, and refuse what they have no derivatives for."""
+    """The functions that work block by block, which refuse the derivatives that they lack."""
     x, W, b = _random(3, 2, seed=2), _random(4, 2, seed=3), _random(4, seed=4)
     scale, bias = _random(seed=5), _random(seed=6)
 
