@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from nnce.checks._derivatives import Broken
-from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, slopes
+from nnce.checks._numerical import (
+    COARSEST_JUMP,
+    EPS,
+    Fit,
+    Ladder,
+    Slopes,
+    fit,
+    quick,
+    scattered_steps,
+    slopes,
+)
 
 # A plateau is looked for from a small share of the size of x to many times it.
 _GRID = tuple(4.0**k for k in range(-8, 4))
@@ -87,6 +97,7 @@ class Line:
         self._f, self._x, self.direction = f, x, direction
         self._quick: Ladder | None = None
         self._slopes: Slopes | None = None
+        self._fit: Fit | None = None
         self._plateau: Plateau | None = None
         # [rows, cells], or [rows, 1] where all cells have the same.
         self._weights = weights.reshape(-1, cells)
@@ -107,7 +118,7 @@ class Line:
         only = torch.zeros_like(v).index_copy(0, elements, v[elements])
         part.direction, part._cells = Direction(only, elements, apart=True), len(elements)
         part.magnitude = self.magnitude[cells]
-        part._slopes = part._plateau = None
+        part._slopes = part._plateau = part._fit = None
         if self._quick is not None:
             part._quick = Ladder(self._quick.step, *(table[:, cells] for table in self._quick[1:]))
         return part
@@ -180,8 +191,22 @@ class Line:
     def slopes(self, steps: Tensor, rtol: float) -> Slopes:
         """Numerical derivatives from many steps."""
         if self._slopes is None:
-            self._slopes = slopes(self.ladder(steps, whole=False), rtol, self.precision.unit())
+            unit = self.precision.unit()
+            self._slopes = slopes(self.ladder(steps, whole=False), rtol, unit)
+            if unit > EPS:
+                fit = self.fit()
+                self._slopes = self._slopes._replace(
+                    derivative=fit.slope, uncertainty=fit.slope_uncertainty
+                )
         return self._slopes
+
+    def fit(self) -> Fit:
+        """Value and slope of values that scatter by rounding."""
+        if self._fit is None:
+            steps = scattered_steps(self._x.device)
+            values = torch.stack([(self._weights * self._at(step)).sum(0) for step in steps])
+            self._fit = fit(values)
+        return self._fit
 
     def scatters(self, unit: float) -> bool:
         """Whether values are rounded to this relative precision.

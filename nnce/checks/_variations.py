@@ -15,11 +15,14 @@ from torch import Tensor
 
 from nnce.checks._derivatives import Arrange, Derivatives, Recorded
 from nnce.checks._numerical import EPS
+from nnce.checks._resolution import Resolution
 
 Pair = tuple[Tensor, Tensor]
 # Upstream gradients and tangents that are this much larger; 1e-8 is below what a loss scaled down
 # sends, and 1e6 above what a scaled one does.
-FACTORS = (1e-8, -1e6)
+_SMALLEST, _LARGEST = 1e-8, 1e6
+# They stay within what a dtype can hold by this factor.
+_MARGIN = 64.0
 # Another x, inside the domain of most functions, for a forward pass between forward and backward.
 NEARBY = 1 - 2.0**-6
 # This many pairs of inputs are passed the same tensor, of a function of many.
@@ -42,7 +45,7 @@ class Variation(NamedTuple):
 class Setting(NamedTuple):
     """What all variations start from."""
 
-    ours: Derivatives
+    resolution: Resolution
     value: Tensor
     first: Tensor
     upstream: Tensor
@@ -54,6 +57,21 @@ class Setting(NamedTuple):
     """The second derivatives along it as one vector, if the function has those."""
     mask: Callable[[Tensor], Tensor]
     """Draws zeros and ones in the shape of a tensor."""
+
+    @property
+    def ours(self) -> Derivatives:
+        """The function."""
+        return self.resolution.ours
+
+    def factors(self) -> tuple[float, float]:
+        """How much smaller and larger upstream gradients are tried.
+
+        What is beyond the range of the dtype that the function computes in is no fault of its own.
+        """
+        limits = torch.finfo(self.ours.dtype)
+        largest = max(float(t.nan_to_num(0.0).abs().max()) for t in (self.first, self.upstream))
+        small = max(_SMALLEST, _MARGIN * limits.tiny)
+        return small, -min(_LARGEST, limits.max / _MARGIN / max(largest, 1.0))
 
 
 # ---------------------------------------------------------------------------------------- layouts
@@ -142,7 +160,7 @@ def variations(setting: Setting) -> Iterator[Variation]:
 
 def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     """Further calls, and further backwards over one graph."""
-    ours, value, first, upstream = setting[:4]
+    ours, (_, value, first, upstream) = setting.ours, setting[:4]
 
     def again() -> Pair:
         return ours.pull(recorded, upstream, retain_graph=True), first
@@ -169,7 +187,7 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
 def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     """Other upstream gradients, all of them over one graph."""
-    ours, _, first, upstream, *_, mask = setting
+    ours, (_, _, first, upstream, *_, mask) = setting.ours, setting
     finite = first.isfinite()
 
     def pull(upstream: Tensor) -> Tensor:
@@ -190,7 +208,7 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     def expanded(arrange: Arrange) -> Callable[[], Pair]:
         return lambda: (pull(arrange(upstream)), pull(_then_contiguous(arrange)(upstream)))
 
-    for factor in FACTORS:
+    for factor in setting.factors():
         yield Variation("first", f"upstream gradient {factor:g} times as large", scaled(factor))
     if upstream.dim():
         zeros = in_two(upstream * mask(upstream))
@@ -212,7 +230,7 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
 def _of_layouts(setting: Setting) -> Iterator[Variation]:
     """Other layouts of the inputs, which some functions refuse."""
-    ours, value, first, upstream, along, tangent, second, _ = setting
+    ours, (_, value, first, upstream, along, tangent, second, _) = setting.ours, setting
 
     def of_first(recorded: Recorded) -> Callable[[], Pair]:
         return lambda: (ours.pull(recorded, upstream), first)
@@ -281,7 +299,7 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
 
 
 def _of_frozen_inputs(setting: Setting) -> Iterator[Variation]:
-    ours, _, first, upstream = setting[:4]
+    ours, (_, _, first, upstream) = setting.ours, setting[:4]
     everything = frozenset(range(len(ours.sizes)))
 
     def alone(wanted: frozenset[int]) -> Callable[[], Pair]:
@@ -333,7 +351,7 @@ def _of_tangents(setting: Setting, tangent: Tensor) -> Iterator[Variation]:
         return torch.stack(each).sum(0), tangent
 
     yield Variation("forward_mode", "at a second call", lambda: (ours.tangent(along), tangent))
-    for factor in FACTORS:
+    for factor in setting.factors():
         yield Variation("forward_mode", f"tangent {factor:g} times as large", scaled(factor))
     yield Variation(
         "forward_mode",
