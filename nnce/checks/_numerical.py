@@ -27,9 +27,11 @@ _CURVED, _DIGITS = 4096, 1e-3
 _NEAR, _FAR = 6, 4
 _STEEPEST_POWER = 6
 # Polynomials are fitted over intervals of up to this size of x, half of that and so on, which hold
-# this many values on either side per octave, and at least so many in all.
-_FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS, _FIT_LEAST = 2.0, 12, 16, 24
+# this many values on either side per octave.
+_FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 16
 _FIT_DEGREES = (7, 5)
+# A polynomial takes this many changes from one value to the next.
+_FIT_CHANGES = 32
 
 
 class Ladder(NamedTuple):
@@ -171,7 +173,7 @@ def _steps_and_designs() -> tuple[Tensor, list[tuple[float, Tensor, list[_Design
     for radius in (_FIT_LARGEST / 2**k for k in range(_FIT_OCTAVES)):
         inside = (steps.abs() <= radius).nonzero().flatten()
         powers = [(steps[inside, None] / radius) ** torch.arange(n + 1) for n in _FIT_DEGREES]
-        if len(inside) >= _FIT_LEAST:
+        if len(inside) > _FIT_CHANGES:
             designs.append((radius, inside, [_Design(p, torch.linalg.pinv(p)) for p in powers]))
     return steps, designs
 
@@ -188,9 +190,10 @@ def fit(values: Tensor) -> Fit:
     uncertain an interval's value and slope are.
     """
     found: list[list[Tensor]] = []
+    rigid = (values[1:] != values[:-1]).sum(0) < _FIT_CHANGES
     for radius, inside, designs in _steps_and_designs()[1]:
         chosen = values[inside.to(values.device)]
-        high, low = (_polynomial(chosen, design) for design in designs)
+        high, low = (_polynomial(chosen, rigid, design) for design in designs)
         row = [high[0], 2 * high[1] + (high[0] - low[0]).abs(), high[2] / radius]
         found.append([*row, (2 * high[3] + (high[2] - low[2]).abs()) / radius, high[4]])
     value, off_value, slope, off_slope, scatter = (torch.stack(t) for t in zip(*found, strict=True))
@@ -205,21 +208,20 @@ def fit(values: Tensor) -> Fit:
 
 
 def _polynomial(
-    values: Tensor, design: _Design
+    values: Tensor, rigid: Tensor, design: _Design
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Value and slope at 0, each with its standard error, and the largest residual.
 
-    Values on one step of a staircase count as one, and scatter by at least its smallest jump.
+    Values on one step of a staircase count as one; few of them tell nothing, but that values are
+    constant which hardly ever change.
     """
     powers, inverse = (t.to(values.device) for t in design)
     coefficients = inverse @ values
     off = (values - powers @ coefficients).abs()
-    jumps = values.diff(dim=0).abs()
-    moves = (jumps > 0).double().mean(0)
-    jump = torch.where(jumps > 0, jumps, math.inf).amin(0)
-    sigma = (off.square().sum(0) / (len(off) - powers.shape[1])).sqrt()
-    least = torch.where(moves < 1, jump * (1 - moves) / math.sqrt(12), 0.0)
-    sigma = torch.maximum(sigma, least) / moves.clamp(min=1 / len(off)).sqrt()
+    changes = (values[1:] != values[:-1]).sum(0)
+    sigma = (off.square().sum(0) / (len(off) - powers.shape[1]) * len(off) / changes).sqrt()
+    sigma = torch.where(changes < _FIT_CHANGES, math.inf, sigma)
+    sigma = torch.where(rigid & (changes == 0), 0.0, sigma)
     error = inverse.norm(dim=1)
     return coefficients[0], error[0] * sigma, coefficients[1], error[1] * sigma, off.amax(0)
 

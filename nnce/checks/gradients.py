@@ -530,12 +530,20 @@ class _ByDifferences:
         """All findings."""
         of_first = [self._of_f(direction) for direction in self._directions(self.first)]
         first = self._judge(of_first)
+        if first.verdict == "right" and not self.alone and self.ours.unit > EPS:
+            first = self._steepest(first)
         return Report(
             value=Finding("cannot tell", math.nan, "there is no reference to compare it with"),
             first=first,
             forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, of_first)),
             second=_or_unsupported(lambda: self._second(first)),
         )
+
+    def _steepest(self, first: Finding) -> Finding:
+        """Values in low precision show an error best where all elements move them the same way."""
+        direction = Direction(self.first.sign() * self.size, None)
+        together = self._judge([self._of_f(direction)])
+        return together if together.verdict == "wrong" else first
 
     # -------------------------------------------------------------------------------- evidence
 
