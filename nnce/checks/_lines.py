@@ -42,10 +42,6 @@ _FEW, _MANY = 4.0, 16.0
 _STEEP = 512.0
 # Values that scatter by rounding move by up to this many units in their last place.
 _SCATTER = 64.0
-# Over these shares of the square root of the precision, a smooth function bends by less than this
-# share of the precision; rounded up and down alike, values may seem straight over one of them.
-_STRAIGHT = tuple(0.05 * 0.93**k for k in range(40))
-_LEAST_SCATTER = 2.0**-6
 # What is below the smallest number of float32 counts as having faded to 0.
 _TINY = torch.finfo(torch.float32).tiny
 _MOST_HALVINGS = 80
@@ -207,20 +203,6 @@ class Line:
             values = torch.stack([(self._weights * self._at(step)).sum(0) for step in steps])
             self._fit = fit(values)
         return self._fit
-
-    def scatters(self, unit: float) -> bool:
-        """Whether values are rounded to this relative precision.
-
-        Over a step much longer than that and much shorter than its square root, a smooth function
-        is a straight line, to far within the precision.
-        """
-        for share in _STRAIGHT:
-            step = self._x.new_tensor(share * math.sqrt(unit))
-            up, center, down = self._at(step), self._center, self._at(-step)
-            size = torch.maximum(torch.maximum(up.abs(), down.abs()), center.abs())
-            if bool(((up - 2 * center + down).abs() > _LEAST_SCATTER * unit * size).any()):
-                return True
-        return False
 
     def plateau(self) -> Plateau:
         """Whether the values are constant about x, and how that ends.

@@ -32,6 +32,9 @@ _FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 16
 _FIT_DEGREES = (7, 5)
 # A polynomial takes this many changes from one value to the next.
 _FIT_CHANGES = 32
+_MOST_ALIKE = 0.98
+# Curves over two intervals are consistent up to this many times their uncertainty.
+_WIDE = 3
 
 
 class Ladder(NamedTuple):
@@ -199,9 +202,9 @@ def fit(values: Tensor) -> Fit:
     value, off_value, slope, off_slope, scatter = (torch.stack(t) for t in zip(*found, strict=True))
 
     def best(table: Tensor, off: Tensor, *others: Tensor) -> list[Tensor]:
-        width, row = _most_certain(table, 2 * off)
+        width, row = _most_certain(table, _WIDE * off)
         picked = [t.gather(0, row.clamp(min=0).unsqueeze(0)).squeeze(0) for t in (table, *others)]
-        return [*(torch.where(row >= 0, t, math.nan) for t in picked), width / 2]
+        return [*(torch.where(row >= 0, t, math.nan) for t in picked), width / _WIDE]
 
     value, scatter, off = best(value, off_value, scatter)
     return Fit(value, off, *best(slope, off_slope), scatter)
@@ -212,18 +215,20 @@ def _polynomial(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Value and slope at 0, each with its standard error, and the largest residual.
 
-    Values on one step of a staircase count as one; few of them tell nothing, but that values are
-    constant which hardly ever change.
+    Neighbors on one step of a staircase are off by the same and count as one. Few changes tell
+    nothing, but that values are constant which hardly ever change.
     """
     powers, inverse = (t.to(values.device) for t in design)
     coefficients = inverse @ values
-    off = (values - powers @ coefficients).abs()
+    off = values - powers @ coefficients
     changes = (values[1:] != values[:-1]).sum(0)
-    sigma = (off.square().sum(0) / (len(off) - powers.shape[1]) * len(off) / changes).sqrt()
+    squares = off.square().sum(0)
+    alike = ((off[1:] * off[:-1]).sum(0) / squares).nan_to_num(0.0).clamp(0.0, _MOST_ALIKE)
+    sigma = (squares / (len(off) - powers.shape[1]) * (1 + alike) / (1 - alike)).sqrt()
     sigma = torch.where(changes < _FIT_CHANGES, math.inf, sigma)
     sigma = torch.where(rigid & (changes == 0), 0.0, sigma)
     error = inverse.norm(dim=1)
-    return coefficients[0], error[0] * sigma, coefficients[1], error[1] * sigma, off.amax(0)
+    return coefficients[0], error[0] * sigma, coefficients[1], error[1] * sigma, off.abs().amax(0)
 
 
 def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:

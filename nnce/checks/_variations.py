@@ -7,6 +7,7 @@ gradient, and a jvp in its tangents: that tells what to expect of another one.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from nnce.checks._resolution import Resolution
 Pair = tuple[Tensor, Tensor]
 # Upstream gradients and tangents that are this much larger; 1e-8 is below what a loss scaled down
 # sends, and 1e6 above what a scaled one does.
-_SMALLEST, _LARGEST = 1e-8, 1e6
+FACTORS = (1e-8, -1e6)
 # They stay within what a dtype can hold by this factor.
 _MARGIN = 64.0
 # Another x, inside the domain of most functions, for a forward pass between forward and backward.
@@ -40,6 +41,8 @@ class Variation(NamedTuple):
     """The result under the condition, and the one that is expected, as vectors."""
     required: bool = True
     """Whether a failure is wrong."""
+    within: "Callable[[], Variation] | None" = None
+    """The same within the range of the dtype that the function computes in."""
 
 
 class Setting(NamedTuple):
@@ -63,15 +66,29 @@ class Setting(NamedTuple):
         """The function."""
         return self.resolution.ours
 
-    def factors(self) -> tuple[float, float]:
-        """How much smaller and larger upstream gradients are tried.
+    def scaled(
+        self, of: str, what: str, pull: Callable[[float], Tensor], expected: Tensor
+    ) -> Iterator[Variation]:
+        """A derivative under an upstream gradient or tangent that is much smaller or larger.
 
-        What is beyond the range of the dtype that the function computes in is no fault of its own.
+        That underflow and overflow are those of the function's dtype is no fault of its own.
         """
-        limits = torch.finfo(self.ours.dtype)
-        largest = max(float(t.nan_to_num(0.0).abs().max()) for t in (self.first, self.upstream))
-        small = max(_SMALLEST, _MARGIN * limits.tiny)
-        return small, -min(_LARGEST, limits.max / _MARGIN / max(largest, 1.0))
+
+        def by(factor: float) -> Variation:
+            def compute() -> Pair:
+                return pull(factor) / factor, expected
+
+            within = functools.partial(in_range, factor)
+            return Variation(of, f"{what} {factor:g} times as large", compute, within=within)
+
+        def in_range(factor: float) -> Variation:
+            limits, sizes = torch.finfo(self.ours.dtype), (self.first, self.upstream)
+            largest = max(1.0, *(float(t.nan_to_num(0.0).abs().max()) for t in sizes))
+            most = limits.max / _MARGIN / largest
+            size = min(max(abs(factor), _MARGIN * limits.tiny), most)
+            return by(math.copysign(size, factor))
+
+        return map(by, FACTORS)
 
 
 # ---------------------------------------------------------------------------------------- layouts
@@ -196,9 +213,6 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     def where_finite(got: Tensor, expected: Tensor) -> Pair:
         return torch.where(finite, got, 0.0), torch.where(finite, expected, 0.0)
 
-    def scaled(factor: float) -> Callable[[], Pair]:
-        return lambda: (pull(factor * upstream) / factor, first)
-
     def in_two(part: Tensor) -> Callable[[], Pair]:
         return lambda: where_finite(pull(part) + pull(upstream - part), first)
 
@@ -208,8 +222,7 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     def expanded(arrange: Arrange) -> Callable[[], Pair]:
         return lambda: (pull(arrange(upstream)), pull(_then_contiguous(arrange)(upstream)))
 
-    for factor in setting.factors():
-        yield Variation("first", f"upstream gradient {factor:g} times as large", scaled(factor))
+    yield from setting.scaled("first", "upstream gradient", lambda k: pull(k * upstream), first)
     if upstream.dim():
         zeros = in_two(upstream * mask(upstream))
         yield Variation("first", "upstream gradient with zeros", zeros)
@@ -343,16 +356,12 @@ def _of_tangents(setting: Setting, tangent: Tensor) -> Iterator[Variation]:
     ours, along = setting.ours, setting.along
     part = along * setting.mask(along)
 
-    def scaled(factor: float) -> Callable[[], Pair]:
-        return lambda: (ours.tangent(factor * along) / factor, tangent)
-
     def one_by_one() -> Pair:
         each = [ours.tangent(along, wanted={i}) for i in range(len(ours.sizes))]
         return torch.stack(each).sum(0), tangent
 
     yield Variation("forward_mode", "at a second call", lambda: (ours.tangent(along), tangent))
-    for factor in setting.factors():
-        yield Variation("forward_mode", f"tangent {factor:g} times as large", scaled(factor))
+    yield from setting.scaled("forward_mode", "tangent", lambda k: ours.tangent(k * along), tangent)
     yield Variation(
         "forward_mode",
         "tangent with zeros",

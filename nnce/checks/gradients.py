@@ -40,6 +40,8 @@ _CERTAIN = 1e-3
 _ROUGHLY = 1e-2
 # It is certain enough to this many units of a half precision.
 _COARSE = 8
+# Values that are off a smooth curve by this share of a unit are in low precision.
+_LEAST_SCATTER = 2.0**-6
 # Sums in low precision differ by a few units of their largest terms.
 _FEW = 4
 # Sums in another order differ by some units in the last place of their largest terms.
@@ -62,6 +64,9 @@ class Finding(NamedTuple):
     """The number of elements of the inputs that were looked at one by one."""
     elements: int = 0
     """The number of elements of the inputs."""
+    resolution: float = 0.0
+    """Up to what share of the largest derivative an error would not be seen, of a function in low
+    precision; 0 of one in float64."""
 
 
 class Report(NamedTuple):
@@ -106,7 +111,9 @@ class Report(NamedTuple):
         sentence = f"{verdict}: {_listed(self, verdict)}"
         if "unsupported" in verdicts:
             sentence += f"; unsupported: {_listed(self, 'unsupported')}"
-        return f"{sentence}; {self.first.probed:,} of {self.first.elements:,} elements probed"
+        sentence += f"; {self.first.probed:,} of {self.first.elements:,} elements probed"
+        resolution = max(finding.resolution for finding in self)
+        return sentence + (f"; in low precision, to {resolution:.1e}" if resolution else "")
 
 
 def _listed(report: Report, verdict: Verdict) -> str:
@@ -312,6 +319,10 @@ def _changes(start: Setting, rtol: float) -> dict[str, str]:
             start.upstream.copy_(upstream)
         elif not torch.equal(got, expected):
             detail = _difference(start, variation, got.flatten(), expected.flatten(), rtol)
+            if detail and variation.within and start.ours.unit > EPS:
+                variation = variation.within()
+                got, expected = (t.flatten() for t in variation.compute())
+                detail = _difference(start, variation, got, expected, rtol)
             if detail:
                 changes.setdefault(variation.of, detail)
     return changes
@@ -466,8 +477,8 @@ class _Evidence(NamedTuple):
     """Up to this size a derivative may be rounding alone."""
     names: Callable[[int], str]
     """What to call a cell."""
-    largest: float | Tensor
-    """The derivatives that it may be a sum of are as large as this; 0 where it is no sum."""
+    largest: Tensor
+    """The largest of all derivatives of its kind."""
     own: Callable[[], _Own]
     """What the computed derivative is around x."""
     reordered: float | Tensor = 0.0
@@ -574,10 +585,12 @@ class _ByDifferences:
     def _unit(self, of_gradient: bool) -> float:
         """The relative precision of values or gradients: the function's, where they scatter."""
         if of_gradient not in self._units:
-            unit = self.ours.unit
-            center = self.first if of_gradient else self.value
-            line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
-            self._units[of_gradient] = unit if unit > EPS and line.scatters(unit) else EPS
+            self._units[of_gradient] = EPS
+            if self.ours.unit > EPS:
+                center = (self.first if of_gradient else self.value).flatten().abs()
+                scatter = self.resolution.scatter("first" if of_gradient else "value")
+                if (scatter > _LEAST_SCATTER * self.ours.unit * center).any():
+                    self._units[of_gradient] = self.ours.unit
         return self._units[of_gradient]
 
     def _largest(self, gradient: Tensor) -> Tensor:
@@ -823,7 +836,8 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
             return finding
         findings.append(finding)
     undecided = [finding for finding in findings if finding.verdict == "cannot tell"]
-    return undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
+    worst = undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
+    return worst._replace(resolution=max(finding.resolution for finding in findings))
 
 
 def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
@@ -851,8 +865,9 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     found = line.slopes(many, rtol)
     single = line.precision.unit() > EPS
     floor = piece.floor + piece.reordered
+    resolution = torch.zeros_like(computed)
     if single:
-        certain, agrees, is_zero = _compared_coarsely(piece, found, rtol)
+        certain, agrees, is_zero, resolution = _compared_coarsely(piece, found, rtol)
     else:
         certain, agrees = _compared(computed, found, rtol)
         is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
@@ -873,8 +888,8 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
         cell = int(torch.where(wrong, error, -1.0).argmax())
         return _finding("wrong", piece, found.derivative, error, cell), right.nonzero()[:0]
     if right.all():
-        cell = int(error.argmax())
-        return _finding("right", piece, found.derivative, error, cell), right.nonzero()[:0]
+        finding = _finding("right", piece, found.derivative, error, int(error.argmax()))
+        return finding._replace(resolution=float(resolution.max())), right.nonzero()[:0]
     undecided = (~right).nonzero().flatten()
     return _undecided(piece, found, fades, int(undecided[0])), undecided
 
@@ -898,8 +913,8 @@ def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Ten
 
 def _compared_coarsely(
     piece: _Evidence, found: Slopes, rtol: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for values in low precision, and where the derivative is 0 to within rounding.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for values in low precision; where the derivative is 0; and the resolution.
 
     The computed derivative may be off by as much as it scatters about a smooth curve; the curve
     itself may not.
@@ -915,10 +930,13 @@ def _compared_coarsely(
     certain = found.uncertainty <= max(_CERTAIN, _COARSE * unit) * nearby
     # In low precision a small derivative has but the digits of the largest one; that a computed 0
     # is one, the values must show.
-    enough = found.uncertainty <= max(_ROUGHLY, _COARSE * unit) * nearby.clamp(min=piece.largest)
+    largest = nearby.clamp(min=piece.largest)
+    enough = found.uncertainty <= max(_ROUGHLY, _COARSE * unit) * largest
     zero = torch.maximum(found.zero, 2 * found.uncertainty + own.scatter)
     is_zero = (found.zero >= 0) & (computed.abs() <= zero)
-    return certain & differs, finite & enough & ~differs & (computed != 0), is_zero
+    agrees = finite & enough & ~differs & (computed != 0)
+    resolution = (2 * found.uncertainty + (rtol + unit) * size + own.scatter) / largest
+    return certain & differs, agrees, is_zero, torch.where(agrees, resolution, 0.0)
 
 
 def _length(piece: _Evidence, cell: int) -> float:
