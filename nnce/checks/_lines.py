@@ -201,7 +201,7 @@ class Line:
         if self._fit is None:
             steps = scattered_steps(self._x.device)
             values = torch.stack([(self._weights * self._at(step)).sum(0) for step in steps])
-            self._fit = fit(values)
+            self._fit = fit(values, self.precision.coarsest())
         return self._fit
 
     def plateau(self) -> Plateau:

@@ -28,10 +28,11 @@ _NEAR, _FAR = 6, 4
 _STEEPEST_POWER = 6
 # Polynomials are fitted over intervals of up to this size of x, half of that and so on, which hold
 # this many values on either side per octave.
-_FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 16
+_FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 10
 _FIT_DEGREES = (7, 5)
-# A polynomial takes this many changes from one value to the next.
-_FIT_CHANGES = 32
+# A polynomial takes this many values, this many changes from one to the next, and an interval of
+# this many units in the last place of x.
+_FIT_LEAST, _FIT_CHANGES, _FIT_UNITS = 32, 8, 64
 _MOST_ALIKE = 0.98
 # Curves over two intervals are consistent up to this many times their uncertainty.
 _WIDE = 3
@@ -176,7 +177,7 @@ def _steps_and_designs() -> tuple[Tensor, list[tuple[float, Tensor, list[_Design
     for radius in (_FIT_LARGEST / 2**k for k in range(_FIT_OCTAVES)):
         inside = (steps.abs() <= radius).nonzero().flatten()
         powers = [(steps[inside, None] / radius) ** torch.arange(n + 1) for n in _FIT_DEGREES]
-        if len(inside) > _FIT_CHANGES:
+        if len(inside) >= _FIT_LEAST:
             designs.append((radius, inside, [_Design(p, torch.linalg.pinv(p)) for p in powers]))
     return steps, designs
 
@@ -186,17 +187,18 @@ def scattered_steps(device: torch.device) -> Tensor:
     return _steps_and_designs()[0].to(device)
 
 
-def fit(values: Tensor) -> Fit:
+def fit(values: Tensor, unit: float) -> Fit:
     """Fit polynomials to values [steps, cells] over shrinking intervals.
 
     The scatter of the values about them, and the distance of polynomials of two degrees, show how
     uncertain an interval's value and slope are.
     """
     found: list[list[Tensor]] = []
-    rigid = (values[1:] != values[:-1]).sum(0) < _FIT_CHANGES
     for radius, inside, designs in _steps_and_designs()[1]:
+        if radius < _FIT_UNITS * unit:
+            break
         chosen = values[inside.to(values.device)]
-        high, low = (_polynomial(chosen, rigid, design) for design in designs)
+        high, low = (_polynomial(chosen, unit, design) for design in designs)
         row = [high[0], 2 * high[1] + (high[0] - low[0]).abs(), high[2] / radius]
         found.append([*row, (2 * high[3] + (high[2] - low[2]).abs()) / radius, high[4]])
     value, off_value, slope, off_slope, scatter = (torch.stack(t) for t in zip(*found, strict=True))
@@ -211,12 +213,12 @@ def fit(values: Tensor) -> Fit:
 
 
 def _polynomial(
-    values: Tensor, rigid: Tensor, design: _Design
+    values: Tensor, unit: float, design: _Design
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Value and slope at 0, each with its standard error, and the largest residual.
 
-    Neighbors on one step of a staircase are off by the same and count as one. Few changes tell
-    nothing, but that values are constant which hardly ever change.
+    Neighbors on one step of a staircase are off by the same and count as one. Values that hardly
+    ever change are known to within their range, and slopes to within what that hides.
     """
     powers, inverse = (t.to(values.device) for t in design)
     coefficients = inverse @ values
@@ -225,10 +227,12 @@ def _polynomial(
     squares = off.square().sum(0)
     alike = ((off[1:] * off[:-1]).sum(0) / squares).nan_to_num(0.0).clamp(0.0, _MOST_ALIKE)
     sigma = (squares / (len(off) - powers.shape[1]) * (1 + alike) / (1 - alike)).sqrt()
-    sigma = torch.where(changes < _FIT_CHANGES, math.inf, sigma)
-    sigma = torch.where(rigid & (changes == 0), 0.0, sigma)
-    error = inverse.norm(dim=1)
-    return coefficients[0], error[0] * sigma, coefficients[1], error[1] * sigma, off.abs().amax(0)
+    span = values.amax(0) - values.amin(0)
+    hidden = span + unit * values.abs().amax(0)
+    error, few = inverse.norm(dim=1), changes < _FIT_CHANGES
+    off_value = torch.where(few, span, error[0] * sigma)
+    off_slope = torch.where(few, hidden, error[1] * sigma)
+    return coefficients[0], off_value, coefficients[1], off_slope, off.abs().amax(0)
 
 
 def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:

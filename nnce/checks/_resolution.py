@@ -27,7 +27,8 @@ class Resolution:
         """The curves of values, gradient, tangent or second derivatives, one for each element."""
         if name not in self._fits:
             steps = scattered_steps(self.along.device)
-            self._fits[name] = fit(torch.stack([self._computed(name, step) for step in steps]))
+            values = torch.stack([self._computed(name, step) for step in steps])
+            self._fits[name] = fit(values, self.ours.unit)
         return self._fits[name]
 
     def scatter(self, name: str) -> Tensor:
