@@ -36,9 +36,9 @@ _LARGEST_STEP = 64.0
 # A derivative is wrong only if the numerical one is certain to three digits: two or three estimates
 # may agree by accident.
 _CERTAIN = 1e-3
-# In lower precision than float64 a derivative that agrees is right if it is certain to two digits.
+# In lower precision than float64 a derivative is right if it agrees and is certain to two digits,
 _ROUGHLY = 1e-2
-# It is certain enough to this many units of a half precision.
+# or to this many units.
 _COARSE = 8
 # Values that are off a smooth curve by this share of a unit are in low precision.
 _LEAST_SCATTER = 2.0**-6
@@ -158,10 +158,12 @@ def check_gradients(
     the largest computed derivative and some random ones are probed one by one.
 
     Values are taken to be right to some units in the last place of float64. Where a function
-    computes in float32, it is right if it agrees with all digits that this leaves, at least two; in
-    float16 and bfloat16 too few are left. Where a function cancels inside or is a staircase, and
-    where x is beyond 10^14 or nearer to a pole than 10^-14, what it computes has other derivatives
-    than what it means, and it may be called wrong; a reference decides.
+    computes in float32, float16 or bfloat16, polynomials are fitted to some hundred values, and to
+    as many gradients. How far these scatter is the function's resolution: it is right if it differs
+    by no more, and the first line of the report states that share of the largest derivative. Where
+    a function is a staircase of its own, and where x is beyond 10^14 or nearer to a pole than
+    10^-14, what it computes has other derivatives than what it means, and it may be called wrong; a
+    reference decides.
 
     With a reference, value and derivatives are compared with it element by element, at any input.
     Where they differ by no more than rounding the inputs moves the reference, it cannot tell.
