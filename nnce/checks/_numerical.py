@@ -209,7 +209,8 @@ def fit(values: Tensor, unit: float) -> Fit:
         return [*(torch.where(row >= 0, t, math.nan) for t in picked), width / _WIDE]
 
     value, scatter, off = best(value, off_value, scatter)
-    return Fit(value, off, *best(slope, off_slope), scatter)
+    slope, off_slope = best(slope, off_slope)
+    return Fit(value, off, slope, off_slope, scatter)
 
 
 def _polynomial(

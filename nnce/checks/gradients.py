@@ -221,7 +221,8 @@ def _check(
             trusted = Subject(reference, inputs, "the reference")
             trusted.observe()
             report = _by_reference(ours, Derivatives(trusted), upstream, draw, rtol)
-            along, *computed = _along_random(ours, upstream, draw)
+            along, *rest = _along_random(ours, upstream, draw)
+            computed = rest[0], rest[1]
             resolution = Resolution(ours, upstream, along)
     except Broken as error:
         raise ValueError(str(error)) from error
