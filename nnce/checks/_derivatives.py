@@ -8,7 +8,6 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from nnce.checks._numerical import EPS
 from nnce.checks._subject import Subject, sentence
 from nnce.checks._torch_private import (
     NO_DERIVATIVE,
@@ -59,26 +58,35 @@ class Derivatives:
         moved.subject, moved.shapes, moved.sizes, moved.x = self.subject, self.shapes, self.sizes, x
         return moved
 
-    @functools.cached_property
+    @property
     def unit(self) -> float:
-        """The relative precision that the function computes in, forward or backward.
+        """The relative precision of `dtype`."""
+        return torch.finfo(self.dtype).eps
 
-        Either it converts numbers to another dtype, or, out of PyTorch's sight, it is a staircase:
-        it stays where it is over a small step, and moves over one of float32's size.
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The least precise dtype that the function computes in, forward or backward.
+
+        Either it converts numbers to that dtype, or, out of PyTorch's sight, it is a staircase: all
+        values are numbers of half precision, or they stay where they are over a step that is small
+        in float32, and move over a larger one.
         """
         narrow = narrowest(lambda: self.first(torch.ones_like(self.value())))
-        if narrow > EPS:
+        if narrow != torch.float64:
             return narrow
         share = torch.linspace(0.5, 1.0, len(self.x), dtype=self.x.dtype, device=self.x.device)
 
         def moves(compute: Callable[[Derivatives], Tensor], step: float) -> bool:
             return not torch.equal(compute(self.at(self.x * (1 + step * share))), compute(self))
 
-        single = torch.finfo(torch.float32).eps
         for compute in (Derivatives.value, lambda ours: ours.first(torch.ones_like(ours.value()))):
-            if moves(compute, 2**12 * single) and not moves(compute, single / 2**16):
-                return single
-        return EPS
+            values = torch.stack([compute(self.at(self.x * (1 + 0.0137 * k))) for k in (1, 2)])
+            for dtype in (torch.bfloat16, torch.float16):
+                if torch.equal(values.to(dtype).to(values), values) and (values != values[0]).any():
+                    return dtype
+            if moves(compute, 2.0**-11) and not moves(compute, 2.0**-39):
+                return torch.float32
+        return torch.float64
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The inputs whose elements a vector like x concatenates."""

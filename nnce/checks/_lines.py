@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from nnce.checks._derivatives import Broken
-from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, slopes
+from nnce.checks._numerical import (
+    COARSEST_JUMP,
+    EPS,
+    Fit,
+    Ladder,
+    Slopes,
+    fit,
+    quick,
+    scattered_steps,
+    slopes,
+)
 
 # A plateau is looked for from a small share of the size of x to many times it.
 _GRID = tuple(4.0**k for k in range(-8, 4))
@@ -32,10 +42,6 @@ _FEW, _MANY = 4.0, 16.0
 _STEEP = 512.0
 # Values that scatter by rounding move by up to this many units in their last place.
 _SCATTER = 64.0
-# Over these shares of the square root of the precision, a smooth function bends by less than this
-# share of the precision; rounded up and down alike, values may seem straight over one of them.
-_STRAIGHT = tuple(0.05 * 0.93**k for k in range(40))
-_LEAST_SCATTER = 2.0**-6
 # What is below the smallest number of float32 counts as having faded to 0.
 _TINY = torch.finfo(torch.float32).tiny
 _MOST_HALVINGS = 80
@@ -87,6 +93,7 @@ class Line:
         self._f, self._x, self.direction = f, x, direction
         self._quick: Ladder | None = None
         self._slopes: Slopes | None = None
+        self._fit: Fit | None = None
         self._plateau: Plateau | None = None
         # [rows, cells], or [rows, 1] where all cells have the same.
         self._weights = weights.reshape(-1, cells)
@@ -107,7 +114,7 @@ class Line:
         only = torch.zeros_like(v).index_copy(0, elements, v[elements])
         part.direction, part._cells = Direction(only, elements, apart=True), len(elements)
         part.magnitude = self.magnitude[cells]
-        part._slopes = part._plateau = None
+        part._slopes = part._plateau = part._fit = None
         if self._quick is not None:
             part._quick = Ladder(self._quick.step, *(table[:, cells] for table in self._quick[1:]))
         return part
@@ -180,22 +187,22 @@ class Line:
     def slopes(self, steps: Tensor, rtol: float) -> Slopes:
         """Numerical derivatives from many steps."""
         if self._slopes is None:
-            self._slopes = slopes(self.ladder(steps, whole=False), rtol, self.precision.unit())
+            unit = self.precision.unit()
+            self._slopes = slopes(self.ladder(steps, whole=False), rtol, unit)
+            if unit > EPS:
+                fit = self.fit()
+                self._slopes = self._slopes._replace(
+                    derivative=fit.slope, uncertainty=fit.slope_uncertainty
+                )
         return self._slopes
 
-    def scatters(self, unit: float) -> bool:
-        """Whether values are rounded to this relative precision.
-
-        Over a step much longer than that and much shorter than its square root, a smooth function
-        is a straight line, to far within the precision.
-        """
-        for share in _STRAIGHT:
-            step = self._x.new_tensor(share * math.sqrt(unit))
-            up, center, down = self._at(step), self._center, self._at(-step)
-            size = torch.maximum(torch.maximum(up.abs(), down.abs()), center.abs())
-            if bool(((up - 2 * center + down).abs() > _LEAST_SCATTER * unit * size).any()):
-                return True
-        return False
+    def fit(self) -> Fit:
+        """Value and slope of values that scatter by rounding."""
+        if self._fit is None:
+            steps = scattered_steps(self._x.device)
+            values = torch.stack([(self._weights * self._at(step)).sum(0) for step in steps])
+            self._fit = fit(values, self.precision.coarsest())
+        return self._fit
 
     def plateau(self) -> Plateau:
         """Whether the values are constant about x, and how that ends.

@@ -4,6 +4,7 @@ Differences are taken over a ladder of steps, each a quarter of the one before, 
 at once: a cell is a number whose derivative is wanted, such as one element of the output.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -25,6 +26,16 @@ _CURVED, _DIGITS = 4096, 1e-3
 # the largest power of the distance with which slopes may shrink in between.
 _NEAR, _FAR = 6, 4
 _STEEPEST_POWER = 6
+# Polynomials are fitted over intervals of up to this size of x, half of that and so on, which hold
+# this many values on either side per octave.
+_FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 10
+_FIT_DEGREES = (7, 5)
+# A polynomial takes this many values, this many changes from one to the next, and an interval of
+# this many units in the last place of x.
+_FIT_LEAST, _FIT_CHANGES, _FIT_UNITS = 32, 8, 64
+_MOST_ALIKE = 0.98
+# Curves over two intervals are consistent up to this many times their uncertainty.
+_WIDE = 3
 
 
 class Ladder(NamedTuple):
@@ -134,6 +145,95 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
         nothing=nothing,
         nearby=_steepness(ladder)[_FAR].nan_to_num(0.0, 0.0, 0.0),
     )
+
+
+class Fit(NamedTuple):
+    """Value and slope of a smooth curve through values that scatter by rounding, at step 0."""
+
+    value: Tensor
+    value_uncertainty: Tensor
+    slope: Tensor
+    slope_uncertainty: Tensor
+    scatter: Tensor
+    """The largest distance of a value from the curve."""
+
+
+class _Design(NamedTuple):
+    """Polynomials of one degree at steps within a radius."""
+
+    powers: Tensor
+    inverse: Tensor
+
+
+@functools.cache
+def _steps_and_designs() -> tuple[Tensor, list[tuple[float, Tensor, list[_Design]]]]:
+    """Steps of all sizes and both signs in order; for each radius those inside, and polynomials."""
+    generator = torch.Generator().manual_seed(0)
+    number = _FIT_OCTAVES * _FIT_STEPS
+    octave = torch.arange(number) + torch.rand(2, number, generator=generator, dtype=torch.float64)
+    sizes = _FIT_LARGEST * 2.0 ** (-octave / _FIT_STEPS)
+    steps = torch.cat([-sizes[0], sizes[1].flip(0)])
+    designs = []
+    for radius in (_FIT_LARGEST / 2**k for k in range(_FIT_OCTAVES)):
+        inside = (steps.abs() <= radius).nonzero().flatten()
+        powers = [(steps[inside, None] / radius) ** torch.arange(n + 1) for n in _FIT_DEGREES]
+        if len(inside) >= _FIT_LEAST:
+            designs.append((radius, inside, [_Design(p, torch.linalg.pinv(p)) for p in powers]))
+    return steps, designs
+
+
+def scattered_steps(device: torch.device) -> Tensor:
+    """The steps that `fit` expects values at."""
+    return _steps_and_designs()[0].to(device)
+
+
+def fit(values: Tensor, unit: float) -> Fit:
+    """Fit polynomials to values [steps, cells] over shrinking intervals.
+
+    The scatter of the values about them, and the distance of polynomials of two degrees, show how
+    uncertain an interval's value and slope are.
+    """
+    found: list[list[Tensor]] = []
+    for radius, inside, designs in _steps_and_designs()[1]:
+        if radius < _FIT_UNITS * unit:
+            break
+        chosen = values[inside.to(values.device)]
+        high, low = (_polynomial(chosen, unit, design) for design in designs)
+        row = [high[0], 2 * high[1] + (high[0] - low[0]).abs(), high[2] / radius]
+        found.append([*row, (2 * high[3] + (high[2] - low[2]).abs()) / radius, high[4]])
+    value, off_value, slope, off_slope, scatter = (torch.stack(t) for t in zip(*found, strict=True))
+
+    def best(table: Tensor, off: Tensor, *others: Tensor) -> list[Tensor]:
+        width, row = _most_certain(table, _WIDE * off)
+        picked = [t.gather(0, row.clamp(min=0).unsqueeze(0)).squeeze(0) for t in (table, *others)]
+        return [*(torch.where(row >= 0, t, math.nan) for t in picked), width / _WIDE]
+
+    value, scatter, off = best(value, off_value, scatter)
+    slope, off_slope = best(slope, off_slope)
+    return Fit(value, off, slope, off_slope, scatter)
+
+
+def _polynomial(
+    values: Tensor, unit: float, design: _Design
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Value and slope at 0, each with its standard error, and the largest residual.
+
+    Neighbors on one step of a staircase are off by the same and count as one. Values that hardly
+    ever change are known to within their range, and slopes to within what that hides.
+    """
+    powers, inverse = (t.to(values.device) for t in design)
+    coefficients = inverse @ values
+    off = values - powers @ coefficients
+    changes = (values[1:] != values[:-1]).sum(0)
+    squares = off.square().sum(0)
+    alike = ((off[1:] * off[:-1]).sum(0) / squares).nan_to_num(0.0).clamp(0.0, _MOST_ALIKE)
+    sigma = (squares / (len(off) - powers.shape[1]) * (1 + alike) / (1 - alike)).sqrt()
+    span = values.amax(0) - values.amin(0)
+    hidden = span + unit * values.abs().amax(0)
+    error, few = inverse.norm(dim=1), changes < _FIT_CHANGES
+    off_value = torch.where(few, span, error[0] * sigma)
+    off_slope = torch.where(few, hidden, error[1] * sigma)
+    return coefficients[0], off_value, coefficients[1], off_slope, off.abs().amax(0)
 
 
 def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:

@@ -74,22 +74,25 @@ class _Watched(TorchDispatchMode):
         return output
 
 
-def narrowest(call: Callable[[], object]) -> float:
-    """The precision of the least precise dtype that a call converts numbers to; 0 if to none."""
-    found = [0.0]
+def narrowest(call: Callable[[], object]) -> torch.dtype:
+    """The least precise dtype that a call converts numbers to; float64 if to none."""
+    found = [torch.float64]
 
-    def units(nested: Any) -> list[float]:
+    def unit(dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).eps
+
+    def dtypes(nested: Any) -> list[torch.dtype]:
         tensors = [t for t in tree_leaves(nested) if isinstance(t, Tensor)]
-        return [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
+        return sorted({t.dtype for t in tensors if t.is_floating_point()}, key=unit)
 
     def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        given, returned = units((args, kwargs)), units(output)
-        if given and returned and max(returned) > min(given):
-            found.append(max(returned))
+        given, returned = dtypes((args, kwargs)), dtypes(output)
+        if given and returned and unit(returned[-1]) > unit(given[0]):
+            found.append(returned[-1])
 
     with _Watched(see):
         call()
-    return max(found)
+    return max(found, key=unit)
 
 
 def operators_without_tangents(call: Callable[[], object]) -> list[str]:

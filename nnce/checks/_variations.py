@@ -7,6 +7,7 @@ gradient, and a jvp in its tangents: that tells what to expect of another one.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from nnce.checks._derivatives import Arrange, Derivatives, Recorded
 from nnce.checks._numerical import EPS
+from nnce.checks._resolution import Resolution
 
 Pair = tuple[Tensor, Tensor]
 # Upstream gradients and tangents that are this much larger; 1e-8 is below what a loss scaled down
 # sends, and 1e6 above what a scaled one does.
 FACTORS = (1e-8, -1e6)
+# They stay within what a dtype can hold by this factor.
+_MARGIN = 64.0
 # Another x, inside the domain of most functions, for a forward pass between forward and backward.
 NEARBY = 1 - 2.0**-6
 # This many pairs of inputs are passed the same tensor, of a function of many.
@@ -37,12 +41,14 @@ class Variation(NamedTuple):
     """The result under the condition, and the one that is expected, as vectors."""
     required: bool = True
     """Whether a failure is wrong."""
+    within: "Callable[[], Variation] | None" = None
+    """The same within the range of the dtype that the function computes in."""
 
 
 class Setting(NamedTuple):
     """What all variations start from."""
 
-    ours: Derivatives
+    resolution: Resolution
     value: Tensor
     first: Tensor
     upstream: Tensor
@@ -54,6 +60,35 @@ class Setting(NamedTuple):
     """The second derivatives along it as one vector, if the function has those."""
     mask: Callable[[Tensor], Tensor]
     """Draws zeros and ones in the shape of a tensor."""
+
+    @property
+    def ours(self) -> Derivatives:
+        """The function."""
+        return self.resolution.ours
+
+    def scaled(
+        self, of: str, what: str, pull: Callable[[float], Tensor], expected: Tensor
+    ) -> Iterator[Variation]:
+        """A derivative under an upstream gradient or tangent that is much smaller or larger.
+
+        That underflow and overflow are those of the function's dtype is no fault of its own.
+        """
+
+        def by(factor: float) -> Variation:
+            def compute() -> Pair:
+                return pull(factor) / factor, expected
+
+            within = functools.partial(in_range, factor)
+            return Variation(of, f"{what} {factor:g} times as large", compute, within=within)
+
+        def in_range(factor: float) -> Variation:
+            limits, sizes = torch.finfo(self.ours.dtype), (self.first, self.upstream)
+            largest = max(1.0, *(float(t.nan_to_num(0.0).abs().max()) for t in sizes))
+            most = limits.max / _MARGIN / largest
+            size = min(max(abs(factor), _MARGIN * limits.tiny), most)
+            return by(math.copysign(size, factor))
+
+        return map(by, FACTORS)
 
 
 # ---------------------------------------------------------------------------------------- layouts
@@ -142,7 +177,7 @@ def variations(setting: Setting) -> Iterator[Variation]:
 
 def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     """Further calls, and further backwards over one graph."""
-    ours, value, first, upstream = setting[:4]
+    ours, (_, value, first, upstream) = setting.ours, setting[:4]
 
     def again() -> Pair:
         return ours.pull(recorded, upstream, retain_graph=True), first
@@ -169,7 +204,7 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
 def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     """Other upstream gradients, all of them over one graph."""
-    ours, _, first, upstream, *_, mask = setting
+    ours, (_, _, first, upstream, *_, mask) = setting.ours, setting
     finite = first.isfinite()
 
     def pull(upstream: Tensor) -> Tensor:
@@ -177,9 +212,6 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
     def where_finite(got: Tensor, expected: Tensor) -> Pair:
         return torch.where(finite, got, 0.0), torch.where(finite, expected, 0.0)
-
-    def scaled(factor: float) -> Callable[[], Pair]:
-        return lambda: (pull(factor * upstream) / factor, first)
 
     def in_two(part: Tensor) -> Callable[[], Pair]:
         return lambda: where_finite(pull(part) + pull(upstream - part), first)
@@ -190,8 +222,7 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     def expanded(arrange: Arrange) -> Callable[[], Pair]:
         return lambda: (pull(arrange(upstream)), pull(_then_contiguous(arrange)(upstream)))
 
-    for factor in FACTORS:
-        yield Variation("first", f"upstream gradient {factor:g} times as large", scaled(factor))
+    yield from setting.scaled("first", "upstream gradient", lambda k: pull(k * upstream), first)
     if upstream.dim():
         zeros = in_two(upstream * mask(upstream))
         yield Variation("first", "upstream gradient with zeros", zeros)
@@ -212,7 +243,7 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
 def _of_layouts(setting: Setting) -> Iterator[Variation]:
     """Other layouts of the inputs, which some functions refuse."""
-    ours, value, first, upstream, along, tangent, second, _ = setting
+    ours, (_, value, first, upstream, along, tangent, second, _) = setting.ours, setting
 
     def of_first(recorded: Recorded) -> Callable[[], Pair]:
         return lambda: (ours.pull(recorded, upstream), first)
@@ -281,7 +312,7 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
 
 
 def _of_frozen_inputs(setting: Setting) -> Iterator[Variation]:
-    ours, _, first, upstream = setting[:4]
+    ours, (_, _, first, upstream) = setting.ours, setting[:4]
     everything = frozenset(range(len(ours.sizes)))
 
     def alone(wanted: frozenset[int]) -> Callable[[], Pair]:
@@ -325,16 +356,12 @@ def _of_tangents(setting: Setting, tangent: Tensor) -> Iterator[Variation]:
     ours, along = setting.ours, setting.along
     part = along * setting.mask(along)
 
-    def scaled(factor: float) -> Callable[[], Pair]:
-        return lambda: (ours.tangent(factor * along) / factor, tangent)
-
     def one_by_one() -> Pair:
         each = [ours.tangent(along, wanted={i}) for i in range(len(ours.sizes))]
         return torch.stack(each).sum(0), tangent
 
     yield Variation("forward_mode", "at a second call", lambda: (ours.tangent(along), tangent))
-    for factor in FACTORS:
-        yield Variation("forward_mode", f"tangent {factor:g} times as large", scaled(factor))
+    yield from setting.scaled("forward_mode", "tangent", lambda k: ours.tangent(k * along), tangent)
     yield Variation(
         "forward_mode",
         "tangent with zeros",

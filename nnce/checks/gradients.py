@@ -18,6 +18,7 @@ from torch import Tensor
 from nnce.checks._derivatives import Broken, Derivatives, Unsupported, element
 from nnce.checks._lines import Direction, Line, Precision
 from nnce.checks._numerical import EPS, Slopes
+from nnce.checks._resolution import Resolution
 from nnce.checks._subject import Subject, alike, equal
 from nnce.checks._torch_private import TANGENT_IGNORED
 from nnce.checks._variations import Setting, Variation, variations
@@ -35,8 +36,14 @@ _LARGEST_STEP = 64.0
 # A derivative is wrong only if the numerical one is certain to three digits: two or three estimates
 # may agree by accident.
 _CERTAIN = 1e-3
-# In lower precision than float64 a derivative that agrees is right if it is certain to two digits.
+# In lower precision than float64 a derivative is right if it agrees and is certain to two digits,
 _ROUGHLY = 1e-2
+# or to this many units.
+_COARSE = 8
+# Values that are off a smooth curve by this share of a unit are in low precision.
+_LEAST_SCATTER = 2.0**-6
+# Sums in low precision differ by a few units of their largest terms.
+_FEW = 4
 # Sums in another order differ by some units in the last place of their largest terms.
 _ULPS = 64
 _ROUNDING = _ULPS * EPS
@@ -57,6 +64,9 @@ class Finding(NamedTuple):
     """The number of elements of the inputs that were looked at one by one."""
     elements: int = 0
     """The number of elements of the inputs."""
+    resolution: float = 0.0
+    """Up to what share of the largest derivative an error would not be seen, of a function in low
+    precision; 0 of one in float64."""
 
 
 class Report(NamedTuple):
@@ -101,7 +111,9 @@ class Report(NamedTuple):
         sentence = f"{verdict}: {_listed(self, verdict)}"
         if "unsupported" in verdicts:
             sentence += f"; unsupported: {_listed(self, 'unsupported')}"
-        return f"{sentence}; {self.first.probed:,} of {self.first.elements:,} elements probed"
+        sentence += f"; {self.first.probed:,} of {self.first.elements:,} elements probed"
+        resolution = max(finding.resolution for finding in self)
+        return sentence + (f"; in low precision, to {resolution:.1e}" if resolution else "")
 
 
 def _listed(report: Report, verdict: Verdict) -> str:
@@ -146,10 +158,12 @@ def check_gradients(
     the largest computed derivative and some random ones are probed one by one.
 
     Values are taken to be right to some units in the last place of float64. Where a function
-    computes in float32, it is right if it agrees with all digits that this leaves, at least two; in
-    float16 and bfloat16 too few are left. Where a function cancels inside or is a staircase, and
-    where x is beyond 10^14 or nearer to a pole than 10^-14, what it computes has other derivatives
-    than what it means, and it may be called wrong; a reference decides.
+    computes in float32, float16 or bfloat16, polynomials are fitted to some hundred values, and to
+    as many gradients. How far these scatter is the function's resolution: it is right if it differs
+    by no more, and the first line of the report states that share of the largest derivative. Where
+    a function is a staircase of its own, and where x is beyond 10^14 or nearer to a pole than
+    10^-14, what it computes has other derivatives than what it means, and it may be called wrong; a
+    reference decides.
 
     With a reference, value and derivatives are compared with it element by element, at any input.
     Where they differ by no more than rounding the inputs moves the reference, it cannot tell.
@@ -207,15 +221,17 @@ def _check(
             count = ours.x.numel() if elements == "all" else int(elements)
             finder = _ByDifferences(ours, value, first, upstream, draw, count, rtol)
             report = finder.report()
-            computed = finder.everywhere.v, finder.tangent, finder.second
+            resolution, computed = finder.resolution, (finder.tangent, finder.second)
         else:
             trusted = Subject(reference, inputs, "the reference")
             trusted.observe()
             report = _by_reference(ours, Derivatives(trusted), upstream, draw, rtol)
-            computed = _along_random(ours, upstream, draw)
+            along, *rest = _along_random(ours, upstream, draw)
+            computed = rest[0], rest[1]
+            resolution = Resolution(ours, upstream, along)
     except Broken as error:
         raise ValueError(str(error)) from error
-    start = Setting(ours, value, first, upstream, *computed, draw.mask)
+    start = Setting(resolution, value, first, upstream, resolution.along, *computed, draw.mask)
     changes = {
         name: getattr(report, name)._replace(verdict="wrong", error=math.nan, detail=detail)
         for name, detail in _changes(start, rtol).items()
@@ -311,6 +327,10 @@ def _changes(start: Setting, rtol: float) -> dict[str, str]:
             start.upstream.copy_(upstream)
         elif not torch.equal(got, expected):
             detail = _difference(start, variation, got.flatten(), expected.flatten(), rtol)
+            if detail and variation.within and start.ours.unit > EPS:
+                variation = variation.within()
+                got, expected = (t.flatten() for t in variation.compute())
+                detail = _difference(start, variation, got, expected, rtol)
             if detail:
                 changes.setdefault(variation.of, detail)
     return changes
@@ -330,12 +350,18 @@ def _difference(
     off = (got - expected).abs()
     wrong = ~(alike(got, expected) | (off.isfinite() & (off <= bound)))
     if wrong.any() and start.ours.unit > EPS:
-        wrong &= ~(off <= bound + _ULPS * start.ours.unit * largest)
+        scatter = start.resolution.scatter(variation.of)
+        wrong &= ~(off <= bound + _FEW * start.ours.unit * largest + _repeated(scatter, len(off)))
     if not wrong.any():
         return ""
     at = int(torch.where(wrong, off.nan_to_num(math.inf), -1.0).argmax())
     name = _names(start.ours, start.value.shape, variation.of)(at)
     return f"{name}: {got[at]:.6g}, expected {expected[at]:.6g} ({variation.where})"
+
+
+def _repeated(scatter: Tensor, length: int) -> Tensor:
+    """Twice the scatter of each element; of several calls one after the other, of each of them."""
+    return 2 * scatter.repeat(-(-length // len(scatter)))[:length]
 
 
 def _names(ours: Derivatives, shape: torch.Size, of: str) -> Callable[[int], str]:
@@ -441,6 +467,14 @@ def _compare(
 # ------------------------------------------------------------------- against numerical derivatives
 
 
+class _Own(NamedTuple):
+    """A smooth curve through a derivative that is computed in low precision, in cells."""
+
+    value: Tensor
+    uncertainty: Tensor
+    scatter: Tensor
+
+
 class _Evidence(NamedTuple):
     """A computed derivative next to the values along a line."""
 
@@ -451,8 +485,10 @@ class _Evidence(NamedTuple):
     """Up to this size a derivative may be rounding alone."""
     names: Callable[[int], str]
     """What to call a cell."""
-    largest: float | Tensor
-    """The derivatives that it may be a sum of are as large as this; 0 where it is no sum."""
+    largest: Tensor
+    """The largest of all derivatives of its kind."""
+    own: Callable[[], _Own]
+    """What the computed derivative is around x."""
     reordered: float | Tensor = 0.0
     """What another order of summation adds to its rounding in float64."""
 
@@ -467,6 +503,7 @@ class _Evidence(NamedTuple):
             computed=self.computed[cells],
             floor=self.floor[cells],
             names=names,
+            own=lambda: _Own(*(t[cells] for t in self.own())),
         )
 
     def each(self) -> "list[_Evidence]":
@@ -503,6 +540,7 @@ class _ByDifferences:
         self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
         self.largest = self._largest(first)
         self.everywhere = Direction(draw.like(ours.x) * self.size, None)
+        self.resolution = Resolution(ours, upstream, self.everywhere.v)
         self._units: dict[bool, float] = {}
         self.tangent: Tensor | None = None
         self.second: Tensor | None = None
@@ -511,12 +549,20 @@ class _ByDifferences:
         """All findings."""
         of_first = [self._of_f(direction) for direction in self._directions(self.first)]
         first = self._judge(of_first)
+        if first.verdict == "right" and not self.alone and self.ours.unit > EPS:
+            first = self._steepest(first)
         return Report(
             value=Finding("cannot tell", math.nan, "there is no reference to compare it with"),
             first=first,
             forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, of_first)),
             second=_or_unsupported(lambda: self._second(first)),
         )
+
+    def _steepest(self, first: Finding) -> Finding:
+        """Values in low precision show an error best where all elements move them the same way."""
+        direction = Direction(self.first.sign() * self.size, None)
+        together = self._judge([self._of_f(direction)])
+        return together if together.verdict == "wrong" else first
 
     # -------------------------------------------------------------------------------- evidence
 
@@ -529,7 +575,7 @@ class _ByDifferences:
     def _of_f(self, direction: Direction) -> _Evidence:
         """The gradient along a direction."""
         line = self._line(False, direction, self.upstream, self.cells)
-        return self._evidence(line, self._along_line(self.first, line), self.largest)
+        return self._evidence(line, self.first, self.largest, "first")
 
     def _line(
         self,
@@ -547,16 +593,18 @@ class _ByDifferences:
     def _unit(self, of_gradient: bool) -> float:
         """The relative precision of values or gradients: the function's, where they scatter."""
         if of_gradient not in self._units:
-            unit = self.ours.unit
-            center = self.first if of_gradient else self.value
-            line = self._line(of_gradient, self.everywhere, torch.ones_like(center), center.numel())
-            self._units[of_gradient] = unit if unit > EPS and line.scatters(unit) else EPS
+            self._units[of_gradient] = EPS
+            if self.ours.unit > EPS:
+                center = (self.first if of_gradient else self.value).flatten().abs()
+                scatter = self.resolution.scatter("first" if of_gradient else "value")
+                if (scatter > _LEAST_SCATTER * self.ours.unit * center).any():
+                    self._units[of_gradient] = self.ours.unit
         return self._units[of_gradient]
 
     def _largest(self, gradient: Tensor) -> Tensor:
         return (gradient * self.size).nan_to_num(0, 0, 0).abs().max()
 
-    def _evidence(self, line: Line, computed: Tensor, largest: Tensor) -> _Evidence:
+    def _evidence(self, line: Line, computed: Tensor, largest: Tensor, of: str) -> _Evidence:
         # Sums are of terms of the size of the largest derivatives.
         floor = line.magnitude if self.alone else line.magnitude.clamp(min=largest)
         elements = line.direction.elements
@@ -566,7 +614,19 @@ class _ByDifferences:
                 "a random direction" if elements is None else self.ours.place(int(elements[cell]))
             )
 
-        return _Evidence(line, computed, _ROUNDING * floor, names, 0.0 if self.alone else largest)
+        def own() -> _Own:
+            value, uncertainty, scatter = self._own(of)
+            sign = line.direction.v.sign()
+            sizes = (self._along_line(sign * t, line) for t in (uncertainty, scatter))
+            return _Own(self._along_line(value, line), *sizes)
+
+        along = self._along_line(computed, line)
+        return _Evidence(line, along, _ROUNDING * floor, names, largest, own)
+
+    def _own(self, of: str) -> _Own:
+        """Smooth curves through the gradient's elements, or through its change along v."""
+        fit, n = self.resolution.of(of), len(self.ours.x)
+        return _Own(fit.value[:n], fit.value_uncertainty[:n], self.resolution.scatter(of)[:n])
 
     def _along_line(self, gradient: Tensor, line: Line) -> Tensor:
         """A gradient times the direction of a line, in cells."""
@@ -643,7 +703,15 @@ class _ByDifferences:
             tangent = self.ours.tangent(piece.line.direction.v)
         terms = self.upstream * tangent
         reordered = _REORDERED * self._sum(terms.abs()).nan_to_num(0, 0, 0)
-        return piece._replace(computed=self._sum(terms), reordered=reordered)
+        return self._in_place_of(piece, self._sum(terms))._replace(reordered=reordered)
+
+    def _in_place_of(self, piece: _Evidence, computed: Tensor) -> _Evidence:
+        """The same derivative computed in another way, which scatters as much again."""
+
+        def own() -> _Own:
+            return _Own(computed, torch.zeros_like(computed), 2 * piece.own().scatter)
+
+        return piece._replace(computed=computed, own=own)
 
     def _same_as_gradient(self, tangent: _Evidence, rtol: float) -> Tensor:
         expected = self._along_line(self.first, tangent.line)
@@ -651,8 +719,12 @@ class _ByDifferences:
         off = (tangent.computed - expected).abs()
         same = alike(tangent.computed, expected) | (off <= bound + tangent.reordered)
         if rtol and not same.all() and self.ours.unit > EPS:
-            same |= off <= bound + self.ours.unit / EPS * tangent.floor
+            same |= off <= bound + tangent.own().scatter + self._rounded(expected)
         return same & ~off.isinf()
+
+    def _rounded(self, computed: Tensor) -> Tensor:
+        """What rounding a derivative, and numbers that it is computed from, moves it by."""
+        return self.ours.unit * computed.abs()
 
     def _second(self, first: Finding) -> Finding:
         v = self.everywhere.v
@@ -674,12 +746,12 @@ class _ByDifferences:
 
     def _of_gradient(self, direction: Direction, by_x: Tensor) -> _Evidence:
         line = self._line(True, direction, self.everywhere.v, self.cells)
-        return self._evidence(line, self._along_line(by_x, line), self._largest(by_x))
+        return self._evidence(line, by_x, self._largest(by_x), "second")
 
     def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
         """The backward is linear in the upstream gradient: along v, its derivative is J v."""
         terms = self.upstream * by_upstream
-        along = self._of_f(self.everywhere)._replace(computed=self._sum(terms))
+        along = self._in_place_of(self._of_f(self.everywhere), self._sum(terms))
         if first.verdict != "right":
             return _judge([along], self.few, self.many, self.rtol)
         expected = self._sum(self.first * self.everywhere.v)
@@ -688,7 +760,7 @@ class _ByDifferences:
         off = (along.computed - expected).abs()
         wrong = ~(off <= bound)
         if wrong.any() and self.ours.unit > EPS:
-            wrong &= ~(off <= bound + self.ours.unit / EPS * along.floor)
+            wrong &= ~(off <= bound + along.own().scatter + self._rounded(size))
         if wrong.any():
             cell = int(wrong.int().argmax())
             detail = (
@@ -708,7 +780,8 @@ class _ByDifferences:
         line = self._line(True, self.everywhere, torch.ones_like(by_x), n)
         floor = line.magnitude * self.size
         floor = _ROUNDING * floor.clamp(min=self._largest(by_x)) / self.size
-        dense = _Evidence(line, by_x, floor, self.ours.place, self._largest(by_x))
+        own = functools.partial(self._own, "second")
+        dense = _Evidence(line, by_x, floor, self.ours.place, self._largest(by_x), own)
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
         if found.verdict != "cannot tell":
             return self._counted(found, n)
@@ -771,7 +844,8 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
             return finding
         findings.append(finding)
     undecided = [finding for finding in findings if finding.verdict == "cannot tell"]
-    return undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
+    worst = undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
+    return worst._replace(resolution=max(finding.resolution for finding in findings))
 
 
 def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
@@ -797,13 +871,14 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
         error = torch.where(small & flat, 0.0, _relative(computed, derivative))
         return _finding("right", piece, derivative, error, int(error.argmax())), right.nonzero()[:0]
     found = line.slopes(many, rtol)
-    unit = line.precision.unit()
-    single = unit > EPS
-    floor = unit / EPS * piece.floor if single else piece.floor + piece.reordered
-    is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
-    certain, agrees = _compared(
-        computed, found, rtol, _ULPS * unit * piece.largest if single else None
-    )
+    single = line.precision.unit() > EPS
+    floor = piece.floor + piece.reordered
+    resolution = torch.zeros_like(computed)
+    if single:
+        certain, agrees, is_zero, resolution = _compared_coarsely(piece, found, rtol)
+    else:
+        certain, agrees = _compared(computed, found, rtol)
+        is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
     known = found.uncertainty.isfinite() & ~found.kinked
     right = right | (known & (agrees | is_zero))
     # Both are 0 to within rounding.
@@ -821,21 +896,17 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
         cell = int(torch.where(wrong, error, -1.0).argmax())
         return _finding("wrong", piece, found.derivative, error, cell), right.nonzero()[:0]
     if right.all():
-        cell = int(error.argmax())
-        return _finding("right", piece, found.derivative, error, cell), right.nonzero()[:0]
+        finding = _finding("right", piece, found.derivative, error, int(error.argmax()))
+        return finding._replace(resolution=float(resolution.max())), right.nonzero()[:0]
     undecided = (~right).nonzero().flatten()
     return _undecided(piece, found, fades, int(undecided[0])), undecided
 
 
-def _compared(
-    computed: Tensor, found: Slopes, rtol: float, rounding: float | Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Tensor]:
     """Where a derivative certainly differs from the numerical one, and where it agrees with it.
 
     Next to a zero of the derivative it is enough that what is uncertain is nothing next to the
-    slopes nearby. Of a function in lower precision, `rounding` is what that
-    adds to the computed derivative. The numerical one then has fewer digits; it is enough that two
-    of them are certain, at the size of the slopes nearby.
+    slopes nearby.
     """
     finite = computed.isfinite()
     difference = (computed - found.derivative).abs()
@@ -844,11 +915,36 @@ def _compared(
     certain = found.uncertainty <= _CERTAIN * size
     bound = 2 * found.uncertainty + rtol * size
     enough = found.uncertainty <= found.nothing
-    if rounding is not None:
-        bound = bound + rounding
-        enough |= found.uncertainty <= _ROUGHLY * torch.maximum(size, found.nearby)
     differs = ~(difference <= bound)
     return certain & differs, agrees | (finite & enough & ~differs)
+
+
+def _compared_coarsely(
+    piece: _Evidence, found: Slopes, rtol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for values in low precision; where the derivative is 0; and the resolution.
+
+    The computed derivative may be off by as much as it scatters about a smooth curve; the curve
+    itself may not.
+    """
+    computed, own, unit = piece.computed, piece.own(), piece.line.precision.unit()
+    finite = computed.isfinite()
+    size = torch.maximum(torch.where(finite, computed.abs(), 0.0), found.derivative.abs())
+    nearby = torch.maximum(size, found.nearby)
+    off = (computed - found.derivative).abs() - own.scatter
+    steady = (own.value - found.derivative).abs() - 2 * own.uncertainty
+    off = torch.where(steady > off, steady, off)  # not where there is no curve
+    differs = ~(off <= 2 * found.uncertainty + (rtol + unit) * size)
+    certain = found.uncertainty <= max(_CERTAIN, _COARSE * unit) * nearby
+    # In low precision a small derivative has but the digits of the largest one; that a computed 0
+    # is one, the values must show.
+    largest = nearby.clamp(min=piece.largest)
+    enough = found.uncertainty <= max(_ROUGHLY, _COARSE * unit) * largest
+    zero = torch.maximum(found.zero, 2 * found.uncertainty + own.scatter)
+    is_zero = (found.zero >= 0) & (computed.abs() <= zero)
+    agrees = finite & enough & ~differs & (computed != 0)
+    resolution = (2 * found.uncertainty + (rtol + unit) * size + own.scatter) / largest
+    return certain & differs, agrees, is_zero, torch.where(agrees, resolution, 0.0)
 
 
 def _length(piece: _Evidence, cell: int) -> float:

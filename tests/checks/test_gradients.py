@@ -575,6 +575,35 @@ def test_digits_that_float32_leaves():
         assert report.first.verdict == expected, str(report)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "share"), [(torch.float32, 1e-4), (torch.float16, 0.03), (torch.bfloat16, 0.03)]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_low_precision_sigmoid_is_right_to_its_resolution(dtype, share, seed):
+    """Forward and backward cast; an upstream gradient of 1e-8 underflows in float16."""
+    x = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for factor in (1.0, 1 + share):
+
+        class Sigmoid(Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.to(dtype).sigmoid().double()
+
+            @staticmethod
+            def backward(ctx, upstream, factor=factor):
+                a = ctx.saved_tensors[0].to(dtype).sigmoid()
+                return factor * (upstream.to(dtype) * a * (1 - a)).double()
+
+        report = nnce.check_gradients(Sigmoid.apply, x, seed=seed)
+        if factor == 1:
+            assert report.right, str(report)
+            assert 0 < report.first.resolution < 16 * torch.finfo(dtype).eps + 2e-5
+            assert "; in low precision, to " in str(report).splitlines()[0]
+        else:
+            assert report.first.verdict == "wrong", str(report)
+
+
 def test_any_integer_and_any_number_will_do():
     report = nnce.check_gradients(
         torch.sin, column(1.0, 2.0), rtol=np.float32(1e-4), elements=np.int64(3), seed=np.int32(1)

@@ -929,6 +929,101 @@ wrong(
 )
 
 
+# --------------------------------------------------------- low precision, forward and backward
+
+
+def low(f, dtype):
+    """The same function in another dtype; autograd differentiates it in that dtype."""
+    return lambda *inputs: f(*(t.to(dtype) for t in inputs)).double()
+
+
+def low_but(name, f, dtype, change, inputs):
+    """A function in another dtype, whose gradient is changed after it was computed."""
+    g = low(f, dtype)
+    wrong(name, g, lambda ctx, z, u: change(torch.func.vjp(g, z)[1](u)[0]), inputs)
+
+
+def low_rule(name, f, dtype, rule, inputs):
+    """A function in another dtype with a wrong rule, computed in that dtype."""
+    wrong(
+        name,
+        low(f, dtype),
+        lambda ctx, z, u: rule(z.to(dtype), u.to(dtype)).double(),
+        inputs,
+    )
+
+
+def one_more(n, generator):
+    return normal(n + 1, generator)
+
+
+def half_by_numpy(z):
+    return torch.from_numpy(np.tanh(z.detach().numpy().astype(np.float16)).astype(np.float64))
+
+
+BASES = (
+    ("sigmoid", torch.sigmoid, lambda z, u: u * z.sigmoid()),
+    ("product with a sum", lambda z: z * z.sum(), lambda z, u: u * z.sum()),
+    ("softmax", lambda z: z.softmax(0), lambda z, u: u * z.softmax(0) * (1 - z.softmax(0))),
+    ("summed loss", lambda z: F.softplus(z).sum(), lambda z, u: u * z.sigmoid() ** 2),
+    ("mean of tanh", lambda z: z.tanh().mean(), lambda z, u: u * (1 - z.tanh() ** 2)),
+    ("layer norm", lambda z: F.layer_norm(z, z.shape), lambda z, u: u / z.std()),
+)
+for dtype, share in ((torch.float32, 1e-4), (torch.float16, 0.03), (torch.bfloat16, 0.1)):
+    for name, function, rule in BASES:
+        name = f"{str(dtype)[6:]} both ways: {name}"
+        # With two elements a layer norm is a constant.
+        made = (lambda n, g: normal(n + 2, g)) if "layer" in name else one_more
+        add(name, low(function, dtype), made, right=True)
+        low_but(f"{name}, off by {share}", function, dtype, lambda g, k=1 + share: k * g, made)
+        low_but(f"{name}, {share} more", function, dtype, lambda g, k=share: k + g, made)
+        low_rule(f"{name}, a wrong term", function, dtype, rule, made)
+for dtype in (torch.float16, torch.bfloat16):
+    name = str(dtype)[6:]
+    add(f"{name}: relu away from its kink", low(F.relu, dtype), away(0), right=True)
+    add(f"{name}: exp", low(torch.exp, dtype), right=True)
+    add(f"{name}: next to float64", lambda x, d=dtype: x + x.to(d).sin(), right=True)
+    add(f"{name}: a mask alone", lambda x, d=dtype: x.sin() * (x.to(d) > 0), right=True)
+    low_but(f"{name}: negated", torch.exp, dtype, torch.neg, normal)
+    low_but(f"{name}: one element 0", torch.exp, dtype, lambda g: one_element(g, torch.neg), normal)
+add("float32: next to a large constant", single(lambda x: 1e4 + x.sin()), right=True)
+add("float32: a large constant cancels", single(lambda x: ((1e3 + x) - 1e3).sin()), right=True)
+wrong(
+    "float32: a large constant cancels, off by 0.03",
+    single(lambda x: ((1e3 + x) - 1e3).sin()),
+    lambda ctx, z, u: 1.03 * u * z.cos(),
+)
+
+
+def half_rule(ctx, z, u):
+    return (u.half() * (1 - half_by_numpy(z).half() ** 2)).double()
+
+
+class HalfByNumpy(Function):
+    """tanh in float16, out of PyTorch's sight."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return half_by_numpy(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, u):
+        return half_rule(ctx, *ctx.saved_tensors, u)
+
+
+class HalfByNumpyOff(HalfByNumpy):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, u):
+        return 1.03 * half_rule(ctx, *ctx.saved_tensors, u)
+
+
+add("float16: by NumPy", HalfByNumpy.apply, right=True)
+add("float16: by NumPy, off by 0.03", HalfByNumpyOff.apply, right=False)
+
+
 # ------------------------------------------------------------------------ found by a third search
 
 

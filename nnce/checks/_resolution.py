@@ -1,0 +1,43 @@
+"""How precise a function is that computes in a lower precision than float64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nnce.checks._derivatives import Broken, Derivatives
+from nnce.checks._numerical import Fit, fit, scattered_steps
+
+_COMPUTE: dict[str, Callable[[Derivatives, Tensor, Tensor], Tensor]] = {
+    "value": lambda ours, upstream, along: ours.value(),
+    "first": lambda ours, upstream, along: ours.first(upstream),
+    "forward_mode": lambda ours, upstream, along: ours.tangent(along),
+    "second": lambda ours, upstream, along: ours.second_as_one(upstream, along),
+}
+
+
+class Resolution:
+    """Smooth curves through what a function computes along a direction."""
+
+    def __init__(self, ours: Derivatives, upstream: Tensor, along: Tensor) -> None:
+        self.ours, self._upstream, self.along = ours, upstream, along
+        self._fits: dict[str, Fit] = {}
+
+    def of(self, name: str) -> Fit:
+        """The curves of values, gradient, tangent or second derivatives, one for each element."""
+        if name not in self._fits:
+            steps = scattered_steps(self.along.device)
+            values = torch.stack([self._computed(name, step) for step in steps])
+            self._fits[name] = fit(values, self.ours.unit)
+        return self._fits[name]
+
+    def scatter(self, name: str) -> Tensor:
+        """How far rounding moves each element; 0 where there is no smooth curve."""
+        return self.of(name).scatter.nan_to_num(0.0, 0.0, 0.0)
+
+    def _computed(self, name: str, step: Tensor) -> Tensor:
+        moved = self.ours.at(self.ours.x + step * self.along)
+        try:
+            return _COMPUTE[name](moved, self._upstream, self.along).detach().flatten()
+        except (TypeError, ValueError, Broken):  # outside of the function's domain
+            return torch.full_like(self._computed(name, torch.zeros_like(step)), torch.nan)
