@@ -618,7 +618,7 @@ def _schedule(options: argparse.Namespace) -> Schedule:
 
 def load_data(options: argparse.Namespace) -> data.Dataset:
     """The data set that the options name, on their device and in their dtype."""
-    with announced(f"reading {options.data}"):
+    with announced(f"reading {options.data}", quiet=options.quiet):
         return data.load(
             options.data,
             data_dir=options.data_dir,
@@ -659,9 +659,9 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 
 
 @contextlib.contextmanager
-def announced(description: str) -> Iterator[None]:
-    """Show on a terminal the activity of a block of some seconds."""
-    disable = None if parallel.is_first() else True  # None: where nobody watches
+def announced(description: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show on a terminal the activity of a block of some seconds, unless quiet."""
+    disable = None if parallel.is_first() and not quiet else True  # None: where nobody watches
     with tqdm(desc=description, bar_format="{desc} …", disable=disable, leave=False):
         yield
 

@@ -204,7 +204,7 @@ def _has_header(content: Mapping[str, Any]) -> bool:
     )
 
 
-# -------------------------------------------------------------------------- contents of a checkpoint
+# ------------------------------------------------------------------------ contents of a checkpoint
 
 
 def circumstances(world: World) -> dict[str, Any]:
