@@ -421,7 +421,7 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
     parsed = {}
     read_from = {}
     for path in filter(None, (options.data_file, options.test_file)):
-        with command_line.announced(f"reading {path}"):
+        with command_line.announced(f"reading {path}", quiet=options.quiet):
             if (found := read_cached(path)) is None:
                 found = parsed[path] = read(path)
         read_from[path] = found
