@@ -163,7 +163,7 @@ def cache_of(path: Path) -> Path:
 
 
 def read_cached(path: Path) -> tuple[Examples, int, int] | None:
-    """What `read` returns, from the binary copy; None if there is none of the text as it is."""
+    """Result of `read`, from the binary copy; None if the text has changed or has no copy."""
     with contextlib.suppress(Exception):  # of many types: a damaged copy is made again
         with cache_of(path).open("rb") as file, np.load(file, allow_pickle=False) as found:
             if str(found["text"]) != _sha256(path):

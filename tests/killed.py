@@ -6,7 +6,7 @@ A process of its own, which imports everything once and then forks a process for
 
 prints how many kills there were, at how many of them something was being written, and how often the
 run was asked to stop between (SIGINT, SIGTERM, SIGHUP). It fails unless what comes out in the end
-is, bit for bit, what a run comes to that is left alone.
+is, bit for bit, the outcome of a run that is left alone.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def curves(folder):
 
 
 def outcome(run_dir):
-    """All that a run has come to, but for times and places."""
+    """All results of a run, without times and paths."""
     import torch
 
     import nnce
@@ -208,7 +208,7 @@ def status_of(child):
 
 
 def check(run_dir, alone):
-    """Fail unless two runs have come to the same."""
+    """Fail unless two runs have the same results."""
     wrong = differences(outcome(alone), outcome(run_dir))
     assert not wrong, (run_dir, wrong[:5])
 

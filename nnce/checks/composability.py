@@ -451,7 +451,7 @@ def _compiling(
 def _compiled(backend: str) -> "Check":
     def check(case: _Case) -> None:
         if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise _NotTried("inductor wants a C++ compiler, and there is none")
+            raise _NotTried("inductor needs a C++ compiler, and none was found")
         with _compiling(case.number, backend) as compiled:
             _same("value", compiled(*case.inputs), case.plain(*case.inputs))
             _same("gradient", _gradients(compiled, case.inputs), case.gradients())

@@ -160,7 +160,7 @@ def check(
     """Raise the errors of making networks from these seeds, before any is made.
 
     Raises:
-        ValueError: a seed is none, or loops are asked for and cannot be had.
+        ValueError: a seed is out of range, or loops are requested and not available.
         TypeError: loops are asked for, and do not know the dtype.
         MemoryError: they would not fit.
         DataError: the data are no square images, and the settings distort them.

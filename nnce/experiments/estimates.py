@@ -102,7 +102,7 @@ def paired_difference(
     """a − b, pair by pair, and the paired t-test of it: `scipy.stats.ttest_rel`'s p."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean, sd, low, high, n, by_logit = estimate(differences, limits)
-    # A spread of rounding alone is none.
+    # A spread within rounding does not count.
     spread = sd > 1e-12 * max(map(abs, differences), default=0.0)
     p = math.nan
     if spread:

@@ -143,7 +143,7 @@ def test_a_state_goes_on_to_the_same_bits(variant, stop, digits, tmp_path):
 
 
 def plain(value):
-    """Tensors as what they hold; a time is none that a test could hold to anything."""
+    """Tensors as lists; times are left out, since no test can compare them."""
     if isinstance(value, torch.Tensor):
         return (str(value.dtype), value.tolist())
     if isinstance(value, dict):
@@ -287,7 +287,7 @@ def test_killed_50_times_it_comes_to_the_same(what, tmp_path, record_property):
 
 
 def kill(name, kills, seed, folder, *options):
-    """Kill runs so many times (tests/killed.py); what it says in the end."""
+    """Kill runs this many times (tests/killed.py); return its last line."""
     command = [sys.executable, str(ROOT / "tests" / "killed.py"), name, str(folder / "killed")]
     done = subprocess.run(
         [*command, str(kills), str(seed), *options],
@@ -522,7 +522,7 @@ def test_no_number_of_epochs_or_seconds(text, train, refused):
 
 @pytest.mark.parametrize(("every", "expected"), [("1", 4), ("2", 3), ("100", 2), ("9999s", 2)])
 def test_checkpoints_are_written_when_they_are_due(every, expected, train, tmp_path, monkeypatch):
-    """At the start, after each so many epochs, and after the last one."""
+    """At the start, after every N epochs, and after the last one."""
     written = []
     whole = checkpoints.write_checkpoint
     monkeypatch.setattr(checkpoints, "write_checkpoint", lambda *a: (written.append(a), whole(*a)))
@@ -612,7 +612,7 @@ records.RecordWriter.write = full(records.RecordWriter.write)
 
 
 def small_disk(folder, size):
-    """A file system of so many bytes; None where the machine does not allow it."""
+    """A file system of this size; None where the machine does not allow it."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = shutil.which("mount") and subprocess.run(["mount", *options], capture_output=True)
@@ -629,7 +629,7 @@ def small_disk(folder, size):
     ],
 )
 def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_property):
-    """At a random moment; with space again, the run goes on to what it would have come to."""
+    """At a random moment; with free space, the run continues to the same results."""
     from test_command_line import command
 
     chance = random.Random(name)

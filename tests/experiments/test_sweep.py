@@ -32,7 +32,7 @@ def finished(compare, tmp_path_factory):
 
 
 def test_each_combination_is_what_train_would_come_to(finished, digits):
-    """Whatever it is trained beside; the mean over the seeds, the best first."""
+    """Whatever it is trained next to; the mean over the seeds, the best first."""
     _, results = finished
     short = digits._replace(train=type(digits.train)(*(part[:200] for part in digits.train)))
     rows = results["rows"]

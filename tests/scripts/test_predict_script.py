@@ -45,7 +45,7 @@ def predictions(predict, capsys, *arguments):
 
 @pytest.fixture
 def count_right(predict, capsys, tmp_path, record_property):
-    """A function that counts which of so many drawings, PNG and JPEG, a run classifies right."""
+    """A function that counts the drawings, PNG and JPEG, that a run classifies correctly."""
 
     def count(run, tries):
         chance = random.Random(2026)

@@ -135,7 +135,7 @@ def test_the_best_network_and_an_end_by_patience(train, tmp_path, capsys, digits
     out = capsys.readouterr().out
     assert " after epoch 12: no higher validation accuracy in 2 epochs.\n" in out
     assert f"Best on validation: {validation} after epoch 10, with {test} on test.\n" in out
-    # With more patience it goes on, up to what a run comes to that had it from the start.
+    # With more patience it continues, and ends like a run that had it from the start.
     assert train.main(["--resume", str(run_dir), "--patience", "4"]) == 0
     resumed = json.loads((run_dir / "results.json").read_text())
     assert len(resumed["epochs"]) > 13 and resumed["epochs"][:13] == epochs

@@ -168,7 +168,7 @@ def test_a_killed_worker_takes_the_job_down(tmp_path):
     ],
 )
 def test_a_job_that_is_asked_to_stop_saves_once_and_leaves(number, tmp_path):
-    """Ctrl-C comes to all processes, and torchrun passes it on to them once more."""
+    """Ctrl-C reaches all processes, and torchrun sends it to them once more."""
     job, run_dir = begun(tmp_path, "--epochs", "100000", start_new_session=True)
     os.killpg(job.pid, number)
     assert job.wait(timeout=120) != 0

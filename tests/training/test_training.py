@@ -274,6 +274,6 @@ def test_training_stops_after_so_many_epochs_without_a_better_one(patience, few_
         r._replace(seconds=0) for r in all_records[: last + 1]
     ]
     assert state.best.epoch == last - patience and state.is_over(25, patience)
-    # It is over, also for one that resumes it; with more patience it goes on.
+    # It has ended, also when it is resumed; with more patience it continues.
     assert list(training.train(state, settings, few_digits, patience=patience)) == []
     assert len(list(training.train(state, settings, few_digits))) == 25 - last
