@@ -6,6 +6,7 @@ floating-point dtype. Values are checked here, once; nothing after this looks at
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import zlib
@@ -252,9 +253,28 @@ _Part = tuple[Tensor, Tensor]  # images [n, features] in [0, 1], labels [n]
 
 
 def _digits() -> list[_Part]:
-    sklearn = _sklearn()
-    x, labels = map(torch.from_numpy, sklearn.datasets.load_digits(return_X_y=True))
-    return [(x[chosen] / 16, labels[chosen]) for chosen in _stratified(labels, _DIGITS_HELD_OUT)]
+    """scikit-learn's digits, in the parts of `_stratified(labels, _DIGITS_HELD_OUT)`."""
+    if file := _digits_file():
+        import numpy as np
+
+        table = torch.from_numpy(np.loadtxt(file, delimiter=","))
+        x, labels = table[:, :-1], table[:, -1].long()
+        split = np.load(Path(__file__).with_name("digits_split.npy"))
+        order = torch.from_numpy(split.astype(np.int64))
+    else:
+        x, labels = map(torch.from_numpy, _sklearn().datasets.load_digits(return_X_y=True))
+        order = torch.cat(_stratified(labels, _DIGITS_HELD_OUT))
+    sizes = [len(labels) - 2 * _DIGITS_HELD_OUT, _DIGITS_HELD_OUT, _DIGITS_HELD_OUT]
+    return [(x[chosen] / 16, labels[chosen]) for chosen in order.split(sizes)]
+
+
+def _digits_file() -> Path | None:
+    """The file in scikit-learn's folder, since the import of scikit-learn would take a second."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).with_name("datasets") / "data" / "digits.csv.gz"
+    return path if path.exists() else None
 
 
 def _stratified(labels: Tensor, held_out: int) -> list[Tensor]:

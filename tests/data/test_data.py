@@ -13,6 +13,7 @@ from torchvision import datasets
 
 from nnce import data
 from nnce.data import DataError
+from nnce.data import datasets as sources
 
 
 def test_digits(digits):
@@ -32,6 +33,13 @@ def test_digits_split_is_fixed_and_disjoint(digits):
     assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
     again = data.load("digits")
     assert all(torch.equal(a.x, b.x) for a, b in zip(digits, again, strict=True))
+
+
+def test_digits_are_read_without_scikit_learn_as_with_it(digits, monkeypatch):
+    assert sources._digits_file() is not None
+    monkeypatch.setattr(sources, "_digits_file", lambda: None)
+    for ours, theirs in zip(digits, data.load("digits"), strict=True):
+        assert torch.equal(ours.x, theirs.x) and torch.equal(ours.y, theirs.y)
 
 
 def test_mnist(mnist):
