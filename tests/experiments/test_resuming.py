@@ -180,7 +180,7 @@ def stopped_early(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("writes", [37, 80])
+@pytest.mark.parametrize("writes", [80, pytest.param(37, marks=pytest.mark.slow)])
 def test_killed_with_patience_it_keeps_the_same_best_network(writes, stopped_early, tmp_path):
     """Killed in the so-manieth write, of best.pt or another file."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
