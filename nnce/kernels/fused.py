@@ -28,6 +28,7 @@ from nnce._torch_private import dispatches_plainly
 from nnce.kernels import chunked
 from nnce.kernels.chunked import Packed
 from nnce.losses import Loss
+from nnce.rules import Focus
 
 _PART = 2**16
 """Elements in a part: one call of a kernel, one sum in float64."""
@@ -57,6 +58,8 @@ class Options(NamedTuple):
     label_smoothing: float = 0
     ignore_index: int | None = None
     """Targets of this value count neither for C nor for a mean."""
+    focus: Focus | None = None
+    """Makes the cross-entropy a focal loss, without pos_weight and label_smoothing; on a CPU."""
 
 
 _PLAIN = Options()
