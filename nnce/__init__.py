@@ -9,7 +9,14 @@ import sys
 from nnce.algorithm import Hyperparameters, backprop
 from nnce.checks import check_composability, check_gradients
 from nnce.engines.ensemble import Ensemble
-from nnce.functional import linear, sigmoid, sigmoid_cross_entropy, sigmoid_quadratic
+from nnce.functional import (
+    linear,
+    sigmoid,
+    sigmoid_asymmetric_loss,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+    sigmoid_quadratic,
+)
 from nnce.labels import (
     LinearSigmoidCrossEntropyLoss,
     Positives,
@@ -23,7 +30,9 @@ from nnce.modules import (
     BCEWithLogitsLoss,
     Linear,
     Sigmoid,
+    SigmoidAsymmetricLoss,
     SigmoidCrossEntropyLoss,
+    SigmoidFocalLoss,
     SigmoidQuadraticLoss,
 )
 from nnce.monitoring.watching import watch
@@ -38,7 +47,9 @@ __all__ = [
     "LinearSigmoidCrossEntropyLoss",
     "Positives",
     "Sigmoid",
+    "SigmoidAsymmetricLoss",
     "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
     "SigmoidQuadraticLoss",
     "backprop",
     "check_composability",
@@ -50,7 +61,9 @@ __all__ = [
     "sampled_sigmoid_cross_entropy",
     "save",
     "sigmoid",
+    "sigmoid_asymmetric_loss",
     "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
     "sigmoid_quadratic",
     "watch",
 ]

@@ -194,9 +194,16 @@ class SigmoidFocalFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, y: Tensor, *focus: Any) -> Tensor:
+    def forward(  # each option an argument: dynamo does not know *args here
+        z: Tensor,
+        y: Tensor,
+        gamma_positive: float,
+        gamma_negative: float,
+        margin: float,
+        alpha: float | None,
+    ) -> Tensor:
         """C = α_t q^γ_t L."""
-        return rules.focal(z, y, rules.Focus(*focus))
+        return rules.focal(z, y, rules.Focus(gamma_positive, gamma_negative, margin, alpha))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -740,7 +747,7 @@ def sigmoid_asymmetric_loss(
 
     >>> z, y = torch.tensor([[-1.0, 200.0, -3.0]]), torch.tensor([[1, 0, 0]])
     >>> sigmoid_asymmetric_loss(z, y, reduction="none")
-    tensor([[0.9601, 2.4401, 0.0000]])
+    tensor([[0.9601, 2.4400, 0.0000]])
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
