@@ -899,7 +899,7 @@ def _fits_loss(
     They compute none with respect to y and weights, and work in the dtype of z.
     """
     _, reduction, smoothing, ignore_index, any_dtype, focus = settings
-    if focus is not None:  # Triton has no such kernels
+    if focus is not None and not z.is_cpu:  # Triton has no such kernels
         return False
     if not (fused.fits(z, y) and reduction in ("mean", "batchmean", "sum", "none")):
         return False
