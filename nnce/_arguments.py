@@ -86,7 +86,9 @@ def _check_range(name: str, value: object, inside: bool, expected: str) -> float
 def check_focus(
     gammas: dict[str, float], margin: float, alpha: float | None
 ) -> tuple[float, float, float, float | None]:
-    """Return the options of a focal loss as floats: both gammas, margin and alpha, of which −1 is None.
+    """Return the options of a focal loss as floats: both gammas, margin and alpha.
+
+    An alpha of −1 becomes None.
 
     Args:
         gammas: by their names, of positive and of negative targets, or one for both.

@@ -160,9 +160,10 @@ class Focus(NamedTuple):
     γ_t = (1−y) gamma_negative + y gamma_positive
     α_t = (1−y) (1−alpha) + y alpha              1 without an alpha
 
-    By the chain rule, dC/dz = α_t q^γ_t (dL + γ_t dq L/q), dL and dq being derivatives with
-    respect to z. For y of 0 or 1 and no margin both terms have one sign, so nothing cancels: for
-    y = 0, dC/dz = (1−alpha) a^γ (a − γ (1−a) ln(1−a)). Where σ(z) is at most the margin, C = dC/dz = 0: at the kink the derivative from the left.
+    By the chain rule, dC/dz = α_t q^γ_t (dL + γ_t dq L/q), dL and dq being derivatives with respect
+    to z. For y of 0 or 1 and no margin both terms have one sign, so nothing cancels: for y = 0,
+    dC/dz = (1−alpha) a^γ (a − γ (1−a) ln(1−a)). Where σ(z) is at most the margin, C and dC/dz are
+    0: at the kink, dC/dz is the derivative from the left.
 
     Lin et al., Focal loss for dense object detection, 2017; Ridnik et al., Asymmetric loss for
     multi-label classification, 2021.

@@ -440,13 +440,19 @@ def _negative_with_margin(z, a, not_a, ln, margin, one, loss):
     k, f = _split(rest)
     ln = _log1p(p / rest if is_small else f - one, one)
     of_0 = ln if is_small else -k * _ln2_large(z) - (k * _ln2_small(z) + ln)
+    of_0 += rest - rest  # NaN stays NaN
     return p, of_0, above * a * not_a / rest, above
 
 
 @njit(fastmath=_EXACT, forceinline=True)
-def _focal(z, e, small, negative, positive, margin, one, loss):
+def _focal(z, e, e_lost, negative, positive, margin, one, loss):
     """Of a focal loss (`nnce.rules.Focus`): q, L, dL, and dq over q."""
-    zero, large = one - one, one - small
+    zero, w = one - one, one + e
+    inverse, w_lost = one / w, (e - (w - one)) + e_lost
+    # σ(|z|) and σ(−|z|) with what rounding has lost, since a power multiplies their errors.
+    large, small = inverse, e * inverse
+    large += ((one - large * w) - large * w_lost) * inverse
+    small += ((e - small * w) + (e_lost - small * w_lost)) * inverse
     a, not_a = (large, small) if z > 0 else (small, large)
     ln = _log1p(e, one)
     p, of_0, d_of_0, above = _negative(z, a, not_a, ln, margin, one, loss)
@@ -641,24 +647,20 @@ def _all_focal(z, first, terms, q, out, at, n, options, focus, scale, loss, z_dt
         *(_as(focus[0], one), _as(focus[1], one), _as(focus[2], one)),
         *(_as(focus[3], one), _as(focus[4], one)),
     )
-    if max(gamma, gamma_of_0) > 2:  # a power multiplies the error of σ(−|z|)
+    if max(gamma, gamma_of_0) > 2:
         for i in range(n):
             e, lost = _exp_in_two(-abs(_read(z, first + i, z_dtype, one)), one)
-            w = one + e
-            small = e / w
-            small += ((e - small * w) + (lost - small * ((e - (w - one)) + lost))) / w
             _write(out, at + i, work, e)
-            _write(q, i, work, small)
-    else:
+            _write(q, i, work, lost)
+    else:  # what e has lost does not matter
         for i in range(n):
-            e = _exp(-abs(_read(z, first + i, z_dtype, one)), one)
-            _write(out, at + i, work, e)
-            _write(q, i, work, e / (one + e))
+            _write(out, at + i, work, _exp(-abs(_read(z, first + i, z_dtype, one)), one))
+            _write(q, i, work, zero)
     for i in range(n):
         negative, positive, _ = _term(terms, i, options, y_dtype, work)
         x, e = _read(z, first + i, z_dtype, one), _read(out, at + i, work, one)
-        small = _read(q, i, work, one)
-        q_i, found, dL, rate = _focal(x, e, small, negative, positive, margin, one, loss)
+        e_lost = _read(q, i, work, one)
+        q_i, found, dL, rate = _focal(x, e, e_lost, negative, positive, margin, one, loss)
         weight = negative * alpha_of_0 + positive * alpha
         if scale is not None:
             exponent = negative * gamma_of_0 + positive * gamma

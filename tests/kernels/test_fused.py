@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import slow_unless
+from oracles import focal_terms
 
 from nnce import rules
 from nnce.kernels import fused
@@ -188,11 +189,17 @@ def exact_focal(z, y, gamma):
     return power * softplus(u), sign * power * (sigma(u) + gamma * sigma(-u) * softplus(u))
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 1.7, 2.0, 4.0, 5.0])
+@pytest.mark.parametrize(
+    ("dtype", "gamma"),
+    slow_unless(
+        lambda dtype, gamma: dtype == torch.float64 or (dtype == torch.float32 and gamma == 2),
+        itertools.product(LIMITS, [0.0, 0.5, 1.0, 1.5, 1.7, 2.0, 4.0, 5.0]),
+    ),
+    ids=str,
+)
 def test_focal_losses_are_exact_at_every_z(dtype, gamma):
     """Whole and half powers, others, and those that float32 computes in float64."""
-    z = grid(dtype)
+    z = torch.cat([grid(dtype)[::7], torch.tensor([-1e4, 1e4], dtype=dtype)])
     tiny = torch.finfo(dtype).tiny
     for y in (0, 1):
         expected = exact_focal(z.double().numpy(), y, gamma)
@@ -222,10 +229,17 @@ FOCI = {
 }
 
 
-@pytest.mark.parametrize("focus", FOCI.values(), ids=FOCI)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_focal_losses_against_the_rules(focus, dtype, implementation):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    slow_unless(
+        lambda dtype, name: dtype == torch.float32 and name == "margin",
+        itertools.product([torch.float32, torch.float64], FOCI),
+    ),
+    ids=str,
+)
+def test_focal_losses_against_the_rules(dtype, name, implementation):
     """Hard, soft and ignored targets, weights, infinities and NaN; the joint pass, too."""
+    focus = FOCI[name]
     z = 8 * drawn(6, 700, dtype=dtype)
     z[:, :6] = torch.tensor([-math.inf, math.inf, -1e4, 1e4, 0, math.nan])
     soft = drawn(6, 700, seed=3, dtype=dtype).sigmoid()
@@ -233,6 +247,7 @@ def test_focal_losses_against_the_rules(focus, dtype, implementation):
     ignored[drawn(6, 700, seed=7) > 0.5] = -100
     weight = drawn(700, seed=5, dtype=dtype).abs()
     one, eps = torch.ones(6, 700, dtype=dtype), torch.finfo(dtype).eps
+    units = (8 + 2 * max(focus[:2])) * eps
     for y in (hard, soft, torch.where(hard > 0, soft, hard), ignored):
         for options in (Options(focus=focus), Options(weight, None, 0, -100, focus)):
             if y is ignored and options.ignore_index is None:
@@ -240,14 +255,16 @@ def test_focal_losses_against_the_rules(focus, dtype, implementation):
             C, _ = fused.forward(z, y, options, "none")
             dz = fused.backward(z, y, options, one)
             expected = by_rules(z, y, options, "none", "cross-entropy", one)
-            bounds = by_rules(z, y, options, "none", "bound", one)
-            for got, true, bound in zip((C, dz), expected, bounds, strict=True):
-                close = (got.double() - true).abs() <= 40 * eps * bound + torch.finfo(dtype).tiny
+            terms = by_rules(z, y, options, "none", "terms", one)
+            for got, true, of in zip((C, dz), expected, terms, strict=True):
+                close = (got.double() - true).abs() <= units * of + torch.finfo(dtype).tiny
                 same = (got == true) | (got.isnan() & true.isnan())
                 assert (close | same).all()
             rows = z.clone()
             sums = fused.joint(rows, y, one[:, 0].clone(), options)
-            torch.testing.assert_close(sums, C.double().sum(1), rtol=4 * eps, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                sums, C.double().sum(1), rtol=4 * eps, atol=0, equal_nan=True
+            )
             torch.testing.assert_close(rows, dz, rtol=4 * eps, atol=0, equal_nan=True)
 
 
@@ -266,6 +283,8 @@ def by_rules(z, y, options, reduction, loss, upstream):
     def both(y):
         if loss == "quadratic":
             return rules.quadratic(z, y), rules.dz_quadratic(z, y)
+        if loss == "terms":
+            return focal_terms(z, y, focus)
         if focus is not None:
             return rules.focal(z, y, focus), rules.dz_focal(z, y, focus)
         dz = rules.dz_cross_entropy(z, y, pos_weight=pos_weight)
