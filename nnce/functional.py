@@ -470,7 +470,8 @@ def _options(
     weight: Tensor | None, pos_weight: Tensor | None, settings: _Settings
 ) -> fused.Options:
     _, _, smoothing, ignore_index, _, focus = settings
-    if weight is pos_weight is ignore_index is focus is None and not smoothing:
+    without_weights = weight is None and pos_weight is None
+    if without_weights and not smoothing and ignore_index is None and focus is None:
         return fused._PLAIN
     return fused.Options(weight, pos_weight, smoothing, ignore_index, focus)
 

@@ -122,9 +122,9 @@ def _use_up(
     """
     if options.focus is not None:
         y = torch.zeros_like(z) if positive is None else positive
-        C, dz = options.value_and_dz(z, y, None)
+        of_each, dz = options.value_and_dz(z, y, None)
         z.copy_(factor * (dz if options.weight is None else dz * options.weight))
-        return C if options.weight is None else rules.weighted(options.weight, C)
+        return of_each if options.weight is None else rules.weighted(options.weight, of_each)
     C = None
     if how.wants_value:
         ln, spare = _log1p_of_exp_of_minus_abs(z, how.room)

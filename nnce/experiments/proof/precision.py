@@ -89,7 +89,7 @@ def _peers(name: str) -> dict[str, LossFunction]:
 
             found["kornia"] = lambda z, y: kornia_loss(z[:, None], y[:, None], 0.25, 2.0)[:, 0]
         else:
-            from timm.loss import AsymmetricLossMultiLabel
+            from timm.loss.asymmetric_loss import AsymmetricLossMultiLabel
 
             loss = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0)
             one = (None, None)  # an example and a label: it sums
