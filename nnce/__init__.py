@@ -19,11 +19,20 @@ import sys
 from nnce.algorithm import Hyperparameters, backprop
 from nnce.checks import check_composability, check_gradients
 from nnce.engines.ensemble import Ensemble
-from nnce.functional import linear, sigmoid, sigmoid_cross_entropy, sigmoid_quadratic
+from nnce.functional import (
+    linear,
+    sigmoid,
+    sigmoid_asymmetric_loss,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+    sigmoid_quadratic,
+)
 from nnce.labels import (
     LinearSigmoidCrossEntropyLoss,
     Positives,
+    linear_sigmoid_asymmetric_loss,
     linear_sigmoid_cross_entropy,
+    linear_sigmoid_focal_loss,
     pair_sigmoid_cross_entropy,
     positives,
     sampled_sigmoid_cross_entropy,
@@ -33,7 +42,9 @@ from nnce.modules import (
     BCEWithLogitsLoss,
     Linear,
     Sigmoid,
+    SigmoidAsymmetricLoss,
     SigmoidCrossEntropyLoss,
+    SigmoidFocalLoss,
     SigmoidQuadraticLoss,
 )
 from nnce.monitoring.watching import watch
@@ -48,19 +59,25 @@ __all__ = [
     "LinearSigmoidCrossEntropyLoss",
     "Positives",
     "Sigmoid",
+    "SigmoidAsymmetricLoss",
     "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
     "SigmoidQuadraticLoss",
     "backprop",
     "check_composability",
     "check_gradients",
     "linear",
+    "linear_sigmoid_asymmetric_loss",
     "linear_sigmoid_cross_entropy",
+    "linear_sigmoid_focal_loss",
     "load",
     "pair_sigmoid_cross_entropy",
     "sampled_sigmoid_cross_entropy",
     "save",
     "sigmoid",
+    "sigmoid_asymmetric_loss",
     "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
     "sigmoid_quadratic",
     "watch",
 ]

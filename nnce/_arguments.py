@@ -74,6 +74,42 @@ def check_label_smoothing(label_smoothing: float) -> int | float:
     return plain(label_smoothing)
 
 
+def _check_range(name: str, value: object, inside: bool, expected: str) -> float:
+    """Return a number as a float; raise TypeError for a non-number, ValueError if not inside."""
+    if not is_number(value):
+        raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
+    if not inside:
+        raise ValueError(f"expected {name} {expected}, got {value}")
+    return float(value)
+
+
+def check_focus(
+    gammas: dict[str, float], margin: float, alpha: float | None
+) -> tuple[float, float, float, float | None]:
+    """Return the options of a focal loss as floats: both gammas, margin and alpha.
+
+    An alpha of −1 becomes None.
+
+    Args:
+        gammas: by their names, of positive and of negative targets, or one for both.
+
+    Raises:
+        TypeError: one is not a number.
+        ValueError: a gamma is negative or infinite, margin is outside [0, 1), or alpha is outside
+            [0, 1].
+    """
+    found = []
+    for name, gamma in gammas.items():
+        inside = is_number(gamma) and 0 <= gamma < float("inf")
+        found.append(_check_range(name, gamma, inside, "of at least 0"))
+    inside = is_number(margin) and 0 <= margin < 1
+    margin = _check_range("margin", margin, inside, "in [0, 1)")
+    if alpha is not None:
+        inside = is_number(alpha) and (0 <= alpha <= 1 or alpha == -1)
+        alpha = _check_range("alpha", alpha, inside, "in [0, 1], or None or -1 for no alpha")
+    return found[0], found[-1], margin, None if alpha == -1 else alpha
+
+
 def check_ignore_index(ignore_index: int | None) -> int | None:
     """Return None or an integer as Python's; TypeError for others, ValueError for 0 and 1."""
     if ignore_index is None:

@@ -34,6 +34,7 @@ from nnce._arguments import (
     check_alike,
     check_dense,
     check_device,
+    check_focus,
     check_ignore_index,
     check_label_smoothing,
     check_reduction,
@@ -48,12 +49,15 @@ __all__ = [
     "LinearFunction",
     "Reduction",
     "SigmoidCrossEntropyFunction",
+    "SigmoidFocalFunction",
     "SigmoidFunction",
     "SigmoidQuadraticFunction",
     "binary_cross_entropy_with_logits",
     "linear",
     "sigmoid",
+    "sigmoid_asymmetric_loss",
     "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
     "sigmoid_quadratic",
 ]
 
@@ -224,6 +228,48 @@ class SigmoidCrossEntropyFunction(Function):
         )
 
 
+@_with_signature
+class SigmoidFocalFunction(Function):
+    """A focal loss forward, and its derivatives backward, per component; of `rules.Focus`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # each option an argument: dynamo does not know *args here
+        z: Tensor,
+        y: Tensor,
+        gamma_positive: float,
+        gamma_negative: float,
+        margin: float,
+        alpha: float | None,
+    ) -> Tensor:
+        """C = α_t q^γ_t L."""
+        return rules.focal(z, y, rules.Focus(gamma_positive, gamma_negative, margin, alpha))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep z and y."""
+        z, y, *focus = inputs
+        _keep_inputs(ctx, (z, y), output)
+        ctx.focus = rules.Focus(*focus)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """dC/dz and dC/dy."""
+        (dC,) = upstream
+        z, y = ctx.saved_tensors
+        wants_z, wants_y, *others = ctx.needs_input_grad
+        return (
+            dC * rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) if wants_z else None,
+            dC * rules.dy_focal(z, y, ctx.focus, sigmoid, _softplus) if wants_y else None,
+            *(None for _ in others),
+        )
+
+
+def _softplus(z: Tensor) -> Tensor:
+    return _minus_ln_a(-z)
+
+
 def _minus_ln_a(z: Tensor) -> Tensor:
     """−ln σ(z), by the cross-entropy with y = 1, whose own derivatives are the rules'."""
     return _apply(SigmoidCrossEntropyFunction, z, torch.ones_like(z), None)
@@ -287,11 +333,24 @@ class SigmoidCrossEntropyWithJvp(SigmoidCrossEntropyFunction):
         return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
 
 
+class SigmoidFocalWithJvp(SigmoidFocalFunction):
+    """`SigmoidFocalFunction` with its derivative along tangents."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """The sum of the two derivatives."""
+        dz, dy, *_ = tangents
+        z, y = ctx.saved_tensors
+        dC = rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) * dz
+        return dC + rules.dy_focal(z, y, ctx.focus, sigmoid, _softplus) * dy
+
+
 _WITH_JVP: dict[type[Function], type[Function]] = {
     LinearFunction: LinearWithJvp,
     SigmoidFunction: SigmoidWithJvp,
     SigmoidQuadraticFunction: SigmoidQuadraticWithJvp,
     SigmoidCrossEntropyFunction: SigmoidCrossEntropyWithJvp,
+    SigmoidFocalFunction: SigmoidFocalWithJvp,
 }
 
 
@@ -319,6 +378,9 @@ _PLAIN: dict[type[Function], Callable[..., Tensor]] = {
     SigmoidQuadraticFunction: lambda z, y: rules.quadratic(z, y, _plain_sigmoid),
     SigmoidCrossEntropyFunction: lambda z, y, pos_weight: rules.cross_entropy(
         z, y, pos_weight, _plain_softplus
+    ),
+    SigmoidFocalFunction: lambda z, y, *focus: rules.focal(
+        z, y, rules.Focus(*focus), _plain_sigmoid, _plain_softplus
     ),
 }
 
@@ -408,6 +470,8 @@ class _Settings(NamedTuple):
     ignore_index: int | None = None
     promotes: bool = False
     """Whether dtypes may differ, as they may for PyTorch's function."""
+    focus: rules.Focus | None = None
+    """Makes the cross-entropy a focal loss."""
 
 
 class _EagerSigmoidLoss(Function):
@@ -446,10 +510,11 @@ class _EagerSigmoidLoss(Function):
 def _options(
     weight: Tensor | None, pos_weight: Tensor | None, settings: _Settings
 ) -> fused.Options:
-    _, _, smoothing, ignore_index, _ = settings
-    if weight is None and pos_weight is None and not smoothing and ignore_index is None:
+    _, _, smoothing, ignore_index, _, focus = settings
+    without_weights = weight is None and pos_weight is None
+    if without_weights and not smoothing and ignore_index is None and focus is None:
         return fused._PLAIN
-    return fused.Options(weight, pos_weight, smoothing, ignore_index)
+    return fused.Options(weight, pos_weight, smoothing, ignore_index, focus)
 
 
 def _differentiable_dz(
@@ -461,7 +526,7 @@ def _differentiable_dz(
     settings: _Settings,
 ) -> Tensor:
     """dC/dz by PyTorch's operations and `sigmoid`, which can be differentiated and transformed."""
-    loss, reduction, smoothing, _, _ = settings
+    loss, reduction, smoothing, *_, focus = settings
     dtype = z.dtype
     z, y, weight, pos_weight, counts = _operands(z, y, y, weight, pos_weight, settings)
     dC = _to(dC, z.dtype)
@@ -472,6 +537,8 @@ def _differentiable_dz(
         dC = dC * weight
     if loss == "quadratic":
         dz = rules.dz_quadratic(z, y, sigmoid)
+    elif focus is not None:
+        dz = rules.dz_focal(z, y, focus, sigmoid, _softplus)
     else:
         dz = rules.dz_cross_entropy(z, y, sigmoid, pos_weight)
         if smoothing:
@@ -674,6 +741,114 @@ def sigmoid_cross_entropy(
     return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
 
 
+def sigmoid_focal_loss(
+    z: Tensor,
+    y: Tensor,
+    *,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """The focal loss of σ(z): C = α_t (1 − p_t)^γ · cross-entropy, of `torchvision.ops`, exact.
+
+    1 − p_t = (1−y) σ(z) + y σ(−z), how far σ(z) is from y, and α_t = (1−y) (1−alpha) + y alpha. For
+    y = 1, C = alpha σ(−z)^γ softplus(−z) and dC/dz = −alpha σ(−z)^γ (σ(−z) + γ σ(z) softplus(−z)):
+    a sum of terms of one sign, so that for y of 0 or 1 nothing cancels at any z, nor does anything
+    become 0 · ∞. (Lin et al., Focal loss for dense object detection, 2017.)
+
+    >>> z, y = torch.tensor([-1.0, 200.0]), torch.tensor([1, 0])
+    >>> sigmoid_focal_loss(z, y)
+    tensor([  0.1755, 150.0000])
+
+    Args:
+        z: weighted inputs of the last layer (logits), [..., components].
+        y: targets, as for `sigmoid_quadratic`.
+        alpha: weight of positive targets, in [0, 1]; that of negative ones is 1 − alpha. None or −1
+            for neither.
+        gamma: at least 0; at 0 the loss is the cross-entropy times α_t.
+        weight, ignore_index: as for `sigmoid_cross_entropy`.
+        reduction: as for `sigmoid_quadratic`, but "none" by default, as in torchvision.
+
+    Returns:
+        C: z's shape for "none", else one number.
+
+    Raises:
+        TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
+            from z's, or an option is not a number.
+        ValueError: shapes or devices do not match, the reduction is unknown, gamma is negative,
+            alpha is outside [0, 1], or ignore_index is 0 or 1.
+    """
+    focus = rules.Focus(*check_focus({"gamma": gamma}, 0, alpha))
+    return _focal_loss(z, y, weight, ignore_index, reduction, focus)
+
+
+def sigmoid_asymmetric_loss(
+    z: Tensor,
+    y: Tensor,
+    *,
+    gamma_positive: float = 1.0,
+    gamma_negative: float = 4.0,
+    margin: float = 0.05,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: Reduction = "batchmean",
+) -> Tensor:
+    """The asymmetric loss of σ(z), a focal loss with different exponents, and a margin.
+
+    C = −σ(−z)^gamma_positive ln σ(z) for y = 1, and −p^gamma_negative ln(1 − p) for y = 0, where
+    p = max(σ(z) − margin, 0): a negative target whose σ(z) is at most the margin contributes
+    neither loss nor gradient. At this kink the derivative is that from the left, 0, which with
+    gamma_negative > 0 is that from the right, too. Soft targets mix σ(−z) and p as in
+    `sigmoid_focal_loss`, and the exponents. (Ridnik et al., Asymmetric loss for multi-label
+    classification, 2021, whose values for COCO are the defaults.)
+
+    >>> z, y = torch.tensor([[-1.0, 200.0, -3.0]]), torch.tensor([[1, 0, 0]])
+    >>> sigmoid_asymmetric_loss(z, y, reduction="none")
+    tensor([[0.9601, 2.4400, 0.0000]])
+
+    Args:
+        z: weighted inputs of the last layer (logits), [..., components].
+        y: targets, as for `sigmoid_quadratic`.
+        gamma_positive, gamma_negative: exponents of the two kinds of target, at least 0.
+        margin: m in [0, 1), subtracted from σ(z) for negative targets; `clip` elsewhere.
+        weight, ignore_index: as for `sigmoid_cross_entropy`.
+        reduction: as for `sigmoid_quadratic`.
+
+    Returns:
+        C: z's shape for "none", else one number.
+
+    Raises:
+        TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
+            from z's, or an option is not a number.
+        ValueError: shapes or devices do not match, the reduction is unknown, an exponent is
+            negative, margin is outside [0, 1), or ignore_index is 0 or 1.
+    """
+    gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
+    focus = rules.Focus(*check_focus(gammas, margin, None))
+    return _focal_loss(z, y, weight, ignore_index, reduction, focus)
+
+
+def _focal_loss(
+    z: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    reduction: Reduction,
+    focus: rules.Focus,
+) -> Tensor:
+    _, ignore_index = _python_numbers(0, ignore_index)
+    settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
+    if is_plain(z, y, optional=(weight,)) and _fits_loss(z, y, weight, None, settings):
+        return _fused_loss(z, y, weight, None, settings)
+    z, wide_y, weight = _float32_under_autocast(z, y, weight)
+    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
+    check_alike({"z": z}, {"weight": weight})
+    settings = settings._replace(ignore_index=ignore_index)
+    return _composed_loss(z, y, wide_y, weight, None, settings)
+
+
 def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
     input: Tensor,
     target: Tensor,
@@ -792,7 +967,9 @@ def _fits_loss(
 
     They compute none with respect to y and weights, and work in the dtype of z.
     """
-    _, reduction, smoothing, ignore_index, any_dtype = settings
+    _, reduction, smoothing, ignore_index, any_dtype, focus = settings
+    if focus is not None and not z.is_cpu:  # Triton has no such kernels
+        return False
     if not (fused.fits(z, y) and reduction in ("mean", "batchmean", "sum", "none")):
         return False
     dtype = y.dtype
@@ -830,10 +1007,15 @@ def _composed_loss(
     Args:
         wide_y: y as it is computed with; y itself tells what to ignore.
     """
-    loss, reduction, smoothing, _, _ = settings
+    loss, reduction, smoothing, *_, focus = settings
+    dtype = z.dtype
     z, y, weight, pos_weight, counts = _operands(z, y, wide_y, weight, pos_weight, settings)
     if loss == "quadratic":
         return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
+    if focus is not None:
+        C = _apply(SigmoidFocalFunction, z, y, *focus)
+        C = C if weight is None else rules.weighted(weight, C)
+        return _to(_reduce(C, counts, reduction), dtype)
     C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
     if smoothing:
         at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
@@ -854,6 +1036,10 @@ def _operands(
         dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
+    if settings.focus is not None:  # a power of q is off by γ times as much as q
+        dtype = torch.float64 if z.dtype == torch.float32 else torch.float32
+        dtype = torch.promote_types(dtype, z.dtype)
+        z, wide_y, weight = _to(z, dtype), _to(wide_y, dtype), _to(weight, dtype)
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
     counts = _counts(y, settings.ignore_index)
@@ -883,7 +1069,7 @@ def _fused_loss(
     return fused.forward(z, y, options, settings.reduction, settings.loss)[0]
 
 
-def _apply(function: type[Function], *arguments: Tensor | None) -> Tensor:
+def _apply(function: type[Function], *arguments: Tensor | float | None) -> Tensor:
     if not torch.compiler.is_compiling():
         if forward_mode_levels() > 1:
             return _PLAIN[function](*arguments)

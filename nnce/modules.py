@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnce import functional
 from nnce._arguments import (
+    check_focus,
     check_ignore_index,
     check_label_smoothing,
     check_reduction,
@@ -30,7 +31,9 @@ __all__ = [
     "Init",
     "Linear",
     "Sigmoid",
+    "SigmoidAsymmetricLoss",
     "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
     "SigmoidQuadraticLoss",
 ]
 
@@ -358,13 +361,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
         check_reduction(reduction)
         self.label_smoothing = check_label_smoothing(label_smoothing)
         self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        for name, tensor in (("weight", weight), ("pos_weight", pos_weight)):
-            if not isinstance(tensor, Tensor | None):
-                raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-            # Values are checked here, once; PyTorch would train on them, uphill.
-            if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
-                raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
-            self.register_buffer(name, tensor)
+        _register_weights(self, weight=weight, pos_weight=pos_weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C of the weighted inputs z of the last layer and the targets y."""
@@ -380,6 +377,120 @@ class SigmoidCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not the usual ones, and the reduction."""
+        return options_of(self)
+
+
+def _register_weights(loss: nn.Module, **weights: Tensor | None) -> None:
+    """Register weights as buffers. Their values are checked here, once."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor | None):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        # PyTorch would train on them, uphill.
+        if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
+            raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
+        loss.register_buffer(name, tensor)
+
+
+class SigmoidFocalLoss(nn.Module):
+    """C = α_t (1 − p_t)^γ · cross-entropy of σ(z): `nnce.functional.sigmoid_focal_loss`.
+
+    Args:
+        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+        alpha: weight of positive targets in [0, 1], or None or −1 for no weights.
+        gamma: exponent of at least 0.
+        weight: multiplies C; at least 0, of a shape that broadcasts to z's; a buffer.
+        ignore_index: an integer other than 0 and 1: components with this target do not count.
+
+    Shape: z and y [..., components], y in [0, 1] or ignore_index -> z's shape for "none", else a
+        scalar.
+
+    Raises:
+        TypeError: weight is not a tensor, or another option is not a number.
+        ValueError: the reduction is unknown, an option is out of range, or a weight is negative or
+            NaN.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        reduction: Reduction = "none",
+        *,
+        alpha: float | None = 0.25,
+        gamma: float = 2.0,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.gamma, _, _, self.alpha = check_focus({"gamma": gamma}, 0, alpha)
+        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
+        _register_weights(self, weight=weight)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """C of the weighted inputs z of the last layer and the targets y."""
+        return functional.sigmoid_focal_loss(
+            z,
+            y,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that are not the defaults, and the reduction."""
+        return options_of(self)
+
+
+class SigmoidAsymmetricLoss(nn.Module):
+    """A focal loss with two exponents and a margin: `nnce.functional.sigmoid_asymmetric_loss`.
+
+    Args:
+        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+        gamma_positive, gamma_negative: exponents of the two kinds of target, at least 0.
+        margin: in [0, 1), subtracted from σ(z) for negative targets.
+        weight, ignore_index: as for `SigmoidFocalLoss`.
+
+    Shape, raises: as for `SigmoidFocalLoss`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        reduction: Reduction = "batchmean",
+        *,
+        gamma_positive: float = 1.0,
+        gamma_negative: float = 4.0,
+        margin: float = 0.05,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
+        checked = check_focus(gammas, margin, None)
+        self.gamma_positive, self.gamma_negative, self.margin, _ = checked
+        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
+        _register_weights(self, weight=weight)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """C of the weighted inputs z of the last layer and the targets y."""
+        return functional.sigmoid_asymmetric_loss(
+            z,
+            y,
+            gamma_positive=self.gamma_positive,
+            gamma_negative=self.gamma_negative,
+            margin=self.margin,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that are not the defaults, and the reduction."""
         return options_of(self)
 
 
@@ -444,7 +555,10 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
 def options_of(loss: nn.Module) -> str:
     """A loss's reduction, and nnce's options where they are not the defaults."""
-    options = {"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None}
+    options = {
+        **{"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None},
+        **{"alpha": 0.25, "gamma": 2, "gamma_positive": 1, "gamma_negative": 4, "margin": 0.05},
+    }
     unusual = [
         f"{name}={getattr(loss, name)!r}"
         for name, usual in options.items()

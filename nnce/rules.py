@@ -12,22 +12,29 @@ Sums over components and means over a mini-batch are not here: rules 2 and 3 ret
 component, and rule 6 sums over the examples it is given.
 
 Where 1 − a would lose its digits, σ(−z) stands for it: they are equal, and it does not round to 0.
+
+The focal losses are the cross-entropy times a power of q, how far a is from y: see `Focus`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 __all__ = [
+    "Focus",
     "cross_entropy",
     "dW",
     "da_prev",
     "db",
+    "dy_focal",
     "dz_cross_entropy",
+    "dz_focal",
     "dz_hidden",
     "dz_quadratic",
+    "focal",
     "linear",
     "quadratic",
     "residual",
@@ -179,6 +186,125 @@ def dz_hidden(da: Tensor, z: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Te
     tensor([0.2500, 0.5000])
     """
     return da * sigmoid_prime(z, sigmoid)
+
+
+# ------------------------------------------------------------------------------ focal losses
+
+
+class Focus(NamedTuple):
+    """Options of the focal and the asymmetric loss: C = α_t q^γ_t L, per component.
+
+    q = (1−y) p + y σ(−z)                        how far a is from y
+    L = −(1−y) ln(1−p) − y ln σ(z)               the cross-entropy, of p for negative targets
+    p = max(σ(z) − margin, 0)                    σ(z) without a margin
+    γ_t = (1−y) gamma_negative + y gamma_positive
+    α_t = (1−y) (1−alpha) + y alpha              1 without an alpha
+
+    By the chain rule, dC/dz = α_t q^γ_t (dL + γ_t dq L/q), dL and dq being derivatives with respect
+    to z. For y of 0 or 1 and no margin both terms have one sign, so nothing cancels: for y = 0,
+    dC/dz = (1−alpha) a^γ (a − γ (1−a) ln(1−a)). Where σ(z) is at most the margin, C and dC/dz are
+    0: at the kink, dC/dz is the derivative from the left.
+
+    Lin et al., Focal loss for dense object detection, 2017; Ridnik et al., Asymmetric loss for
+    multi-label classification, 2021.
+    """
+
+    gamma_positive: float
+    gamma_negative: float
+    margin: float = 0
+    alpha: float | None = None
+
+    def gamma(self, y: Tensor) -> Tensor | float:
+        """γ_t."""
+        if self.gamma_positive == self.gamma_negative:
+            return self.gamma_positive
+        return (1 - y) * self.gamma_negative + y * self.gamma_positive
+
+    def alpha_t(self, y: Tensor) -> Tensor:
+        """α_t; y's shape."""
+        if self.alpha is None:
+            return torch.ones_like(y)
+        return (1 - y) * (1 - self.alpha) + y * self.alpha
+
+
+class _Terms(NamedTuple):
+    """q and L of a focal loss, and their derivatives with respect to z and y."""
+
+    q: Tensor
+    L: Tensor
+    dq: Tensor
+    dL: Tensor
+    dq_by_y: Tensor
+    dL_by_y: Tensor
+
+
+def _terms(
+    z: Tensor, y: Tensor, focus: Focus, sigmoid: Elementwise, softplus: Elementwise
+) -> _Terms:
+    a, not_a, prime, margin = sigmoid(z), sigmoid(-z), sigmoid_prime(z, sigmoid), focus.margin
+    if margin:
+        rest = not_a + margin  # 1 − p where p is not 0
+        p, dp = (torch.where(a <= margin, 0.0, t) for t in (a - margin, prime))
+        of_0 = torch.where(p < 0.5, -torch.log1p(-p.clamp(max=0.5)), -rest.log())
+        d_of_0 = dp / rest
+    else:
+        p, dp, of_0, d_of_0 = a, prime, softplus(z), a
+    of_1 = softplus(-z)
+    q = (1 - y) * p + y * not_a
+    return _Terms(
+        # Where q is not a normal number all is negligible; but L/q, and the derivative of q^γ,
+        # whose exponent may be negative, would be infinite.
+        q.clamp(min=torch.finfo(q.dtype).tiny),
+        weighted(y, of_1) + weighted(1 - y, of_0),
+        (1 - y) * dp - y * prime,
+        (1 - y) * d_of_0 - y * not_a,
+        not_a - p,
+        of_1 - of_0,
+    )
+
+
+def focal(
+    z: Tensor,
+    y: Tensor,
+    focus: Focus,
+    sigmoid: Elementwise = torch.sigmoid,
+    softplus: Elementwise = softplus,
+) -> Tensor:
+    """A focal loss, per component: C = α_t q^γ_t L; z, y and C of one shape."""
+    q, L, *_ = _terms(z, y, focus, sigmoid, softplus)
+    return weighted(focus.alpha_t(y), q.pow(focus.gamma(y)) * L)
+
+
+def dz_focal(
+    z: Tensor,
+    y: Tensor,
+    focus: Focus,
+    sigmoid: Elementwise = torch.sigmoid,
+    softplus: Elementwise = softplus,
+) -> Tensor:
+    """Last layer, focal loss: dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z's shape."""
+    q, L, dq, dL, *_ = _terms(z, y, focus, sigmoid, softplus)
+    gamma = focus.gamma(y)
+    return focus.alpha_t(y) * q.pow(gamma) * (dL + gamma * weighted(dq, L / q))
+
+
+def dy_focal(
+    z: Tensor,
+    y: Tensor,
+    focus: Focus,
+    sigmoid: Elementwise = torch.sigmoid,
+    softplus: Elementwise = softplus,
+) -> Tensor:
+    """dC/dy of a focal loss, for soft targets that are trained themselves; z's shape."""
+    q, L, _, _, dq, dL = _terms(z, y, focus, sigmoid, softplus)
+    gamma = focus.gamma(y)
+    rate = dL + gamma * weighted(dq, L / q)
+    if not isinstance(gamma, float):
+        rate = rate + (focus.gamma_positive - focus.gamma_negative) * weighted(q.log(), L)
+    rate = focus.alpha_t(y) * rate
+    if focus.alpha is not None:
+        rate = rate + (2 * focus.alpha - 1) * L
+    return q.pow(gamma) * rate
 
 
 # ------------------------------------------------------------------- backward, through the weights

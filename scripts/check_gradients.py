@@ -132,7 +132,7 @@ def measure_everywhere(device: torch.device) -> tuple[list[Measured], Figure]:
         measured += rows + precision.measure_linear(dtype, place)
         if place == "cpu":
             curves.append(curves_of_dtype)
-    return measured, figures.saturation_atlas([c[0] for c in curves], [c[1] for c in curves])
+    return measured, figures.saturation_atlas(*([c[i] for c in curves] for i in range(3)))
 
 
 def readable(row: Measured) -> report.Row:
@@ -244,10 +244,11 @@ def promises(
     checked: Sequence[report.Row],
 ) -> tuple[int, list[str]]:
     """How many promises nnce keeps, and a sentence for each that it breaks."""
-    promised = {quantity.name: quantity.promised_ulps for quantity in precision.quantities()}
+    promised = {quantity.name: quantity.promised for quantity in precision.quantities()}
 
     def is_kept(row: Measured) -> bool:
-        ulps = promised.get(row.quantity, precision.LINEAR_PROMISED_ULPS)
+        of_dtype = promised.get(row.quantity)
+        ulps = of_dtype(row.dtype) if of_dtype else precision.LINEAR_PROMISED_ULPS
         return row.ulps <= ulps and row.below_normal < 1 and row.right_at_infinity
 
     all_promises = [

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import nnce
+from nnce import rules
 from nnce.algorithm import backprop
 from nnce.experiments.proof.precision import ulp
 from nnce.losses import LOSSES
@@ -37,6 +38,22 @@ def ulp_distance(value, exact):
     distance = (wide - exact).abs() / ulp(exact, value.dtype)
     same = (wide == exact) | (wide.isnan() & exact.isnan())
     return torch.where(same, 0.0, distance).nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def focal_terms(z, y, focus):
+    """The sums of the absolute values of the terms of C and dC/dz of a focal loss, in float64.
+
+    A rounding error of σ(z) − margin, whose terms are σ(z) and the margin, grows by 1 + γ.
+    """
+    of_0, of_1 = (
+        rules._terms(z, torch.full_like(z, t), focus, torch.sigmoid, rules.softplus) for t in (0, 1)
+    )
+    gamma, alpha_t, L = focus.gamma(y), focus.alpha_t(y), (1 - y) * of_0.L + y * of_1.L
+    q = ((1 - y) * of_0.q + y * of_1.q).clamp(min=1e-300)
+    dL, dq = (1 - y) * of_0.dL - y * of_1.dL, (1 - y) * of_0.dq - y * of_1.dq
+    blur = (1 + gamma) * (1 - y) * (z.sigmoid() + focus.margin) / of_0.q if focus.margin else 0
+    power = alpha_t * q**gamma * (1 + blur)
+    return rules.weighted(power, L), power * (dL + gamma * rules.weighted(dq, L / q))
 
 
 def laid_out(tensor, layout):

@@ -10,7 +10,11 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nnce import linear_sigmoid_cross_entropy, pair_sigmoid_cross_entropy
+from nnce import (
+    linear_sigmoid_cross_entropy,
+    linear_sigmoid_focal_loss,
+    pair_sigmoid_cross_entropy,
+)
 from nnce.experiments import timing
 from nnce.labels.function import SMALL
 
@@ -20,7 +24,7 @@ def resident(which):
     return timing.resident(peak=which == "VmHWM") / 1e6
 
 
-def labels(n, features, num_labels, dtype=torch.float32, autocast=None):
+def labels(n, features, num_labels, dtype=torch.float32, autocast=None, walked=None):
     x = torch.randn(n, features).to(dtype).requires_grad_()
     W = torch.empty(num_labels, features).normal_(0, features**-0.5).to(dtype).requires_grad_()
     b = torch.zeros(num_labels, dtype=dtype, requires_grad=True)
@@ -28,9 +32,13 @@ def labels(n, features, num_labels, dtype=torch.float32, autocast=None):
 
     def loss():
         with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-            return linear_sigmoid_cross_entropy(x, W, target, linear_bias=b)
+            return (walked or linear_sigmoid_cross_entropy)(x, W, target, linear_bias=b)
 
     return (x, W, b), loss
+
+
+def focal(*sizes):
+    return labels(*sizes, walked=linear_sigmoid_focal_loss)
 
 
 def checkpointed(*sizes):
@@ -46,7 +54,7 @@ def pairs(n, features):
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    problem = {"labels": labels, "checkpointed": checkpointed, "pairs": pairs}[what]
+    problem = {"labels": labels, "focal": focal, "checkpointed": checkpointed, "pairs": pairs}[what]
     sizes = [int(option) for option in options if option.isdigit()]
     dtypes = [getattr(torch, option) for option in options if not option.isdigit()]
     # One label more than are computed without a walk, where there are more.

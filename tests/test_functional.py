@@ -1,6 +1,10 @@
+import doctest
 import itertools
 import math
+import re
 
+import mpmath
+import numpy as np
 import pytest
 import torch
 from conftest import slow_unless
@@ -8,6 +12,7 @@ from oracles import (
     HAND_WRITTEN,
     REDUCTIONS,
     bce_with_logits,
+    focal_terms,
     half_mse,
     random,
     same_gradients,
@@ -15,8 +20,12 @@ from oracles import (
 )
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
+from torchvision.ops import sigmoid_focal_loss as torchvision_loss
 
 import nnce
+from nnce import functional
+from nnce.experiments.proof import precision
+from nnce.rules import Focus
 
 LOSSES = list(HAND_WRITTEN.values())
 
@@ -336,3 +345,172 @@ def test_the_module_takes_the_place_of_bce_with_logits():
     theirs = torch.nn.BCEWithLogitsLoss(weight=w, pos_weight=2 * w)
     assert_close(ours(z, y), theirs(z, y))
     assert set(ours.state_dict()) == set(theirs.state_dict())
+
+
+# -------------------------------------------------------------------------------- focal losses
+
+
+def focal(z, y, gamma, alpha=None):
+    return nnce.sigmoid_focal_loss(z, y, gamma=gamma, alpha=alpha)
+
+
+@pytest.mark.parametrize("dtype", precision.DTYPES, ids=str)
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.5, 2, 5])
+def test_focal_rules_are_exact_at_every_z(dtype, gamma):
+    """In the contexts in which no kernel runs: vmap is one. (The kernels' test is theirs.)"""
+    z = precision.grid(dtype)[::5]
+    wide = z.double().numpy().astype(np.longdouble)
+    softplus = [np.maximum(u, 0) + np.log1p(np.exp(-abs(u))) for u in (-wide, wide)]
+    for y, alpha in itertools.product((0, 1), (None, 0.25)):
+        of_y, of_1_minus_y = softplus[1 - y], softplus[y]
+        q, power = np.exp(-of_1_minus_y), np.exp(-np.longdouble(gamma) * of_1_minus_y)
+        alpha_t = 1 if alpha is None else 0.25 if y else 0.75
+        sign = -1 if y else 1
+        exact_dz = sign * alpha_t * power * (q + gamma * np.exp(-of_y) * of_y)
+        leaf = z.clone().requires_grad_()
+        C = torch.func.vmap(focal, (0, 0, None, None))(leaf, torch.full_like(z, y), gamma, alpha)
+        (dz,) = torch.autograd.grad(C.sum(), leaf)
+        for got, exact, of_0 in ((C.detach(), alpha_t * power * of_y, 4), (dz, exact_dz, 3)):
+            limit = (8 + 2 * gamma if dtype == torch.float64 else 8) if gamma else of_0
+            high = torch.from_numpy(exact.astype(float))
+            error = abs(got.double().numpy() - exact)
+            tiny = torch.finfo(dtype).smallest_normal
+            units = error / precision.ulp(high, dtype).numpy()
+            assert got.isfinite().all()
+            assert units[abs(exact) >= tiny].max() <= limit
+            assert (error[abs(exact) < tiny] < tiny).all()
+
+
+FOCI = [Focus(2.0, 2.0, 0, 0.25), Focus(0.5, 0.5), Focus(1.0, 4.0, 0.05), Focus(0.0, 1.5, 0.3)]
+
+
+@pytest.mark.parametrize("focus", FOCI, ids=str)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_focal_derivatives_by_mpmath(focus, kind):
+    """C and its first two derivatives, against those that mpmath takes of C in 320 digits.
+
+    Errors are relative to the absolute values of the terms, which cancel for soft targets, at the
+    kink of the margin and in the second derivative.
+    """
+    kinks = [math.log(focus.margin / (1 - focus.margin)) + 1e-4] if focus.margin else []
+    for y in (0.0, 1.0) if kind == "hard" else (0.2, 0.5, 0.9):
+        for x in (-700.0, -80.0, -12.5, -2.0, -0.3, 0.7, 3.0, 25.0, 300.0, *kinks):
+            z, target = (
+                torch.tensor([x], dtype=torch.float64, requires_grad=True),
+                torch.tensor([y], dtype=torch.float64),
+            )
+            C = functional._focal_loss(z, target, None, None, "none", focus)
+            (dz,) = torch.autograd.grad(C.sum(), z, create_graph=True)
+            (second,) = torch.autograd.grad(dz.sum(), z)
+            with mpmath.workdps(320):  # 1 + e^−700 is not 1
+                exact = [mpmath.diff(lambda t, y=y: by_mpmath(t, y, focus), x, k) for k in range(3)]
+            of_C, of_dz = focal_terms(z.detach(), target, focus)
+            # A derivative of a term is at most (1 + γ) times the term, or its own cancellation.
+            of_second = of_dz * (2 + max(focus[:2])) + of_dz / (1e-4 if x in kinks else 1)
+            for got, true, of in zip((C, dz, second), exact, (of_C, of_dz, of_second), strict=True):
+                error = abs(mpmath.mpf(got.item()) - true)
+                assert error <= 20 * 2.0**-52 * of.item() + 1e-300, (x, y, got, true)
+
+
+def by_mpmath(z, y, focus):
+    a, m = 1 / (1 + mpmath.exp(-z)), mpmath.mpf(focus.margin)
+    p = max(a - m, 0)
+    L = y * mpmath.log1p(mpmath.exp(-z)) - (1 - y) * (
+        mpmath.log1p(-p) if m else -mpmath.log1p(mpmath.exp(z))
+    )
+    q = (1 - y) * p + y / (1 + mpmath.exp(z))
+    alpha_t = 1 if focus.alpha is None else y * focus.alpha + (1 - y) * (1 - focus.alpha)
+    gamma = (1 - y) * focus.gamma_negative + y * focus.gamma_positive
+    return alpha_t * q**gamma * L
+
+
+def test_without_a_power_it_is_the_cross_entropy():
+    z, y = 9 * torch.randn(50), torch.rand(50).round()
+    expected = nnce.sigmoid_cross_entropy(z, y, reduction="none")
+    assert_close(nnce.sigmoid_focal_loss(z, y, gamma=0, alpha=None), expected)
+    assert_close(nnce.sigmoid_focal_loss(z, y, gamma=0, alpha=0.5), expected / 2)
+    plain = {"gamma_positive": 0, "gamma_negative": 0, "margin": 0, "reduction": "none"}
+    assert_close(nnce.sigmoid_asymmetric_loss(z, y, **plain), expected)
+
+
+def test_it_is_torchvisions_focal_loss():
+    """Soft targets too, and −1 for no alpha, where torchvision's loses no digits."""
+    z, y = 3 * torch.randn(60, dtype=torch.float64), torch.rand(60, dtype=torch.float64)
+    for target, alpha, gamma in itertools.product((y, y.round()), (0.25, -1), (0.0, 1.5, 2.0)):
+        for reduction in ("none", "sum", "mean"):
+            got = nnce.sigmoid_focal_loss(z, target, alpha=alpha, gamma=gamma, reduction=reduction)
+            assert_close(got, torchvision_loss(z, target, alpha, gamma, reduction))
+
+
+@pytest.mark.parametrize("loss", [nnce.sigmoid_focal_loss, nnce.sigmoid_asymmetric_loss])
+def test_options_of_the_focal_losses(loss):
+    z = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([[0, 1, -1, 1, 0, 1]] * 3 + [[-1] * 6])
+    weight = torch.rand(6, dtype=torch.float64)
+    counts = y != -1
+    each = weight * loss(z, y.clamp(min=0), reduction="none") * counts
+    of = {"none": each, "sum": each.sum(), "mean": each.sum() / 15, "batchmean": each.sum() / 3}
+    for reduction, expected in of.items():
+        for vmapped in (False, True):  # the kernel, and the rules
+            context = torch.func.vmap if vmapped else lambda f: lambda z: f(z[0])
+            got = context(
+                lambda z, r=reduction: loss(z, y, weight=weight, ignore_index=-1, reduction=r)
+            )(z[None])
+            assert_close(got[0] if vmapped else got, expected)
+            gradient = torch.autograd.grad(got.sum(), z)[0]
+            assert_close(gradient, torch.autograd.grad(expected.sum(), z, retain_graph=True)[0])
+    assert_close(loss(z, y == 1, reduction="sum"), loss(z, (y == 1).double(), reduction="sum"))
+
+
+def test_alpha_0_weighs_nothing_at_infinity():
+    z, y = torch.tensor([-math.inf, math.inf]), torch.tensor([1.0, 0.0])
+    assert nnce.sigmoid_focal_loss(z, y, alpha=0.0)[0] == 0
+    assert nnce.sigmoid_focal_loss(z, y, alpha=1.0)[1] == 0
+
+
+BAD = {
+    "expected gamma of at least 0, got -0.5": {"gamma": -0.5},
+    "expected gamma of at least 0, got nan": {"gamma": math.nan},
+    "expected alpha in [0, 1], or None or -1 for no alpha, got 1.5": {"alpha": 1.5},
+    "expected gamma_positive of at least 0, got -1": {"gamma_positive": -1},
+    "expected gamma_negative of at least 0, got -2": {"gamma_negative": -2},
+    "expected margin in [0, 1), got 1": {"margin": 1},
+    "expected margin in [0, 1), got -0.1": {"margin": -0.1},
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_options_of_the_focal_losses(sentence):
+    options = BAD[sentence]
+    name = "focal" if {"gamma", "alpha"} & set(options) else "asymmetric"
+    function = getattr(nnce, f"sigmoid_{name}_loss")
+    module = nnce.SigmoidFocalLoss if name == "focal" else nnce.SigmoidAsymmetricLoss
+    for call in (
+        lambda: function(torch.zeros(3), torch.zeros(3), **options),
+        lambda: module(**options),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            call()
+    (option,) = options
+    with pytest.raises(TypeError, match=f"^expected {option} to be a number, got str$"):
+        module(**{option: "2"})
+
+
+def test_modules_of_the_focal_losses():
+    z, y, weight = torch.randn(4, 6), torch.rand(4, 6).round(), torch.rand(6)
+    focal = nnce.SigmoidFocalLoss("mean", alpha=None, gamma=1.5, weight=weight, ignore_index=-1)
+    options = {"weight": weight, "ignore_index": -1, "reduction": "mean"}
+    assert_close(focal(z, y), nnce.sigmoid_focal_loss(z, y, alpha=None, gamma=1.5, **options))
+    assert str(focal) == (
+        "SigmoidFocalLoss(reduction='mean', ignore_index=-1, alpha=None, gamma=1.5)"
+    )
+    asymmetric = nnce.SigmoidAsymmetricLoss(
+        "mean", gamma_negative=2, weight=weight, ignore_index=-1
+    )
+    assert_close(asymmetric(z, y), nnce.sigmoid_asymmetric_loss(z, y, gamma_negative=2, **options))
+    assert set(asymmetric.state_dict()) == {"weight"}
+
+
+def test_examples_in_docstrings():
+    found = doctest.testmod(functional)
+    assert found.attempted >= 4 and not found.failed

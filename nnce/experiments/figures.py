@@ -37,18 +37,22 @@ def _count_in_whole_numbers(panel: Any) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def saturation_atlas(cross_entropy: Sequence[Curve], quadratic: Sequence[Curve]) -> Figure:
+def saturation_atlas(
+    cross_entropy: Sequence[Curve], quadratic: Sequence[Curve], focal: Sequence[Curve]
+) -> Figure:
     """|dC/dz| against z for y = 0, a panel a dtype: how wrong neurons learn, and who sees it."""
     figure = _new_figure(11, 7)
     panels = figure.subplots(2, 2, squeeze=False).flatten()
-    for panel, ours, slow in zip(panels, cross_entropy, quadratic, strict=False):
+    for panel, ours, slow, focused in zip(panels, cross_entropy, quadratic, focal, strict=False):
         z = ours.z.double()
         shown = (z >= -30) & (z <= 60)
         lines = {
             "cross-entropy, exact": (ours.exact, "black", "-", 5.0),
             "quadratic, exact": (slow.exact, "0.6", "-", 5.0),
+            "focal, exact": (focused.exact, "C2", "-", 5.0),
             "cross-entropy, nnce": (ours.computed["nnce"], "C0", "-", 1.8),
             "quadratic, nnce": (slow.computed["nnce"], "C1", "-", 1.8),
+            "focal, nnce": (focused.computed["nnce"], "C2", "-", 1.8),
         }
         if "BCELoss of σ(z)" in ours.computed:
             lines["BCELoss of σ(z)"] = (ours.computed["BCELoss of σ(z)"], "C3", "--", 1.8)

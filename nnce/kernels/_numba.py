@@ -15,7 +15,7 @@ from numba.core.serialize import dumps
 _DIGEST = hashlib.sha256().digest_size
 
 
-def njit(*, fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
+def njit(*, fastmath: set[str], forceinline: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function at its first call with each combination of argument types.
 
     The function works on the arrays it is given, and on slices of them, but allocates none. The
@@ -25,13 +25,14 @@ def njit(*, fastmath: set[str]) -> Callable[[Callable[..., Any]], Any]:
 
     Args:
         fastmath: LLVM's fast-math flags for floating-point operations.
+        forceinline: whether LLVM must inline it, however long: a loop that calls is not vectorized.
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
         # "_nrt": arrays taken out of a tuple would be reference-counted in the innermost loops,
         # which made a step 1.2 times as long.
         options: Any = {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": fastmath}
-        dispatcher: Any = numba.njit(**options)(function)
+        dispatcher: Any = numba.njit(**options, forceinline=forceinline)(function)
         with contextlib.suppress(RuntimeError, OSError):  # no folder can be written
             dispatcher._cache = _Cache(function)
         return dispatcher

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnce import rules
 from nnce.losses import Loss
+from nnce.rules import Focus
 
 BLOCK = 2**16
 """Elements in a chunk."""
@@ -28,11 +29,17 @@ class Packed(NamedTuple):
     label_smoothing: float
     ignored: float
     ignores: bool
+    focus: Focus | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is no weight, smoothing or ignored value."""
+        return self.weight is self.pos_weight is None and not (self[4] or self.ignores)
 
     def addresses(self) -> tuple[Any, ...]:
         """Return the tuple that the compiled kernels take."""
         weight, pos_weight = (0 if t is None else t.data_ptr() for t in (self[0], self[2]))
-        return (weight, self.weight_period, pos_weight, *self[3:])
+        return (weight, self.weight_period, pos_weight, *self[3:7])
 
 
 class _Chunk(NamedTuple):
@@ -46,6 +53,7 @@ class _Chunk(NamedTuple):
     weight: Tensor | None
     ignored: Tensor | None
     """Where y is the ignored value."""
+    focus: Focus | None
     both: Tensor | None
     """negative + positive; None where it is 1."""
     first: Tensor
@@ -75,7 +83,7 @@ class _Work:
 
     def chunk(self, z: Tensor, y: Tensor, begin: int) -> _Chunk:
         """Make a chunk of elements that begin at an index of the whole z."""
-        weight, period, pos_weight, pos_period, smoothing, ignored, ignores = self._options
+        weight, period, pos_weight, pos_period, smoothing, ignored, ignores, focus = self._options
         negative, positive, *others = self._memory[:, : len(z)]
         if y.dtype == self._dtype and not smoothing and pos_weight is None:
             positive = y
@@ -95,6 +103,7 @@ class _Work:
             positive,
             None if weight is None else weight[begin % period :][: len(z)],
             y == ignored if ignores else None,
+            focus,
             both,
             *others,
         )
@@ -172,6 +181,8 @@ def _finished(chunk: _Chunk, found: Tensor) -> Tensor:
 def _value(chunk: _Chunk, loss: Loss, rows: int = 1) -> tuple[Tensor, Tensor]:
     """C of each element, equation 2 or 3, and its sums over equal parts in float64, [rows]."""
     find = _quadratic if loss == "quadratic" else _cross_entropy
+    if chunk.focus is not None:
+        find = _cross_entropy_at_infinity
     C = _finished(chunk, find(chunk))
     sums = C.view(rows, -1).sum(1, dtype=torch.float64)
     if loss == "cross-entropy" and not sums.isfinite().all():
@@ -200,8 +211,10 @@ def _cross_entropy(chunk: _Chunk) -> Tensor:
 
 
 def _cross_entropy_at_infinity(chunk: _Chunk) -> Tensor:
-    """C where 0 · ∞ is 0, which takes longer."""
-    z, negative, positive = chunk[:3]
+    """C where 0 · ∞ is 0, which takes longer, and the focal losses, whose rules need float64."""
+    z, negative, positive, *_, focus, _, _, _, _ = chunk
+    if focus is not None:
+        return rules.focal(z.double(), positive.double(), focus).to(z.dtype)
     term = rules.weighted(negative, rules.softplus(z))
     return term + rules.weighted(positive, rules.softplus(-z))
 
@@ -215,5 +228,8 @@ def _residual(chunk: _Chunk) -> Tensor:
 
 def _gradient(chunk: _Chunk, loss: Loss) -> Tensor:
     """dC/dz of each element, equation 4 or 5, without weight."""
+    if chunk.focus is not None:
+        dz = rules.dz_focal(chunk.z.double(), chunk.positive.double(), chunk.focus)
+        return dz.to(chunk.z.dtype)
     difference = _residual(chunk)
     return difference if loss == "cross-entropy" else difference.mul_(rules.sigmoid_prime(chunk.z))

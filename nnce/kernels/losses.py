@@ -18,6 +18,7 @@ intrinsics, which cost next to nothing.
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
 
 import inspect
+import math
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ class Marker(types.Dummy):
     """A Numba type whose only value is None: it selects code at compile time.
 
     Args:
-        label: "cross-entropy", "quadratic", the name of a dtype, or "zeros" for an array of zeros
-            that is not in memory.
+        label: "cross-entropy", "quadratic", "focal", "margin" (a focal loss with a margin), the
+            name of a dtype, or "zeros" for an array of zeros that is not in memory.
     """
 
     def __init__(self, label: str) -> None:
@@ -283,6 +284,28 @@ def _power_of_2(_: Any, shifted: Any) -> Any:
     return shifted(shifted), generate
 
 
+@intrinsic
+def _split(_: Any, x: Any) -> Any:
+    """Return k, in x's type, and f in [1, 2) with x = 2^k f, for a positive normal number x."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        width, places, bias = (32, 23, 127) if x == types.float32 else (64, 52, 1023)
+        whole, kind = ir.IntType(width), arguments[0].type
+        bits = builder.bitcast(arguments[0], whole)
+        exponent = builder.lshr(bits, ir.Constant(whole, places))
+        if width == 32:
+            k = builder.sitofp(builder.sub(exponent, ir.Constant(whole, bias)), kind)
+        else:  # by 2⁵² + k + 1023: AVX2 converts no int64
+            shifted = builder.or_(exponent, ir.Constant(whole, 1075 << 52))
+            large = ir.Constant(kind, -(2.0**52) - 1023)
+            k = builder.fadd(builder.bitcast(shifted, kind), large)
+        fraction = builder.and_(bits, ir.Constant(whole, (1 << places) - 1))
+        f = builder.bitcast(builder.or_(fraction, ir.Constant(whole, bias << places)), kind)
+        return context.make_tuple(builder, signature.return_type, (k, f))
+
+    return types.UniTuple(x, 2)(x), generate
+
+
 @njit(fastmath=_EXACT)
 def _exp_in_two(x: Any, one: Any) -> Any:
     """e^x for x ≤ 0, and what has been lost by rounding it."""
@@ -322,6 +345,21 @@ def _log1p_by_quotient(e: Any) -> Any:
     s += (((e + e) - s * w) - s * (e - (w - 2))) * (t / 2)  # what has been lost by rounding
     v = s * s / 4
     return s + s * v * _P(v)
+
+
+@njit(fastmath=_EXACT, forceinline=True)
+def _power(q, gamma):
+    """q^γ for q in [0, 1], in float64: 2^(γ k) f^γ for q = 2^k f."""
+    k, f = _split(q if q > 2.3e-308 else 2.3e-308)  # below, all is negligible
+    # e^x loses as much as the rounding of x, so x is summed up in two parts. These are exact: γ to
+    # 24 bits times k, and its whole part times the larger part of ln 2.
+    few_bits = np.float64(np.float32(gamma))
+    n = np.floor(few_bits * k)
+    large, part = n * _ln2_large(q), (few_bits * k - n) + (gamma - few_bits) * k
+    rest = n * _ln2_small(q) + (part * math.log(2) + gamma * _log1p(f - 1.0, 1.0))
+    total = large + rest
+    power = _exp(total, 1.0)
+    return power + power * (rest - (total - large)) if q == q else q
 
 
 # ------------------------------------------------------------------------------- the equations
@@ -385,6 +423,47 @@ def _dz_quadratic(z, e, negative, positive, factor, factor_lost, one, loss):
     dz = difference * e / cube
     lost = lost * e + difference * e_lost - (one + one + one) * dz * w_lost * square
     return factor * (dz + lost / cube)
+
+
+@_generic
+def _negative(z, a, not_a, ln, margin, one, loss):
+    """Of a negative target of a focal loss: p, −ln(1 − p), its derivative, and 0 for a p of 0."""
+    if loss.label == "margin":
+        return _negative_with_margin
+    return lambda z, a, not_a, ln, margin, one, loss: (a, ln + max(z, one - one), a, one)
+
+
+def _negative_with_margin(z, a, not_a, ln, margin, one, loss):
+    zero, rest = one - one, not_a + margin
+    p, above = (zero, zero) if a <= margin else (a - margin, one)
+    is_small = p + p < one
+    k, f = _split(rest)
+    ln = _log1p(p / rest if is_small else f - one, one)
+    of_0 = ln if is_small else -k * _ln2_large(z) - (k * _ln2_small(z) + ln)
+    of_0 += rest - rest  # NaN stays NaN
+    return p, of_0, above * a * not_a / rest, above
+
+
+@njit(fastmath=_EXACT, forceinline=True)
+def _focal(z, e, e_lost, negative, positive, margin, one, loss):
+    """Of a focal loss (`nnce.rules.Focus`): q, L, dL, and dq over q."""
+    zero, w = one - one, one + e
+    inverse, w_lost = one / w, (e - (w - one)) + e_lost
+    # σ(|z|) and σ(−|z|) with what rounding has lost, since a power multiplies their errors.
+    large, small = inverse, e * inverse
+    large += ((one - large * w) - large * w_lost) * inverse
+    small += ((e - small * w) + (e_lost - small * w_lost)) * inverse
+    a, not_a = (large, small) if z > 0 else (small, large)
+    ln = _log1p(e, one)
+    p, of_0, d_of_0, above = _negative(z, a, not_a, ln, margin, one, loss)
+    L = negative * (of_0 if negative != 0 else zero)
+    L += positive * (ln - min(z, zero) if positive != 0 else zero)
+    q = negative * p + positive * not_a
+    # dq is the product of σ(z), σ(−z) and the last factor; for y of 0 and 1 one of them is q.
+    first, second = (a, not_a) if negative > positive else (not_a, a)
+    over_q = zero if q == 0 else first / q
+    rate = over_q * (second * (negative * above - positive))
+    return q, L, negative * d_of_0 - positive * not_a, rate
 
 
 @_generic
@@ -517,6 +596,138 @@ def _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dty
         _write(out, at + i, work, _dz(x, t, p, q, factor, factor_lost, one, loss))
 
 
+@_generic
+def _block_of_C(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work):
+    """Write C of a block; e is memory."""
+    if focus is types.none:
+        return _block_of_C_by_e
+    return _block_of_focal_C
+
+
+def _block_of_C_by_e(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work):
+    _all_e(z, first, e, n, z_dtype, work)
+    _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work)
+
+
+def _block_of_focal_C(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work):
+    _all_focal(z, first, terms, e, out, 0, n, options, focus, None, loss, z_dtype, y_dtype, work)
+    _multiply_by_powers(e, terms, out, 0, n, options, focus, y_dtype, work)
+
+
+@_generic
+def _block_of_dz(
+    z, first, e, terms, scale, out, at, n, options, focus, loss, z_dtype, y_dtype, work
+):
+    """Write dC/dz of a block, times scale; e is memory."""
+    if focus is types.none:
+        return _block_of_dz_by_e
+    return _block_of_focal_dz
+
+
+def _block_of_dz_by_e(
+    z, first, e, terms, scale, out, at, n, options, focus, loss, z_dtype, y_dtype, work
+):
+    _all_e(z, first, e, n, z_dtype, work)
+    _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work)
+
+
+def _block_of_focal_dz(
+    z, first, e, terms, scale, out, at, n, options, focus, loss, z_dtype, y_dtype, work
+):
+    _all_focal(z, first, terms, e, out, at, n, options, focus, scale, loss, z_dtype, y_dtype, work)
+    _multiply_by_powers(e, terms, out, at, n, options, focus, y_dtype, work)
+
+
+@njit(fastmath=_EXACT)
+def _all_focal(z, first, terms, q, out, at, n, options, focus, scale, loss, z_dtype, y_dtype, work):
+    """Write q, and C or scale times dC/dz (C for a scale of None), each without q^γ_t."""
+    one = _one(work)
+    zero = one - one
+    gamma, gamma_of_0, margin, alpha, alpha_of_0 = (
+        *(_as(focus[0], one), _as(focus[1], one), _as(focus[2], one)),
+        *(_as(focus[3], one), _as(focus[4], one)),
+    )
+    if max(gamma, gamma_of_0) > 2:
+        for i in range(n):
+            e, lost = _exp_in_two(-abs(_read(z, first + i, z_dtype, one)), one)
+            _write(out, at + i, work, e)
+            _write(q, i, work, lost)
+    else:  # what e has lost does not matter
+        for i in range(n):
+            _write(out, at + i, work, _exp(-abs(_read(z, first + i, z_dtype, one)), one))
+            _write(q, i, work, zero)
+    for i in range(n):
+        negative, positive, _ = _term(terms, i, options, y_dtype, work)
+        x, e = _read(z, first + i, z_dtype, one), _read(out, at + i, work, one)
+        e_lost = _read(q, i, work, one)
+        q_i, found, dL, rate = _focal(x, e, e_lost, negative, positive, margin, one, loss)
+        weight = negative * alpha_of_0 + positive * alpha
+        if scale is not None:
+            exponent = negative * gamma_of_0 + positive * gamma
+            found = dL + (exponent * rate * found if rate != 0 else zero)
+            found *= _as(scale, one)
+        _write(q, i, work, q_i)
+        _write(out, at + i, work, zero if weight == 0 and abs(found) == np.inf else weight * found)
+
+
+@njit(fastmath=_EXACT)
+def _has_soft(terms, n, options, y_dtype, work):
+    one, found = _one(work), False
+    for i in range(n):
+        _, positive, _ = _term(terms, i, options, y_dtype, work)
+        found |= (positive > 0) & (positive < one)
+    return found
+
+
+@njit(fastmath=_EXACT)
+def _keep_where(q, terms, sign, n, options, y_dtype, work):
+    """Replace q by 1 where the target is 1 (sign −1), or where it is 0 (sign 1)."""
+    one = _one(work)
+    for i in range(n):
+        _, positive, _ = _term(terms, i, options, y_dtype, work)
+        keep = sign * (positive - one / (one + one)) > 0
+        _write(q, i, work, _read(q, i, work, one) if keep else one)
+
+
+@njit(fastmath=_EXACT)
+def _multiply(q, out, at, n, times, work):
+    """Multiply by q, and by its square root for a half of a time."""
+    one = _one(work)
+    for _ in range(int(times)):
+        for i in range(n):
+            _write(out, at + i, work, _read(out, at + i, work, one) * _read(q, i, work, one))
+    if times % 1 != 0:
+        for i in range(n):
+            root = math.sqrt(_read(q, i, work, one))
+            _write(out, at + i, work, _read(out, at + i, work, one) * root)
+
+
+@njit(fastmath=_EXACT)
+def _multiply_by_any_powers(q, terms, out, at, n, gamma, gamma_of_0, options, y_dtype, work):
+    for i in range(n):
+        negative, positive, _ = _term(terms, i, options, y_dtype, work)
+        power = _power(_read(q, i, work, 1.0), negative * gamma_of_0 + positive * gamma)
+        _write(out, at + i, work, _read(out, at + i, work, 1.0) * power)
+
+
+@njit(fastmath=_EXACT)
+def _multiply_by_powers(q, terms, out, at, n, options, focus, y_dtype, work):
+    """Multiply by q^γ_t: by multiplications and square roots where 2 γ_t are small integers."""
+    one, gamma, gamma_of_0 = _one(work), focus[0], focus[1]
+    least, most = min(gamma, gamma_of_0), max(gamma, gamma_of_0)
+    is_whole = most <= 4 and 2 * gamma % 1 == 0 and 2 * gamma_of_0 % 1 == 0
+    if is_whole and least < most:
+        is_whole = not _has_soft(terms, n, options, y_dtype, work)
+    if is_whole:
+        _multiply(q, out, at, n, least, work)
+        if least < most:
+            sign = _as(1.0 if gamma > gamma_of_0 else -1.0, one)
+            _keep_where(q, terms, sign, n, options, y_dtype, work)
+            _multiply(q, out, at, n, most - least, work)
+        return
+    _multiply_by_any_powers(q, terms, out, at, n, gamma, gamma_of_0, options, y_dtype, work)
+
+
 @njit(fastmath=_SUM)
 def _sum(source: Any, n: Any, work: Any) -> Any:
     total = 0.0
@@ -545,7 +756,7 @@ def _sum_by_fours(source: Any, n: Any, work: Any) -> Any:
 
 
 @njit(fastmath=_EXACT)
-def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
+def value(z, y, C, begin, end, options, focus, loss, z_dtype, y_dtype, work):
     """Compute C of the elements from begin to end, and return their sum.
 
     Args:
@@ -553,6 +764,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
         C: address of the losses to write, in z's dtype; 0 to write none.
         begin, end: indices of the first element, and of the one after the last.
         options: a tuple, or None.
+        focus: a tuple for a focal loss, or None.
         loss, z_dtype, y_dtype, work: markers.
     """
     one = _one(work)
@@ -561,8 +773,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
     for first in range(begin, end, BLOCK):
         n = end - first if end - first < BLOCK else BLOCK
         terms = _terms(y, first, first, n, options, memory, y_dtype, work)
-        _all_e(z, first, e, n, z_dtype, work)
-        _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work)
+        _block_of_C(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work)
         _finish(out, 0, y, first, first, n, options, y_dtype, work)
         if C != 0:
             for i in range(n):
@@ -572,7 +783,7 @@ def value(z, y, C, begin, end, options, loss, z_dtype, y_dtype, work):
 
 
 @njit(fastmath=_EXACT)
-def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dtype, work):
+def gradient(z, y, dz, begin, end, options, focus, upstream, scale, loss, z_dtype, y_dtype, work):
     """Write dC/dz of the elements from begin to end, times their upstream gradients.
 
     Args:
@@ -586,8 +797,9 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
         n = end - first if end - first < BLOCK else BLOCK
         terms = _terms(y, first, first, n, options, memory, y_dtype, work)
         out, at = (dz, first) if _same(z_dtype, work) else (found, 0)
-        _all_e(z, first, e, n, z_dtype, work)
-        _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work)
+        _block_of_dz(
+            z, first, e, terms, scale, out, at, n, options, focus, loss, z_dtype, y_dtype, work
+        )
         if upstream != 0:
             for i in range(n):
                 g = _read(upstream, first + i, z_dtype, one)
@@ -600,7 +812,7 @@ def gradient(z, y, dz, begin, end, options, upstream, scale, loss, z_dtype, y_dt
 
 @njit(fastmath=_EXACT)
 def joint(
-    z, y, y_stride, C, factor, begin, end, width, options, loss, z_dtype, y_dtype, work, sums
+    z, y, y_stride, C, factor, begin, end, width, options, focus, loss, z_dtype, y_dtype, work, sums
 ):
     """Write dC/dz in the place of z for the rows from begin to end, and each row's sum of C.
 
@@ -613,20 +825,30 @@ def joint(
     """
     one = _one(work)
     e, out, memory = _scratch(one), _scratch(one), (_scratch(one), _scratch(one))
+    found = _scratch(one)
     for row in range(begin, end):
-        total, scale = 0.0, _read(factor, row, work, one)
+        total, scale = 0.0, _read(factor, row, z_dtype, one)
         for column in range(0, width, BLOCK):
             n, first = width - column if width - column < BLOCK else BLOCK, row * width + column
             at = row * y_stride + column
             terms = _terms(y, at, first, n, options, memory, y_dtype, work)
-            _all_e(z, first, e, n, z_dtype, work)
-            _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work)
-            for i in range(n):  # not by _all_dz: it would not know that it overwrites what it reads
-                p, q, _ = _term(terms, i, options, y_dtype, work)
-                x, t = _read(z, first + i, work, one), _read(e, i, work, one)
-                _write(z, first + i, work, _dz(x, t, p, q, scale, one - one, one, loss))
+            _block_of_C(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work)
+            if focus is None:  # not by _all_dz: it would not know that it overwrites what it reads
+                for i in range(n):
+                    p, q, _ = _term(terms, i, options, y_dtype, work)
+                    x, t = _read(z, first + i, work, one), _read(e, i, work, one)
+                    _write(z, first + i, work, _dz(x, t, p, q, scale, one - one, one, loss))
+            else:
+                _block_of_dz(
+                    *(z, first, e, terms, _as(scale, 1.0), found, 0, n),
+                    *(options, focus, loss, z_dtype, y_dtype, work),
+                )
+                _finish(found, 0, y, at, first, n, options, y_dtype, work)
+                for i in range(n):
+                    _write(z, first + i, z_dtype, _read(found, i, work, one))
             _finish(out, 0, y, at, first, n, options, y_dtype, work)
-            _finish(z, first, y, at, first, n, options, y_dtype, work)
+            if focus is None:
+                _finish(z, first, y, at, first, n, options, y_dtype, work)
             total += _sum(out, n, work)
         _write(C, row, sums, total)
 
@@ -660,20 +882,23 @@ def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
 # ------------------------------------------------------------------------------------ compile
 
 
-def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = False) -> Any:
+def compiled(
+    kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = False, wide: bool = False
+) -> Any:
     """Compile a kernel, or load it from the cache on disk, and return it.
 
     Args:
         kernel: name of the kernel.
-        loss: "cross-entropy" or "quadratic".
+        loss: label of the marker of a loss.
         z_dtype, y_dtype: names of dtypes.
         plain: whether options are None.
+        wide: whether to compute in float64.
 
     Returns:
         The compiled function. Its arguments are Python's numbers; markers are None.
     """
     work = "float64" if z_dtype == "float64" else "float32"
-    if loss == "quadratic" and kernel != "joint":
+    if wide or (loss == "quadratic" and kernel != "joint"):
         work = "float64"  # a product of three factors is off by up to 6 units in the last place
     labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
     # fused rounds it to y's dtype, which float32 holds unless it is float64.
@@ -685,6 +910,7 @@ def compiled(kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = F
         "options": types.none
         if plain
         else types.Tuple((*[types.int64] * 4, types.float64, ignored, types.boolean)),
+        "focus": types.UniTuple(types.float64, 5) if loss in ("focal", "margin") else types.none,
         **{name: Marker(label) for name, label in labels.items()},
     }
     dispatcher = globals()[kernel]

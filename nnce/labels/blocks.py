@@ -64,11 +64,31 @@ class Options(NamedTuple):
     pos_weight: Tensor | None
     """Multiplies the term of y, [labels]."""
     label_smoothing: float
+    focus: rules.Focus | None = None
+    """Makes the cross-entropy a focal loss, without pos_weight and label_smoothing."""
 
     def of(self, labels: slice, dtype: torch.dtype) -> "Options":
         """Those of some labels."""
         b, weight, pos_weight = (None if t is None else t[labels].to(dtype) for t in self[:3])
-        return Options(b, weight, pos_weight, self.label_smoothing)
+        return self._replace(b=b, weight=weight, pos_weight=pos_weight)
+
+    def value_and_dz(
+        self, z: Tensor, y: Tensor, pos_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """C and dC/dz of some elements, without weight; by equations 3 and 5 or of a focal loss."""
+        if self.focus is not None:
+            wide, y = z.double(), y.double()
+            C, dz = rules.focal(wide, y, self.focus), rules.dz_focal(wide, y, self.focus)
+            return C.to(z.dtype), dz.to(z.dtype)
+        C, dz = (
+            rules.cross_entropy(z, y, pos_weight),
+            rules.dz_cross_entropy(z, y, pos_weight=pos_weight),
+        )
+        if s := self.label_smoothing:
+            half = torch.full_like(y, 0.5)
+            C = (1 - s) * C + s * rules.cross_entropy(z, half, pos_weight)
+            dz = (1 - s) * dz + s * rules.dz_cross_entropy(z, half, pos_weight=pos_weight)
+        return C, dz
 
 
 class _Rows(NamedTuple):
@@ -100,6 +120,11 @@ def _use_up(
     σ(−z): equations 3 and 5 with 1 − y and y, each with its weights. A positive of None is 0, and a
     negative of None is 1.
     """
+    if options.focus is not None:
+        y = torch.zeros_like(z) if positive is None else positive
+        of_each, dz = options.value_and_dz(z, y, None)
+        z.copy_(factor * (dz if options.weight is None else dz * options.weight))
+        return of_each if options.weight is None else rules.weighted(options.weight, of_each)
     C = None
     if how.wants_value:
         ln, spare = _log1p_of_exp_of_minus_abs(z, how.room)
@@ -131,10 +156,10 @@ def _block_of_zeros(
     z: Tensor, rows: Tensor, labels: Tensor, options: Options, how: _Rows
 ) -> Tensor | None:
     """Σ C of targets of 0, without that of the elements listed; z becomes dC/dz."""
-    _, weight, pos_weight, s = options
+    _, weight, pos_weight, s, focus = options
     if not s and fused.has_joint(z, None):
         z[rows, labels] = -math.inf  # where C is 0
-        return fused.joint(z, None, how.factor[:, 0], fused.Options(weight))
+        return fused.joint(z, None, how.factor[:, 0], fused.Options(weight, focus=focus))
     positive = None
     if s:
         share = s / 2 if pos_weight is None else s / 2 * pos_weight
@@ -167,26 +192,20 @@ def _block_of_list(
     All targets are 0 but those of a list: rows, in order, and labels within the block, values.
     counts is 0 where a target has been counted already.
     """
-    _, weight, pos_weight, s = options
+    weight, pos_weight = options.weight, options.pos_weight
     at = (rows, labels)
     z_listed = z[at]
-    p = None if pos_weight is None else pos_weight[labels]
     y = torch.ones_like(z_listed) if values is None else values.to(z.dtype)
-    half = torch.full_like(y, 0.5)
+    p = None if pos_weight is None else pos_weight[labels]
     total = _block_of_zeros(z, rows, labels, options, how)
+    C, dz = options.value_and_dz(z_listed, y, p)
     if total is not None and how.wants_value:
-        C = rules.cross_entropy(z_listed, y, p)
-        if s:
-            C = (1 - s) * C + s * rules.cross_entropy(z_listed, half, p)
         if weight is not None:
             C = rules.weighted(weight[labels], C)
         if counts is not None:
             C = rules.weighted(counts.to(C.dtype), C)
         total.index_add_(0, rows, C.double())
     if how.wants_dz:
-        dz = rules.dz_cross_entropy(z_listed, y, pos_weight=p)
-        if s:
-            dz = (1 - s) * dz + s * rules.dz_cross_entropy(z_listed, half, pos_weight=p)
         z[at] = how.factor[rows, 0] * (dz if weight is None else dz * weight[labels])
     return total
 
@@ -197,7 +216,9 @@ def _block_of_dense(z: Tensor, y: Tensor, options: Options, how: _Rows) -> Tenso
     if y.is_floating_point() and y.itemsize == 1:
         y = y.bfloat16()  # exact, and a dtype that the compiled pass reads
     if fused.has_joint(z, y):
-        return fused.joint(z, y, how.factor[:, 0], fused.Options(*options[1:]))
+        return fused.joint(
+            z, y, how.factor[:, 0], fused.Options(*options[1:4], None, options.focus)
+        )
     total = z.new_zeros(len(z), dtype=torch.float64) if how.wants_value else None
     for begin in range(0, len(z), how.chunk):
         part = slice(begin, begin + how.chunk)

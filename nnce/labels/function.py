@@ -238,7 +238,7 @@ class AtOnce(Function):
         task.check()
         z = rules.linear(x, W, b)
         factor = task.factor(x, dtype=x.dtype)
-        options = fused.Options(*task.options[1:])
+        options = fused.Options(*task.options[1:4], None, task.options.focus)
         C = fused.joint(z, task.targets.dense_for(*z.shape), factor, options)
         ctx.save_for_backward(x, W, z, *(() if b is None else (b,)))
         return task.reduced(C)

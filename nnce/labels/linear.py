@@ -1,6 +1,6 @@
 """A linear layer and its cross-entropy over very many labels, in flat memory."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from nnce._arguments import (
     check_block,
     check_dense,
     check_device,
+    check_focus,
     check_label_smoothing,
     check_reduction,
     shape_of,
@@ -96,10 +97,120 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     >>> C.detach()  # 1000 ln 2
     tensor(693.1472)
     """
+    return _walked_loss(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        _Options(
+            *(weight, example_weight, pos_weight, check_label_smoothing(label_smoothing)),
+            *(reduction, block, group, check_values),
+        ),
+    )
+
+
+def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's losses
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    block: int | None = None,
+    group: "ProcessGroup | None" = None,
+    check_values: bool | None = None,
+) -> Tensor:
+    """C of `sigmoid_focal_loss(linear(x, W, b), y)`, whose z never exist as a whole.
+
+    Args:
+        alpha, gamma: as for `sigmoid_focal_loss`.
+        input, linear_weight, target, linear_bias, weight, example_weight: as for
+            `linear_sigmoid_cross_entropy`.
+        reduction, block, group, check_values: as for `linear_sigmoid_cross_entropy`.
+
+    Returns:
+        C: a scalar, or [n] for "none"; float32 at least.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `linear_sigmoid_cross_entropy` and
+            `sigmoid_focal_loss`.
+    """
+    focus = check_focus({"gamma": gamma}, 0, alpha)
+    options = _Options(
+        *(weight, example_weight, None, 0, reduction, block, group, check_values), focus
+    )
+    return _walked_loss(input, linear_weight, target, linear_bias, options)
+
+
+def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's losses
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    *,
+    gamma_positive: float = 1.0,
+    gamma_negative: float = 4.0,
+    margin: float = 0.05,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    example_weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    block: int | None = None,
+    group: "ProcessGroup | None" = None,
+    check_values: bool | None = None,
+) -> Tensor:
+    """C of `sigmoid_asymmetric_loss(linear(x, W, b), y)`, whose z never exist as a whole.
+
+    Args:
+        gamma_positive, gamma_negative, margin: as for `sigmoid_asymmetric_loss`.
+        input, linear_weight, target, linear_bias, weight, example_weight: as for
+            `linear_sigmoid_cross_entropy`.
+        reduction, block, group, check_values: as for `linear_sigmoid_cross_entropy`.
+
+    Returns:
+        C: a scalar, or [n] for "none"; float32 at least.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `linear_sigmoid_cross_entropy` and
+            `sigmoid_asymmetric_loss`.
+    """
+    gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
+    options = _Options(
+        *(weight, example_weight, None, 0, reduction, block, group, check_values),
+        check_focus(gammas, margin, None),
+    )
+    return _walked_loss(input, linear_weight, target, linear_bias, options)
+
+
+class _Options(NamedTuple):
+    """Arguments of the losses here, but for the tensors of the layer and the target."""
+
+    weight: Tensor | None
+    example_weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
+    reduction: Reduction
+    block: int | None
+    group: "ProcessGroup | None"
+    check_values: bool | None
+    focus: tuple[float, float, float, float | None] | None = None
+
+
+def _walked_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Target,
+    linear_bias: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    weight, example_weight, pos_weight, label_smoothing, reduction, *_ = options
+    group, focus = options.group, options.focus
     check_reduction(reduction)
-    label_smoothing = check_label_smoothing(label_smoothing)
     product_dtype = check_layer(input, linear_weight, linear_bias)
-    block = check_block(block)
+    block = check_block(options.block)
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = shard(own_labels, input, group)
     targets = targets_of(target, n, num_labels, input.device)
@@ -112,8 +223,12 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     operands = Operands(
         *targets,
         *(weight, pos_weight, float(label_smoothing), example_weight, reduction),
-        *(block, product_dtype, check_values, VERSION),
+        *(block, product_dtype, options.check_values),
+        VERSION,
     )
+    if focus is not None:
+        alpha = -1.0 if focus[3] is None else focus[3]
+        operands = operands._replace(version=VERSION + 1, focus=[*focus[:3], alpha])
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nnce import _torch_private
+from nnce import _torch_private, rules
 from nnce.functional import Reduction
 from nnce.labels.blocks import Options, Wants, has_unit
 from nnce.labels.function import BlockByBlock, Kind, Task, refuse_tangents
@@ -27,8 +27,8 @@ _OPERANDS = """
 """
 _WANTS = "Tensor? upstream, bool wants_value, bool wants_dx, bool wants_dW, bool wants_db"
 for _signature in (
-    f"{OPERATOR}({_OPERANDS}=0) -> Tensor",
-    f"{_WALK}({_OPERANDS}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{OPERATOR}({_OPERANDS}=0, float[]? focus=None) -> Tensor",
+    f"{_WALK}({_OPERANDS}, float[]? focus, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -50,6 +50,9 @@ class Operands(NamedTuple):
     product_dtype: torch.dtype
     check_values: bool | None
     version: int = 0
+    """1 more with a focus, which an older nnce would not read."""
+    focus: Sequence[float] | None = None
+    """Both gammas, margin, and alpha or −1; None for the cross-entropy."""
 
     def task(self, num_labels: int) -> Task:
         """The `Task` that computes it.
@@ -57,12 +60,16 @@ class Operands(NamedTuple):
         Raises:
             RuntimeError: the call comes from a file that another version of nnce has exported.
         """
-        if self.version != VERSION:
+        expected = VERSION + (self.focus is not None)
+        if self.version != expected:
             raise RuntimeError(
-                f"expected nnce::{OPERATOR} of version {VERSION}, got {self.version} from a "
+                f"expected nnce::{OPERATOR} of version {expected}, got {self.version} from a "
                 f"model that an older nnce exported: export it again"
             )
-        targets, options = Targets(*self[:5]), Options(None, *self[5:8])
+        focus = None if self.focus is None else rules.Focus(*self.focus)
+        if focus is not None and focus.alpha == -1:
+            focus = focus._replace(alpha=None)
+        targets, options = Targets(*self[:5]), Options(None, *self[5:8], focus)
         return Task(targets, options, *self[8:13], None, 0, num_labels)
 
     def check(self) -> None:

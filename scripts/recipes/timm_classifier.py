@@ -1,8 +1,8 @@
-"""timm: nnce's cross-entropy in place of `BinaryCrossEntropy`, in a tiny ResNet on digits."""
+"""timm: nnce's losses in place of `BinaryCrossEntropy` and `AsymmetricLossMultiLabel`."""
 
 import timm
 import torch
-from timm.loss import BinaryCrossEntropy
+from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy
 from torch import Tensor, nn
 
 import nnce
@@ -33,11 +33,22 @@ class FromIndices(nn.Module):
 
 
 # Each of timm's losses, and what takes its place.
-LOSSES = {"BinaryCrossEntropy": (BinaryCrossEntropy(), FromIndices())}
+LOSSES: dict[str, tuple[nn.Module, nn.Module]] = {
+    "BinaryCrossEntropy": (BinaryCrossEntropy(), FromIndices()),
+    # For targets of 0 and 1: both divide by the number of examples. timm's ln is cut off at 1e-8.
+    "AsymmetricLossMultiLabel": (
+        AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0.05),
+        nnce.SigmoidAsymmetricLoss(gamma_negative=4, gamma_positive=1, margin=0.05),
+    ),
+}
 
 
-def train(loss: nn.Module, epochs: int = 5) -> tuple[nn.Module, float]:
-    """A network trained on 1,000 digits, and its accuracy on the test digits."""
+def train(loss: nn.Module, dense: bool = False, epochs: int = 5) -> tuple[nn.Module, float]:
+    """A network trained on 1,000 digits, and its accuracy on the test digits.
+
+    Args:
+        dense: whether the loss takes targets [n, 10] of 0 and 1, not class indices.
+    """
     torch.manual_seed(0)
     network = timm.create_model("test_convnext", pretrained=False, in_chans=1, num_classes=10)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
@@ -47,10 +58,11 @@ def train(loss: nn.Module, epochs: int = 5) -> tuple[nn.Module, float]:
         for split in (digits.train, digits.test)
     )
     labels, test_labels = digits.train.y.argmax(1), digits.test.y.argmax(1)
+    targets = digits.train.y if dense else labels
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(50):
             optimizer.zero_grad()
-            loss(network(images[rows]), labels[rows]).backward()
+            loss(network(images[rows]), targets[rows]).backward()
             optimizer.step()
     with torch.no_grad():
         right = network.eval()(test_images).argmax(1) == test_labels
@@ -60,7 +72,8 @@ def train(loss: nn.Module, epochs: int = 5) -> tuple[nn.Module, float]:
 def main() -> None:
     """Train with timm's losses and with nnce's in their place."""
     for name, (theirs, ours) in LOSSES.items():
-        (network, accuracy), (twin, same) = train(ours), train(theirs)
+        dense = name == "AsymmetricLossMultiLabel"
+        (network, accuracy), (twin, same) = train(ours, dense), train(theirs, dense)
         pairs = zip(network.parameters(), twin.parameters(), strict=True)
         difference = max((a - b).abs().max().item() for a, b in pairs)
         print(

@@ -16,7 +16,7 @@ from nnce.training import Record, Settings
 
 def test_the_atlas_marks_where_bce_loss_ends():
     _, curves = precision.measure(torch.float32)
-    atlas = figures.saturation_atlas(curves[:1], curves[1:2])
+    atlas = figures.saturation_atlas(curves[:1], curves[1:2], curves[2:3])
     labels = [line.get_label() for line in atlas.axes[0].lines]
     assert "cross-entropy, nnce" in labels and "BCELoss of σ(z)" in labels
     ends = [line for line in atlas.axes[0].lines if line.get_marker() == "x"]

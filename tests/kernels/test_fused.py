@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import slow_unless
+from oracles import focal_terms
 
 from nnce import rules
 from nnce.kernels import fused
 from nnce.kernels.fused import Options
+from nnce.rules import Focus
 
 PLAIN = Options()
 LOSSES = ("cross-entropy", "quadratic")
@@ -176,12 +178,102 @@ def test_sigmoid_backward_is_exact_at_every_z(dtype):
     assert units(fused.sigmoid_backward(z, da), prime, dtype) <= 2.1
 
 
+# -------------------------------------------------------------------------------- focal losses
+
+
+def exact_focal(z, y, gamma):
+    """C and dC/dz for targets of 0 and 1, in long double, in which σ^γ = e^(−γ softplus)."""
+    z, gamma = np.asarray(z, dtype=np.longdouble), np.longdouble(gamma)
+    u, sign = (-z, -1) if y == 1 else (z, 1)
+    power = np.exp(-gamma * softplus(-u))
+    return power * softplus(u), sign * power * (sigma(u) + gamma * sigma(-u) * softplus(u))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gamma"),
+    slow_unless(
+        lambda dtype, gamma: dtype == torch.float64 or (dtype == torch.float32 and gamma == 2),
+        itertools.product(LIMITS, [0.0, 0.5, 1.0, 1.5, 1.7, 2.0, 4.0, 5.0]),
+    ),
+    ids=str,
+)
+def test_focal_losses_are_exact_at_every_z(dtype, gamma):
+    """Whole and half powers, others, and those that float32 computes in float64."""
+    z = torch.cat([grid(dtype)[::7], torch.tensor([-1e4, 1e4], dtype=dtype)])
+    tiny = torch.finfo(dtype).tiny
+    for y in (0, 1):
+        expected = exact_focal(z.double().numpy(), y, gamma)
+        for alpha in (None, 0.25):
+            alpha_t = 1.0 if alpha is None else 0.25 if y == 1 else 0.75
+            options, target = Options(focus=Focus(gamma, gamma, 0, alpha)), torch.full_like(z, y)
+            C, _ = fused.forward(z, target, options, "none")
+            dz = fused.backward(z, target, options, torch.tensor(1.0))
+            limit = 8 + (2 * gamma if dtype == torch.float64 else 0)
+            limits = (limit, limit) if gamma else (4, 3)  # of the cross-entropy
+            for got, true, most in zip((C, dz), expected, limits, strict=True):
+                normal = abs(alpha_t * true) >= tiny
+                assert units(got[normal], alpha_t * true[normal], dtype) <= most
+                far = got[~normal].double().numpy() - alpha_t * true[~normal]
+                assert (abs(far) < tiny).all()
+
+
+FOCI = {
+    "one exponent": Focus(2.0, 2.0, 0, 0.25),
+    "a half": Focus(1.5, 1.5),
+    "two exponents": Focus(0.5, 3.0),
+    "any exponents": Focus(0.3, 5.2, 0, 0.9),
+    "margin": Focus(1.0, 4.0, 0.05),
+    "margin only": Focus(0.0, 0.0, 0.3),
+    "a tiny margin": Focus(2.0, 2.0, 1e-6),
+    "alpha 0": Focus(1.0, 1.0, 0, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    slow_unless(
+        lambda dtype, name: dtype == torch.float32 and name == "margin",
+        itertools.product([torch.float32, torch.float64], FOCI),
+    ),
+    ids=str,
+)
+def test_focal_losses_against_the_rules(dtype, name, implementation):
+    """Hard, soft and ignored targets, weights, infinities and NaN; the joint pass, too."""
+    focus = FOCI[name]
+    z = 8 * drawn(6, 700, dtype=dtype)
+    z[:, :6] = torch.tensor([-math.inf, math.inf, -1e4, 1e4, 0, math.nan])
+    soft = drawn(6, 700, seed=3, dtype=dtype).sigmoid()
+    hard, ignored = targets(6, 700, dtype=dtype), targets(6, 700).long()
+    ignored[drawn(6, 700, seed=7) > 0.5] = -100
+    weight = drawn(700, seed=5, dtype=dtype).abs()
+    one, eps = torch.ones(6, 700, dtype=dtype), torch.finfo(dtype).eps
+    units = (8 + 2 * max(focus[:2])) * eps
+    for y in (hard, soft, torch.where(hard > 0, soft, hard), ignored):
+        for options in (Options(focus=focus), Options(weight, None, 0, -100, focus)):
+            if y is ignored and options.ignore_index is None:
+                continue
+            C, _ = fused.forward(z, y, options, "none")
+            dz = fused.backward(z, y, options, one)
+            expected = by_rules(z, y, options, "none", "cross-entropy", one)
+            terms = by_rules(z, y, options, "none", "terms", one)
+            for got, true, of in zip((C, dz), expected, terms, strict=True):
+                close = (got.double() - true).abs() <= units * of + torch.finfo(dtype).tiny
+                same = (got == true) | (got.isnan() & true.isnan())
+                assert (close | same).all()
+            rows = z.clone()
+            sums = fused.joint(rows, y, one[:, 0].clone(), options)
+            torch.testing.assert_close(
+                sums, C.double().sum(1), rtol=4 * eps, atol=0, equal_nan=True
+            )
+            torch.testing.assert_close(rows, dz, rtol=4 * eps, atol=0, equal_nan=True)
+
+
 # ------------------------------------------------------------------------ against the rules
 
 
 def by_rules(z, y, options, reduction, loss, upstream):
     """Value and gradient by nnce.rules in float64, as nnce.functional combines them."""
-    weight, pos_weight, s, ignore_index = options
+    weight, pos_weight, s, ignore_index, focus = options
     counts = torch.ones_like(z, dtype=torch.bool)
     if ignore_index is not None and y.dtype != torch.bool:
         counts = y != ignore_index
@@ -191,6 +283,10 @@ def by_rules(z, y, options, reduction, loss, upstream):
     def both(y):
         if loss == "quadratic":
             return rules.quadratic(z, y), rules.dz_quadratic(z, y)
+        if loss == "terms":
+            return focal_terms(z, y, focus)
+        if focus is not None:
+            return rules.focal(z, y, focus), rules.dz_focal(z, y, focus)
         dz = rules.dz_cross_entropy(z, y, pos_weight=pos_weight)
         return rules.cross_entropy(z, y, pos_weight), dz
 

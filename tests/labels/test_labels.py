@@ -293,6 +293,7 @@ def test_no_work_for_what_nobody_asked_for():
     [
         # 2 % of what eager PyTorch takes, 1,600 MB at least.
         pytest.param("labels", ("1024", "512", "131072"), 32, marks=pytest.mark.slow),
+        pytest.param("focal", ("1024", "512", "131072"), 32, marks=pytest.mark.slow),
         # The gradient of W, made twice, would be 268 MB more.
         pytest.param("checkpointed", ("1024", "512", "131072"), 32, marks=pytest.mark.slow),
         # Eager PyTorch takes over 4 GB.

@@ -20,7 +20,8 @@ SENTENCES = {
     "lightning_digits": r"accuracy 9\d\.\d% after 6 epochs; .* are bit for bit the same\.",
     "open_clip_pairs": r"at most \de-0[6-9] .*\n.*: \d\d? MB with nnce, 1,\d{3} MB with",
     "skorch_search": r"Best of 4 by cross-validation: .* test accuracy 9\d\.\d%\.",
-    "timm_classifier": r"accuracy [89]\d\.\d% .* BinaryCrossEntropy \([89]\d\.\d%\); .* \de-\d\d\.",
+    "timm_classifier": r"accuracy [89]\d\.\d% .* BinaryCrossEntropy \([89]\d\.\d%\); .* \de-\d\d\."
+    r"\n.*accuracy [89]\d\.\d% .* AsymmetricLossMultiLabel \([89]\d\.\d%\); .* \de-\d\d\.",
     "transformers_trainer": r"than \de-0[5-9] .*\n.*\n?.* out of 10,000 .* [6-9]\d% are right\.",
 }
 
@@ -199,6 +200,20 @@ def test_timm_has_the_same_loss(recipe, smoothing, target_threshold):
             for loss in (ours, theirs)
         )
         assert_close(found, expected)
+
+
+@recipes
+def test_timm_has_the_same_asymmetric_loss(recipe):
+    """For targets of 0 and 1 and moderate z; where timm's gradient vanishes, ours does not."""
+    theirs, ours = recipe("timm_classifier").LOSSES["AsymmetricLossMultiLabel"]
+    z, y = 3 * torch.randn(50, 10), (torch.rand(50, 10) < 0.3).float()
+    assert_close(gradients(lambda z: ours(z, y), z), gradients(lambda z: theirs(z, y), z))
+    for z in (torch.full((1, 1), -30.0), torch.full((1, 1), -200.0)):
+        (_, dz), (_, blind) = (
+            gradients(lambda z, f=f: f(z, torch.ones(1, 1)), z) for f in (ours, theirs)
+        )
+        assert_close(dz, torch.full((1, 1), -3.0))  # −1, times the upstream gradient
+        assert blind.abs() < 1e-10
 
 
 @recipes

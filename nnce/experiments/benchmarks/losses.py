@@ -26,6 +26,7 @@ from nnce.kernels import fused
 
 NNCE, BUILT_IN, COMPILED = "nnce", "built-in", "torch.compile of it"
 NO_NUMBA, TIMM = "nnce without Numba", "timm BinaryCrossEntropy"
+TORCHVISION = "torchvision sigmoid_focal_loss"
 _SHORTEST, _MOST_CALLS = 2_000_000, 300
 """Elements that a turn takes at least, by several calls, if not by too many."""
 _SMOOTHING, _IGNORED = 0.1, -1
@@ -40,7 +41,8 @@ class Work(NamedTuple):
     dtype: torch.dtype = torch.float32
     kind: str = ""
     """Of loss: "", "boolean target" (the built-in takes `y.float()`), "options" (pos_weight and
-    label_smoothing), "ignore_index" (and label_smoothing) or "no_grad" (forward only). "Sigmoid",
+    label_smoothing), "ignore_index" (and label_smoothing), "no_grad" (forward only) or "focal" (the
+    focal loss). "Sigmoid",
     or "step" of a network whose input is [shape[0], shape[1]]."""
     peers: tuple[str, ...] = (BUILT_IN,)
     all_threads: bool = False
@@ -68,6 +70,7 @@ WORKS = (
     Work((1024, 1000), torch.bfloat16),
     Work((1024, 1000), kind="options"),
     Work((8, 4, 256, 256), kind="ignore_index"),
+    Work((1024, 1000), kind="focal", peers=(TORCHVISION,)),
     Work((10, 10), kind="no_grad"),
     Work((1000, 1000), kind="no_grad"),
     Work((1_000_000,), kind="Sigmoid"),
@@ -114,6 +117,12 @@ class _Case:
             except ImportError:
                 return None
             forward = partial(BinaryCrossEntropy(smoothing=0), z, y)
+        elif peer == TORCHVISION:
+            from torchvision.ops import sigmoid_focal_loss
+
+            forward = partial(sigmoid_focal_loss, z, y, reduction="mean")
+        elif kind == "focal":
+            forward = partial(nnce.SigmoidFocalLoss("mean"), z, y)
         elif kind == "Sigmoid":
             forward = partial(nnce.Sigmoid() if peer == NNCE else nn.Sigmoid(), z)
         elif peer in (NNCE, NO_NUMBA):
@@ -226,7 +235,7 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         rows[peer]["peak_bytes"] = peak_memory(step, device)[1]
         if work.kind != "no_grad":
             rows[peer]["kept"] = _kept(step, case.parameters)
-    of_built_in = rows[BUILT_IN]["kept"]
+    of_built_in = rows[work.peers[0]]["kept"]
     times = max(1, min(_SHORTEST // math.prod(work.shape), _MOST_CALLS))
 
     turns = {peer: partial(partial, step) for peer, step in steps.items() if step is not None}

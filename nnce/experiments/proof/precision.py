@@ -4,6 +4,7 @@ The truth is computed by mpmath, which comes with torch, in 60 digits. It is kep
 numbers, whose sum it is, because one would not do to judge float64.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,9 +28,14 @@ class Quantity(NamedTuple):
     exact: Callable[[Any, Any, Any, int], Any]
     """The truth, from mpmath's σ(z), σ(−z), softplus(z) (of −z where y = 1), and y."""
     promised_ulps: float
-    """What nnce promises for y ∈ {0, 1}, in units in the last place, of normal numbers."""
+    """What nnce promises for y ∈ {0, 1}, in units in the last place, of normal numbers; at most 8
+    but in float64, in which the focal losses are computed as they are."""
     limits: tuple[tuple[float, float], tuple[float, float]]
     """The limits at z = −∞ and ∞, for y = 0 and for y = 1."""
+
+    def promised(self, dtype: str) -> float:
+        """The units promised in a dtype."""
+        return self.promised_ulps if dtype == "float64" else min(self.promised_ulps, 8.0)
 
 
 _F = torch.nn.functional
@@ -63,21 +69,59 @@ _SIGMOID: dict[str, LossFunction] = {
     **_ours(lambda z, y: functional.sigmoid(z)),
     "torch.sigmoid": lambda z, y: z.sigmoid(),
 }
+
+
+def _textbook_focal(z: Tensor, y: Tensor) -> Tensor:
+    a = z.sigmoid()
+    of_1, of_0 = -(1 - a).square() * a.log(), -a.square() * (1 - a).log()
+    return 0.25 * y * of_1 + 0.75 * (1 - y) * of_0
+
+
+def _peers(name: str) -> dict[str, LossFunction]:
+    """Other libraries' focal and asymmetric losses, of those libraries that are installed."""
+    found: dict[str, LossFunction] = {}
+    with contextlib.suppress(ImportError):
+        if name == "focal":
+            from torchvision.ops import sigmoid_focal_loss
+
+            found["torchvision"] = lambda z, y: sigmoid_focal_loss(z, y, 0.25, 2.0)
+            from kornia.losses import binary_focal_loss_with_logits as kornia_loss
+
+            found["kornia"] = lambda z, y: kornia_loss(z[:, None], y[:, None], 0.25, 2.0)[:, 0]
+        else:
+            from timm.loss.asymmetric_loss import AsymmetricLossMultiLabel
+
+            loss = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0)
+            one = (None, None)  # an example and a label: it sums
+            found["timm"] = torch.func.vmap(lambda z, y: loss(z[one], y[one]))
+    return found
+
+
 _NOTHING = ((0.0, 0.0), (0.0, 0.0))
 
 
 def quantities() -> tuple[Quantity, ...]:
-    """The values and derivatives that are looked at."""
+    """The values and derivatives that are looked at; the asymmetric loss without its margin."""
+    slopes, unbounded = ((0.0, 1.0), (-1.0, 0.0)), ((0.0, math.inf), (math.inf, 0.0))
+    focal: dict[str, LossFunction] = {
+        **_ours(lambda z, y: functional.sigmoid_focal_loss(z, y)),
+        **_peers("focal"),
+        "textbook formula": _textbook_focal,
+    }
+    asymmetric: dict[str, LossFunction] = {
+        **_ours(lambda z, y: functional.sigmoid_asymmetric_loss(z, y, margin=0, reduction="none")),
+        **_peers("asymmetric"),
+    }
     return (
         Quantity(
             *("cross-entropy, dC/dz", _CROSS_ENTROPY, True),
             lambda s, t, c, y: -t if y else s,
-            *(3.0, ((0.0, 1.0), (-1.0, 0.0))),
+            *(3.0, slopes),
         ),
         Quantity(
             *("cross-entropy, C", _CROSS_ENTROPY, False),
             lambda s, t, c, y: c,
-            *(4.0, ((0.0, math.inf), (math.inf, 0.0))),
+            *(4.0, unbounded),
         ),
         Quantity(
             *("quadratic, dC/dz", _QUADRATIC, True),
@@ -88,6 +132,28 @@ def quantities() -> tuple[Quantity, ...]:
             *("quadratic, C", _QUADRATIC, False),
             lambda s, t, c, y: (t * t if y else s * s) / 2,
             *(8.0, ((0.0, 0.5), (0.5, 0.0))),
+        ),
+        Quantity(
+            *("focal (γ = 2, α = ¼), dC/dz", focal, True),
+            lambda s, t, c, y: (
+                -t * t * (t + 2 * s * c) / 4 if y else 3 * s * s * (s + 2 * t * c) / 4
+            ),
+            *(12.0, ((0.0, 0.75), (-0.25, 0.0))),
+        ),
+        Quantity(
+            *("focal (γ = 2, α = ¼), C", focal, False),
+            lambda s, t, c, y: t * t * c / 4 if y else 3 * s * s * c / 4,
+            *(12.0, unbounded),
+        ),
+        Quantity(
+            *("asymmetric (γ = 1, 4), dC/dz", asymmetric, True),
+            lambda s, t, c, y: -t * (t + s * c) if y else s**4 * (s + 4 * t * c),
+            *(16.0, slopes),
+        ),
+        Quantity(
+            *("asymmetric (γ = 1, 4), C", asymmetric, False),
+            lambda s, t, c, y: t * c if y else s**4 * c,
+            *(16.0, unbounded),
         ),
         Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, c, y: s * t, 6.0, _NOTHING),
     )

@@ -40,8 +40,21 @@ class Row(NamedTuple):
         )
 
 
+def _focal(z: Tensor, y: Tensor) -> Tensor:
+    C = _F.binary_cross_entropy_with_logits(z, y, reduction="none")
+    q = z.sigmoid() * (1 - y) + (1 - z.sigmoid()) * y
+    return ((0.25 * y + 0.75 * (1 - y)) * q.square() * C).sum()
+
+
+def _asymmetric(z: Tensor, y: Tensor) -> Tensor:
+    a = z.sigmoid()
+    p = (a - 0.05).clamp(min=0)
+    C = -y * a.log() - (1 - y) * (1 - p).log()
+    return ((y * (1 - a) + (1 - y) * p).pow(y + 4 * (1 - y)) * C).sum()
+
+
 def rows() -> dict[str, Row]:
-    """The four functions."""
+    """The functions that work on whole tensors."""
     z, y = _random(5, 3, seed=0), _random(5, 3, seed=1).sigmoid()
     a_prev, W, b = _random(5, 4, seed=2), _random(3, 4, seed=3), _random(3, seed=4)
     return {
@@ -56,6 +69,18 @@ def rows() -> dict[str, Row]:
         "sigmoid_cross_entropy": Row(
             lambda z, y: functional.sigmoid_cross_entropy(z, y, reduction="sum"),
             lambda z, y: _F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
+            (z, y),
+            (True, True),
+        ),
+        "sigmoid_focal_loss": Row(
+            lambda z, y: functional.sigmoid_focal_loss(z, y, reduction="sum"),
+            _focal,
+            (z, y),
+            (True, True),
+        ),
+        "sigmoid_asymmetric_loss": Row(
+            lambda z, y: functional.sigmoid_asymmetric_loss(z, y, reduction="sum"),
+            _asymmetric,
             (z, y),
             (True, True),
         ),

@@ -26,6 +26,8 @@ def cell(row, column, of=ROWS):
 def is_ordinary(row, column):
     """Whether the ordinary suite checks a cell: compilers are tried on one row, without C++."""
     compiles = "compile" in column or column == "export"
+    if row == "sigmoid_asymmetric_loss":  # by the same Functions as the focal loss
+        return False
     of_one_row = row in ("sigmoid_cross_entropy", "linear_sigmoid_cross_entropy")
     return not compiles or (of_one_row and column != "compile (inductor)")
 
@@ -165,6 +167,8 @@ FUNCTIONS = {
         functional.SigmoidCrossEntropyFunction,
         functional.SigmoidCrossEntropyWithJvp,
     ),
+    "sigmoid_focal_loss": (functional.SigmoidFocalFunction, functional.SigmoidFocalWithJvp),
+    "sigmoid_asymmetric_loss": (functional.SigmoidFocalFunction, functional.SigmoidFocalWithJvp),
 }
 WRONG_RULES = {
     "linear": ("da_prev", lambda dz, W: -(dz @ W), ("linear", lambda a, W, b=None: a @ W.T)),
@@ -182,6 +186,14 @@ WRONG_RULES = {
         "dz_cross_entropy",
         lambda z, y, sigmoid, pos_weight: y - sigmoid(z),
         ("cross_entropy", lambda z, y, pos_weight, softplus=None: -y * z.sigmoid().log()),
+    ),
+    **dict.fromkeys(
+        ("sigmoid_focal_loss", "sigmoid_asymmetric_loss"),
+        (
+            "dz_focal",  # the cross-entropy's slope times q^γ: the term of dq is lost
+            lambda z, y, focus, sigmoid, softplus: (sigmoid(z) - y) * (sigmoid(z) - y).abs(),
+            ("focal", lambda z, y, focus, *_: (z.sigmoid() - y).square()),
+        ),
     ),
 }
 
