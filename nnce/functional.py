@@ -230,7 +230,17 @@ class SigmoidCrossEntropyFunction(Function):
 
 @_with_signature
 class SigmoidFocalFunction(Function):
-    """A focal loss forward, and its derivatives backward, per component; of `rules.Focus`."""
+    """A focal loss forward, and its derivatives backward, per component; of `rules.Focus`.
+
+    C = α_t q^γ_t L and dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z, y and C of one shape. Arguments are
+    not checked: `sigmoid_focal_loss` does that.
+
+    >>> z = torch.tensor([0.0], requires_grad=True)
+    >>> focus = nnce.rules.Focus(gamma_positive=2, gamma_negative=2)
+    >>> nnce.functional.SigmoidFocalFunction.apply(z, torch.ones(1), *focus).backward()
+    >>> z.grad
+    tensor([-0.2983])
+    """
 
     generate_vmap_rule = True
 
@@ -759,7 +769,7 @@ def sigmoid_focal_loss(
     become 0 · ∞. (Lin et al., Focal loss for dense object detection, 2017.)
 
     >>> z, y = torch.tensor([-1.0, 200.0]), torch.tensor([1, 0])
-    >>> sigmoid_focal_loss(z, y)
+    >>> nnce.sigmoid_focal_loss(z, y)
     tensor([  0.1755, 150.0000])
 
     Args:
@@ -805,7 +815,7 @@ def sigmoid_asymmetric_loss(
     classification, 2021, whose values for COCO are the defaults.)
 
     >>> z, y = torch.tensor([[-1.0, 200.0, -3.0]]), torch.tensor([[1, 0, 0]])
-    >>> sigmoid_asymmetric_loss(z, y, reduction="none")
+    >>> nnce.sigmoid_asymmetric_loss(z, y, reduction="none")
     tensor([[0.9601, 2.4400, 0.0000]])
 
     Args:

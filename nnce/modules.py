@@ -408,6 +408,11 @@ class SigmoidFocalLoss(nn.Module):
         TypeError: weight is not a tensor, or another option is not a number.
         ValueError: the reduction is unknown, an option is out of range, or a weight is negative or
             NaN.
+
+    Source: Lin et al., Focal loss for dense object detection, 2017.
+
+    >>> nnce.SigmoidFocalLoss("mean")(torch.zeros(2, 3), torch.ones(2, 3))
+    tensor(0.0433)
     """
 
     weight: Tensor | None
@@ -454,6 +459,11 @@ class SigmoidAsymmetricLoss(nn.Module):
         weight, ignore_index: as for `SigmoidFocalLoss`.
 
     Shape, raises: as for `SigmoidFocalLoss`.
+
+    Source: Ridnik et al., Asymmetric loss for multi-label classification, 2021.
+
+    >>> nnce.SigmoidAsymmetricLoss()(torch.zeros(2, 3), torch.ones(2, 3))  # 3/2 ln 2
+    tensor(1.0397)
     """
 
     weight: Tensor | None

@@ -194,25 +194,32 @@ def dz_hidden(da: Tensor, z: Tensor, sigmoid: Elementwise = torch.sigmoid) -> Te
 class Focus(NamedTuple):
     """Options of the focal and the asymmetric loss: C = α_t q^γ_t L, per component.
 
-    q = (1−y) p + y σ(−z)                        how far a is from y
-    L = −(1−y) ln(1−p) − y ln σ(z)               the cross-entropy, of p for negative targets
-    p = max(σ(z) − margin, 0)                    σ(z) without a margin
-    γ_t = (1−y) gamma_negative + y gamma_positive
-    α_t = (1−y) (1−alpha) + y alpha              1 without an alpha
+        q = (1−y) p + y σ(−z)                        how far a is from y
+        L = −(1−y) ln(1−p) − y ln σ(z)               the cross-entropy, of p for negative targets
+        p = max(σ(z) − margin, 0)                    σ(z) without a margin
+        γ_t = (1−y) gamma_negative + y gamma_positive
+        α_t = (1−y) (1−alpha) + y alpha              1 without an alpha
 
-    By the chain rule, dC/dz = α_t q^γ_t (dL + γ_t dq L/q), dL and dq being derivatives with respect
-    to z. For y of 0 or 1 and no margin both terms have one sign, so nothing cancels: for y = 0,
-    dC/dz = (1−alpha) a^γ (a − γ (1−a) ln(1−a)). Where σ(z) is at most the margin, C and dC/dz are
-    0: at the kink, dC/dz is the derivative from the left.
+    By the chain rule, dC/dz = α_t q^γ_t (dL + γ_t dq L/q), dL and dq being derivatives with
+    respect to z. For y of 0 or 1 and no margin both terms have one sign, so nothing cancels: for
+    y = 0, dC/dz = (1−alpha) a^γ (a − γ (1−a) ln(1−a)). Where σ(z) is at most the margin, C = dC/dz
+    = 0: at the kink the derivative from the left.
 
-    Lin et al., Focal loss for dense object detection, 2017; Ridnik et al., Asymmetric loss for
-    multi-label classification, 2021.
+    Source: Lin et al., Focal loss for dense object detection, 2017; Ridnik et al., Asymmetric loss
+    for multi-label classification, 2021.
+
+    >>> nnce.rules.Focus(gamma_positive=1, gamma_negative=4).gamma(torch.tensor([0.0, 1.0]))
+    tensor([4., 1.])
     """
 
     gamma_positive: float
+    """Exponent for y = 1, at least 0."""
     gamma_negative: float
+    """Exponent for y = 0, at least 0."""
     margin: float = 0
+    """In [0, 1), subtracted from σ(z) for negative targets."""
     alpha: float | None = None
+    """Weight of positive targets, in [0, 1]; None for no weights."""
 
     def gamma(self, y: Tensor) -> Tensor | float:
         """γ_t."""
@@ -270,7 +277,12 @@ def focal(
     sigmoid: Elementwise = torch.sigmoid,
     softplus: Elementwise = softplus,
 ) -> Tensor:
-    """A focal loss, per component: C = α_t q^γ_t L; z, y and C of one shape."""
+    """A focal loss, per component: C = α_t q^γ_t L; z, y and C of one shape.
+
+    >>> focus = nnce.rules.Focus(gamma_positive=2, gamma_negative=2)
+    >>> nnce.rules.focal(torch.tensor([0.0]), torch.tensor([1.0]), focus)  # ¼ ln 2
+    tensor([0.1733])
+    """
     q, L, *_ = _terms(z, y, focus, sigmoid, softplus)
     return weighted(focus.alpha_t(y), q.pow(focus.gamma(y)) * L)
 
@@ -282,7 +294,12 @@ def dz_focal(
     sigmoid: Elementwise = torch.sigmoid,
     softplus: Elementwise = softplus,
 ) -> Tensor:
-    """Last layer, focal loss: dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z's shape."""
+    """Last layer, focal loss: dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z's shape.
+
+    >>> focus = nnce.rules.Focus(gamma_positive=2, gamma_negative=2)
+    >>> nnce.rules.dz_focal(torch.tensor([0.0]), torch.tensor([1.0]), focus)
+    tensor([-0.2983])
+    """
     q, L, dq, dL, *_ = _terms(z, y, focus, sigmoid, softplus)
     gamma = focus.gamma(y)
     return focus.alpha_t(y) * q.pow(gamma) * (dL + gamma * weighted(dq, L / q))
@@ -295,7 +312,15 @@ def dy_focal(
     sigmoid: Elementwise = torch.sigmoid,
     softplus: Elementwise = softplus,
 ) -> Tensor:
-    """dC/dy of a focal loss, for soft targets that are trained themselves; z's shape."""
+    """dC/dy of a focal loss, for soft targets that are trained themselves; z's shape.
+
+    dC/dy = q^γ_t (α_t (dL + γ_t dq L/q + dγ_t ln q L) + dα_t L), d being derivatives with respect
+    to y; see `Focus`.
+
+    >>> focus = nnce.rules.Focus(gamma_positive=0, gamma_negative=0)
+    >>> nnce.rules.dy_focal(torch.tensor([2.0]), torch.tensor([0.5]), focus)  # −z, for γ = 0
+    tensor([-2.])
+    """
     q, L, _, _, dq, dL = _terms(z, y, focus, sigmoid, softplus)
     gamma = focus.gamma(y)
     rate = dL + gamma * weighted(dq, L / q)

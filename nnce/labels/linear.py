@@ -126,6 +126,8 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
 ) -> Tensor:
     """C of `sigmoid_focal_loss(linear(x, W, b), y)`, whose z never exist as a whole.
 
+    C = Σ α_t (1 − p_t)^γ · cross-entropy, z = x Wᵀ + b; see `sigmoid_focal_loss`.
+
     Args:
         alpha, gamma: as for `sigmoid_focal_loss`.
         input, linear_weight, target, linear_bias, weight, example_weight: as for
@@ -138,6 +140,12 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
     Raises:
         TypeError, ValueError, RuntimeError: as for `linear_sigmoid_cross_entropy` and
             `sigmoid_focal_loss`.
+
+    Source: Lin et al., Focal loss for dense object detection, 2017; equations 1, 6 and 7.
+
+    >>> x, W = torch.ones(2, 3), torch.zeros(1000, 3, requires_grad=True)
+    >>> nnce.labels.linear_sigmoid_focal_loss(x, W, torch.tensor([7, 9]), alpha=None).detach()
+    tensor(173.2868)
     """
     focus = check_focus({"gamma": gamma}, 0, alpha)
     options = _Options(
@@ -164,6 +172,9 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
 ) -> Tensor:
     """C of `sigmoid_asymmetric_loss(linear(x, W, b), y)`, whose z never exist as a whole.
 
+    C = −Σ [y (1−a)^γ₊ ln a + (1−y) p^γ₋ ln(1−p)], p = max(a − margin, 0), z = x Wᵀ + b; see
+    `sigmoid_asymmetric_loss`.
+
     Args:
         gamma_positive, gamma_negative, margin: as for `sigmoid_asymmetric_loss`.
         input, linear_weight, target, linear_bias, weight, example_weight: as for
@@ -176,6 +187,14 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
     Raises:
         TypeError, ValueError, RuntimeError: as for `linear_sigmoid_cross_entropy` and
             `sigmoid_asymmetric_loss`.
+
+    Source: Ridnik et al., Asymmetric loss for multi-label classification, 2021; equations 1, 6
+    and 7.
+
+    >>> x, W = torch.ones(2, 3), torch.zeros(1000, 3, requires_grad=True)
+    >>> y = torch.zeros(2, 1000)
+    >>> nnce.labels.linear_sigmoid_asymmetric_loss(x, W, y, gamma_negative=0, margin=0).detach()
+    tensor(693.1472)
     """
     gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
     options = _Options(
