@@ -1,12 +1,12 @@
-"""Time training, the losses and the checks, of nnce and of its peers.
+"""Benchmark training, losses and checks against other libraries.
 
-All contenders take turns on one machine; the figures are medians, and `ratio` is a contender's time
-over nnce's, the median of the ratios of each turn. The benchmarks are described in
-`nnce.experiments.benchmarks`: `networks`, `labels`, `losses` and `checks`.
+Contenders alternate on one machine. Times are medians over turns, and `ratio` is the median of a
+contender's time divided by nnce's in the same turn. The modules of `nnce.experiments.benchmarks`
+describe each benchmark.
 """
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -28,28 +28,33 @@ BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks"
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
     parser.add_argument(
         "what",
         nargs="?",
         choices=BENCHMARKS,
         default="networks",
-        help="an epoch of training, the loss of many labels, the drop-in loss, or the checks",
+        help="benchmark: an epoch of training, a loss with many labels, the drop-in loss, or the "
+        "checks",
     )
-    parser.add_argument("--quick", action="store_true", help="two minutes' worth of it")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where")
     parser.add_argument(
-        "--page", action="store_true", help="write runs/benchmarks.md from its JSON, and end"
+        "--quick", action="store_true", help="a subset that takes about two minutes"
     )
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="device")
+    parser.add_argument(
+        "--page", action="store_true", help="only regenerate runs/benchmarks.md from its JSON files"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="turns of each contender, 1 to 1,000"
+    )
     parser.add_run_directory_options()
     parser.add_speed_options()
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 1 if a peer's results differ from nnce's."""
+    """Run a benchmark; return 1 if the result of a contender is wrong, else 0."""
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     if options.page:
@@ -59,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with options_parser.user_errors():
         device = command_line.device(options.device)
         if not 1 <= options.repetitions <= 1_000:
-            raise ValueError(f"expected 1 to 1,000 repetitions, got {options.repetitions}")
-        command_line.set_speed(options, suited=torch.get_num_threads())  # refuses before a run
+            raise ValueError(f"expected 1 to 1,000 --repetitions, got {options.repetitions}")
+        command_line.set_speed(options, suited=torch.get_num_threads())  # checks the options
     with options_parser.run_directory(options, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
         rows = measure(options, device)
@@ -81,19 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of the benchmark that the options name."""
+    """Run the selected benchmark and return its rows."""
     rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
     return rows
 
 
 def complaint(row: dict[str, Any]) -> str | None:
-    """The error in a peer's result, or None."""
+    """Describe the error in a contender's result; None if there is none."""
     is_wrong = row["outcome"] in ("wrong", "failed")
     return f"{row['outcome'].upper()}: {row['note']}" if is_wrong else None
 
 
 def answer(rows: Sequence[dict[str, Any]]) -> str:
-    """The fastest peer, and its time over nnce's; of several works the one where that is least."""
+    """Summarize the smallest ratio of any peer, and how often nnce is faster than all peers."""
     by_work: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         is_peer = not row["peer"].startswith(("nnce", "floor", "limit"))
@@ -107,12 +112,12 @@ def answer(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"Fastest peer: {least['peer']}, {least['ratio']:.2f} times nnce's time "
         f"({least['ratio_least']:.2f} to {least['ratio_most']:.2f}; {least['work']}).\n"
-        f"nnce is faster than every peer in {slower} of {len(fastest)} measured works."
+        f"nnce is faster than every peer in {slower} of {len(fastest)} workloads."
     )
 
 
 def readable(row: dict[str, Any]) -> report.Row:
-    """A row for people, with an empty cell for each number that is unknown."""
+    """Format a row for the table, with empty cells for unknown numbers."""
 
     def number(name: str, form: str, scale: float = 1) -> str:
         return "" if math.isnan(row[name]) else format(scale * row[name], form)

@@ -1,9 +1,9 @@
-"""Hold the hand-written gradients against PyTorch's, over the whole range of z, in every dtype."""
+"""Compare hand-written gradients with exact values and PyTorch, for all z and dtypes."""
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -33,26 +33,26 @@ from nnce.training import twin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What gradients in float32 may differ by, in norm: rounding, and no more.
+# Largest relative difference in norm that counts as rounding of float32 gradients.
 SAME_IN_NORM = 1e-6
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
-    parser.add_hidden_option("neurons of each hidden layer of the network that is compared")
+    parser.add_hidden_option("neurons of each hidden layer of the tested network")
     parser.add_argument(
         "--matrix",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="try as well where the functions can be put together with the rest of PyTorch",
+        help="also test the functions with torch.func, torch.compile and other PyTorch features",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check everything; 0 if all that nnce promises holds, else 1."""
+    """Run all checks; return 0 if every promise is kept, else 1."""
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     began = time.perf_counter()
@@ -113,17 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{report.table(cells)}\n\n{report.table(walked)}")
         report.print_end(
             answer(kept, broken),
-            "Results and the saturation atlas",
+            "Results and saturation-atlas.png",
             run_dir,
             {"In TensorBoard": run_dir},
         )
-    for sentence in broken:
-        print(f"{options_parser.prog}: {sentence}", file=sys.stderr)
+    for promise in broken:
+        print(f"{options_parser.prog}: {promise}", file=sys.stderr)
     return 1 if broken else 0
 
 
 def measure_everywhere(device: torch.device) -> tuple[list[Measured], Figure]:
-    """Every dtype, on the CPU and on the device; the atlas is the CPU's."""
+    """Measure all dtypes on the CPU and on the device; plot the atlas of the CPU."""
     places = dict.fromkeys(["cpu", device.type])
     measured, curves = [], []
     work = [(dtype, place) for place in places for dtype in precision.DTYPES]
@@ -136,7 +136,7 @@ def measure_everywhere(device: torch.device) -> tuple[list[Measured], Figure]:
 
 
 def readable(row: Measured) -> report.Row:
-    """A row for people: three digits will do."""
+    """Format a row of measurements for the table."""
     return {
         "quantity": row.quantity,
         "by": row.by,
@@ -151,10 +151,10 @@ def readable(row: Measured) -> report.Row:
 
 
 def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[dict[str, Any]]:
-    """Every parameter's gradient by name, hand-written against autograd, over 1,000 examples.
+    """Compare the gradients of all parameters with autograd, on 1,000 examples.
 
-    `largest` is the largest difference of an element, `at` its place, and `relative` is
-    ‖difference‖ / ‖gradient‖.
+    In each row, `largest` is the largest absolute difference of an element, `at` its index, and
+    `relative` is ‖difference‖ / ‖gradient‖.
     """
     x, y = split.x[:1000], split.y[:1000]
     by_hand = backprop(network, x, y, loss=loss).gradients
@@ -178,7 +178,7 @@ def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[dict[st
 
 
 def readable_difference(difference: dict[str, Any]) -> report.Row:
-    """A row for people."""
+    """Format a row of `compare_network` for the table."""
     return {
         "loss": difference["loss"],
         "gradient of": difference["parameter"],
@@ -190,11 +190,11 @@ def readable_difference(difference: dict[str, Any]) -> report.Row:
 
 
 def derivatives(functions: Mapping[str, table.Row]) -> list[report.Row]:
-    """Verdicts of `nnce.check_gradients` on each function and on PyTorch's counterpart."""
+    """Verdicts of `nnce.check_gradients` on each function, with PyTorch's as the reference."""
     rows: list[report.Row] = []
     for name, row in functions.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's own, of its own code
+            warnings.simplefilter("ignore")  # warnings about PyTorch's own code
             found = check_gradients(row.function, *row.inputs, reference=row.reference)
         rows.append(
             {
@@ -210,29 +210,29 @@ def derivatives(functions: Mapping[str, table.Row]) -> list[report.Row]:
 
 
 def matrix(functions: Mapping[str, table.Row]) -> list[report.Row]:
-    """What works together: a row for each way, a column for each function."""
+    """Compatibility table: one row per PyTorch feature, one column per function."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's own, of its own code
+        warnings.simplefilter("ignore")  # warnings about PyTorch's own code
         found = {
             name: row.check() for name, row in tqdm(functions.items(), disable=None, leave=False)
         }
     return [
-        {"": way, **{name: cell(name, way, of[way]) for name, of in found.items()}}
-        for way in COLUMNS
+        {"": feature, **{name: cell(name, feature, of[feature]) for name, of in found.items()}}
+        for feature in COLUMNS
     ]
 
 
-def cell(name: str, way: str, found: Cell) -> str:
-    """The text of a cell."""
+def cell(name: str, feature: str, found: Cell) -> str:
+    """Text of a cell in the compatibility table."""
     if found.verdict == "fails" and name in table.walked_rows():
-        return f"refused: {table.REFUSED.get(way, found.detail)}"
-    if found.verdict == "fails" and way in table.INSIDE_PYTORCH:
-        return table.INSIDE_PYTORCH[way]
+        return f"refused: {table.REFUSED.get(feature, found.detail)}"
+    if found.verdict == "fails" and feature in table.INSIDE_PYTORCH:
+        return table.INSIDE_PYTORCH[feature]
     return f"{found.verdict}: {found.detail}" if found.detail else found.verdict
 
 
 def answer(kept: int, broken: Sequence[str]) -> str:
-    """Whether nnce keeps its promises, and which it does not."""
+    """Summarize how many promises are kept, and name the broken ones."""
     if not broken:
         return f"All {kept} promises kept."
     return f"{len(broken)} of {kept + len(broken)} promises broken: {'; '.join(broken)}."
@@ -243,7 +243,7 @@ def promises(
     differences: Sequence[dict[str, Any]],
     checked: Sequence[report.Row],
 ) -> tuple[int, list[str]]:
-    """How many promises nnce keeps, and a sentence for each that it breaks."""
+    """Return the number of promises kept, and a description of each broken one."""
     promised = {quantity.name: quantity.promised for quantity in precision.quantities()}
 
     def is_kept(row: Measured) -> bool:
@@ -255,8 +255,8 @@ def promises(
         (
             is_kept(row),
             f"{row.by}: {row.quantity} in {row.dtype} on {row.device}: {row.ulps:.3g} units in the "
-            f"last place at z = {row.worst_z:g}, {row.below_normal:.2g} smallest normal numbers "
-            f"below them, limits {'right' if row.right_at_infinity else 'wrong'}",
+            f"last place at z = {row.worst_z:g}; {row.below_normal:.2g} times the smallest normal "
+            f"number below it; limits {'right' if row.right_at_infinity else 'wrong'}",
         )
         for row in measured
         if row.by in precision.OURS
@@ -264,7 +264,7 @@ def promises(
     all_promises += [
         (
             of["relative"] <= SAME_IN_NORM,
-            f"{of['loss']}, {of['parameter']}: off by {of['relative']:.1e} in norm",
+            f"{of['loss']}, {of['parameter']}: relative difference {of['relative']:.1e}",
         )
         for of in differences
     ]
@@ -274,7 +274,7 @@ def promises(
         for name, verdict in row.items()
         if name in ("value", "first", "forward mode", "second")
     ]
-    broken = [sentence for is_kept, sentence in all_promises if not is_kept]
+    broken = [promise for is_kept, promise in all_promises if not is_kept]
     return len(all_promises) - len(broken), broken
 
 

@@ -1,7 +1,7 @@
-"""Train with both losses from many starts, and report the effect of the loss with error bars."""
+"""Train networks with both losses from many starts, and report the effect with error bars."""
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -38,31 +38,33 @@ LRS = ("0.03", "0.1", "0.3", "1", "3", "10", "30")
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
     parser.add_training_options()
-    parser.add_argument("--seeds", type=int, default=8, help="how many starts, counted from --seed")
+    parser.add_argument(
+        "--seeds", type=int, default=8, help="number of seeds, starting with --seed"
+    )
     parser.add_argument(
         "--lrs",
         nargs="+",
         default=list(LRS),
         metavar="LR",
-        help="learning rates to choose from on the validation data: 0.5 3 for both losses, "
-        "or quadratic=1,3 cross-entropy=0.5 for each its own",
+        help="learning rates to choose from by validation accuracy: 0.5 3 for both losses, or "
+        "quadratic=1,3 cross-entropy=0.5 for each loss",
     )
     parser.add_argument(
         "--control-seeds",
         type=int,
         default=1,
-        help="how many of the networks of each loss, at its best rate, to train again by autograd",
+        help="number of networks per loss, at its best rate, to train again by autograd",
     )
     parser.add_argument(
         "--sweep",
         nargs="+",
         metavar="NAME=V,V",
-        help="instead of the comparison, train every combination of these options' values, as in "
-        "lr=0.1,0.3 l2=0,5 hidden=30,100-30, and choose one on the validation data",
+        help="grid search instead of the comparison: values of training options, as in "
+        "lr=0.1,0.3 l2=0,5 hidden=30,100-30; the best is chosen by validation accuracy",
     )
     parser.add_speed_options()
     resuming.add_options(parser)
@@ -70,7 +72,7 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare as asked; the exit status."""
+    """Run the comparison or the sweep; return the exit status."""
     options_parser = parser()
     world = parallel.join()
     start = resuming.start(options_parser, arguments, "compare.py", world)
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(options_parser: ArgumentParser, start: resuming.Start, world: World) -> int:
-    """Compare the two losses; the exit status."""
+    """Compare the two losses; return the exit status."""
     options, found = start.options, start.found
     with options_parser.user_errors():
         settings, dataset = prepare(options)
@@ -91,9 +93,9 @@ def compare(options_parser: ArgumentParser, start: resuming.Start, world: World)
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
         training = Training(options, dataset, runs, world, found)
-    start_of = command_line.name_of(options)
-    word = command_line.data_word(options)
-    name = f"compare-{word}-{_memory.dashed(sizes)}-{start_of}-seeds{options.seeds}"
+    training_name = command_line.training_name(options)
+    data_name = command_line.data_name(options)
+    name = f"compare-{data_name}-{_memory.dashed(sizes)}-{training_name}-seeds{options.seeds}"
     with start.directory(options_parser, name, world=world) as path:
         if world.rank:
             training.run(None, start.command)
@@ -104,7 +106,7 @@ def compare(options_parser: ArgumentParser, start: resuming.Start, world: World)
 
 
 def sweep_all(options_parser: ArgumentParser, start: resuming.Start, world: World) -> int:
-    """Train every combination of --sweep, and choose one; the exit status."""
+    """Train all combinations of --sweep and choose one; return the exit status."""
     options, found = start.options, start.found
     with options_parser.user_errors():
         options.device = command_line.device(options.device).type
@@ -112,74 +114,74 @@ def sweep_all(options_parser: ArgumentParser, start: resuming.Start, world: Worl
             if getattr(options, name) != options_parser.get_default(name):
                 raise ValueError(f"expected --sweep or --{name.replace('_', '-')}, got both")
         dataset = command_line.load_data(options)
-        all_of_it = sweep.Sweep(options, dataset, world)
-        sizes = all_of_it.groups[0].runs[0].network.sizes
+        swept = sweep.Sweep(options, dataset, world)
+        sizes = swept.groups[0].runs[0].network.sizes
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
         before = 0.0
         if found is not None:
             resuming.warn(found, world)
             with resuming.loading():
-                all_of_it.load_state_dict(found["sweep"])
+                swept.load_state_dict(found["sweep"])
                 before = float(found["seconds"])
     names = "-".join(text.partition("=")[0] for text in options.sweep)
-    name = f"sweep-{command_line.data_word(options)}-{names}-seeds{options.seeds}"
+    name = f"sweep-{command_line.data_name(options)}-{names}-seeds{options.seeds}"
     with start.directory(options_parser, name, world=world) as path:
-        groups = f"{len(all_of_it.groups)} groups" if len(all_of_it.groups) > 1 else "one group"
+        groups = f"{len(swept.groups)} groups" if len(swept.groups) > 1 else "one group"
         print(
-            f"{report.describe(options.data, dataset)}\n{len(all_of_it.combinations)} combinations "
-            f"from {options.seeds} starts each: {all_of_it.networks} networks, in {groups}",
+            f"{report.describe(options.data, dataset)}\n{len(swept.combinations)} combinations "
+            f"from {options.seeds} starts each: {swept.networks} networks in {groups}",
             flush=True,
         )
-        train_sweep(all_of_it, dataset, start, path, world, before)
+        train_sweep(swept, dataset, start, path, world, before)
     return 0
 
 
 def train_sweep(
-    all_of_it: sweep.Sweep,
+    swept: sweep.Sweep,
     dataset: data.Dataset,
     start: resuming.Start,
     run_dir: Path,
     world: World,
     before: float,
 ) -> None:
-    """Train a sweep, resumed after some seconds, with its checkpoints, and write the results."""
+    """Train a sweep with checkpoints, after `before` seconds so far, and write the results."""
     options = start.options
     header = resuming.header("compare.py", vars(options), world, start.command)
     began = time.perf_counter() - before
 
     def content() -> dict[str, Any]:
         seconds = time.perf_counter() - began
-        return {**header, "sweep": all_of_it.state_dict(), "seconds": seconds}
+        return {**header, "sweep": swept.state_dict(), "seconds": seconds}
 
     path = None if world.rank else run_dir
     saver = resuming.Saver(path, options.checkpoint_every, content, lambda: None, world)
     if start.found is None:
         saver.save()
-    total, silent = options.epochs * len(all_of_it.groups), True if world.rank else None
+    total, silent = options.epochs * len(swept.groups), True if world.rank else None
     with (
         tqdm(total=total, unit="epoch", disable=silent, leave=False) as bar,
         resuming.Ending(run_dir, lambda: False, saver.save) as ending,
     ):
-        for epoch in all_of_it.epochs(functools.partial(saver.between, ask=1)):
+        for epoch in swept.epochs(functools.partial(saver.between, ask=1)):
             saver.after(epoch, is_last=epoch == options.epochs)
             bar.update(min(epoch, 1))
-    ending.close("Interrupted; to go on:")
+    ending.close("Interrupted; resume with:")
     if not world.rank:
-        write_sweep(all_of_it, dataset, start, run_dir, time.perf_counter() - began)
+        write_sweep(swept, dataset, start, run_dir, time.perf_counter() - began)
 
 
 def write_sweep(
-    all_of_it: sweep.Sweep,
+    swept: sweep.Sweep,
     dataset: data.Dataset,
     start: resuming.Start,
     run_dir: Path,
     seconds: float,
 ) -> None:
-    """Write and print the choice, the ranking and the heat map."""
-    conclusion = sweep.conclude(all_of_it, dataset)
+    """Write and print the chosen combination, the ranking and the heat map."""
+    conclusion = sweep.conclude(swept, dataset)
     answer = sweep.answer(conclusion)
-    page = f"{answer}\n\n{sweep.ranking(conclusion, all_of_it.networks)}"
+    page = f"{answer}\n\n{sweep.ranking(conclusion, swept.networks)}"
     report.write_text(run_dir / "results.md", f"{page}\n\nMade by `{start.command}`.\n")
     if conclusion.chosen is not None:
         nnce.save(conclusion.chosen.runs[0].network, run_dir / "network.pt")
@@ -202,7 +204,7 @@ def write_sweep(
 
 
 def run(training: "Training", run_dir: Path, command: str) -> None:
-    """Train, log, and write the results."""
+    """Train, log and write the results."""
     options, runs = training.options, training.side_by_side.runs
     log = Log(run_dir, vars(options), runs, training.controls.runs, training.controls.finished)
     with log:
@@ -210,7 +212,7 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
         with ending:
             training.run(log, command)
         if ending.stopped is not None:
-            for one in runs:  # an epoch that is not logged of all of them does not count
+            for one in runs:  # epochs that are not logged for all networks do not count
                 del one.records[log.finished + 1 :]
         if log.finished >= 1:
             findings = write(training, log, command, interrupted=ending.stopped is not None)
@@ -219,23 +221,23 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
         kept = "finished networks are in the table; "
         answer = comparison_report.answer(findings)
         print(f"\n{answer}\n\n{comparison_report.overview(findings)}\n")
-        print(training.costs.in_words(runs, log))
-        results = "results.md (all differences, p-values), epochs.csv and pictures"
+        print(training.costs.summary(runs, log))
+        results = "results.md (all differences, p-values), epochs.csv and plots"
         report.print_end(answer, results, run_dir, log.folders)
-    ending.close(f"Interrupted; {kept}to go on:")
+    ending.close(f"Interrupted; {kept}resume with:")
 
 
 def write(training: "Training", log: Log, command: str, *, interrupted: bool) -> Findings:
-    """Write the results, and return them."""
+    """Write the results and return the findings."""
     options, dataset, runs = training.options, training.dataset, training.side_by_side.runs
     controls, run_dir = training.controls.runs, log.run_dir
-    with command_line.announced("every engine against autograd"):
+    with command_line.announced("comparing all engines with autograd"):
         findings = comparison.conclude(runs, controls, dataset)
     results = comparison_report.results(findings)
     page = f"{comparison_report.page(findings, options.dtype)}\n\nMade by `{command}`."
 
     def write_results() -> None:
-        seconds = training.costs.in_words(runs, log)
+        seconds = training.costs.summary(runs, log)
         report.write_text(run_dir / "results.md", f"{page}\n\n{seconds}\n")
         seconds_of = training.costs.by_part(runs, log)
         report.write_results(
@@ -249,30 +251,30 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
             **results,
         )
 
-    write_results()  # before the pictures: the numbers are safe from now on
+    write_results()  # before plotting, so that the numbers are safe
     layers = _memory.dashed(runs[0].network.sizes)
     title = (
-        f"{command_line.data_word(options)}, {layers}, start {options.init}, n = {options.seeds}"
+        f"{command_line.data_name(options)}, {layers}, start {options.init}, n = {options.seeds}"
     )
     best = findings.best_lrs
-    with command_line.announced("learning curves"):
+    with command_line.announced("plotting learning curves"):
         figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
         report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
-    with command_line.announced("pictures for TensorBoard"):
+    with command_line.announced("plotting images for TensorBoard"):
         log.finish([*runs, *controls], best, dataset, page, figure)
     write_results()
     return findings
 
 
 class Training:
-    """All networks side by side, then the controls, and the checkpoints between.
+    """Training of all networks together, then of the controls, with checkpoints.
 
     Args:
-        options: of the script.
-        dataset: all of it.
-        runs: the networks, of which each process trains its share.
+        options: options of the script.
+        dataset: training, validation and test data.
+        runs: all networks; each process trains a share.
         world: the processes.
-        found: the content of a checkpoint, to go on from there.
+        found: content of the checkpoint to resume from; None for a new run.
     """
 
     def __init__(
@@ -293,13 +295,13 @@ class Training:
             with resuming.loading():
                 self.side_by_side.load_state_dict(found["side by side"])
                 self.costs.load_state_dict(found["costs"])
-                # Where there are to be more epochs, there will be other controls.
+                # With more epochs than before, other controls may be chosen.
                 if self.side_by_side.complete and found["controls"] is not None:
                     self.controls = comparison.controls(self._chosen(), dataset, world)
                     self.controls.load_state_dict(found["controls"])
 
     def _chosen(self) -> list[Run]:
-        """The networks that are trained again: of the best rate of each loss the first ones."""
+        """Networks to train again: the first ones at the best rate of each loss."""
         variants = comparison.by_variant(self.side_by_side.runs)
         return [
             run
@@ -308,7 +310,7 @@ class Training:
         ]
 
     def run(self, log: Log | None, command: str) -> None:
-        """Train to the end. The first process has the log."""
+        """Train to the end; `log` is None except on rank 0."""
         header = resuming.header("compare.py", vars(self.options), self.world, command)
 
         def content() -> dict[str, Any]:
@@ -330,7 +332,7 @@ class Training:
             self.saver.save()
         epochs = self.options.epochs
         with tqdm(total=epochs, unit="epoch", disable=None if log else True, leave=False) as bar:
-            bar.set_description(f"{len(self.side_by_side.runs)} networks side by side")
+            bar.set_description(f"{len(self.side_by_side.runs)} networks together")
             with self.costs.of("side by side", log):
                 for epoch in self.side_by_side.epochs(functools.partial(self.saver.between, ask=1)):
                     if log:
@@ -340,65 +342,65 @@ class Training:
                             command_line.keep(log.run_dir)
                     self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch - bar.n)
-            bar.set_description("the control, by autograd")
+            bar.set_description("control, by autograd")
             if not self.controls.runs:
                 self.controls = comparison.controls(self._chosen(), self.dataset, self.world)
             bar.reset(epochs * len(self.controls.runs))
             with self.costs.of("control", log):
-                # Several processes are not at the same step here: they stop after an epoch.
+                # Several processes are not at the same step here, so they stop only after an epoch.
                 between = self.saver.between if self.world.size == 1 else None
                 for epoch in self.controls.epochs(between):
                     if log:
-                        going = [run for run in self.controls.runs if not run.stopped]
-                        log.epoch(going, self.dataset)
+                        active = [run for run in self.controls.runs if not run.stopped]
+                        log.epoch(active, self.dataset)
                     self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch * len(self.controls.runs) - bar.n)
 
 
 class Costs:
-    """Where the time goes, in seconds."""
+    """Time of the parts of a run, in seconds."""
 
     def __init__(self, processes: int) -> None:
         self._began, self._processes = time.perf_counter(), processes
-        self._logging = 0.0  # before a run went on
+        self._logging = 0.0  # before the run was resumed
         self._parts = {"side by side": 0.0, "control": 0.0}
 
     def state_dict(self, logging: float) -> dict[str, float]:
-        """For a checkpoint; logging has cost so much since the run began or went on."""
+        """State for a checkpoint, with the time of logging since the run started or was resumed."""
         return {**self._parts, "total": self.total, "logging": self._logging + logging}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from there."""
+        """Restore the state of a checkpoint."""
         self._parts = {part: float(state[part]) for part in self._parts}
         self._began = time.perf_counter() - float(state["total"])
         self._logging = float(state["logging"])
 
     @property
     def total(self) -> float:
-        """Since the beginning."""
+        """Total time of the run, across resumptions."""
         return time.perf_counter() - self._began
 
     @contextlib.contextmanager
     def of(self, part: Literal["side by side", "control"], log: Log | None) -> Iterator[None]:
-        """The block trains and measures all networks or the controls, and logs."""
+        """Add the time of the block, except for logging, to a part."""
 
-        def beside_logging() -> float:
+        def without_logging() -> float:
             return self.total - (log.seconds if log else 0.0)
 
-        began = beside_logging()
+        began = without_logging()
         try:
             yield
         finally:
-            self._parts[part] += beside_logging() - began
+            self._parts[part] += without_logging() - began
 
-    def in_words(self, runs: Sequence[Run], log: Log) -> str:
-        """The total and its parts in a line."""
+    def summary(self, runs: Sequence[Run], log: Log) -> str:
+        """Format the total time and its parts in one line."""
         parts = self.by_part(runs, log)
         line = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
         return f"{sum(parts.values()):.1f} s: {line}"
 
     def by_part(self, runs: Sequence[Run], log: Log) -> dict[str, float]:
-        """The total in parts."""
+        """Time by part; the sum is the total time."""
         training = sum(record.seconds for run in runs for record in run.records) / self._processes
         side_by_side, control = self._parts.values()
         logging = self._logging + log.seconds
@@ -412,33 +414,33 @@ class Costs:
 
 
 def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Training) -> None:
-    """Print the networks and the data."""
+    """Print a description of the networks, the data and the hardware."""
     runs = training.side_by_side.runs
     variants = comparison.by_variant(runs)
     threads = command_line.threads(options) or parallel.processors()
     processes = f" in each of {training.world.size} processes" if training.world.joined else ""
-    after = f"\ngoing on after epoch {runs[0].last.epoch}" if runs[0].records else ""
+    after = f"\nresumed after epoch {runs[0].last.epoch}" if runs[0].records else ""
     grids = "; ".join(
         f"{loss} at {', '.join(f'{v.lr:g}' for v in variants if v.loss == loss)}" for loss in LOSSES
     )
     command_line.announce_threads(options)
     print(
         f"{report.describe(options.data, dataset)}\n"
-        f"{len(runs)} networks {_memory.dashed(runs[0].network.sizes)} side by side, "
-        f"starts of each: {options.seeds}; {grids}\n{options.dtype} on "
+        f"{len(runs)} networks {_memory.dashed(runs[0].network.sizes)}, "
+        f"{options.seeds} seeds; {grids}\n{options.dtype} on "
         f"{report.device_name(dataset.train.x.device)}, threads {threads}{processes}{after}",
         flush=True,
     )
 
 
 def prepare(options: argparse.Namespace) -> tuple[list[Settings], data.Dataset]:
-    """The settings of every network and the data; ValueError where the options make no sense."""
+    """Return the settings of all networks, and the data; raises ValueError for bad options."""
     options.device = command_line.device(options.device).type
     base = command_line.settings(options)
     lrs = learning_rates(options.lrs)
     if options.seeds >= 1 and not 0 <= options.control_seeds <= options.seeds:
         raise ValueError(
-            f"expected 0 to {options.seeds} --control-seeds, as many as there are seeds, got "
+            f"expected 0 to {options.seeds} --control-seeds, at most --seeds, got "
             f"{options.control_seeds}"
         )
     dataset = command_line.load_data(options)
@@ -446,7 +448,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Settings], data.Dataset]:
 
 
 def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
-    """--lrs by loss."""
+    """Parse --lrs to a list of rates for each loss."""
     lrs: dict[Loss, list[float]] = {loss: [] for loss in LOSSES}
     for text in texts:
         loss, _, numbers = text.rpartition("=")
@@ -454,7 +456,7 @@ def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
             try:
                 lr = float(number)
             except ValueError as error:
-                raise ValueError(f"expected --lrs of numbers, got {text!r}") from error
+                raise ValueError(f"expected numbers in --lrs, got {text!r}") from error
             if not loss:
                 for of_loss in lrs.values():
                     of_loss.append(lr)

@@ -1,7 +1,7 @@
-"""Train a classifier with very many labels in bounded memory, and rank them all."""
+"""Train a classifier with very many labels in bounded memory, and rank all labels."""
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -39,29 +39,29 @@ from nnce.training.parallel import ALONE
 from nnce.training.state import check_fits
 
 BEST = (1, 3, 5)
-"""How many of the best labels precision and nDCG look at."""
+"""Numbers k of top-ranked labels for precision@k and nDCG@k."""
 MODEL = "model.npz"
-# Allowance for Python, PyTorch's threads and the allocator, which are not counted.
+# Allowance for Python, PyTorch's threads and the allocator, which are not modeled.
 SLACK_MB = 100
 LARGEST = 2**31 - 1
-"""The most examples, features and labels that a file may have."""
+"""Largest number of examples, features or labels in a file."""
 LARGEST_VALUE = torch.finfo(torch.float32).max
 PLANTED_LABELS = 2**24
-"""The most that `torch.multinomial` draws from."""
+"""Largest number of categories of `torch.multinomial`."""
 
 
 Features = Tensor | tuple[Tensor, Tensor, Tensor]
-"""Dense, or as `torch.nn.EmbeddingBag` takes them: numbers, where each row begins, weights."""
+"""Dense features, or the input, offsets and weights of `torch.nn.EmbeddingBag`."""
 
 
 class Examples(NamedTuple):
-    """Features, dense or a SciPy sparse matrix, and the labels that each example has."""
+    """Features (dense, or a SciPy sparse matrix) and positive labels of each example."""
 
     features: Tensor | scipy.sparse.csr_array
     positives: Positives
 
     def batches(self, size: int, order: Tensor) -> Iterator[tuple[Features, Positives]]:
-        """Mini-batches in this order."""
+        """Yield mini-batches in the given order."""
         for chosen in order.split(size):
             if isinstance(self.features, Tensor):
                 yield self.features[chosen], self.positives[chosen]
@@ -73,9 +73,9 @@ class Examples(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Dense features as they are, or a sum of embeddings of sparse ones; then all labels.
+    """Linear classifier over dense features, or over the summed embeddings of sparse ones.
 
-    The biases start from the share of the targets which are 1.
+    The biases are initialized from the share of targets that are 1.
     """
 
     def __init__(self, inputs: int | None, features: int, labels: int, share: float) -> None:
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
         self.labels = LinearSigmoidCrossEntropyLoss(features, labels, prior=share)
 
     def encode(self, x: Features) -> Tensor:
-        """The features of a mini-batch, [n, features]."""
+        """Compute the dense features of a mini-batch, [n, features]."""
         if isinstance(x, Tensor):
             return x
         assert self.embedding is not None
@@ -94,12 +94,12 @@ class Classifier(nn.Module):
         return cast(Tensor, self.embedding(numbers, offsets, per_sample_weights=weights))
 
     def forward(self, x: Features, positives: Positives) -> Tensor:
-        """C, a mean over the examples."""
+        """Compute the loss C, averaged over the examples."""
         return cast(Tensor, self.labels(self.encode(x), positives))
 
 
 def load_model(path: str | Path) -> Classifier:
-    """The model of a run's model.npz."""
+    """Load a model from the model.npz of a run."""
     with np.load(path, allow_pickle=False) as arrays:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     labels, features = state["labels.weight"].shape
@@ -115,15 +115,15 @@ def load_model(path: str | Path) -> Classifier:
 def planted(
     n: int, features: int, labels: int, each: int, generator: torch.Generator
 ) -> tuple[Examples, Examples]:
-    """Examples that are noisy sums of the directions of their labels; n to learn, n / 10 to test.
+    """Draw n training and n / 10 test examples; features are noisy sums of label directions.
 
-    Label l is drawn as often as 1 / (l + 20) says, as the frequencies of words are.
+    Label l is drawn with probability proportional to 1 / (l + 20), similar to word frequencies.
     """
     directions = torch.randn(labels, features, generator=generator)
-    often = 1 / (torch.arange(labels) + 20.0)
+    frequency = 1 / (torch.arange(labels) + 20.0)
     both = []
     for size in (n, max(n // 10, 1)):
-        drawn = torch.multinomial(often, size * each, replacement=True, generator=generator)
+        drawn = torch.multinomial(frequency, size * each, replacement=True, generator=generator)
         rows = torch.arange(size).repeat_interleave(each)
         keys = (rows * labels + drawn).unique()
         positives = Positives.from_coo(keys // labels, keys % labels, size)
@@ -158,13 +158,13 @@ def read(path: Path) -> tuple[Examples, int, int]:
 
 
 def cache_of(path: Path) -> Path:
-    """The binary copy of a text file's examples, next to it."""
+    """Path of the binary copy of a data file, in the same folder."""
     return path.with_name(f"{path.name}.cache.npz")
 
 
 def read_cached(path: Path) -> tuple[Examples, int, int] | None:
-    """Result of `read`, from the binary copy; None if the text has changed or has no copy."""
-    with contextlib.suppress(Exception):  # of many types: a damaged copy is made again
+    """Read the binary copy of a data file; None if it is missing, damaged or outdated."""
+    with contextlib.suppress(Exception):  # many types; a damaged copy is written again
         with cache_of(path).open("rb") as file, np.load(file, allow_pickle=False) as found:
             if str(found["text"]) != _sha256(path):
                 return None
@@ -179,7 +179,7 @@ def read_cached(path: Path) -> tuple[Examples, int, int] | None:
 
 
 def write_cache(path: Path, examples: Examples, features: int, labels: int) -> None:
-    """Write the binary copy for `read_cached`, whole or not at all; print why it cannot be."""
+    """Write the binary copy for `read_cached` atomically; print a warning if that fails."""
     matrix = cast(scipy.sparse.csr_array, examples.features)
     arrays = {
         "text": np.array(_sha256(path)),
@@ -190,11 +190,14 @@ def write_cache(path: Path, examples: Examples, features: int, labels: int) -> N
     try:
         write_arrays(cache_of(path), arrays)
     except OSError as error:
-        print(f"{path} will be parsed again by the next run: {error}", file=sys.stderr)
+        print(
+            f"no binary copy of {path} written, the next run will parse it again: {error}",
+            file=sys.stderr,
+        )
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays as .npz, whole or not at all, a few megabytes at a time."""
+    """Write arrays as .npz atomically, a few megabytes at a time."""
     write_whole(path, lambda file: np.savez(file, **arrays))
 
 
@@ -207,10 +210,10 @@ def _sha256(path: Path) -> str:
 
 
 class _BadLine(Exception):
-    """The number of a line, from 1, and its error."""
+    """Invalid line; the arguments are its number, from 1, and the error."""
 
 
-# At most 18 digits, which fit into 64 bits.
+# At most 18 digits, which fit in 64 bits.
 _WHOLE = re.compile(rb"\d{1,18}")
 _PAIR = re.compile(rb"\d{1,18}:[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 
@@ -242,13 +245,13 @@ def _parse(lines: Iterable[bytes]) -> tuple[Examples, int, int]:
 
 
 def _sizes(header: bytes) -> list[int]:
-    """The numbers of examples, features and labels, from the first line."""
+    """Parse the numbers of examples, features and labels from the first line."""
     words = header.removeprefix(codecs.BOM_UTF8).split()
     sizes = [int(word) for word in words if _WHOLE.fullmatch(word)]
     if not len(sizes) == len(words) == 3 or not 0 < min(sizes) <= max(sizes) <= LARGEST:
         raise _BadLine(
             1,
-            f"expected three whole numbers from 1 to {LARGEST:,}, the numbers of examples, "
+            f"expected three integers from 1 to {LARGEST:,}, the numbers of examples, "
             f"features and labels, got {_shown(b' '.join(words))}",
         )
     return sizes
@@ -257,11 +260,11 @@ def _sizes(header: bytes) -> list[int]:
 def _example(
     number: int, line: bytes, features: int, labels: int
 ) -> tuple[list[int], list[int], list[float]]:
-    """The labels, features and values of one line, checked."""
+    """Parse and check the labels, features and values of one line."""
     tokens = line.split()
     first = tokens.pop(0).split(b",") if tokens and b":" not in tokens[0] else []
     for expected, pattern, found in (
-        ("whole label numbers", _WHOLE, first),
+        ("integer label numbers", _WHOLE, first),
         ("feature:value", _PAIR, tokens),
     ):
         for wrong in itertools.filterfalse(pattern.fullmatch, found):
@@ -291,21 +294,21 @@ def _shown(text: bytes) -> str:
 
 
 def relevance(labels: Tensor, positives: Positives, num_labels: int) -> Tensor:
-    """Of the best labels of each example, [n, k], which it has: 0 or 1."""
+    """Whether each example has each of its top-ranked labels [n, k]: 0 or 1."""
     has = positives.rows() * num_labels + positives.col
-    asked = torch.arange(len(labels))[:, None] * num_labels + labels
-    return torch.isin(asked, has).double()
+    ranked = torch.arange(len(labels))[:, None] * num_labels + labels
+    return torch.isin(ranked, has).double()
 
 
 def figures(relevant: Tensor, counts: Tensor) -> dict[str, float]:
-    """Precision and nDCG at 1, 3 and 5, means over the examples that have a label.
+    """Precision and nDCG at 1, 3 and 5, averaged over the examples that have a label.
 
-    Precision at k is the share of the k best that are relevant; DCG at k is Σ relevant_i /
-    log₂(i + 1), and nDCG divides by the DCG of the best order there is.
+    Precision at k is the share of relevant labels among the k top-ranked ones. DCG at k is
+    Σ relevant_i / log₂(i + 1), and nDCG is DCG divided by that of a perfect ranking.
 
     Args:
-        relevant: whether each of the best labels is, in their order, [n, k].
-        counts: how many labels each example has, [n].
+        relevant: relevance of the top-ranked labels, in their order, [n, k].
+        counts: number of labels of each example, [n].
     """
     relevant, counts = relevant[counts > 0], counts[counts > 0]
     discounts = 1 / torch.log2(torch.arange(relevant.shape[1]) + 2.0).double()
@@ -320,7 +323,7 @@ def figures(relevant: Tensor, counts: Tensor) -> dict[str, float]:
 def evaluate(
     model: Classifier, examples: Examples, num_labels: int, batch_size: int
 ) -> dict[str, float]:
-    """Rank all labels for each example; the loss, and `figures`."""
+    """Rank all labels for each example; return the loss and `figures`."""
     relevant, C = [], 0.0
     k = min(max(BEST), num_labels)
     with torch.no_grad():
@@ -334,9 +337,9 @@ def evaluate(
 
 
 def most_frequent(train: Examples, test: Examples, num_labels: int) -> dict[str, float]:
-    """Figures of a classifier that names the most frequent labels for every example."""
-    often = torch.bincount(train.positives.col, minlength=num_labels)
-    best = often.argsort(descending=True, stable=True)[: max(BEST)]
+    """`figures` of a baseline that predicts the most frequent labels for every example."""
+    frequency = torch.bincount(train.positives.col, minlength=num_labels)
+    best = frequency.argsort(descending=True, stable=True)[: max(BEST)]
     relevant = relevance(best.expand(len(test.positives), -1), test.positives, num_labels)
     return figures(relevant, test.positives.crow.diff())
 
@@ -345,24 +348,35 @@ def most_frequent(train: Examples, test: Examples, num_labels: int) -> dict[str,
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--data-file",
         type=Path,
-        help="examples to learn from, in the XMC repository's sparse text format, or that and .gz; "
-        "a binary copy is kept next to it (if not given: planted ones)",
+        help="training examples in the XMC repository's sparse text format, optionally gzipped; a "
+        "binary copy is written to the same folder (default: planted examples)",
     )
     parser.add_argument(
-        "--test-file", type=Path, help="examples to test on (if not given: a tenth of --data-file)"
+        "--test-file", type=Path, help="test examples (default: a tenth of --data-file)"
     )
-    parser.add_argument("--labels", type=int, default=200_000, help="labels of planted examples")
-    parser.add_argument("--examples", type=int, default=10_000, help="planted ones to learn from")
-    parser.add_argument("--features", type=int, default=128, help="of an example, or its embedding")
-    parser.add_argument("--positives", type=int, default=5, help="labels of a planted example")
+    parser.add_argument(
+        "--labels", type=int, default=200_000, help="number of labels of planted examples"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=10_000, help="number of planted training examples"
+    )
+    parser.add_argument(
+        "--features",
+        type=int,
+        default=128,
+        help="number of features, or embedding size with --data-file",
+    )
+    parser.add_argument(
+        "--positives", type=int, default=5, help="positive labels per planted example"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training data")
-    parser.add_argument("--batch-size", type=int, default=512, help="examples in a mini-batch")
-    parser.add_argument("--lr", type=float, default=0.01, help="Adam's learning rate")
+    parser.add_argument("--batch-size", type=int, default=512, help="mini-batch size")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_run_directory_options()
     parser.add_speed_options()
@@ -371,7 +385,7 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and rank; the exit status."""
+    """Train, rank all labels and report; return the exit status."""
     options_parser = parser()
     start = resuming.start(options_parser, arguments, "labels.py", ALONE)
     options = start.options
@@ -392,20 +406,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ValueError unless the options make sense together."""
+    """Raise ValueError if the options are invalid or contradict each other."""
     for name in ("labels", "examples", "features", "positives", "epochs", "batch_size"):
         if getattr(options, name) < 1:
-            raise ValueError(f"expected a positive --{name.replace('_', '-')}")
+            raise ValueError(
+                f"expected a positive --{name.replace('_', '-')}, got {getattr(options, name):,}"
+            )
     if not (math.isfinite(options.lr) and options.lr > 0):
         raise ValueError(f"expected a positive --lr, got {options.lr}")
     if not options.data_file and options.labels > PLANTED_LABELS:
-        raise ValueError(f"expected at most {PLANTED_LABELS:,} --labels of planted examples")
+        raise ValueError(f"expected at most {PLANTED_LABELS:,} --labels, got {options.labels:,}")
     if options.test_file and not options.data_file:
-        raise ValueError("expected --data-file with --test-file")
+        raise ValueError("--test-file requires --data-file")
 
 
 class Data(NamedTuple):
-    """Examples to learn from and to test on, how many sparse features, and how many labels."""
+    """Training and test examples, and the numbers of sparse features and labels."""
 
     train: Examples
     test: Examples
@@ -414,10 +430,10 @@ class Data(NamedTuple):
 
 
 def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
-    """Planted examples, or those of the files, of which binary copies are kept."""
+    """Draw planted examples, or read the data files and write their binary copies."""
     if options.data_file is None:
-        asked = (options.examples, options.features, options.labels, options.positives)
-        return Data(*planted(*asked, generator), None, options.labels)
+        sizes = (options.examples, options.features, options.labels, options.positives)
+        return Data(*planted(*sizes, generator), None, options.labels)
     parsed = {}
     read_from = {}
     for path in filter(None, (options.data_file, options.test_file)):
@@ -427,29 +443,31 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
         read_from[path] = found
     examples, inputs, num_labels = read_from[options.data_file]
     if options.test_file is not None:
-        train, (test, *sizes) = examples, read_from[options.test_file]
-        if sizes != [inputs, num_labels]:
+        train, (test, *found_sizes) = examples, read_from[options.test_file]
+        if found_sizes != [inputs, num_labels]:
             raise ValueError(
                 f"{options.test_file}: expected {inputs:,} features and {num_labels:,} labels like "
-                f"--data-file, got {sizes[0]:,} and {sizes[1]:,}"
+                f"--data-file, got {found_sizes[0]:,} and {found_sizes[1]:,}"
             )
     else:
-        test, train = _apart(examples, options.data_file, generator)
+        test, train = _split(examples, options.data_file, generator)
     if not len(test.positives.col):
         source = options.test_file or f"the tenth of {options.data_file} that --seed draws"
         raise ValueError(
-            f"expected a test set with labels, got none in {source}: choose a different one"
+            f"expected test examples with labels, found none in {source}: choose a different one"
         )
     for path, content in parsed.items():
         write_cache(path, *content)
     return Data(train, test, inputs, num_labels)
 
 
-def _apart(examples: Examples, path: Path, generator: torch.Generator) -> tuple[Examples, Examples]:
-    """A tenth of the examples, drawn, and the others."""
+def _split(examples: Examples, path: Path, generator: torch.Generator) -> tuple[Examples, Examples]:
+    """Split randomly into a tenth of the examples and the rest."""
     n = len(examples.positives)
     if n < 2:
-        raise ValueError(f"{path}: expected two examples at least, one for the test")
+        raise ValueError(
+            f"{path}: expected at least two examples, one of them for testing, got {n}"
+        )
     order = torch.randperm(n, generator=generator)
     matrix = cast(scipy.sparse.csr_array, examples.features)
     test, train = (
@@ -460,7 +478,7 @@ def _apart(examples: Examples, path: Path, generator: torch.Generator) -> tuple[
 
 
 class Learning:
-    """A model while it is trained: everything that a run needs to go on, and how it does."""
+    """Training of a model, with everything that a checkpoint contains."""
 
     def __init__(self, data: Data, generator: torch.Generator, options: argparse.Namespace) -> None:
         self.data, self.generator, self.options = data, generator, options
@@ -470,7 +488,7 @@ class Learning:
         self.model = Classifier(data.inputs, options.features, num_labels, min(share, 0.5))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=options.lr, fused=True)
         self.steps = math.ceil(n / options.batch_size)
-        # Epochs that are finished, steps of the next one, their losses, and those of all steps.
+        # Finished epochs, steps in the current one and the sum of its losses; losses of all steps.
         self.epoch, self.step, self.total = 0, 0, 0.0
         self.losses: list[float] = []
         self.rows: list[report.Row] = []
@@ -484,14 +502,14 @@ class Learning:
 
     @property
     def seconds(self) -> float:
-        """Of the run, with those before it was stopped."""
+        """Total time of the run, across resumptions."""
         return time.perf_counter() - self._began
 
     def state_dict(self, run_dir: Path) -> dict[str, Any]:
         """Content of a checkpoint.
 
-        Parameters and Adam's averages are in a file of their own, written from where they are: a
-        checkpoint is packed in memory, twice as large as what is in it.
+        Parameters and Adam's averages are written to a separate file without a copy, because
+        packing a checkpoint takes twice the memory of its content.
         """
         if self.epoch or self.step:
             name = f"state-{self.epoch:04}-{self.step:06}.npz"
@@ -509,9 +527,9 @@ class Learning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], run_dir: Path) -> None:
-        """Continue from a checkpoint; ValueError if it does not fit or its file is damaged."""
+        """Restore a checkpoint; raises ValueError if it does not fit or its file is damaged."""
         if state["data"] != self._checksum:
-            raise ValueError("the data have changed since the run was begun")
+            raise ValueError("the data have changed since the run was started")
         self.epoch, self.step, self.total = state["position"]
         self.losses, self.rows = state["losses"].tolist(), list(state["rows"])
         self._before_order, self._files = state["generator"], list(state["files"])
@@ -537,20 +555,20 @@ class Learning:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and what Adam keeps of each, by name."""
+        """Parameters and Adam's state of each, by name."""
         tensors = {name: p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             tensors |= {f"adam/{of}/{name}": self.optimizer.state[p][of] for of in _ADAM}
         return tensors
 
-    def forget(self, run_dir: Path) -> None:
-        """Delete the files of checkpoints that are no longer kept."""
+    def remove_old_files(self, run_dir: Path) -> None:
+        """Delete parameter files of checkpoints that no longer exist."""
         for path in run_dir.glob("state-*.npz"):
             if path.name not in self._files:
                 path.unlink()
 
     def run_epoch(self, saver: resuming.Saver, writer: SummaryWriter, bar: Any) -> None:
-        """The steps of an epoch that are left."""
+        """Train the remaining steps of the current epoch."""
         size, train = self.options.batch_size, self.data.train
         order = torch.randperm(len(train.positives), generator=self.generator)
         rest = order[self.step * size :]
@@ -567,7 +585,7 @@ class Learning:
             saver.between()
 
     def finish_epoch(self, writer: SummaryWriter) -> str:
-        """Evaluate and log; a line for people."""
+        """Evaluate and log the epoch; return a line to print."""
         epoch, train_loss = self.epoch + 1, self.total / len(self.data.train.positives)
         check_loss(train_loss, "training", epoch)
         options, data = self.options, self.data
@@ -582,12 +600,12 @@ class Learning:
         return f"epoch {epoch}: loss {train_loss:.4f}, precision@1 {best}"
 
 
-# What Adam keeps of each parameter.
+# State of Adam for each parameter.
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def log(writer: SummaryWriter, row: report.Row) -> None:
-    """Add an epoch's figures to the curves."""
+    """Log the results of an epoch to TensorBoard."""
     for name, value in row.items():
         if isinstance(value, float):
             writer.add_scalar(f"test/{name}", value, cast(int, row["epoch"]))
@@ -597,7 +615,7 @@ def learn(learning: Learning, run_dir: Path) -> None:
     """Train, log and save each epoch, and write the results."""
     memory = introduce(learning)
     data, options = learning.data, learning.options
-    for old in run_dir.glob("events.out.tfevents.*"):  # of a run that is resumed: written again
+    for old in run_dir.glob("events.out.tfevents.*"):  # of a resumed run; written again below
         old.unlink()
     with SummaryWriter(str(run_dir)) as writer:
         for step, loss in enumerate(learning.losses):
@@ -611,7 +629,7 @@ def learn(learning: Learning, run_dir: Path) -> None:
             saver.save()
         with resuming.Ending(run_dir, lambda: learning.epoch > 0, saver.save) as ending:
             train(learning, saver, writer, run_dir)
-        learning.forget(run_dir)
+        learning.remove_old_files(run_dir)
     memory["peak_MB"] = resident(peak=True) / 1e6
     baseline = most_frequent(data.train, data.test, data.num_labels)
     rows = [{"epoch": "the most frequent", **baseline}, *learning.rows]
@@ -630,13 +648,13 @@ def learn(learning: Learning, run_dir: Path) -> None:
     print(f"{learning.seconds:.1f} s")
     if learning.epoch:
         path = command_line.from_here(run_dir / MODEL)
-        conclusion += f"\nThe model: labels.load_model({path!r})"
+        conclusion += f"\nModel: labels.load_model({path!r})"
     report.print_end(conclusion, "Results", run_dir)
-    ending.close(f"Interrupted; {learning.epoch} epochs are kept; to go on:")
+    ending.close(f"Interrupted; {learning.epoch} epochs are kept; resume with:")
 
 
 def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_dir: Path) -> None:
-    """The epochs that are left."""
+    """Train the remaining epochs."""
     epochs = learning.options.epochs
     total, done = epochs * learning.steps, len(learning.losses)
     with tqdm(total=total, initial=done, unit="step", disable=None, leave=False) as bar:
@@ -648,50 +666,50 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
             command_line.keep(run_dir)
             bar.write(line)
             saver.after(learning.epoch, is_last=learning.epoch == epochs)
-            learning.forget(run_dir)
+            learning.remove_old_files(run_dir)
 
 
 def introduce(learning: Learning) -> dict[str, float]:
-    """Print the task and the memory that it takes; return the figures."""
+    """Print the task and its memory requirement; return the latter."""
     data, options = learning.data, learning.options
     n, num_labels = len(data.train.positives), data.num_labels
     size = 4 * sum(p.numel() for p in learning.model.parameters()) / 1e6
-    # Ranking has a block of its own.
+    # The ranking uses a second block.
     block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
     warm_up()
     before = resident() / 1e6
-    of_adam = 1 if learning.optimizer.state else 3  # loaded averages are in memory already
+    of_adam = 1 if learning.optimizer.state else 3  # resumed averages are already in memory
     bound = before + of_adam * size + block + SLACK_MB
-    after = f"\ngoing on after step {len(learning.losses):,}" if learning.losses else ""
+    after = f"\nresumed after step {len(learning.losses):,}" if learning.losses else ""
     print(
         f"{n:,} training and {len(data.test.positives):,} test examples, {num_labels:,} labels, "
         f"threads {torch.get_num_threads()}{after}\n"
-        f"memory: {before:,.0f} MB in use, parameters of {size:,.0f} among them; their gradient "
-        f"and Adam's two averages {3 * size:,.0f}, blocks of labels {block:,.0f}: at most "
-        f"{bound:,.0f} MB with {SLACK_MB} to spare (all logits of a mini-batch would be "
-        f"{4 * options.batch_size * num_labels / 1e6:,.0f}, and more with their gradient)",
+        f"memory in MB: {before:,.0f} in use, including {size:,.0f} of parameters; "
+        f"{3 * size:,.0f} for gradients and Adam, {block:,.0f} for blocks of labels: at most "
+        f"{bound:,.0f} with a margin of {SLACK_MB} (all logits of a mini-batch would take "
+        f"{4 * options.batch_size * num_labels / 1e6:,.0f}, without their gradient)",
         flush=True,
     )
     return {"before_MB": before, "bound_MB": bound}
 
 
 def answer(rows: Sequence[report.Row], num_labels: int, peak: float, bound: float) -> str:
-    """How good the ranking is, and whether the memory was as stated."""
+    """Summarize the precision of the ranking and the peak memory."""
     baseline, last = rows[0], rows[-1]
     best, frequent = (
         report.in_percent(cast(float, row["precision@1"])) for row in (last, baseline)
     )
     trained = f"after epoch {last['epoch']}" if len(rows) > 1 else "before training"
     return (
-        f"The best of {num_labels:,} labels is right for {best} of the test examples {trained} "
-        f"(always the most frequent label: {frequent}).\n"
+        f"The top-ranked of {num_labels:,} labels is right for {best} of the test examples "
+        f"{trained} (most frequent label: {frequent}).\n"
         f"Peak memory {peak:,.0f} MB, {'within' if peak <= bound else 'MORE THAN'} the "
-        f"{bound:,.0f} MB stated."
+        f"predicted {bound:,.0f} MB."
     )
 
 
 def check_loss(loss: float, examples: str, epoch: int) -> None:
-    """Raise Failed unless it is finite."""
+    """Raise Failed unless the loss is finite."""
     if not math.isfinite(loss):
         raise command_line.Failed(
             f"the loss of the {examples} examples is {loss} in epoch {epoch}: lower --lr, or scale "
@@ -700,7 +718,7 @@ def check_loss(loss: float, examples: str, epoch: int) -> None:
 
 
 def warm_up() -> None:
-    """One step of a tiny model, for what PyTorch imports and starts when it first needs it."""
+    """Train a tiny model for one step, to load everything that PyTorch imports lazily."""
     tiny = Classifier(None, 1, 2, 0.5)
     tiny(torch.ones(1, 1), Positives.from_lists([[0]])).backward()
     torch.optim.Adam(tiny.parameters(), fused=True).step()
@@ -708,7 +726,7 @@ def warm_up() -> None:
 
 
 def readable(row: report.Row) -> report.Row:
-    """A row in percent."""
+    """Format a row of results in percent."""
     losses = {name: row.get(name, "") for name in ("loss_train", "loss_test")}
     percents = {
         f"{name}, %": f"{100 * cast(float, row[name]):.2f}"

@@ -1,7 +1,7 @@
-"""Classify pictures, or an example of the test set, by a network that train.py has trained."""
+"""Classify image files, or an example of the test set, with a network trained by train.py."""
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -22,33 +22,37 @@ from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.saving import write_whole
 
-# Data sets of networks that do not record theirs, by the number of inputs.
+# Data set and image size by number of inputs, for network files that do not record them.
 _USUAL = {64: ("digits", [8, 8]), 784: ("mnist", [28, 28])}
-# Classes in a table, and the shortest side of a picture that is written, in pixels.
+# Largest number of classes in a table, and smallest side of a --picture image in pixels.
 _MOST, _SIDE = 10, 200
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("run", type=Path, help="run folder of train.py, or a network's file")
+    parser.add_argument("run", type=Path, help="run directory of train.py, or a network file")
     parser.add_argument(
         "images",
         type=Path,
         nargs="*",
         metavar="IMAGE",
-        help="PNG or JPEG files of any size; a drawing may be light on dark or dark on light",
+        help="PNG or JPEG file of any size, light on dark or dark on light",
     )
-    parser.add_argument("--index", type=int, metavar="N", help="example N of the test set, from 0")
+    parser.add_argument(
+        "--index", type=int, metavar="N", help="classify example N of the test set, from 0"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="PNG of the network's inputs")
-    folder = "folder of the data for --index (default: $NNCE_DATA, else data)"
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="PNG file to write the network's inputs to"
+    )
+    folder = "data folder for --index (default: $NNCE_DATA, else data)"
     parser.add_argument("--data-dir", type=Path, help=folder)
     return parser
 
 
 class Form(NamedTuple):
-    """Meaning of a network's inputs and outputs: `nnce.data.Dataset.about`."""
+    """Data set, image size and class names of a network; see `nnce.data.Dataset.about`."""
 
     data: str
     image: list[int] | None
@@ -56,7 +60,7 @@ class Form(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Classify as asked; the exit status."""
+    """Classify the images; return the exit status."""
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     with options_parser.user_errors():
@@ -66,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         form = form_of(network, options.run)
         named, x = read(options, form, network.linears()[0].weight.dtype)
         if x.shape[1] != network.sizes[0]:
-            raise ValueError(f"expected {network.sizes[0]} inputs, got {x.shape[1]}: {form.data}")
+            raise ValueError(
+                f"expected {network.sizes[0]} inputs, got {x.shape[1]} from {form.data}"
+            )
         with torch.no_grad():
             a = nnce.sigmoid(network(x))
         if options.picture:
@@ -79,19 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for of, activations in zip(named, a, strict=True)
     ]
-    print(json.dumps(predictions, indent=2) if options.json else in_words(predictions))
+    print(json.dumps(predictions, indent=2) if options.json else as_text(predictions))
     return 0
 
 
 def load(path: Path) -> nnce.MLP:
-    """The network of a run folder or file."""
+    """Load the network of a run directory or file."""
     if path.is_dir() and not (path / "network.pt").is_file():
-        raise ValueError(f"expected a run folder of train.py, with a network.pt in it, got {path}")
+        raise ValueError(f"expected a run directory of train.py with a network.pt, got {path}")
     return nnce.load(path / "network.pt" if path.is_dir() else path)
 
 
 def form_of(network: nnce.MLP, path: Path) -> Form:
-    """What inputs and outputs mean, as the network's file says or, if it does not, by its sizes."""
+    """Data set, image size and classes, as recorded in the file, else guessed from the sizes."""
     inputs, *_, outputs = network.sizes
     usual, size = _USUAL.get(inputs, ("", None))
     by_sizes = {"data": usual, "image": size, "classes": list(map(str, range(outputs)))}
@@ -103,17 +109,17 @@ def form_of(network: nnce.MLP, path: Path) -> Form:
         or not (image is None or (is_size and math.prod(image) == inputs))
         or not (isinstance(classes, list) and len({*map(str, classes)}) == outputs)
     ):
-        raise ValueError(f"{path} describes its inputs or classes otherwise than its sizes do")
+        raise ValueError(f"{path} describes inputs or classes that do not match its sizes")
     return Form(about["data"], image, list(map(str, classes)))
 
 
 def read(
     options: argparse.Namespace, form: Form, dtype: torch.dtype
 ) -> tuple[list[dict[str, str]], Tensor]:
-    """The names of the pictures, of a test example with its class; and the network's inputs."""
+    """Names of the images (for a test example also its class), and the network's inputs."""
     if options.index is None:
         if form.image is None:
-            raise ValueError(f"{options.run} was trained on numbers, not on images: use --index N")
+            raise ValueError(f"{options.run} was not trained on images: use --index N")
         of = (form.data, form.image, dtype)
         inputs = torch.stack([pictures.inputs(path, *of) for path in options.images])
         return [{"image": str(path)} for path in options.images], inputs
@@ -131,11 +137,11 @@ def read(
 
 
 def write_picture(path: Path, inputs: Tensor, form: Form) -> None:
-    """Write the inputs of the network, next to each other, as PNG."""
+    """Write the inputs of the network side by side as PNG."""
     from PIL import Image
 
     if form.image is None:
-        raise ValueError("expected images for --picture, but the network was trained on numbers")
+        raise ValueError("--picture requires a network that was trained on images")
     scale = max(1, _SIDE // min(form.image))
     tiles = torch.cat([x.view(*form.image) for x in inputs], dim=1)
     gray = tiles.mul(255).round().byte().repeat_interleave(scale, 0).repeat_interleave(scale, 1)
@@ -144,8 +150,8 @@ def write_picture(path: Path, inputs: Tensor, form: Form) -> None:
     write_whole(path, lambda whole: whole.write(file.getbuffer()))
 
 
-def in_words(predictions: Sequence[Mapping[str, Any]]) -> str:
-    """The class of each picture, and then the activations of all."""
+def as_text(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """Format the class of each image, followed by tables of activations."""
     answers, tables = [], []
     for prediction in predictions:
         image, activations = prediction["image"], prediction["activations"]

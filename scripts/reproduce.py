@@ -1,7 +1,7 @@
-"""Published tables, reproduced row by row with the hand-written rules, with error bars."""
+"""Reproduce published tables row by row with the hand-written rules, from several starts."""
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -29,7 +29,7 @@ from nnce.experiments import (
 )
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
-from nnce.experiments.reproduction import Attempt, Outcome, Spread, but_for_defaults
+from nnce.experiments.reproduction import Attempt, Outcome, Spread, repr_without_defaults
 from nnce.experiments.tensorboard import Monitor
 from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
@@ -38,19 +38,23 @@ _RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("table", nargs="?", help="which one; without it, all are listed")
-    parser.add_argument("rows", nargs="*", help="which of its rows; all if none is named")
+    parser.add_argument("table", nargs="?", help="name of a table; without it, all are listed")
+    parser.add_argument("rows", nargs="*", help="names of rows (default: all)")
     parser.add_common_options()
     parser.set_defaults(data="mnist")
-    parser.add_argument("--seeds", type=int, help="starts of each row (default: the table's)")
-    limit = "limit on the epochs, for a trial; with it, the protocol is not the published one"
+    parser.add_argument(
+        "--seeds", type=int, help="number of starts per row (default: depends on the table)"
+    )
+    limit = "largest number of epochs, for a trial that departs from the published protocol"
     parser.add_argument("--max-epochs", type=int, help=limit)
     parser.add_train_size_option()
     parser.add_speed_options()
     parser.add_argument(
-        "--page", action="store_true", help="write runs/reproduced/README.md from its JSON, and end"
+        "--page",
+        action="store_true",
+        help="only regenerate runs/reproduced/README.md from its JSON files",
     )
     resuming.add_options(parser)
     parser.set_defaults(checkpoint_every="60s")
@@ -58,7 +62,7 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List the tables, or reproduce one; the exit status."""
+    """List the tables or reproduce one; return the exit status."""
     options_parser = parser()
     start = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
     options = start.options
@@ -69,8 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n\n".join(map(listing, TABLES)))
         return 0
     with options_parser.user_errors():
-        if parallel.launched():
-            raise ValueError("expected one process; the networks are side by side in it")
+        if parallel.under_torchrun():
+            raise ValueError(
+                "expected a single process, which trains all networks together, got torchrun"
+            )
         work = Work(options, start.found)
     with start.directory(
         options_parser, "-".join(["reproduce", options.table, *options.rows])
@@ -81,17 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def listing(name: str) -> str:
-    """A table and its rows, in words."""
+    """Describe a table and its rows."""
     table = TABLES[name]
     lines = [f"{name}: {table.title} ({table.measure} in percent)"]
     for row in table.rows:
         figure = "" if row.published is None else f"{row.published:g}, {row.of}"
-        lines.append(f"  {row.name:8}{figure:38}{reproduction.in_words(row.settings, 784, 10)}")
+        lines.append(
+            f"  {row.name:8}{figure:38}{reproduction.protocol_line(row.settings, 784, 10)}"
+        )
     return "\n".join(lines)
 
 
 class Work:
-    """Rows to train, and the state of their training."""
+    """Rows to train, and their progress."""
 
     def __init__(self, options: argparse.Namespace, found: Mapping[str, Any] | None) -> None:
         self.table, self.rows = published.find(options.table, options.rows)
@@ -105,48 +113,48 @@ class Work:
             row.name: reproduction.protocol(row, epochs=options.max_epochs) for row in self.rows
         }
         self.dataset = command_line.load_data(options)
-        for row in self.rows:  # what would be found only when it is its turn
+        for row in self.rows:  # report errors before any training
             comparison.check(self.settings[row.name], self.seeds, self.dataset)
         command_line.set_speed(options, torch.get_num_threads())
         self.outcomes: dict[str, Outcome] = {}
         self.attempt: Attempt | None = None
         self._before, self._began = 0.0, time.perf_counter()
         if found is not None:
-            self._go_on(found)
+            self._resume(found)
 
     @property
     def protocols(self) -> dict[str, str]:
-        """Protocol of each row, compared when a run is resumed."""
+        """Protocol of each row, recorded and compared on resuming."""
         starts = f"{len(self.seeds)} starts from seed {self.seeds[0]}"
-        # Defaults are left out: options that a later version adds had their defaults before.
+        # Without defaults, so that options of later versions do not change the text.
         return {
-            row.name: f"{but_for_defaults(self.settings[row.name])}, {row.of}, {starts}"
+            row.name: f"{repr_without_defaults(self.settings[row.name])}, {row.of}, {starts}"
             for row in self.rows
         }
 
     @property
     def compares(self) -> bool:
-        """Whether figures are comparable: the whole protocol, on MNIST."""
+        """Whether results are comparable with the published ones: full protocol, on MNIST."""
         return self.options.data == "mnist" and not self.is_trial
 
     @property
     def is_trial(self) -> bool:
-        """Whether something is cut short."""
+        """Whether epochs or training data are reduced."""
         whole = all(self.settings[row.name] == row.settings for row in self.rows)
         return self.options.train_size is not None or not whole
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Total time of the run, across resumptions."""
         return self._before + time.perf_counter() - self._began
 
-    def _go_on(self, found: Mapping[str, Any]) -> None:
+    def _resume(self, found: Mapping[str, Any]) -> None:
         resuming.warn(found, ALONE)
         for name, protocol in self.protocols.items():
-            # (A table may have got more rows since.)
+            # Rows that were added to the table later are ignored.
             if found.get("protocols", {}).get(name, protocol) != protocol:
                 raise ValueError(
-                    f"the run was begun with another protocol of row {name}: begin a new run"
+                    f"the run was started with a different protocol of row {name}: start a new run"
                 )
         with resuming.loading():
             self.outcomes = {
@@ -158,12 +166,12 @@ class Work:
                 self.attempt.load_state_dict(found["attempt"])
 
     def begin(self, row: Row) -> Attempt:
-        """The networks of a row before the first step."""
+        """Create the networks of a row, before the first step."""
         threads = command_line.threads(self.options)
         return Attempt(row, self.settings[row.name], self.dataset, list(self.seeds), threads)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has come, for a checkpoint."""
+        """State for a checkpoint."""
         return {
             "protocols": self.protocols,
             "outcomes": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
@@ -176,7 +184,7 @@ class Work:
 
 
 def run(work: Work, run_dir: Path, command: str) -> None:
-    """Train row by row, and write the results after each."""
+    """Train row by row, and write the results after each row."""
     options = work.options
     header = resuming.header("reproduce.py", vars(options), ALONE, command)
     monitor: Monitor | None = None
@@ -214,14 +222,14 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             write(work, run_dir, command)
             cells = closing_row(work, row).items()
             print(", ".join(f"{name} {value}" for name, value in cells if value), flush=True)
-    ending.close("Interrupted; to go on:")
-    write(work, run_dir, command)  # once more: a run may have been killed before the last time
+    ending.close("Interrupted; resume with:")
+    write(work, run_dir, command)  # again, in case the run was killed before the last write
     print(f"\n{page(work, command)}\n\n{work.seconds:.1f} s")
-    report.print_end(answer(work), "Results and a picture", run_dir)
+    report.print_end(answer(work), "Results and reproduced.png", run_dir)
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
-    """All epochs of a row, with a progress bar."""
+    """Train all epochs of a row, with a progress bar."""
     done = attempt.next_epoch
     with tqdm(
         total=settings.epochs, initial=max(0, done - 1), unit="epoch", disable=None, leave=False
@@ -235,11 +243,11 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
 
 
 def introduce(work: Work) -> None:
-    """Print the rows and the data."""
+    """Print a description of the rows, the data and the hardware."""
     rows = ", ".join(row.name for row in work.rows)
     threads = command_line.threads(work.options) or parallel.processors()
-    trial = " (cut short: not the published protocol)" if work.is_trial else ""
-    done = f"\ngoing on after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
+    trial = " (shortened: not the published protocol)" if work.is_trial else ""
+    done = f"\nresumed after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
     print(
         f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n"
         f"{report.describe(work.options.data, work.dataset)}; "
@@ -253,26 +261,26 @@ def introduce(work: Work) -> None:
 
 
 def closing_row(work: Work, row: Row) -> report.Row:
-    """The published figure, the same figure of ours, and the honest ones."""
+    """Row of results: published, ours measured in the same way, and on the test set."""
     table, outcome, compares = work.table, work.outcomes[row.name], work.compares
     chosen = outcome.spread(table, "chosen_validation")
-    same = outcome.spread(table, reproduction.like_published(row))
+    same = outcome.spread(table, reproduction.published_field(row))
     diverged = sum(one.diverged for one in outcome.trained)
     return {
         "row": row.name,
         "published": f"{row.published:.2f}" if row.published and compares else "",
-        "ours, the same figure": in_words(same),
+        "ours, the same figure": mean_sd_range(same),
         "verdict": verdict(table, row, same) if compares else "",
-        "validation, chosen epoch": in_words(chosen),
-        "test, chosen epoch": in_words(outcome.spread(table, "chosen_test")),
-        "test, last epoch": in_words(outcome.spread(table, "last_test")),
+        "validation, chosen epoch": mean_sd_range(chosen),
+        "test, chosen epoch": mean_sd_range(outcome.spread(table, "chosen_test")),
+        "test, last epoch": mean_sd_range(outcome.spread(table, "last_test")),
         "n": f"{chosen.n}" + (f" ({diverged} diverged)" if diverged else ""),
         "minutes": f"{outcome.seconds / 60:.1f}",
     }
 
 
-def in_words(spread: Spread) -> str:
-    """Mean ± sd (min–max)."""
+def mean_sd_range(spread: Spread) -> str:
+    """Format as mean ± sd (min–max)."""
     if math.isnan(spread.mean):
         return ""
     if spread.n == 1:
@@ -281,7 +289,7 @@ def in_words(spread: Spread) -> str:
 
 
 def verdict(table: Table, row: Row, ours: Spread) -> str:
-    """Where the published figure is."""
+    """Compare the published result with the range of ours."""
     if row.published is None or math.isnan(ours.mean):
         return ""
     published = round(row.published, 2)
@@ -292,42 +300,42 @@ def verdict(table: Table, row: Row, ours: Spread) -> str:
 
 
 def answer(work: Work) -> str:
-    """How many of the published figures are reproduced, and which are not."""
+    """Summarize how many published results are reproduced, and which are not."""
     rows = [closing_row(work, row) for row in work.rows if row.name in work.outcomes]
     if any(row["verdict"] for row in rows):
         return reproduction.summary(rows)
-    why = "nothing published" if work.compares else "not the published protocol or data"
-    return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {why}."
+    reason = "nothing published" if work.compares else "not the published protocol or data"
+    return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {reason}."
 
 
 def page(work: Work, command: str) -> str:
-    """The table for people, with its protocol and command."""
+    """Markdown page with the table, protocols, notes, source and command."""
     table = work.table
     rows = [row for row in work.rows if row.name in work.outcomes]
     features, classes = work.dataset.train.x.shape[1], work.dataset.train.y.shape[1]
     lines = [
         f"{table.title}, {table.measure} in percent, mean ± sd (min–max) over n starts; "
         f"{work.options.data}. {table.about}".strip(),
-        *(["Cut short: not the published protocol."] if work.is_trial else []),
+        *(["Shortened: not the published protocol."] if work.is_trial else []),
         "",
         report.table([closing_row(work, row) for row in rows]),
         "",
     ]
     for row in rows:
-        sentences = [reproduction.in_words(work.settings[row.name], features, classes) + "."]
+        sentences = [reproduction.protocol_line(work.settings[row.name], features, classes) + "."]
         if row.published is not None and work.compares:
             sentences.append(f"Published: {row.of}.")
         if row.note:
             sentences.append(row.note)
         committee = reproduction.percent(table, work.outcomes[row.name].committee)
         if len(work.seeds) > 1 and not math.isnan(committee):
-            sentences.append(f"All {len(work.seeds)} networks together: {committee:.2f}.")
+            sentences.append(f"Ensemble of all {len(work.seeds)} networks: {committee:.2f}.")
         lines.append(f"- {row.name}: {' '.join(sentences)}")
     return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
 
 
 def write(work: Work, run_dir: Path, command: str) -> None:
-    """`results.json`, `results.md`, the picture, and both in TensorBoard."""
+    """Write results.json, results.md and the figure, and log both to TensorBoard."""
     table = work.table
     rows = [row for row in work.rows if row.name in work.outcomes]
     report.write_results(
@@ -350,14 +358,14 @@ def write(work: Work, run_dir: Path, command: str) -> None:
                 row.name,
                 row.published if work.compares else None,
                 [
-                    reproduction.percent(table, getattr(one, reproduction.like_published(row)))
+                    reproduction.percent(table, getattr(one, reproduction.published_field(row)))
                     for one in work.outcomes[row.name].trained
                 ],
             )
             for row in rows
         ],
         f"{table.title}: {table.measure} in percent on {work.options.data}"
-        f"{', cut short' if work.is_trial else ''}",
+        f"{', shortened' if work.is_trial else ''}",
     )
     report.write_figure(run_dir / "reproduced.png", figure, dpi=90)
     for old in run_dir.glob("events.out.tfevents.*"):

@@ -1,7 +1,7 @@
-"""The notes' story with one neuron, input 1 and target 0: how each loss gets out of being wrong."""
+"""Train the notes' single neuron (input 1, target 0) with both losses from bad starts."""
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import itertools
@@ -22,7 +22,7 @@ from nnce.experiments.tensorboard import add_points
 from nnce.losses import LOSSES, Loss
 
 STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
-# Where a is below this the neuron says 0, as it should.
+# The neuron counts as correct once a is below this threshold.
 RIGHT = 0.5
 
 _T = TypeVar("_T")
@@ -31,7 +31,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 class Story(NamedTuple):
-    """One neuron by one rule: a value an epoch, the first before any step."""
+    """Training history of one neuron by one rule; the first values are before any step."""
 
     rule: Rule
     w: float
@@ -39,13 +39,13 @@ class Story(NamedTuple):
     output: list[float]
     """a, in [0, 1]."""
     loss: list[float]
-    """C by the rule."""
+    """Loss C of the rule."""
     dw: list[float]
     """|dC/dw|."""
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--start",
@@ -53,19 +53,19 @@ def parser() -> ArgumentParser:
         nargs=2,
         action="append",
         metavar=("W", "B"),
-        help="weight and bias to start from, may be given several times (if not given: "
+        help="initial weight and bias; may be repeated (default: "
         + ", ".join(f"{w:g} {b:g}" for w, b in STARTS)
         + ")",
     )
     parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
-    parser.add_argument("--epochs", type=int, default=300, help="steps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
+    parser.add_argument("--epochs", type=int, default=300, help="training steps, 1 to 100,000")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
     parser.add_run_directory_options()
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tell the story; the exit status."""
+    """Train all neurons and report; return the exit status."""
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     began = time.perf_counter()
@@ -94,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log(stories, run_dir)
         print(f"\n{report.table([readable(story) for story in stories])}")
-        report.print_end(answer(stories), "Results and a picture", run_dir)
+        report.print_end(answer(stories), "Results and single-neuron.png", run_dir)
     return 0
 
 
 def learn(rule: Rule, w: float, b: float, lr: float, epochs: int, dtype: torch.dtype) -> Story:
-    """Train one neuron from (w, b), example by example, of which there is one."""
+    """Train one neuron from (w, b) on its single example."""
     x, y = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     W, bias = torch.full((1, 1), w, dtype=dtype), torch.full((1,), b, dtype=dtype)
     story = Story(rule, w, b, [], [], [])
@@ -121,14 +121,14 @@ _Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def by_hand(
     W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, loss: Loss
 ) -> _Step:
-    """a, C, dC/dW and dC/db by the rules."""
+    """Compute a, C, dC/dW and dC/db by the hand-written rules."""
     one_pass = backprop([(W, b)], x, y, loss=loss)
     C = LOSSES[loss].value(one_pass.z[-1], y)
     return one_pass.a[-1], C, one_pass.gradients["0.weight"], one_pass.gradients["0.bias"]
 
 
 def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> _Step:
-    """The same by what one would write in PyTorch: a sigmoid, BCELoss and autograd."""
+    """Compute a, C, dC/dW and dC/db in PyTorch, by sigmoid, BCELoss and autograd."""
     W, b = W.requires_grad_(), b.requires_grad_()
     a = nn.functional.linear(x, W, b).sigmoid()
     C = nn.functional.binary_cross_entropy(a, y)
@@ -137,7 +137,7 @@ def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tens
 
 
 def log(stories: Sequence[Story], run_dir: Path) -> None:
-    """Write TensorBoard's curves, a run for each rule from each start, and the picture."""
+    """Log curves to TensorBoard, one run per rule and start, and write the figure."""
     for story in _bar(stories, "logging"):
         name = f"w{story.w:g}-b{story.b:g}-{story.rule.split(' ')[0]}"
         with SummaryWriter(str(run_dir / name)) as writer:
@@ -158,7 +158,7 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
             for w, b in starts
         ]
     )
-    with command_line.announced("picture"), SummaryWriter(str(run_dir)) as writer:
+    with command_line.announced("plotting"), SummaryWriter(str(run_dir)) as writer:
         report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
         writer.add_figure("single neuron", figure)
 
@@ -186,14 +186,14 @@ def row(story: Story) -> report.Row:
 
 
 def answer(stories: Sequence[Story]) -> str:
-    """How long each rule takes from the start that is most wrong."""
+    """Summarize how many epochs each rule needs from the worst start."""
     worst = max(stories, key=lambda story: story.w + story.b)
     took = []
     for story in stories:
         if (story.w, story.b) == (worst.w, worst.b):
             first = row(story)["first_epoch_below_half"]
-            words = f"not within {len(story.output) - 1}" if first is None else str(first)
-            took.append(f"{story.rule} {words}")
+            epochs = f"not within {len(story.output) - 1}" if first is None else str(first)
+            took.append(f"{story.rule} {epochs}")
     return (
         f"From w = {worst.w:g}, b = {worst.b:g}, epochs until the output is below ½: "
         f"{', '.join(took)}."
@@ -201,7 +201,7 @@ def answer(stories: Sequence[Story]) -> str:
 
 
 def readable(story: Story) -> report.Row:
-    """The same for people."""
+    """Format the results of one neuron for the table."""
     numbers = row(story)
     first = numbers["first_epoch_below_half"]
     return {

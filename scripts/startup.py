@@ -1,24 +1,24 @@
-"""Imported first by a script that is run: what must be in place before PyTorch is imported."""
+"""Process setup that must precede the import of PyTorch; each script imports it first."""
 
 import os
 import signal
 
-# A closed standard stream would lend its number to the next file that is opened, and what PyTorch
-# prints would land in there. Writing to this placeholder fails, as to the closed stream.
+# If a standard stream is closed, the next opened file would get its descriptor and PyTorch's
+# output. Writing to this read-only placeholder fails, as to the closed stream.
 for number in range(3):
     try:
         os.fstat(number)
     except OSError:
         os.open(os.devnull, os.O_RDONLY)
 
-# Scripts draw into files only. Started from a notebook, they inherit the notebook's backend, which
-# need not be installed here: matplotlib would refuse to be imported.
+# Scripts plot to files only. When started from a notebook, they inherit its backend; if that is not
+# installed here, importing matplotlib would fail.
 os.environ["MPLBACKEND"] = "agg"
 
-# Until `command_line.run_script` takes over there is nothing to keep and nothing to say.
+# Until `command_line.run_script` installs its handlers, signals exit silently.
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     if not hasattr(signal, name):  # SIGHUP on Windows
         continue
     number = getattr(signal, name)
-    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+    if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a shell's & ignore signals
         signal.signal(number, lambda number, _: os._exit(128 + number))

@@ -1,7 +1,7 @@
-"""Train one network of sigmoid neurons, with gradients derived by hand or by autograd."""
+"""Train one network of sigmoid neurons, with hand-written gradients or autograd."""
 
 if __name__ == "__main__":
-    import startup  # noqa: F401  before all else
+    import startup  # noqa: F401  must be first
 
 
 import argparse
@@ -28,19 +28,19 @@ from nnce.training import parallel
 
 
 def parser() -> ArgumentParser:
-    """The options."""
+    """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
     parser.add_training_options()
     parser.add_argument(
-        "--loss", choices=tuple(LOSSES), default="cross-entropy", help="what to minimise"
+        "--loss", choices=tuple(LOSSES), default="cross-entropy", help="loss to minimize"
     )
     parser.add_argument(
         "--engine",
         choices=training.ENGINES,
-        help="who makes the gradients: the revised algorithm without a graph (if not given, and "
-        "there is neither adam nor dropout), as loops or as matrix products, whichever suits, or "
-        "either of them by name; nnce's Functions in PyTorch's graph; or PyTorch's autograd alone",
+        help="computation of the gradients: backprop, the revised algorithm without a graph, as "
+        "loops or products by size, or either by name; functions, nnce's Functions in PyTorch's "
+        "graph; autograd, PyTorch only (default: backprop; with adam or dropout, functions)",
     )
     parser.add_argument(
         "--optimizer",
@@ -50,7 +50,7 @@ def parser() -> ArgumentParser:
     )
     textbook = ", ".join(f"{rules.textbook_lr} for {loss}" for loss, rules in LOSSES.items())
     parser.add_argument(
-        "--lr", type=float, help=f"learning rate; if not given, {textbook} (sgd), or 0.001 (adam)"
+        "--lr", type=float, help=f"learning rate (default: {textbook}; 0.001 for adam)"
     )
     for name, of in (("--dropout", "hidden neurons"), ("--input-dropout", "inputs")):
         parser.add_argument(
@@ -58,28 +58,27 @@ def parser() -> ArgumentParser:
             type=float,
             default=0.0,
             metavar="P",
-            help=f"dropout probability of the {of}, in [0, 1), drawn for each example and step; "
-            "requires --engine functions or autograd",
+            help=f"dropout probability of the {of}, in [0, 1); requires --engine functions or "
+            "autograd",
         )
     parser.add_argument(
         "--patience",
         type=int,
         metavar="N",
-        help="epochs without a higher validation accuracy after which training stops "
-        "(default: no limit)",
+        help="stop after N epochs without a higher validation accuracy (default: no limit)",
     )
     parser.add_speed_options()
     resuming.add_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, train on one mini-batch, and leave nothing behind",
+        help="check options and data, train on one mini-batch, and write nothing",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as asked; the exit status."""
+    """Train a network; return the exit status."""
     options_parser = parser()
     world = parallel.join()
     start = resuming.start(options_parser, arguments, "train.py", world)
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             suited = ensemble.threads(state.network.sizes, settings.batch_size)
             command_line.set_speed(options, suited)
             command_line.announce_compilation(options, state.network.sizes, settings.engine)
-            so_far = go_on(state, found) if found else SoFar([])
+            progress = resume(state, found) if found else Progress([])
         config = {**vars(options), "lr": settings.lr, "engine": settings.engine}
         name, dry_run = run_name(options, settings), options.dry_run
         with start.directory(options_parser, name, dry_run=dry_run, world=world) as path:
@@ -99,30 +98,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 follow(state, settings, dataset, options)
                 return 0
             command_line.announce_threads(options)
-            Training(state, settings, dataset, config, path, so_far).run()
+            Training(state, settings, dataset, config, path, progress).run()
     except training.Diverged as error:
-        parallel.after_the_first()
+        parallel.wait_for_rank0_error()
         print(f"{options_parser.prog}: {error}", file=sys.stderr)
         return 1
     finally:
         parallel.leave()
     if options.dry_run:
-        print("Dry run: one mini-batch went through, and nothing was kept.")
+        print("Dry run: trained on one mini-batch, kept no files.")
     return 0
 
 
 def run_name(options: argparse.Namespace, settings: training.Settings) -> str:
-    """A telling name for the run's directory."""
+    """Default name of the run directory."""
     layers = _memory.dashed(options.hidden) or "single-layer"
     optimizer = "" if settings.optimizer == "sgd" else f"-{settings.optimizer}"
     return (
-        f"{command_line.data_word(options)}-{options.loss}-lr{settings.rate:g}{optimizer}-{layers}-"
-        f"{command_line.name_of(options)}-{settings.engine}-seed{options.seed}"
+        f"{command_line.data_name(options)}-{options.loss}-lr{settings.rate:g}{optimizer}-{layers}-"
+        f"{command_line.training_name(options)}-{settings.engine}-seed{options.seed}"
     )
 
 
 def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Dataset]:
-    """Settings and data out of the options; ValueError where they make no sense."""
+    """Return the settings and the data; raises ValueError for bad options."""
     options.device = command_line.device(options.device).type
     if options.patience is not None and options.patience < 1:
         raise ValueError(f"expected --patience of at least 1 epoch, got {options.patience:,}")
@@ -136,17 +135,17 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
     return settings, dataset
 
 
-class SoFar(NamedTuple):
-    """Progress of a run in addition to its state."""
+class Progress(NamedTuple):
+    """Progress of a resumed run in addition to its training state."""
 
     records: list[training.Record]
     finished: nnce.MLP | None = None
-    """The network of the last record, which a run that was killed may have gone beyond."""
+    """Network of the last record; the training state may be ahead of it."""
     seconds: float = 0.0
 
 
-def go_on(state: training.State, found: Mapping[str, Any]) -> SoFar:
-    """Take the state to where the checkpoint is; ValueError if it does not fit."""
+def resume(state: training.State, found: Mapping[str, Any]) -> Progress:
+    """Load a checkpoint into the state; raises ValueError if it does not fit."""
     resuming.warn(found, state.world)
     with resuming.loading():
         state.load_state_dict(found["state"])
@@ -160,7 +159,7 @@ def go_on(state: training.State, found: Mapping[str, Any]) -> SoFar:
         finished = copy.deepcopy(state.network)
         if found["finished"] is not None:
             finished.load_state_dict(found["finished"])
-        return SoFar(records, finished if records else None, float(found["seconds"]))
+        return Progress(records, finished if records else None, float(found["seconds"]))
 
 
 def follow(
@@ -169,7 +168,7 @@ def follow(
     dataset: data.Dataset,
     options: argparse.Namespace,
 ) -> None:
-    """Train along with the first process, which alone logs and writes."""
+    """Train in a process other than rank 0, without output."""
     saver = resuming.Saver(None, options.checkpoint_every, dict, lambda: None, state.world)
     patience = options.patience
     for record in training.train(
@@ -179,7 +178,7 @@ def follow(
 
 
 class Training:
-    """The training of one network in a run's directory, logged, saved and reported."""
+    """Training of one network, with logs, checkpoints and results in a run directory."""
 
     def __init__(
         self,
@@ -188,47 +187,47 @@ class Training:
         dataset: data.Dataset,
         config: Mapping[str, object],
         run_dir: Path,
-        so_far: SoFar,
+        progress: Progress,
     ) -> None:
         self.state, self.settings, self.dataset, self.config = state, settings, dataset, config
         self.run_dir = run_dir
         self.network_path, self.best_path = run_dir / "network.pt", run_dir / "best.pt"
         self.patience: Any = config["patience"]
-        self.records, self._finished = so_far.records, so_far.finished
-        self._began = time.perf_counter() - so_far.seconds
+        self.records, self._finished = progress.records, progress.finished
+        self._began = time.perf_counter() - progress.seconds
         self._header = resuming.header("train.py", config, state.world)
 
     @property
     def seconds(self) -> float:
-        """Of the run, with those before it was stopped."""
+        """Total time of the run, across resumptions."""
         return time.perf_counter() - self._began
 
     @property
     def training_seconds(self) -> float:
-        """Of training alone."""
+        """Training time, without evaluation and logging."""
         return sum(record.seconds for record in self.records)
 
     def state_dict(self) -> dict[str, Any]:
-        """Content of a checkpoint; with the last record's network if training is beyond it."""
+        """Content of a checkpoint; includes the network of the last record if training is ahead."""
         cursor = self.state.cursor
-        at_hand = cursor.position == 0 and cursor.recorded == cursor.epoch
-        beyond = bool(self.records) and not at_hand
+        is_recorded = cursor.position == 0 and cursor.recorded == cursor.epoch
+        is_ahead = bool(self.records) and not is_recorded
         return {
             **self._header,
             "seconds": self.seconds,
             "state": self.state.state_dict(),
             "records": training.pack(self.records),
-            "finished": dict(nnce.load(self.network_path).state_dict()) if beyond else None,
+            "finished": dict(nnce.load(self.network_path).state_dict()) if is_ahead else None,
         }
 
     def run(self) -> None:
-        """Train to the end, and write and print the results."""
+        """Train to the end, then write and print the results."""
         records, state = self.records, self.state
         introduce(state, self.settings, self.dataset, self.config)
-        so_far = [epoch_row(self.settings, record) for record in records]
+        rows = [epoch_row(self.settings, record) for record in records]
         with (
             Monitor(self.run_dir, self.config, [[record] for record in records]) as monitor,
-            EpochsFile(self.run_dir, so_far) as csv,
+            EpochsFile(self.run_dir, rows) as csv,
         ):
 
             def flush() -> None:
@@ -256,16 +255,16 @@ class Training:
                 results = "Results, epochs.csv and learning-curves.png"
                 report.print_end(self.answer(), results, self.run_dir)
         kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
-        ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}to go on:")
+        ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}resume with:")
 
     @property
     def stopped_early(self) -> bool:
-        """Whether --patience has ended it."""
+        """Whether --patience has stopped the training."""
         last = self.records[-1].epoch
         return last < self.settings.epochs and self.state.is_stale(self.patience)
 
     def answer(self) -> str:
-        """How good the last network and the best one are, and how to use them."""
+        """Summarize the accuracy of the last and the best network, and how to load them."""
         last, best = self.records[-1], training.best_record(self.records)
         early = f": no higher validation accuracy in {self.patience} epochs"
         _, validation, test = map(report.in_percent, best.accuracy.values())
@@ -274,17 +273,17 @@ class Training:
             f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch {last.epoch}"
             f"{early if self.stopped_early else ''}.\n"
             f"Best on validation: {validation} after epoch {best.epoch}, with {test} on test.\n"
-            f"The network: nnce.load({network!r})\nThe best: nnce.load({best_one!r})"
+            f"Last network: nnce.load({network!r})\nBest network: nnce.load({best_one!r})"
         )
 
     def _save_best(self, epoch: int | None = None) -> None:
-        """Write best.pt; if an epoch is given, only if it is the best one."""
+        """Write best.pt; if an epoch is given, only if it is the best so far."""
         best = self.state.best
         if best is not None and epoch in (None, best.epoch):
             nnce.save(best.network, self.best_path)
 
     def _train(self, monitor: Monitor, csv: EpochsFile, saver: resuming.Saver) -> None:
-        """Log and save the network after each epoch."""
+        """Train, and log and save the network after each epoch."""
         network, settings = self.state.network, self.settings
         done = self.records[-1].epoch if self.records else 0
         with tqdm(
@@ -314,9 +313,9 @@ class Training:
                     bar.write(report.epoch_line(record))
 
     def _write(self, monitor: Monitor, seconds: float, *, interrupted: bool) -> str:
-        """Write results.json and, worth less, the pictures; the tables for people."""
+        """Write results.json, then the plots; return the tables to print."""
         device = self.dataset.train.x.device
-        # The network in memory may be in an epoch that does not count.
+        # The network in memory may be in an unfinished epoch.
         finished = nnce.load(self.network_path, device)
         rows = report.closing_rows(self.records)
         classes = report.by_class(training.confusion(finished, self.dataset.test))
@@ -334,11 +333,11 @@ class Training:
             training_seconds=self.training_seconds,
             epochs=[report.record_as_dict(record) for record in self.records],
         )
-        with command_line.announced("learning curves"):
+        with command_line.announced("plotting learning curves"):
             title = f"{self.config['data']}, {self.settings.loss}, rate {self.settings.rate:g}"
             figure = figures.training_curves(self.records, title)
             report.write_figure(self.run_dir / "learning-curves.png", figure, dpi=90)
-        with command_line.announced("pictures for TensorBoard"):
+        with command_line.announced("plotting images for TensorBoard"):
             monitor.log_images(finished, self.dataset.test, self.records[-1].epoch)
         monitor.log_hparams(self.config, self.records[-1])
         if self.settings.distortion is not None:
@@ -353,9 +352,9 @@ def introduce(
     dataset: data.Dataset,
     config: Mapping[str, object],
 ) -> None:
-    """Print the network and the data."""
+    """Print a description of the network, the data and the hardware."""
     processes = f", {state.world.size} processes" if state.world.joined else ""
-    after = f"\ngoing on after step {state.cursor.step:,}" if state.cursor.step else ""
+    after = f"\nresumed after step {state.cursor.step:,}" if state.cursor.step else ""
     print(
         f"{report.describe(str(config['data']), dataset)}\n"
         f"network {_memory.dashed(state.network.sizes)}, {settings.loss} loss, "

@@ -281,7 +281,7 @@ def test_custom_scalars_are_three_groups_of_margin_charts(best):
         return len(drawn) >= 6 and min(drawn) >= 2  # both losses, and their bands have a height
 
     text = best.open("custom_scalars", shown)
-    for title in ("How well", "How fast", "The learning slowdown", "the quadratic loss has left"):
+    for title in ("How well", "How fast", "The learning slowdown", "quadratic to cross-entropy"):
         assert title in text
 
 

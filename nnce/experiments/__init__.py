@@ -1,4 +1,4 @@
-"""Building blocks of the scripts. Needs `nnce[scripts]`, unlike the rest of nnce.
+"""Building blocks of the scripts; requires `nnce[scripts]`, unlike the rest of nnce.
 
-May import everything; nothing outside this package may import it.
+This package may import every other package of nnce; none of them may import it.
 """

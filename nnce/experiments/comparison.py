@@ -1,8 +1,8 @@
-"""Seeds × losses × rates: all networks side by side, and the statistics of the results.
+"""Comparison of both losses over seeds and rates: training of all networks, and statistics.
 
-Networks are *paired*: those of one seed start from the same parameters and see the same
-mini-batches, whatever their loss and rate. The control is one of them trained again by PyTorch's
-autograd. So the intervals here say how much start and order matter together.
+Networks are *paired*: for each seed, all losses and rates start from the same parameters and see
+the same mini-batches. The confidence intervals therefore cover initialization and mini-batch order
+together. A *control* is one of the networks, trained again by PyTorch's autograd.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ from nnce.modules import MLP
 from nnce.training import Engine, Record, Settings, parallel
 from nnce.training.parallel import ALONE, World
 
-# Number of training examples that are measured, the first ones: the standard deviation of an
-# accuracy of 96 % is 0.3 points.
+# Accuracy on the training data is measured on the first examples only: its standard error, at 96 %,
+# is 0.3 points.
 _MEASURED = 5_000
 CONTROL: Engine = "autograd"
-# "backprop" is one of the first two.
+# "backprop" is one of the first two engines.
 _ENGINES: tuple[Engine, ...] = ("loops", "products", "functions", "autograd")
-# The engines are compared over this many training examples: 200 mini-batches of 10.
+# Training examples for the comparison of the engines: 200 mini-batches of 10.
 _ENGINE_EXAMPLES = 2_000
 
 
 class Variant(NamedTuple):
-    """One side of a comparison: networks that differ in nothing but their seed."""
+    """Loss, rate and engine of a group of networks that differ only in their seed."""
 
     loss: Loss
     lr: float
@@ -53,7 +53,7 @@ class Variant(NamedTuple):
 
     @property
     def is_control(self) -> bool:
-        """Whether PyTorch trains it alone."""
+        """Whether the networks are trained by PyTorch's autograd."""
         return self.engine == CONTROL
 
     def __str__(self) -> str:
@@ -68,37 +68,37 @@ class Run:
     settings: Settings
     network: MLP
     records: list[Record] = field(default_factory=list)
-    """From epoch 0 to the last one that is finished."""
+    """Records from epoch 0 to the last finished one."""
     stopped: bool = False
-    """Whether training has given up on it, since its loss is no finite number any more."""
+    """Whether the loss or a parameter has become NaN or infinite."""
     _packed: tuple[list[Record], Tensor] = field(
         default_factory=lambda: ([], torch.empty(0)), repr=False, compare=False
     )
-    """The records that are in the last checkpoint, and as they are in there."""
+    """Records in the last checkpoint, and the same packed."""
 
     @property
     def variant(self) -> Variant:
-        """The variant that it belongs to."""
+        """The variant of the network."""
         assert self.settings.engine is not None
         return Variant(self.settings.loss, self.settings.rate, self.settings.engine)
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss is no finite number any more."""
+        """Whether training was stopped, or the last record has a non-finite loss."""
         return self.stopped or not all(map(math.isfinite, self.last.loss.values()))
 
     @property
     def last(self) -> Record:
-        """The last epoch."""
+        """Record of the last epoch."""
         return self.records[-1]
 
     @property
     def best(self) -> Record:
-        """The epoch of the highest validation accuracy, the first one of several."""
+        """Record of the first epoch with the highest validation accuracy."""
         return training.best_record(self.records)
 
     def packed_records(self) -> Tensor:
-        """The records for a checkpoint; those that were in the last one are not packed again."""
+        """Pack the records for a checkpoint, without packing those of the last one again."""
         old, packed = self._packed
         if not old or [*map(id, old)] != [*map(id, self.records[: len(old)])]:
             packed = training.pack(self.records)
@@ -108,7 +108,7 @@ class Run:
         return packed
 
     def epochs_to(self, accuracy: float) -> int | None:
-        """The first epoch at whose end the validation accuracy is that high; None if it never is.
+        """The first epoch with at least this validation accuracy; None if it is never reached.
 
         Args:
             accuracy: in [0, 1].
@@ -123,20 +123,20 @@ class Run:
 def plan(
     base: Settings, lrs: Mapping[Loss, Sequence[float]], seeds: int, dataset: data.Dataset
 ) -> list[Settings]:
-    """The settings of every network: each loss at each of its rates from each seed.
+    """Settings of all networks: each loss at each of its rates, from each seed.
 
     Args:
-        base: all that they have in common; seeds are counted from its seed.
-        lrs: learning rates, by loss; a rate that is there twice counts once.
-        seeds: how many starts.
-        dataset: their training and test data.
+        base: common settings; its seed is the first one.
+        lrs: learning rates by loss; duplicates are ignored.
+        seeds: number of seeds.
+        dataset: training and test data.
 
     Raises:
-        ValueError: there is no seed, no loss or no rate, or a value makes no sense.
-        MemoryError: the networks would not fit; the message says how much they need.
+        ValueError: there is no seed, no loss or no rate, or a value is invalid.
+        MemoryError: the networks do not fit in memory; the message states their size.
     """
     if not is_size(seeds):
-        raise ValueError(f"expected at least 1 seed, a whole number, got {seeds!r}")
+        raise ValueError(f"expected an integer number of seeds, at least 1, got {seeds!r}")
     seeds = int(seeds)
     for loss in LOSSES:
         if not lrs.get(loss):
@@ -157,13 +157,13 @@ def plan(
 def check(
     settings: Settings, seeds: range, dataset: data.Dataset, networks: int | None = None
 ) -> None:
-    """Raise the errors of making networks from these seeds, before any is made.
+    """Check that networks with these settings and seeds can be created and trained.
 
     Raises:
-        ValueError: a seed is out of range, or loops are requested and not available.
-        TypeError: loops are asked for, and do not know the dtype.
-        MemoryError: they would not fit.
-        DataError: the data are no square images, and the settings distort them.
+        ValueError: a seed is out of range, or the loops are requested and not available.
+        TypeError: the loops are requested and do not support the dtype.
+        MemoryError: the networks do not fit in memory.
+        DataError: the settings distort images, and the data are not square images.
     """
     if seeds.stop > 2**32:
         raise ValueError(
@@ -176,28 +176,27 @@ def check(
 
 
 def make_runs(settings: Sequence[Settings], dataset: data.Dataset) -> list[Run]:
-    """The networks before the first step, one for each of the settings."""
+    """Create the networks, one per settings, before the first step."""
     return [Run(of_run, training.make_network(of_run, dataset)) for of_run in settings]
 
 
 class SideBySide:
-    """All networks of a comparison, trained together by the rules, and where their training is.
+    """Joint training of many networks by an `Ensemble`, without autograd.
 
-    Several processes share them out; the first one has all records, and all networks as they are
-    after an epoch.
+    With several processes, each trains a share of the networks. Every process has all records, and
+    rank 0 has all networks as of the last finished epoch.
 
     Args:
-        runs: from `make_runs`. They differ in loss, rate and seed alone; each one's seed fixes its
-            start and its order of the mini-batches.
-        dataset: on one device, in one dtype. The records' "train" is its first 5,000 training
-            examples.
-        threads: for loops, as `Ensemble` takes them, and to measure that many networks at once;
-            None for as many as this process has processors.
+        runs: from `make_runs`; with equal epochs, hidden layers, batch size and distortion. The
+            seed of a run determines its initial parameters and its mini-batches.
+        dataset: on one device, in one dtype. Records of "train" are of the first 5,000 examples.
+        threads: number of threads of the loops, and of networks evaluated at once (default: the
+            number of processors per process).
         world: the processes.
-        splits: what the records are of; "validation" at least.
+        splits: names of the splits to evaluate, including "validation".
 
     Raises:
-        ValueError: an engine in PyTorch's graph; those train in turn.
+        ValueError: the engine needs autograd; use `InTurn`.
     """
 
     def __init__(
@@ -215,7 +214,7 @@ class SideBySide:
             if run.settings.engine not in training.ENSEMBLE_ENGINES:
                 engines = " or ".join(map(repr, training.ENSEMBLE_ENGINES))
                 raise ValueError(
-                    f"expected engine {engines} for networks side by side, got "
+                    f"expected engine {engines} for networks that are trained together, got "
                     f"{run.settings.engine!r}"
                 )
         self._threads = threads or parallel.processors()
@@ -235,19 +234,19 @@ class SideBySide:
 
     @property
     def finished(self) -> int:
-        """The last epoch that all networks have a record of; −1 for none."""
+        """Last epoch recorded for all networks; −1 for none."""
         return self._cursor.recorded
 
     @property
     def complete(self) -> bool:
-        """Whether the last epoch is recorded."""
+        """Whether all epochs are recorded."""
         return self.finished >= self._common.epochs
 
     def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
-        """Train, yielding each epoch once every run has its record of it.
+        """Train, and yield each epoch once it is recorded for all networks.
 
         Args:
-            between: called between steps, where all networks are at the same one.
+            between: called between steps, when all networks are at the same one.
         """
         cursor = self._cursor
         while True:
@@ -288,7 +287,7 @@ class SideBySide:
         )
 
     def _distorted(self, orders: Mapping[int, Tensor]) -> dict[int, data.Distorted]:
-        """The distorted images of the current epoch, by seed; empty without distortion."""
+        """Distorted images of the current epoch, by seed; empty without distortion."""
         x, distortion = self._train.x, self._common.distortion
         if distortion is None:
             return {}
@@ -304,7 +303,7 @@ class SideBySide:
         begin: int,
         end: int,
     ) -> None:
-        """A part of an epoch, in which each seed has images of its own."""
+        """Train on a part of an epoch, with different distorted images for each seed."""
         assert self._together is not None
         new = torch.cat([distorted[begin:end] for distorted in images.values()])
         y = self._train.y[torch.cat([orders[seed][begin:end] for seed in images])]
@@ -316,7 +315,7 @@ class SideBySide:
         self._together.train_epoch(new, y, order)
 
     def _chunk(self) -> int:
-        """Examples between two pauses, equal for all processes so that they pause together."""
+        """Number of examples between two calls of `between`, the same in all processes."""
         networks = -(-len(self.runs) // self._world.size)
         most = None
         if self._common.distortion is not None:
@@ -325,11 +324,11 @@ class SideBySide:
         return self._world.largest(own)
 
     def _record(self) -> None:
-        """Record each network after an epoch."""
+        """Evaluate and record each network at the end of an epoch."""
         records: list[Record] = []
         cursor = self._cursor
         if self._together is not None:
-            # Some networks for each thread are faster than several threads for each product.
+            # One thread per network is faster than several threads per matrix product.
             at_once = 1 if self._train.x.is_cuda else self._threads
             with _torch_threads(1 if at_once > 1 else torch.get_num_threads()):
                 records = training.records(
@@ -341,16 +340,16 @@ class SideBySide:
                     seconds=cursor.seconds / len(self._share),
                     threads=at_once,
                 )
-        # Appended together, so that an interruption finds them all equally long.
+        # Appended together, so that all have the same length after an interruption.
         for run, record in zip(self._share, records, strict=True):
             run.records.append(record)
-            # A weight whose input is always 0 may be NaN, and no loss would show it.
+            # The loss does not reveal a NaN weight whose input is always 0.
             run.stopped = run.stopped or not training.is_finite(run.network)
-        _spread(self.runs, cursor.epoch, self._world)
+        _share_records(self.runs, cursor.epoch, self._world)
         cursor.recorded, cursor.seconds = cursor.epoch, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, for a checkpoint; waits for all processes. The first one has it."""
+        """State for a checkpoint, complete on rank 0; waits for all processes."""
         own = {} if self._together is None else self._together.state_dict()
         by_rank = self._world.gather((own, _parameters(self._share)))
         return {
@@ -362,10 +361,10 @@ class SideBySide:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, with the same runs and data and as many processes.
+        """Restore the state of a checkpoint of the same runs, data and number of processes.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the state does not fit.
         """
         with training.mismatch_is_value_error():
             _check_processes(len(state["parameters"]), self._world)
@@ -380,22 +379,22 @@ class SideBySide:
 
 
 def _parameters(runs: Sequence[Run]) -> list[Tensor]:
-    """Those of the runs' networks, stacked: [runs, *shape] each."""
+    """Stack the parameters of the networks: tensors of shape [runs, *shape]."""
     by_run = [list(run.network.state_dict().values()) for run in runs]
     return [torch.stack(of_all).cpu() for of_all in zip(*by_run, strict=True)]
 
 
 def _set_parameters(runs: Sequence[Run], stacked: Sequence[Tensor]) -> None:
-    """In place, so that an ensemble of them continues with these."""
+    """Set the parameters of the networks in place, so that their ensemble uses them."""
     for number, run in enumerate(runs):
         values = run.network.state_dict()
-        for (name, place), of_all in zip(values.items(), stacked, strict=True):
-            training.check_fits(name, of_all[number], place)
-            place.copy_(of_all[number])
+        for (name, value), of_all in zip(values.items(), stacked, strict=True):
+            training.check_fits(name, of_all[number], value)
+            value.copy_(of_all[number])
 
 
-def _spread(runs: Sequence[Run], epoch: int, world: World) -> None:
-    """Tell all processes the others' records of an epoch, and the first one their networks."""
+def _share_records(runs: Sequence[Run], epoch: int, world: World) -> None:
+    """Send the records since an epoch to all processes, and the networks to rank 0."""
     if world.size == 1:
         return
     share = runs[world.rank :: world.size]
@@ -419,14 +418,12 @@ def _set_records(
 
 def _check_processes(made_by: int, world: World) -> None:
     if made_by != world.size:
-        raise ValueError(
-            f"expected as many processes as it was made by, {made_by}, got {world.size}"
-        )
+        raise ValueError(f"expected {made_by} processes, as in the checkpoint, got {world.size}")
 
 
 @contextlib.contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """Use this many threads for each of PyTorch's products."""
+    """Set PyTorch's number of threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -436,15 +433,15 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 class InTurn:
-    """Some networks trained one after the other, epoch by epoch, each by an engine of its own.
+    """Training of several networks in alternation, one epoch each, by any engine.
 
-    Several processes share them out.
+    With several processes, each trains a share of the networks.
 
     Args:
-        settings: of each network; all for as many epochs.
-        dataset: on one device, in one dtype. The records' "train" is as in `SideBySide`.
+        settings: settings of each network, with equal numbers of epochs.
+        dataset: on one device, in one dtype. Records of "train" are as in `SideBySide`.
         world: the processes.
-        splits: what the records are of; "validation" at least.
+        splits: names of the splits to evaluate, including "validation".
 
     Raises:
         ValueError: the numbers of epochs differ.
@@ -458,7 +455,7 @@ class InTurn:
         splits: Sequence[str] = data.SPLITS,
     ) -> None:
         if len({of_one.epochs for of_one in settings}) > 1:
-            raise ValueError("expected as many epochs for each of the networks in turn")
+            raise ValueError("expected the same number of epochs for all networks")
         self._settings, self._dataset, self._world = settings, dataset, world
         measured = _measured(dataset)
         self._measured = {name: measured[name] for name in splits}
@@ -467,13 +464,13 @@ class InTurn:
             Run(of_one, state.network) for of_one, state in zip(settings, self._states, strict=True)
         ]
         self.finished = -1
-        """The last epoch that all of them have a record of, but those that have stopped."""
+        """Last epoch recorded for all networks that have not stopped; −1 for none."""
 
     def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
-        """Train, yielding each epoch: through all of them, so their curves have one point an epoch.
+        """Train, and yield each epoch once all networks have finished it.
 
         Args:
-            between: called between the steps of any of them.
+            between: called between steps of any network.
         """
         share = range(self._world.rank, len(self.runs), self._world.size)
         trainings = {
@@ -495,12 +492,12 @@ class InTurn:
                         run.records.append(next(trainings[number]))
                     except training.Diverged:
                         run.stopped = True
-            _spread(self.runs, epoch, self._world)
+            _share_records(self.runs, epoch, self._world)
             self.finished = epoch
             yield epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, for a checkpoint; waits for all processes. The first one has it."""
+        """State for a checkpoint, complete on rank 0; waits for all processes."""
         own = [state.state_dict() for state in self._states[self._world.rank :: self._world.size]]
         return {
             "finished": self.finished,
@@ -510,10 +507,10 @@ class InTurn:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, with the same runs and data and as many processes.
+        """Restore the state of a checkpoint of the same runs, data and number of processes.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the state does not fit.
         """
         with training.mismatch_is_value_error():
             _check_processes(len(state["states"]), self._world)
@@ -528,7 +525,7 @@ class InTurn:
 
 
 def controls(runs: Sequence[Run], dataset: data.Dataset, world: World = ALONE) -> InTurn:
-    """Some networks once more, from their start, by PyTorch's autograd alone."""
+    """Prepare to train networks again, from their initial parameters, by PyTorch's autograd."""
     return InTurn(
         [dataclasses.replace(run.settings, engine=CONTROL) for run in runs], dataset, world
     )
@@ -540,22 +537,22 @@ def _measured(dataset: data.Dataset) -> dict[str, data.Split]:
 
 
 class EngineDifference(NamedTuple):
-    """How far an engine comes from autograd in a short training run in float64."""
+    """Difference between an engine and autograd after a short training run in float64."""
 
     loss: Loss
     engine: Engine
     steps: int
     difference: float
-    """The largest difference of a parameter."""
+    """Largest absolute difference of a parameter."""
 
 
 def engine_differences(
     settings: Sequence[Settings], dataset: data.Dataset
 ) -> list[EngineDifference]:
-    """One epoch of the first 2,000 training examples in float64, by every engine.
+    """Train one epoch of the first 2,000 examples in float64 by every engine, and compare.
 
-    In float32 rounding differs, and training amplifies it; in float64 there is room to see that the
-    engines do the same. Large rates or momentum amplify even there.
+    In float32, training amplifies differences in rounding. float64 leaves enough digits to show
+    that the engines agree, except at large rates or with momentum.
     """
     n = _ENGINE_EXAMPLES
     short = data.Dataset(*(data.Split(x[:n].double(), y[:n].double()) for x, y in dataset))
@@ -567,7 +564,7 @@ def engine_differences(
                 continue
             one = dataclasses.replace(of_loss, engine=engine, epochs=1)
             trained[engine] = training.initial_state(one, short)
-            with contextlib.suppress(training.Diverged):  # all of them do; the difference is NaN
+            with contextlib.suppress(training.Diverged):  # in all engines alike: NaN difference
                 for _ in training.train(trained[engine], one, short):
                     pass
         control = trained.pop("autograd")
@@ -584,7 +581,7 @@ def engine_differences(
 
 
 def by_variant(runs: Sequence[Run]) -> dict[Variant, list[Run]]:
-    """The runs of each variant, in their order."""
+    """Group runs by variant, in order."""
     variants: dict[Variant, list[Run]] = {}
     for run in runs:
         variants.setdefault(run.variant, []).append(run)
@@ -592,9 +589,9 @@ def by_variant(runs: Sequence[Run]) -> dict[Variant, list[Run]]:
 
 
 def best_lrs(runs: Sequence[Run]) -> dict[Loss, float]:
-    """For each loss the rate with the highest mean validation accuracy after the last epoch.
+    """For each loss, the rate with the highest mean validation accuracy after the last epoch.
 
-    A rate at which any network diverged is out; a loss of which none is left is not in the answer.
+    Rates at which any network diverged are excluded; a loss without other rates is missing.
     """
     scores: dict[Loss, dict[float, float]] = {}
     for variant, of_variant in by_variant(runs).items():
@@ -609,33 +606,34 @@ MEASURES: dict[str, Callable[[Run], float]] = {
     "last epoch": lambda run: run.last.accuracy["test"],
     "best validation epoch": lambda run: run.best.accuracy["test"],
 }
-"""The test accuracies that variants are compared by, in [0, 1], by when they are taken."""
+"""Test accuracies in [0, 1] by which variants are compared, by their epoch."""
 ACCURACIES = (0.90, 0.95, 0.97)
-"""The validation accuracies that variants are timed to."""
+"""Validation accuracies for `Summary.epochs_to`."""
 
 
 class Summary(NamedTuple):
-    """What became of one variant: of its networks that did not diverge."""
+    """Results of one variant, over its networks that did not diverge."""
 
     variant: Variant
     networks: int
+    """Number of networks, including the diverged ones."""
     diverged: int
     epochs: int
-    """The last epoch that is finished."""
+    """The last finished epoch."""
     test_accuracy: dict[str, Estimate]
-    """By `MEASURES`."""
+    """Test accuracy, by the keys of `MEASURES`."""
     epochs_to: dict[float, list[int | None]]
-    """By `ACCURACIES`, for each network: the epochs it took; None if it never came there."""
+    """Epochs of each network to reach the accuracies in `ACCURACIES`; None if never reached."""
     saturated: tuple[float, float]
-    """The mean share of output neurons with σ'(z) < 0.01, at the start and at the end."""
+    """Mean share of output neurons with σ'(z) < 0.01, before training and at the end."""
     seconds: float
-    """Of training, a network."""
+    """Mean training time of a network."""
     chosen: bool
-    """Whether its rate is the best one for its loss."""
+    """Whether the rate is the best one for its loss, and the variant is not a control."""
 
 
-def summarise(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
-    """The summary of runs of one variant, given the losses' best rates."""
+def summarize(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
+    """Summarize the runs of one variant, given the best rate of each loss."""
     variant = runs[0].variant
     whole = [run for run in runs if not run.diverged]
 
@@ -662,16 +660,16 @@ def summarise(runs: Sequence[Run], best: Mapping[Loss, float]) -> Summary:
 
 
 class Comparison(NamedTuple):
-    """Cross-entropy minus quadratic, pair by pair."""
+    """Paired difference, cross-entropy minus quadratic, at one rate each."""
 
     quadratic_lr: float
     cross_entropy_lr: float
     difference: dict[str, Difference]
-    """Of the test accuracy, by `MEASURES`."""
+    """Difference of test accuracy, by the keys of `MEASURES`."""
 
 
 def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -> Comparison:
-    """The losses at a rate each, over the seeds at which neither diverged."""
+    """Compare the losses at one rate each, over the seeds for which neither diverged."""
     variants = by_variant([run for run in runs if not run.diverged])
     quadratic, cross_entropy = (
         {run.settings.seed: run for run in variants.get(variant, [])}
@@ -696,7 +694,7 @@ def compare(runs: Sequence[Run], quadratic_lr: float, cross_entropy_lr: float) -
 
 
 def _corrected(comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
-    """With p-values corrected for how many there are in all."""
+    """Add p-values corrected for the total number of tests."""
     ps = [d.p for compared in comparisons.values() for d in compared.difference.values()]
     corrected = iter(holm(ps))
     return {
@@ -711,9 +709,9 @@ def _corrected(comparisons: dict[str, Comparison]) -> dict[str, Comparison]:
 
 
 class ControlDifference(NamedTuple):
-    """How far the test accuracy of a control is from that of the network it repeats, in [−1, 1].
+    """Test accuracy of a control minus that of the network it repeats, in [−1, 1].
 
-    In float32 rounding differs, and training amplifies it; see `engine_differences` for float64.
+    In float32, training amplifies differences in rounding; see `engine_differences` for float64.
     """
 
     loss: Loss
@@ -722,11 +720,11 @@ class ControlDifference(NamedTuple):
     first_epoch: float
     last_epoch: float
     largest: float
-    """In absolute value, over all epochs."""
+    """Largest absolute difference over all epochs."""
 
 
 def control_differences(runs: Sequence[Run], controls: Sequence[Run]) -> list[ControlDifference]:
-    """The difference of each control that has finished an epoch."""
+    """Differences of all controls that have finished at least one epoch."""
     twins = {(run.variant, run.settings.seed): run for run in runs}
     all_differences = []
     for run in controls:
@@ -754,17 +752,18 @@ class Findings(NamedTuple):
     """Results of a comparison."""
 
     best_lrs: dict[Loss, float]
+    """Best rate of each loss."""
     summaries: list[Summary]
     comparisons: dict[str, Comparison]
-    """By the rates: "both 1", and "best: 3 and 1", quadratic's first; each pair of rates once."""
+    """Comparisons by rates: "both 1", and "best: 3 and 1" (quadratic first); no pair twice."""
     engines: list[EngineDifference]
     controls: list[ControlDifference]
     notes: list[str]
-    """Caveats for the reader, a sentence each."""
+    """Caveats, one sentence each."""
 
 
 def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset) -> Findings:
-    """What runs and their controls say, finished or interrupted after their first epoch."""
+    """Evaluate runs and controls that are finished, or interrupted after their first epoch."""
     best = best_lrs(runs)
     variants = by_variant(runs)
     notes = []
@@ -775,11 +774,11 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     for loss in LOSSES:
         grid = [variant.lr for variant in variants if variant.loss == loss]
         if loss not in best:
-            notes.append(f"No rate of {loss} is left: all diverged.")
+            notes.append(f"No usable rate for {loss}: all diverged.")
         elif len(grid) > 1 and best[loss] in (min(grid), max(grid)):
             notes.append(f"The best rate for {loss}, {best[loss]:g}, is at the edge of its grid.")
     if len({run.settings.seed for run in runs}) == 1:
-        notes.append("One seed: there is no interval and no p-value; use --seeds 8.")
+        notes.append("With one seed there are no intervals and p-values; use --seeds 8.")
     comparisons = {
         f"both {variant.lr:g}": compare(runs, variant.lr, variant.lr)
         for variant in variants
@@ -787,7 +786,7 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     }
     if len(best) == len(LOSSES):
         slow, fast = best["quadratic"], best["cross-entropy"]
-        if slow == fast:  # the same test, which must not count twice in Holm's correction
+        if slow == fast:  # the same test must not count twice in Holm's correction
             del comparisons[f"both {slow:g}"]
         comparisons[f"best: {slow:g} and {fast:g}"] = compare(runs, slow, fast)
     comparisons = _corrected(comparisons)
@@ -795,7 +794,7 @@ def conclude(runs: Sequence[Run], controls: Sequence[Run], dataset: data.Dataset
     return Findings(
         best,
         [
-            summarise(of_variant, best)
+            summarize(of_variant, best)
             for of_variant in by_variant([*runs, *controls]).values()
             if len(of_variant[0].records) > 1
         ],

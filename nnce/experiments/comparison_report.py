@@ -1,4 +1,4 @@
-"""Tables, epochs.csv and TensorBoard folders of a comparison."""
+"""Tables, epochs.csv and TensorBoard runs of a comparison."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 READING = """\
-At equal rates part of the difference is the length of the step: cross-entropy's dC/dz is the
-quadratic's without the factor σ'(z), which is ¼ at most. The fair comparison is at each loss's best
-rate, the one of the highest mean validation accuracy after the last epoch. The intervals are for
-start and order of the mini-batches together, which each seed draws. p is the paired t-test's; the
-last p is corrected for the number of differences in this table, by Holm's method."""
+At equal rates, part of the difference is the step size: dC/dz of the cross-entropy is that of the
+quadratic loss without the factor σ'(z) ≤ ¼. The fair comparison is at the best rate of each loss,
+the one with the highest mean validation accuracy after the last epoch. Each seed determines initial
+parameters and mini-batch order, so the intervals cover both. p is from the paired t-test; the last
+column corrects it for the number of differences in this table, by Holm's method."""
 BY_LOGIT = """\
-† Delta method on the logit of the mean, because Student's t interval leaves the possible range."""
+† Delta method on the logit of the mean, because Student's t interval exceeds the possible range."""
 _MARK = "†"
 
 
 def _summary_row(summary: Summary) -> Row:
-    """A row of results.json, flat."""
+    """Flatten a summary to a row of results.json."""
     row: dict[str, object] = {
         **summary.variant._asdict(),
         "chosen": summary.chosen,
@@ -62,7 +62,7 @@ def _summary_row(summary: Summary) -> Row:
 
 
 def results(findings: Findings) -> dict[str, Any]:
-    """The answer, rows, best rates and differences for results.json."""
+    """Entries of results.json: answer, rows, best rates and differences."""
     return {
         "answer": answer(findings),
         "rows": [_summary_row(summary) for summary in findings.summaries],
@@ -85,7 +85,7 @@ def results(findings: Findings) -> dict[str, Any]:
 
 
 def _name_columns(summary: Summary) -> Row:
-    """Which variant a row is about."""
+    """Columns that identify the variant of a row."""
     return {
         "loss": summary.variant.loss,
         "rate": f"{summary.variant.lr:g}",
@@ -95,7 +95,7 @@ def _name_columns(summary: Summary) -> Row:
 
 
 def _accuracy_row(summary: Summary) -> Row:
-    """How well a variant ends, for people, in percent."""
+    """Row of the table of test accuracies, in percent."""
     notes = ["best on validation"] if summary.chosen else []
     if summary.variant.engine == "autograd":
         notes.append("control")
@@ -113,7 +113,7 @@ def _accuracy_row(summary: Summary) -> Row:
 
 
 def _learning_row(summary: Summary) -> Row:
-    """How fast a variant learns, for people."""
+    """Row of the table on speed of learning."""
     start, end = summary.saturated
     return {
         **_name_columns(summary),
@@ -128,7 +128,7 @@ def _learning_row(summary: Summary) -> Row:
 
 
 def percent(estimate: Estimate, *, sd: bool = True) -> str:
-    """Mean, standard deviation if wanted, and interval, in percent."""
+    """Format mean, standard deviation (optional) and interval in percent."""
     if estimate.n < 2:
         return f"{100 * estimate.mean:.2f}" if estimate.n else ""
     mean, spread, low, high = (100 * value for value in estimate[:4])
@@ -137,7 +137,7 @@ def percent(estimate: Estimate, *, sd: bool = True) -> str:
 
 
 def _points(value: float) -> str:
-    """A difference of shares, in percentage points."""
+    """Format a difference of shares in percentage points."""
     return f"{100 * value:+.2f}".replace("-", "−")
 
 
@@ -147,14 +147,14 @@ def _interval(difference: Difference) -> str:
 
 
 def _difference(difference: Difference) -> str:
-    """A difference and its interval, in percentage points."""
+    """Format a difference and its interval in percentage points."""
     if difference.n < 2:
         return _points(difference.mean) if difference.n else ""
     return f"{_points(difference.mean)} ({_interval(difference)})"
 
 
 def answer(findings: Findings) -> str:
-    """Say in one or two sentences what difference the loss makes."""
+    """Summarize the effect of the loss on test accuracy in one or two sentences."""
     best, epochs = findings.best_lrs, findings.summaries[0].epochs
     if len(best) < len(LOSSES):
         diverged = " and ".join(loss for loss in LOSSES if loss not in best)
@@ -172,7 +172,7 @@ def answer(findings: Findings) -> str:
         f"{_points(last.mean)} points of test accuracy {after}"
     )
     if last.n < 2:
-        return f"{sentence}; one seed, so no interval: use --seeds 8."
+        return f"{sentence}; no interval from one seed: use --seeds 8."
     lines = [f"{sentence} (95 % {_interval(last)}, n = {last.n}): {_verdict(last)}"]
     if epochs > 1:
         lines.append(
@@ -189,7 +189,7 @@ def _verdict(difference: Difference) -> str:
 
 
 def overview(findings: Findings) -> str:
-    """Both losses side by side, a row for each rate, and the notes."""
+    """Table of both losses with one row per rate, and the notes."""
     by_variant = {summary.variant: summary for summary in findings.summaries}
     lrs = sorted({variant.lr for variant in by_variant})
     equal = {
@@ -215,31 +215,31 @@ def overview(findings: Findings) -> str:
     ]
     epochs, networks = findings.summaries[0].epochs, findings.summaries[0].networks
     heading = (
-        f"Test accuracy after epoch {epochs}: mean (95 % interval), n = {networks}; cross-entropy "
-        f'− quadratic; "best" on validation.'
+        f"Test accuracy after epoch {epochs}: mean (95 % interval), n = {networks}. Difference: "
+        f'cross-entropy − quadratic. "best": highest validation accuracy.'
     )
     return joined([heading, table(rows), *_diverged(findings), *findings.notes])
 
 
 def joined(parts: Sequence[str]) -> str:
-    """Paragraphs, with the footnote once if a mark refers to it."""
+    """Join paragraphs, with the footnote at the end if any of them refers to it."""
     text = "\n\n".join(part.removesuffix(BY_LOGIT).rstrip() for part in parts)
     return f"{text}\n\n{BY_LOGIT}" if _MARK in text else text
 
 
 def _diverged(findings: Findings) -> list[str]:
-    """A sentence about the networks that are left out, if there are any."""
+    """A sentence on the diverged networks, if there are any."""
     of = [
         f"{summary.diverged} of {summary.networks} ({summary.variant})"
         for summary in findings.summaries
         if summary.diverged
     ]
-    return [f"Diverged and left out: {', '.join(of)}."] if of else []
+    return [f"Diverged and excluded: {', '.join(of)}."] if of else []
 
 
 def median(epochs: Sequence[int | None]) -> str:
-    """The median, and how many came there at all if not all did."""
-    # Never is later than any epoch.
+    """Median epoch, followed by the number of networks that reach it if not all do."""
+    # "Never" counts as later than any epoch.
     ordered = sorted(math.inf if epoch is None else epoch for epoch in epochs)
     if not ordered or ordered[0] == math.inf:
         return "never"
@@ -250,7 +250,7 @@ def median(epochs: Sequence[int | None]) -> str:
 
 
 def _difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
-    """Cross-entropy minus quadratic for people, in percentage points."""
+    """Rows of the table of differences, cross-entropy minus quadratic, in points."""
 
     def p_value(p: float) -> str:
         return f"{p:.2g}" if math.isfinite(p) else ""
@@ -272,21 +272,21 @@ def _difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
 
 
 def page(findings: Findings, dtype: str) -> str:
-    """The answer, all tables and what to know of them, in Markdown."""
+    """Markdown page with the answer, all tables and explanations."""
     parts = [
         answer(findings).replace("\n", "  \n"),
         overview(findings),
         "Every variant:",
         table([_accuracy_row(summary) for summary in findings.summaries]),
-        "Mean ± standard deviation (95 % confidence interval of the mean) over n seeds. How fast, "
-        "with the median epoch at which a validation accuracy is first reached, and the share of "
-        "saturated output neurons at the start and at the end:",
+        "Mean ± standard deviation (95 % confidence interval of the mean) over n seeds.",
+        "Speed of learning, the median epoch at which a validation accuracy is first reached, and "
+        "the share of saturated output neurons before training and at the end:",
         table([_learning_row(summary) for summary in findings.summaries]),
     ]
     if differences := _difference_rows(findings.comparisons):
         parts += [
-            "Cross-entropy minus quadratic, in points of test accuracy, paired by the seed; "
-            "quadratic's rate first:",
+            "Cross-entropy minus quadratic, in points of test accuracy, paired by seed; the rate "
+            "of the quadratic loss first:",
             table(differences),
             READING,
         ]
@@ -301,7 +301,7 @@ def page(findings: Findings, dtype: str) -> str:
             for difference in findings.engines
         ]
         parts += [
-            "From PyTorch's autograd, over an epoch of at most 2,000 examples in float64:",
+            "Difference from autograd after one epoch of at most 2,000 examples in float64:",
             table(rows),
         ]
     if findings.controls:
@@ -317,27 +317,27 @@ def page(findings: Findings, dtype: str) -> str:
             for difference in findings.controls
         ]
         parts += [
-            f"The control in {dtype} minus the same networks trained by hand, in points of test "
-            f"accuracy:",
+            f"Control (autograd, {dtype}) minus the same networks trained by the hand-written "
+            f"rules, in points of test accuracy:",
             table(rows),
         ]
     return joined(parts)
 
 
 BEST, ALL = "best-rates", "all-rates"
-"""Folders of TensorBoard's runs: a run for each loss at its best rate and for each control, written
-at the end, and one for every variant."""
+"""Folders of TensorBoard runs: the best rate of each loss with its control, written at the end; and
+all variants."""
 
 
 class Log:
-    """Every epoch of every network: in epochs.csv, and in TensorBoard a run for each variant.
+    """Log of every epoch of all networks, in epochs.csv and in one TensorBoard run per variant.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run directory.
         config: name and value of each option.
-        runs, controls: networks that have records, if a run is resumed; points logged after
-            those goes.
-        controls_finished: the last epoch that all controls have a record of.
+        runs, controls: networks of a resumed run, with their records; logged points of later epochs
+            are removed.
+        controls_finished: the last epoch recorded for all controls.
     """
 
     def __init__(
@@ -349,17 +349,17 @@ class Log:
         controls_finished: int = -1,
     ) -> None:
         self.seconds = 0.0
-        """What logging has cost."""
+        """Time spent on logging."""
         self.finished = min((len(run.records) for run in runs), default=0) - 1
-        """The last epoch that is logged of all networks side by side."""
+        """The last logged epoch of the networks that are trained together."""
         self.run_dir, self._config = run_dir, config
         variants = {str(run.variant) for run in controls}
-        for folder in run_dir.glob(f"{ALL}/*-{CONTROL}"):  # at a rate that was the best one once
+        for folder in run_dir.glob(f"{ALL}/*-{CONTROL}"):  # at a rate that is no longer the best
             if folder.name not in variants:
                 shutil.rmtree(folder)
         self._remove_best()
         rows: list[Row] = []
-        # By variant, the records of each epoch that has been logged.
+        # The records of each logged epoch, by variant.
         self._logged: dict[Variant, list[list[Record]]] = {}
         for several, last in ((runs, self.finished), (controls, controls_finished)):
             for epoch in range(last + 1):
@@ -374,7 +374,7 @@ class Log:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """TensorBoard's folders, by their contents."""
+        """Folders for TensorBoard, by title."""
         titles = {"Curves at the best rates": BEST, "Curves at all rates": ALL}
         folders = {title: self.run_dir / name for title, name in titles.items()}
         return {title: folder for title, folder in folders.items() if folder.is_dir()}
@@ -390,7 +390,7 @@ class Log:
         self._stack.close()
 
     def flush(self) -> None:
-        """Wait until everything is on the disk."""
+        """Flush all files to disk."""
         self._csv.flush()
         for monitor in self._monitors.values():
             monitor.flush()
@@ -402,7 +402,7 @@ class Log:
         self.seconds += time.perf_counter() - began
 
     def epoch(self, runs: Sequence[Run], dataset: data.Dataset) -> None:
-        """The last epoch of these runs."""
+        """Log the last epoch of the runs."""
         with self._timed():
             self._csv.append([epoch_row(run.settings, run.last) for run in runs])
             for variant, of_variant in by_variant(runs).items():
@@ -414,7 +414,7 @@ class Log:
                 )
 
     def monitor(self, variant: Variant) -> Monitor:
-        """The variant's own TensorBoard run."""
+        """The TensorBoard run of a variant."""
         if variant not in self._monitors:
             folder, logged = self.run_dir / ALL / str(variant), self._logged.get(variant, ())
             monitor = Monitor(folder, so_far=logged, several=True)
@@ -429,7 +429,7 @@ class Log:
         page: str,
         figure: Figure,
     ) -> None:
-        """Add the end: pictures of the best networks, texts, and their folder."""
+        """Log hyperparameters, plots of the best networks and texts; copy the best runs."""
         with self._timed():
             by_name = by_variant(runs)
             chosen = [variant for variant in by_name if best.get(variant.loss) == variant.lr]
@@ -438,7 +438,7 @@ class Log:
                 monitor.log_hparams({**self._config, **variant._asdict()}, last)
                 if variant in chosen and not variant.is_control:
                     monitor.log_images(of_variant[0].network, dataset.test, last.epoch)
-            # In one of the runs: a run of its own would be one more in TensorBoard's list.
+            # In an existing run, to keep the list of runs in TensorBoard short.
             monitor = self.monitor(next(iter(chosen or by_name)))
             monitor.log_text("config", options_table(self._config))
             monitor.log_text("results", page)

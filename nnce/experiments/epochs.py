@@ -1,4 +1,4 @@
-"""epochs.csv: a row for each network and epoch, with every figure that is logged."""
+"""The file epochs.csv: one row per network and epoch, with all logged values."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ _NAME = "epochs.csv"
 
 
 def epoch_row(settings: Settings, record: Record, **more: object) -> Row:
-    """The row of a network after an epoch."""
+    """Row of one network after one epoch."""
     return {
         "loss": settings.loss,
         "lr": settings.rate,
@@ -29,11 +29,11 @@ def epoch_row(settings: Settings, record: Record, **more: object) -> Row:
 
 
 class EpochsFile:
-    """epochs.csv of a run, which grows with every epoch.
+    """The epochs.csv of a run, extended after every epoch.
 
     Args:
-        run_dir: the run's directory.
-        rows: those of the epochs so far, if a run is resumed; later ones in the file are dropped.
+        run_dir: the run directory.
+        rows: rows of the recorded epochs of a resumed run; any others in the file are dropped.
     """
 
     def __init__(self, run_dir: Path, rows: Sequence[Row] = ()) -> None:
@@ -47,7 +47,7 @@ class EpochsFile:
         self._file.close()
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add all of these rows, or none where the disk is full: half a number would be wrong."""
+        """Append all rows, or none of them if the disk is full."""
         end = self._file.seek(0, os.SEEK_END)
         content = memoryview(as_csv(rows, header=not end).encode())
         try:
@@ -58,12 +58,12 @@ class EpochsFile:
             raise
 
     def flush(self) -> None:
-        """Wait until everything is on the disk."""
+        """Flush the file to disk."""
         os.fsync(self._file.fileno())
 
 
 def as_csv(rows: Sequence[Row], *, header: bool = True) -> str:
-    """Rows with the same keys as text."""
+    """Format rows with the same keys as CSV."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]) if rows else [])
     if header and rows:

@@ -1,6 +1,7 @@
-"""Means and paired differences with their 95 % confidence intervals.
+"""Means and paired differences with 95 % confidence intervals.
 
-`scipy.special` is imported with the first one (and `scipy.stats`, a second more, not at all).
+`scipy.special` is imported on first use; `scipy.stats` is not used, because importing it takes
+another second.
 """
 
 import functools
@@ -12,41 +13,41 @@ CONFIDENCE = 0.95
 
 
 Limits = tuple[float, float]
-"""The least and the largest value that a quantity can have."""
-# Of an accuracy or another share, the same in percent, and the difference of two shares.
+"""Lower and upper limit of a quantity."""
+# Limits of an accuracy (or any share), of the same in percent, and of a difference of two shares.
 SHARE: Limits = (0.0, 1.0)
 PERCENT: Limits = (0.0, 100.0)
 DIFFERENCE: Limits = (-1.0, 1.0)
 
 
 class Estimate(NamedTuple):
-    """A mean and how sure it is."""
+    """A mean with its standard deviation and confidence interval."""
 
     mean: float
     sd: float
-    """The sample's standard deviation; NaN for n = 1."""
+    """Standard deviation of the sample; NaN for n < 2."""
     low: float
     high: float
-    """The 95 % confidence interval of the mean; NaN for n = 1."""
+    """Ends of the 95 % confidence interval of the mean; NaN for n < 2."""
     n: int
     by_logit: bool = False
-    """Whether the interval is the delta method's, since Student's leaves the limits."""
+    """Whether the interval is by the delta method, because Student's exceeds the limits."""
 
 
 def estimate(values: Sequence[float], limits: Limits | None = None) -> Estimate:
     """Mean, standard deviation and 95 % confidence interval of independent values.
 
     The interval is mean ± t s / √n, with the quantile t of Student's distribution with n − 1
-    degrees of freedom. Where that leaves the limits, it is the delta method's on the logit of the
-    mean's place p between them, logit(p) ± t s_p / (√n p (1 − p)), mapped back; single values may
-    be at a limit. Without values everything is NaN, and n is 0.
+    degrees of freedom. If it exceeds the limits, the delta method on the logit of the mean's
+    relative position p between the limits is used instead: logit(p) ± t s_p / (√n p (1 − p)),
+    mapped back. Single values may be at a limit. Without values, all fields are NaN and n is 0.
     """
     n = len(values)
     if n < 2:
         mean = values[0] if n else math.nan
         return Estimate(mean, math.nan, math.nan, math.nan, n)
-    # statistics.stdev is exact, and so slow that logging would feel it. A power of two rounds
-    # nothing, and hypot squares nothing: the losses of a diverged network may be huge.
+    # statistics.stdev is exact but would slow down logging. Scaling by a power of two is exact, and
+    # hypot avoids overflow: the losses of a diverged network may be huge.
     scale = 2.0 ** n.bit_length()
     mean = math.fsum(value / scale for value in values) / n * scale
     sd = math.hypot(*(value - mean for value in values)) / math.sqrt(n - 1)
@@ -59,10 +60,10 @@ def estimate(values: Sequence[float], limits: Limits | None = None) -> Estimate:
 
 
 def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
-    """The interval of `estimate` between limits, from Student's half width."""
+    """Delta-method interval of `estimate`, from the half width of Student's interval."""
     least, width = limits[0], limits[1] - limits[0]
     p = (mean - least) / width
-    if not 0 < p < 1:  # all values are at a limit, but for rounding
+    if not 0 < p < 1:  # all values are at a limit, up to rounding
         return mean, mean
     from scipy import special
 
@@ -74,35 +75,35 @@ def _by_logit(mean: float, half: float, limits: Limits) -> tuple[float, float]:
 
 @functools.lru_cache
 def _quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t with this many degrees of freedom."""
+    """Two-sided 95 % quantile of Student's t distribution."""
     from scipy import special
 
     return float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
 class Difference(NamedTuple):
-    """A paired difference."""
+    """Mean paired difference, its confidence interval and its p-value."""
 
     mean: float
     low: float
     high: float
-    """The 95 % confidence interval; NaN for n = 1."""
+    """Ends of the 95 % confidence interval; NaN for n < 2."""
     p: float
-    """Of the paired t-test, two-sided; NaN where the differences have no spread."""
+    """Two-sided p-value of the paired t-test; NaN if all differences are equal."""
     n: int
     p_holm: float = math.nan
-    """p corrected for the number of differences it is one of, by `holm`; NaN if it is alone."""
+    """p corrected by `holm` for the number of tests; NaN if not corrected."""
     by_logit: bool = False
-    """As an `Estimate`'s."""
+    """Whether the interval is by the delta method; see `Estimate`."""
 
 
 def paired_difference(
     a: Sequence[float], b: Sequence[float], limits: Limits | None = None
 ) -> Difference:
-    """a − b, pair by pair, and the paired t-test of it: `scipy.stats.ttest_rel`'s p."""
+    """Estimate the mean of a − b over pairs, with the p-value of `scipy.stats.ttest_rel`."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean, sd, low, high, n, by_logit = estimate(differences, limits)
-    # A spread within rounding does not count.
+    # A spread within rounding error counts as none.
     spread = sd > 1e-12 * max(map(abs, differences), default=0.0)
     p = math.nan
     if spread:
@@ -114,11 +115,11 @@ def paired_difference(
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's method, in their order; NaN stays NaN.
+    """Correct p-values for multiple tests by Holm's method, in the given order; NaN stays NaN.
 
-    The smallest of m is multiplied by m, the next by m − 1, and so on, each at least as large as
-    the one before, and 1 at most: then the chance that any true null hypothesis is rejected is what
-    one p-value says. Source: S. Holm, Scandinavian Journal of Statistics 6 (1979) 65–70.
+    The smallest of m p-values is multiplied by m, the next by m − 1, and so on; each result is at
+    least the previous one and at most 1. This controls the family-wise error rate. Source: S. Holm,
+    Scandinavian Journal of Statistics 6 (1979) 65–70.
     """
     ranks = sorted((r for r, p in enumerate(ps) if not math.isnan(p)), key=lambda r: ps[r])
     corrected = [math.nan] * len(ps)

@@ -1,6 +1,6 @@
-"""Figures. Each function draws one and returns it; saving and logging are the caller's.
+"""Plots with matplotlib; each function returns a figure, which the caller saves or logs.
 
-matplotlib is imported with the first figure, since a run needs it only when it ends.
+matplotlib is imported with the first figure, because runs need it only at their end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _new_figure(width: float, height: float, layout: Any = "constrained") -> Fig
     return Figure(figsize=(width, height), layout=layout)
 
 
-def _count_in_whole_numbers(panel: Any) -> None:
+def _use_integer_ticks(panel: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -40,7 +40,7 @@ def _count_in_whole_numbers(panel: Any) -> None:
 def saturation_atlas(
     cross_entropy: Sequence[Curve], quadratic: Sequence[Curve], focal: Sequence[Curve]
 ) -> Figure:
-    """|dC/dz| against z for y = 0, a panel a dtype: how wrong neurons learn, and who sees it."""
+    """Plot |dC/dz| against z for y = 0, exact and as computed, in one panel per dtype."""
     figure = _new_figure(11, 7)
     panels = figure.subplots(2, 2, squeeze=False).flatten()
     for panel, ours, slow, focused in zip(panels, cross_entropy, quadratic, focal, strict=False):
@@ -73,15 +73,15 @@ def saturation_atlas(
         panel.set_yscale("log")
         panel.set_ylim(1e-14, 10)
         panel.set_title(ours.dtype)
-        panel.set_xlabel("z, where y is 0")
+        panel.set_xlabel("z (target y = 0)")
         panel.set_ylabel("|dC/dz|")
         panel.grid(alpha=0.3)
     _legend_below(figure, panels[0])
-    figure.suptitle("The saturation atlas: a line that ends has become exactly 0")
+    figure.suptitle("The saturation atlas: where a line ends, the gradient is exactly 0")
     return figure
 
 
-# A constrained layout would measure every text of 24 panels, which takes as long as to draw them.
+# A constrained layout would measure all texts of 24 panels and double the drawing time.
 _MARGINS = {
     **{"left": 0.052, "right": 0.995, "bottom": 0.08, "top": 0.905},
     **{"wspace": 0.12, "hspace": 0.22},
@@ -89,22 +89,22 @@ _MARGINS = {
 
 
 def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
-    """The most confidently wrong examples: image, output, target, and dC/dz by both losses.
+    """Plot the most confidently misclassified examples, with dC/dz of both losses.
 
     Args:
         split: inputs (drawn if they are square images) and one-hot targets.
-        z: the network's outputs for them.
-        count: how many at most.
+        z: logits of the network for all examples.
+        count: largest number of examples.
     """
     x, y = split
     a = rules.sigmoid(z)
-    said, true = a.argmax(-1), y.argmax(-1)
-    # By how much the wrong class is ahead of the right one.
-    lead = (a.amax(-1) - a[torch.arange(len(a), device=a.device), true]) * (said != true)
-    order = lead.argsort(descending=True)[: min(count, int((said != true).sum()))]
+    predicted, true = a.argmax(-1), y.argmax(-1)
+    # Lead of the predicted class over the right one.
+    lead = (a.amax(-1) - a[torch.arange(len(a), device=a.device), true]) * (predicted != true)
+    order = lead.argsort(descending=True)[: min(count, int((predicted != true).sum()))]
     figure = _new_figure(11, 5, layout=None)
     if not len(order):
-        figure.suptitle("No example is classified wrongly")
+        figure.suptitle("All examples are classified correctly")
         return figure
     panels = figure.subplots(3, len(order), squeeze=False, sharey="row", gridspec_kw=_MARGINS)
     side = math.isqrt(x.shape[1])
@@ -114,7 +114,7 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
         image, outputs, deltas = column
         if side**2 == x.shape[1]:
             image.imshow(x[i].view(side, side).tolist(), cmap="gray_r")
-        image.set_title(f"{true[i]} taken for {said[i]}", fontsize=9)
+        image.set_title(f"{true[i]}, predicted {predicted[i]}", fontsize=9)
         image.set_axis_off()
         outputs.bar(classes, a[i].tolist(), color="0.6", label="a")
         outputs.step(classes, y[i].tolist(), where="mid", color="black", lw=0.8, label="y")
@@ -127,16 +127,16 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     panels[1, 0].set_ylabel("output a, target y")
     panels[2, 0].set_ylabel("dC/dz")
     _legend_below(figure, panels[2, 0])
-    figure.suptitle("The most confidently wrong examples, and dC/dz of each loss")
+    figure.suptitle("The most confidently misclassified examples, and dC/dz of each loss")
     return figure
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
-    """How many examples of each class (row) are taken for which (column)."""
+    """Plot the numbers of examples by true class (row) and predicted class (column)."""
     classes = len(counts)
     right = sum(counts[i][i] for i in range(classes))
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
-    # Colors are for the mistakes: correct cells are darker than all of them.
+    # The color scale is for the mistakes; correct cells are darker.
     darkest = 2 * max(1, *mistakes)
     figure = _new_figure(4.4, 4.9)
     panel = figure.subplots()
@@ -145,24 +145,24 @@ def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
         for (row, line), column in itertools.product(enumerate(counts), range(classes)):
             if n := line[column]:
                 color = "white" if 2 * n > darkest else "black"
-                # 14 pixels, of which TensorBoard's page of images leaves 12.
+                # 14 pixels; TensorBoard shrinks them to 12.
                 panel.text(column, row, str(n), ha="center", va="center", color=color, fontsize=11)
         panel.set_xticks(range(classes))
         panel.set_yticks(range(classes))
     panel.tick_params(length=0, pad=2)
-    panel.set_xlabel("row: class; column: taken for")
-    panel.set_title(f"{right:,} of {sum(map(sum, counts)):,} right")
+    panel.set_xlabel("row: true class; column: predicted class")
+    panel.set_title(f"{right:,} of {sum(map(sum, counts)):,} correct")
     return figure
 
 
 def distortions(x: Tensor, distortion: data.Distortion, examples: int = 8, each: int = 5) -> Figure:
-    """Examples of a distortion: images in the first row, and several distortions of each below.
+    """Plot images in the first row, and several random distortions of each below.
 
     Args:
-        x: images [n, side²], of which the first are drawn.
-        distortion: of them.
-        examples: how many images.
-        each: how often each is distorted.
+        x: images [n, side²]; the first ones are drawn.
+        distortion: distortion to apply.
+        examples: number of images.
+        each: number of distortions per image.
     """
     side = math.isqrt(x.shape[1])
     first = x[:examples]
@@ -175,28 +175,28 @@ def distortions(x: Tensor, distortion: data.Distortion, examples: int = 8, each:
             panel.imshow(image.view(side, side).tolist(), cmap="gray_r", vmin=0, vmax=1)
             panel.set_xticks([])
             panel.set_yticks([])
-    panels[0, 0].set_ylabel("as it is", fontsize=8)
+    panels[0, 0].set_ylabel("original", fontsize=8)
     figure.suptitle(str(distortion), fontsize=8)
     return figure
 
 
 def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title: str) -> Figure:
-    """A line for each row of a published table: its figure, and ours from each start.
+    """Plot the published result of each row, and ours from each start.
 
     Args:
-        rows: a name, the published figure if there is one, and ours, of which NaN are not drawn.
-        title: of the picture; the measure is in it.
+        rows: name, published result (or None) and our results; NaN are not drawn.
+        title: title of the figure, which names the measure.
     """
     figure = _new_figure(8, 1.2 + 0.4 * len(rows))
     panel = figure.subplots()
     finite = [[value for value in ours if math.isfinite(value)] for _, _, ours in rows]
     all_published = [published for _, published, _ in rows if published is not None]
-    left, right = _most(list(itertools.chain(*finite)), all_published)
+    left, right = _limits_without_outliers(list(itertools.chain(*finite)), all_published)
     for height, ((_, published, _), ours) in enumerate(zip(rows, finite, strict=True)):
         for values, marker, label in (
             ([value for value in ours if left <= value <= right], "o", "ours"),
-            ([left for value in ours if value < left], "<", "ours, beyond the edge"),
-            ([right for value in ours if value > right], ">", "ours, beyond the edge"),
+            ([left for value in ours if value < left], "<", "ours, off the scale"),
+            ([right for value in ours if value > right], ">", "ours, off the scale"),
         ):
             at = [height] * len(values)
             if values:
@@ -221,11 +221,13 @@ def reproduced(rows: Sequence[tuple[str, float | None, Sequence[float]]], title:
     return figure
 
 
-def _most(values: Sequence[float], published: Sequence[float]) -> tuple[float, float]:
-    """Range of the published figures and ours without far outliers, with a margin.
+def _limits_without_outliers(
+    values: Sequence[float], published: Sequence[float]
+) -> tuple[float, float]:
+    """Axis limits that include all values except far outliers, with a margin.
 
-    A far outlier (Tukey, Exploratory Data Analysis, 1977) is further from the nearer quartile than
-    three times the distance of the quartiles: usually a start that got stuck.
+    Far outliers (Tukey, Exploratory Data Analysis, 1977) are more than three interquartile ranges
+    beyond a quartile: usually starts that got stuck.
     """
     near = values
     if len(values) > 1:
@@ -238,12 +240,12 @@ def _most(values: Sequence[float], published: Sequence[float]) -> tuple[float, f
 
 
 def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str) -> Figure:
-    """The comparison in three panels: accuracy by epoch and by rate, and the slowdown meter.
+    """Plot test accuracy by epoch and by rate, and the slowdown meter, of both losses.
 
     Args:
-        runs: all networks; those that diverged are left out.
-        best: each loss's best rate.
-        title: the networks, and their number.
+        runs: all networks; diverged ones are excluded.
+        best: the best rate of each loss.
+        title: title of the figure.
     """
     variants = by_variant([run for run in runs if not run.diverged])
     figure = _new_figure(12, 4.6)
@@ -267,15 +269,15 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
             panel.text(0.5, 0.5, "all diverged", ha="center", transform=panel.transAxes)
     for panel in (by_epoch, meter):
         panel.set_xlabel("epoch")
-        _count_in_whole_numbers(panel)
+        _use_integer_ticks(panel)
     _legend_below(figure, by_epoch)
-    by_epoch.set_title("How well and how fast", fontsize=10)
-    by_lr.set_title("How much depends on the rate", fontsize=10)
+    by_epoch.set_title("Accuracy at the best rates", fontsize=10)
+    by_lr.set_title("Final accuracy by rate", fontsize=10)
     meter.set_title(
-        "Slowdown meter: what the quadratic loss\nleaves of dz where it is badly wrong", fontsize=10
+        "Slowdown meter: ratio of dz, over examples\nthat are wrong by more than ½", fontsize=10
     )
     by_epoch.set_ylabel("test accuracy, %")
-    if shown:  # the start, at chance level, would squeeze the rest
+    if shown:  # epoch 0, at chance level, would compress the scale
         by_epoch.set_ylim(*_accuracy_limits(shown))
     by_lr.set_xscale("log")
     by_lr.set_xlabel("learning rate")
@@ -287,21 +289,21 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
 
 
 class HeatMap(NamedTuple):
-    """Mean validation accuracy over two options."""
+    """Mean validation accuracy by the values of two options."""
 
     names: list[str]
-    """Of the two options."""
+    """Names of the two options."""
     values: list[list[str]]
     """Values of each option, in order."""
     accuracies: list[list[float]]
-    """In [0, 1], for each value of the first option (row) and of the second (column); NaN where
+    """Accuracies in [0, 1] by value of the first option (row) and second option (column); NaN where
     networks diverged."""
     others: str
-    """The other options, as typed."""
+    """Values of the other options, as in --sweep."""
 
 
 def heat_map(of: HeatMap) -> Figure:
-    """Validation accuracy by two options of a sweep; NaN is left blank."""
+    """Plot validation accuracy by two options of a sweep; NaN is left blank."""
     rows, columns = of.values
     figure = _new_figure(2.6 + 0.9 * len(columns), 2 + 0.5 * len(rows))
     panel = figure.subplots()
@@ -321,13 +323,13 @@ def heat_map(of: HeatMap) -> Figure:
 
 
 def training_curves(records: Sequence[Record], title: str) -> Figure:
-    """One network in three panels by epoch: loss, accuracy, and the slowdown of each layer.
+    """Plot loss, accuracy and slowdown of each layer of one network by epoch.
 
     Args:
-        records: of the start and each epoch; the best on validation is marked.
-        title: the network.
+        records: records from epoch 0; the epoch with the best validation accuracy is marked.
+        title: title of the figure.
     """
-    figure = _new_figure(12, 4.4, layout=None)  # a constrained layout would draw everything twice
+    figure = _new_figure(12, 4.4, layout=None)  # a constrained layout draws everything twice
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.24, "top": 0.86, "wspace": 0.18}
     panels = figure.subplots(1, 3, gridspec_kw=margins)
     epochs, best = [record.epoch for record in records], best_record(records).epoch
@@ -339,17 +341,17 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
         slowdowns = [record.layers[layer].slowdown for record in records]
         look = {"ls": "--", "color": f"C{3 + layer}", "label": f"layer {layer + 1}"}
         panels[2].plot(epochs, slowdowns, **look)
-    titles = ("loss", "accuracy, %", "slowdown: share of dz that σ'(z) leaves")
+    titles = ("loss", "accuracy, %", "slowdown: share of the gradient left by σ'(z)")
     for panel, name in zip(panels, titles, strict=True):
         panel.axvline(best, color="0.6", lw=1, ls=":", label="best on validation")
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("epoch")
-        _count_in_whole_numbers(panel)
+        _use_integer_ticks(panel)
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
     panels[0].yaxis.set_tick_params(which="minor", labelleft=False)
     shares = [share for record in records[1:] for share in record.accuracy.values()]
-    if shares:  # the start, at chance, would squeeze the rest
+    if shares:  # epoch 0, at chance level, would compress the scale
         panels[1].set_ylim(*_accuracy_limits([100 * share for share in shares]))
     panels[2].set_ylim(bottom=0)
     _legend_below(figure, panels[1], panels[2])
@@ -362,7 +364,7 @@ def _accuracy_limits(shown: Sequence[float]) -> tuple[float, float]:
 
 
 def _legend_below(figure: Figure, *panels: Any) -> None:
-    """The panels' legend below all panels, where it covers no curve."""
+    """Draw a common legend below all panels."""
     by_label = {
         label: handle
         for panel in panels
@@ -386,7 +388,7 @@ def _draw_band(
     style: str,
     *look: str,
 ) -> list[float]:
-    """Draw the mean of the values at each place, in a band of its confidence interval."""
+    """Draw the mean of the values at each x, and its confidence interval as a band."""
     color, label = look
     finite = ([value for value in some if math.isfinite(value)] for some in values)
     estimates = [estimate(some, limits) for some in finite]
@@ -398,11 +400,10 @@ def _draw_band(
 
 
 def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]]]]) -> Figure:
-    """One neuron that learns to turn 1 into 0: output, loss and |dC/dw| against the epoch.
+    """Plot output, loss and |dC/dw| by epoch, of a neuron with input 1 and target 0.
 
     Args:
-        stories: for each start its title and, by name of the rule, three curves: the outputs, the
-            losses and |dC/dw|.
+        stories: for each start, its title and three curves by rule: output, loss and |dC/dw|.
     """
     figure = _new_figure(4 * len(stories), 7)
     panels = figure.subplots(3, len(stories), squeeze=False, sharex=True, sharey="row")
@@ -420,7 +421,7 @@ def single_neuron(stories: Sequence[tuple[str, Mapping[str, Sequence[Sequence[fl
         panel.set_ylabel(label)
     panels[0, 0].set_ylim(-0.03, 1.03)
     panels[1, 0].set_yscale("log")
-    _count_in_whole_numbers(panels[0, 0])
+    _use_integer_ticks(panels[0, 0])
     _legend_below(figure, panels[0, 0])
     figure.suptitle("One neuron, input 1, target 0: the learning slowdown")
     return figure

@@ -1,6 +1,7 @@
-"""Pages generated from the JSON next to them: `runs/reproduced/README.md` and `runs/benchmarks.md`.
+"""Generate `runs/reproduced/README.md` and `runs/benchmarks.md` from the JSON files of results.
 
-`scripts/reproduce.py --page` and `scripts/benchmark.py --page` write them; a test compares.
+`scripts/reproduce.py --page` and `scripts/benchmark.py --page` write these pages; a test verifies
+that they are up to date.
 """
 
 import json
@@ -24,19 +25,19 @@ _PER_TABLE = """\
 
 {rows}
 
-![Published figures, and ours from each start](../pictures/{name}.png)
+![Published results, and ours from each start](../pictures/{name}.png)
 
 {about}
 """
 
 
 def write_reproduced(runs: Path) -> None:
-    """Write `reproduced/README.md` in the folder of runs."""
+    """Write `reproduced/README.md` below the folder `runs`."""
     report.write_text(runs / "reproduced" / "README.md", reproduced(runs / "reproduced"))
 
 
 def write_benchmarks(runs: Path, descriptions: Mapping[str, str]) -> None:
-    """Write `benchmarks.md` in the folder of runs; see `benchmarks`."""
+    """Write `benchmarks.md` below the folder `runs`; see `benchmarks`."""
     report.write_text(runs / "benchmarks.md", benchmarks(runs / "benchmarks", descriptions))
 
 
@@ -44,7 +45,7 @@ def write_benchmarks(runs: Path, descriptions: Mapping[str, str]) -> None:
 
 
 def reproduced(folder: Path) -> str:
-    """Generate the page of published tables from `<table>.json` and `<table>-candidates.json`."""
+    """Generate the page on published tables from `<table>.json` and `<table>-candidates.json`."""
     head = _HEAD.format(command="scripts/reproduce.py --page")
     parts = [head, "# Published tables, reproduced", _REPRODUCED]
     for name, table in published.TABLES.items():
@@ -62,16 +63,17 @@ def reproduced(folder: Path) -> str:
 
 
 _REPRODUCED = """\
-Accuracy or error on MNIST in percent: mean ± standard deviation (least–most) over n starts. "The
-same figure" is measured as the source measured its own; "within" means that the published figure
-lies between our least and our most. Nothing that trains or chooses sees the test set: the networks
-of the last epoch, and those of the epoch of the highest validation accuracy, are measured on it
-once, after training. "All n" is the accuracy or error of the n chosen networks together, by their
-mean output."""
+Accuracy or error on MNIST in percent: mean ± standard deviation (minimum–maximum) over n starts.
+"Ours, the same figure" is measured in the same way as the published value; "within" means that the
+published value lies between our minimum and maximum. Neither training nor the choice of the epoch
+uses the test set: the networks of the last epoch and of the epoch with the highest validation
+accuracy are evaluated on it once, after training. Only where the source itself quotes the best test
+epoch (N1 to N5), "the same figure" is that, too. "All n" is the n chosen networks as an ensemble,
+by their mean output."""
 
 
 def _reproduced_row(row: Mapping[str, str], table: Table, found: Mapping[str, Any]) -> report.Row:
-    protocol = reproduction.in_words(table.row(row["row"]).settings, 784, 10)
+    protocol = reproduction.protocol_line(table.row(row["row"]).settings, 784, 10)
     committee = reproduction.percent(table, found["outcomes"][row["row"]]["committee"])
     names = ("published", "ours, the same figure", "verdict", "test, chosen epoch")
     return {
@@ -95,7 +97,7 @@ def _about(table: Table, candidates: Path, found: Mapping[str, Any]) -> list[str
         }
         choices = [f"- {choice.format_map(errors)}" for choice in table.choices]
         parts += [
-            "Chosen on the validation set (candidates' validation errors, n = 2 starts each):",
+            "Chosen on the validation set (validation error of each candidate, n = 2 starts):",
             "\n".join(choices),
             f"<details><summary>All {len(errors)} candidates</summary>\n\n"
             f"{report.table(_candidates(tried))}\n\n</details>",
@@ -104,7 +106,7 @@ def _about(table: Table, candidates: Path, found: Mapping[str, Any]) -> list[str
 
 
 def _candidates(tried: Mapping[str, Any]) -> list[report.Row]:
-    """Rows of candidates: what distinguishes their protocols, and their validation error."""
+    """Rows of candidates: validation error, and the options that differ between them."""
     options = {name: _options(text) for name, text in tried["protocols"].items()}
     seen: dict[str, set[str]] = {}
     for of_row in options.values():
@@ -124,7 +126,7 @@ def _candidates(tried: Mapping[str, Any]) -> list[report.Row]:
 
 
 def _options(protocol: str) -> dict[str, str]:
-    """Split the `repr` of settings into its options, those of nested objects left together."""
+    """Split the `repr` of settings into options; nested objects stay in one piece."""
     inside = protocol[protocol.index("(") + 1 : protocol.rindex(")")]
     depth, parts = 0, [""]
     for character in inside:
@@ -141,7 +143,7 @@ def _options(protocol: str) -> dict[str, str]:
 
 
 def _measured(found: Mapping[str, Any]) -> str:
-    """Date, machine, versions, time and commands of a run, or of several put together."""
+    """Date, machine, versions, time and commands of a run, or of several merged runs."""
     seconds = found["seconds"] if isinstance(found["seconds"], list) else [found["seconds"]]
     commands = found["command"] if isinstance(found["command"], list) else [found["command"]]
     threads = found["threads"] if isinstance(found["threads"], list) else [found["threads"]]
@@ -159,11 +161,11 @@ def _measured(found: Mapping[str, Any]) -> str:
 
 
 def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
-    """Generate the page of benchmarks from `<name>.json` of each.
+    """Generate the page of benchmarks from their JSON files.
 
     Args:
-        folder: the JSON files, each a `results.json` of `scripts/benchmark.py`.
-        descriptions: the docstring of each benchmark, by name, in the page's order.
+        folder: contains `<name>.json` for each, the `results.json` of `scripts/benchmark.py`.
+        descriptions: docstrings of the benchmarks by name, in the order of the page.
     """
     head = _HEAD.format(command="scripts/benchmark.py --page")
     parts = [head, "# Benchmarks", _BENCHMARKS]
@@ -185,13 +187,13 @@ def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
 
 
 _BENCHMARKS = """\
-Each row is a contender's time over nnce's, the median of several turns in which all contenders
-alternate (least–most): above 1, nnce is faster. The row **nnce** is its own median in seconds.
-Ratios hold for the machine and versions named; run the command for yours."""
+Each column is a contender's time divided by nnce's: the median (minimum–maximum) of several turns
+in which all contenders alternate. Above 1, nnce is faster. The column **nnce** is its median time
+in seconds. Ratios hold for the stated machine and versions; run the command to measure yours."""
 
 
 def _by_work(rows: Sequence[Mapping[str, Any]]) -> list[report.Row]:
-    """One row for each work, with a column for each contender that was measured at all."""
+    """One row per workload, with a column for each contender that was measured."""
     works: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["outcome"] in _MEASURED:
@@ -230,7 +232,7 @@ def _number(value: float | None, scale: float, form: str) -> str:
 
 
 def _not_measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A paragraph that names the contenders without a time, and why; none if there are none."""
+    """A paragraph on the contenders without a time, with reasons; empty if there are none."""
     reasons = dict.fromkeys(
         f"{row['peer'].removesuffix(' (not installed)')} ({row['note'] or row['outcome']})"
         for row in rows

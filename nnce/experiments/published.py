@@ -1,6 +1,6 @@
-"""Published tables: which figure, of which network, trained how. Data, for `reproduction`.
+"""Published tables: results, networks and training protocols, as data for `reproduction`.
 
-A row is the protocol of its source; where the source leaves something open, a note says so.
+Each row follows the protocol of its source; notes name the options that the source leaves open.
 """
 
 import dataclasses
@@ -15,54 +15,55 @@ from nnce.training import Settings
 from nnce.training.schedules import Schedule
 
 Of = Literal["test", "best test epoch", "best validation epoch"]
-"""Source of a figure: the last epoch or the one chosen on validation, measured on the test set;
-or, as the book has it, the best of all epochs as measured on either set."""
+"""How a published result is measured: "test" on the test set after training; otherwise, as in the
+book, as the maximum over all epochs on the test or the validation set."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, and how its network is trained."""
+    """One published result, and the training settings of its network."""
 
     name: str
     settings: Settings
-    """But for the seed."""
+    """Training settings, except for the seed."""
     published: float | None = None
-    """In percent, of the table's measure; None where nothing is published."""
+    """Accuracy or error in percent, as in the table; None if nothing is published."""
     of: Of = "test"
+    """How the published result is measured."""
     note: str = ""
     """Options that the source leaves open, and other remarks."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one source."""
+    """Published results of one source."""
 
     title: str
     source: str
     measure: Literal["accuracy", "error"]
     seeds: int
-    """How many starts a row is trained from, if nobody says."""
+    """Default number of starts per row."""
     rows: tuple[Row, ...]
     about: str = ""
-    """What all its rows have in common."""
+    """Remarks that apply to all rows."""
     choices: tuple[str, ...] = ()
-    """Options chosen on the validation set; {NAME} is a candidate of `<table>-candidates.json`."""
+    """Choices made on the validation set; {NAME} is a candidate in `<table>-candidates.json`."""
 
     def row(self, name: str) -> Row:
-        """The row of this name."""
+        """Return the row with the given name."""
         return next(row for row in self.rows if row.name == name)
 
 
 class UnknownName(ValueError):
-    """No table or row of this name; the sentence lists the near ones."""
+    """Unknown name of a table or row; the message suggests similar names."""
 
 
 def find(table: str, rows: Sequence[str] = ()) -> tuple[Table, tuple[Row, ...]]:
-    """A table by its name, and those of its rows that are named, in the table's order.
+    """Find a table by name, and the named rows of it, in the order of the table.
 
     Args:
-        table: a name out of `TABLES`.
-        rows: names of rows; N8 is all of N8a, N8b, …; none for all rows.
+        table: a key of `TABLES`.
+        rows: names of rows; N8 stands for N8a, N8b, …; empty for all rows.
 
     Raises:
         UnknownName: there is no such table or row.
@@ -72,29 +73,30 @@ def find(table: str, rows: Sequence[str] = ()) -> tuple[Table, tuple[Row, ...]]:
     found = TABLES[table]
     names = [row.name for row in found.rows]
     for name in rows:
-        if not any(_is_meant(name, one) for one in names):
+        if not any(_matches(name, one) for one in names):
             raise UnknownName(_unknown(f"row of {table}", name, names))
     chosen = tuple(
-        row for row in found.rows if not rows or any(_is_meant(name, row.name) for name in rows)
+        row for row in found.rows if not rows or any(_matches(name, row.name) for name in rows)
     )
     return found, chosen
 
 
-def _is_meant(asked: str, name: str) -> bool:
-    return asked.lower() in (name.lower(), name.rstrip("abcdefgh").lower())
+def _matches(requested: str, name: str) -> bool:
+    return requested.lower() in (name.lower(), name.rstrip("abcdefgh").lower())
 
 
-def _unknown(what: str, name: str, names: Sequence[str]) -> str:
+def _unknown(kind: str, name: str, names: Sequence[str]) -> str:
     by_lower = {one.lower(): one for one in names}
     near = [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"expected a {what} out of {', '.join(names)}, got {name!r}{meant}"
+    return f"expected a {kind} out of {', '.join(names)}, got {name!r}{meant}"
 
 
 # ------------------------------------------------------------------------------------ the textbook
 
 _NO_INIT = (
-    "The init is not repeated next to the figure; the section's is taken, weights from N(0, 1)."
+    "The initialization is not stated with this result; as in the rest of the section, weights are "
+    "from N(0, 1)."
 )
 
 
@@ -121,8 +123,8 @@ NIELSEN = Table(
     source="M. Nielsen, Neural Networks and Deep Learning, 2015, chapters 1, 3 and 5",
     measure="accuracy",
     seeds=10,
-    about="The book quotes the best epoch of one run, or of the best of three; mini-batches of 10. "
-    "The single neuron of its chapter 3 is `scripts/slowdown.py`.",
+    about="The book quotes the best epoch of one run, or of the best of three runs; mini-batches "
+    "of 10. `scripts/slowdown.py` reproduces the single neuron of its chapter 3.",
     rows=(
         _nielsen("N1", (30,), "quadratic", 3.0, 95.42, note=_THREE),
         _nielsen("N2", (100,), "quadratic", 3.0, 96.59, note=_THREE),
@@ -154,7 +156,7 @@ NIELSEN = Table(
     ),
 )
 
-# ------------------------------------------------------------------------------- Simard and others
+# ---------------------------------------------------------------------------------- Simard et al.
 
 _AFFINE = Distortion(rotation=10, scaling=0.15, shear=0.15, translation=1.5)
 _STRONGER = Distortion(alpha=27, sigma=4)
@@ -162,7 +164,7 @@ _ELASTIC = Distortion(alpha=20, sigma=4)
 
 
 def _warm(epochs: int) -> Schedule:
-    """Five epochs of warm-up from a tenth of the rate; then down along a cosine."""
+    """Schedule with 5 epochs of warm-up from a tenth of the rate, then a cosine."""
     return Schedule("cosine", cosine_epochs=epochs - 5, warmup=5)
 
 
@@ -175,7 +177,7 @@ def _simard(
     epochs: int = 100,
     note: str = "",
 ) -> Row:
-    """Their network, 784-800-10, and standard deviation of the start, 0.05."""
+    """Row for their network, 784-800-10, with their initial standard deviation, 0.05."""
     settings = Settings(
         hidden=(800,),
         loss=loss,
@@ -194,19 +196,20 @@ SIMARD = Table(
     "applied to visual document analysis, ICDAR 2003, and LeCun's table of MNIST results",
     measure="error",
     seeds=4,
-    about="Their schedule is 0.005 times 0.3 every 100 epochs, for hundreds of epochs; rates, "
-    "mini-batch, affine ranges and α were chosen on the validation set.",
+    about="The authors start from a rate of 0.005 and multiply it by 0.3 every 100 epochs, for "
+    "hundreds of epochs. Our rates, mini-batch size, affine ranges and α were chosen on the "
+    "validation set.",
     choices=(
         "Mini-batches of 10: {CE2}, as good as single examples ({CE6}) and better than 100 ({CE4}, "
         "{CE5}).",
-        "A rate of 0.6 (quadratic: 3) with a warm-up over 5 epochs from a tenth, then a cosine. "
-        "The warm-up allows twice the rate ({CE7} without, {CE9} with it). Without it the "
-        "quadratic loss does not learn from a rate of 1 on ({QE5}, {QE2}); with it, 3 is best "
-        "({QE6}, {QE7}) and 6 too large ({QE8}).",
+        "A rate of 0.6 (quadratic: 3), with a warm-up over 5 epochs from a tenth of it, then a "
+        "cosine. The warm-up allows twice the rate ({CE7} without, {CE9} with it). Without it, the "
+        "quadratic loss fails to learn at rates of 1 and above ({QE5}, {QE2}); with it, 3 is best "
+        "({QE6}, {QE7}) and 6 is too large ({QE8}).",
         "Elastic fields smoothed by a Gaussian whose weights sum to 1, α = 20 ({CE9}; their α = 34 "
         "{CW3}); in 100 epochs, α = 27 {CM1} and α = 34 {CM2}.",
         "Affine maps: rotation up to 10°, scaling and shear up to 0.15, translation up to 1.5 "
-        "pixels ({CA2}); smaller ({CA1}) and larger ({CA3}) ranges are as good.",
+        "pixels ({CA2}); smaller ({CA1}) and larger ({CA3}) ranges are equally good.",
         "No weight decay: λ = 0 {CP2}, λ = 5 {CP4}.",
     ),
     rows=(
@@ -217,20 +220,20 @@ SIMARD = Table(
         _simard(
             *("S4b", "cross-entropy", _ELASTIC, 0.7),
             epochs=250,
-            note="Added after S4a's test error had been seen; their training took hundreds of "
-            "epochs.",
+            note="Added after the test error of S4a was known, because the authors trained for "
+            "hundreds of epochs.",
         ),
         _simard(
             *("S4c", "cross-entropy", _STRONGER, 0.7),
             epochs=400,
-            note="Added after S4b's test error had been seen.",
+            note="Added after the test error of S4b was known.",
         ),
         _simard("S5", "quadratic", None, note="Not in their table."),
         _simard("S6", "quadratic", _AFFINE, note="Not in their table."),
     ),
 )
 
-# ------------------------------------------------------------------------------------------- ours
+# ------------------------------------------------------------------------------- our own networks
 
 _BOTH = dataclasses.replace(_AFFINE, alpha=20, sigma=4)
 
@@ -243,23 +246,23 @@ def _ours(
 
 
 OURS = Table(
-    title="Sigmoid networks, as far as we have come",
-    source="our own; the published figures are those of Simard and others (O1, O2) and of "
-    "N. Srivastava and others, Dropout, JMLR 15, 2014 (O3, O4: logistic neurons, with dropout)",
+    title="Our best sigmoid networks",
+    source="our own; the published values are from Simard et al. (O1, O2) and from "
+    "N. Srivastava et al., Dropout, JMLR 15, 2014 (O3, O4: logistic neurons, with dropout)",
     measure="error",
     seeds=5,
-    about="Sizes, rates and distortions were chosen on the validation set. As many epochs as four "
-    "hours of two cores permit for each network were allowed.",
+    about="Sizes, rates and distortions were chosen on the validation set. The number of epochs "
+    "was limited to four hours on two cores per network.",
     choices=(
         "Two hidden layers, 800 and 300: {C5}; one of 800 {C1}, of 1,500 {C2}.",
-        "A rate of 1 (quadratic: 5) with a warm-up over 5 epochs and a cosine; twice the rate is "
-        "worse ({D1}, {D2}). Other rates of the quadratic loss were not tried for this network.",
-        "Affine and elastic distortions, as for S2 and S4, in each image. Smaller ones are no "
+        "A rate of 1 (quadratic: 5), with a warm-up over 5 epochs, then a cosine; twice the rate "
+        "is worse ({D1}, {D2}). Other rates of the quadratic loss were not tried for this network.",
+        "Both the affine distortions of S2 and the elastic ones of S4. Smaller distortions are no "
         "worse in 40 epochs ({D3}); the larger ones were kept for longer training.",
-        "Without distortions, weight decay λ = 1 ({P1}; λ = 3 {P2}) and two layers ({P4}) for O3; "
-        "dropout for O4: a fifth of the hidden neurons and of the inputs ({P8}), not half of the "
-        "hidden ones ({P5}, {P6}, {P7}). P5 to P7 drew dropout masks by `bernoulli_`; a run today "
-        "draws others of the same distribution.",
+        "Without distortions: for O3, weight decay λ = 1 ({P1}; λ = 3 {P2}) and two layers "
+        "({P4}); for O4, dropout of a fifth of the hidden neurons and inputs ({P8}) rather than "
+        "half of the hidden neurons ({P5}, {P6}, {P7}). P5 to P7 used an older random stream for "
+        "the dropout masks and cannot be repeated bit for bit.",
     ),
     rows=(
         _ours("O1a", "cross-entropy", 1.0, 150, 0.7, engine="loops", distortion=_BOTH),
@@ -267,7 +270,7 @@ OURS = Table(
             *("O1b", "cross-entropy", 1.0, 240, 0.7),
             engine="loops",
             distortion=_BOTH,
-            note="Added after O1a's test error had been seen.",
+            note="Added after the test error of O1a was known.",
         ),
         _ours("O2", "quadratic", 5.0, 150, 0.9, engine="loops", distortion=_BOTH),
         _ours("O3", "cross-entropy", 1.0, 100, 1.35, engine="loops", l2=1.0),

@@ -1,4 +1,4 @@
-"""Files and tables of a run: `results.json`, text, pictures, Markdown, a network's records."""
+"""Output of a run: results.json, text files, plots, and Markdown tables of the records."""
 
 import contextlib
 import functools
@@ -23,47 +23,48 @@ from torch import Tensor
 
 import nnce
 from nnce import data
-from nnce.experiments.command_line import from_here, heard, keep
+from nnce.experiments.command_line import from_here, keep, unmuted_stdout
 from nnce.saving import write_whole
 from nnce.training import Record, best_record
 
-# A table must fit the screen: a header is as wide as its text.
+# No padding of the headers, so that tables fit the screen.
 tabulate.MIN_PADDING = 0
 
 RESULTS = "results.json"
-# Not smoothed, and curves only: neither ends of intervals nor histograms and images.
+# TensorBoard opens without smoothing and hides these tags: ends of intervals, histograms, images.
 _HIDDEN = "upper_and_lower|output|confusion|weights|wrong|learning"
 TENSORBOARD = (
     "http://localhost:6006/?smoothing=0&tagFilter="
     f"{urllib.parse.quote(f'^(?!{_HIDDEN})', safe='')}#timeseries"
 )
-# More classes would push the rest off the screen.
+# Above this number of classes, only averages are printed.
 _CLASSES_SHOWN = 12
 Row = Mapping[str, object]
-"""A row of a table: columns by name."""
+"""A row of a table: values by column name."""
 
 
 # ---------------------------------------------------------------------------------- files
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all; NaN becomes null and an infinity "inf" or "-inf"."""
+    """Write a JSON file atomically; NaN becomes null, and infinities "inf" and "-inf"."""
     write_text(path, json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_figure(path: Path, figure: Any, dpi: int) -> None:
-    """Write a picture of matplotlib's as PNG, whole or not at all."""
+    """Write a matplotlib figure as PNG, atomically."""
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
-    figure.set_layout_engine("none")  # its layout is kept; to find it again takes half of a drawing
+    # Keep the computed layout: computing it again would take half of the drawing time.
+    figure.set_layout_engine("none")
 
 
 def _plain(value: Any) -> Any:
-    """The same without the numbers that JSON does not have."""
+    """Replace numbers that JSON does not support."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -82,15 +83,15 @@ def write_results(
     rows: Sequence[Row],
     **more: Any,
 ) -> Path:
-    """Write `results.json`, for programs: the options, the machine, and the results.
+    """Write results.json: options, versions, machine and results.
 
     Args:
-        run_dir: the run's directory.
-        config: every option.
-        device: where it ran.
-        seconds: how long it took.
-        rows: the closing table.
-        more: what else the script measured, by name.
+        run_dir: the run directory.
+        config: values of all options.
+        device: the device of the computation.
+        seconds: wall time of the run.
+        rows: the table of results.
+        more: additional entries, by name.
     """
     path = run_dir / RESULTS
     content = {
@@ -111,9 +112,9 @@ def write_results(
 
 
 def versions() -> dict[str, str]:
-    """The versions that results depend on, by package, and the git commit of nnce's source."""
+    """Versions of Python, the packages and nnce, and the git commit of nnce's source."""
     by_package = {"python": platform.python_version(), "torch": torch.__version__}
-    # Not the installed metadata, which a `git pull` under `pip install -e` leaves as they are.
+    # Not from the installed metadata, which `git pull` does not update under `pip install -e`.
     by_package["nnce"] = nnce.__version__
     if commit := _commit(Path(nnce.__file__).parents[1]):
         by_package["commit"] = commit
@@ -124,9 +125,9 @@ def versions() -> dict[str, str]:
 
 
 def checkout() -> dict[str, Any]:
-    """The git commit of nnce's source, and whether its files are those of the commit.
+    """The git commit of nnce's source, and whether its files are unmodified.
 
-    Empty without git, or where the source is not a checkout.
+    Empty without git, or if the source is not a git checkout.
     """
     described = versions().get("commit")
     if described is None:
@@ -137,7 +138,7 @@ def checkout() -> dict[str, Any]:
 
 @functools.cache
 def _commit(root: Path) -> str | None:
-    """The git commit of a checkout, with "-dirty" where files differ from it; None if it is not."""
+    """Git commit of a checkout, plus "-dirty" if files are modified; None if not a checkout."""
     if not (root / ".git").exists():
         return None
     describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
@@ -151,16 +152,16 @@ def _commit(root: Path) -> str | None:
 
 
 def machine() -> str:
-    """The number of processors, their name and their vector instructions."""
+    """Number and name of the processors, and their vector instructions."""
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux has the name here only
+    with contextlib.suppress(OSError):  # the only place on Linux that has the name
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else name
     return f"{os.cpu_count()} × {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: "cpu", or the name of the graphics card."""
+    """Name of the device: "cpu", or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -168,7 +169,7 @@ def device_name(device: torch.device) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as a Markdown table, numbers to the right."""
+    """Format rows with the same keys as a Markdown table, with numbers right-aligned."""
     return tabulate.tabulate(
         [[_cell(row[key]) for key in rows[0]] for row in rows],
         headers=list(rows[0]),
@@ -181,27 +182,27 @@ def table(rows: Sequence[Row]) -> str:
 def _cell(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
-    # A loss that has run away must not push the table off the screen.
+    # The loss of a diverging network may have many digits.
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
 def in_percent(share: float) -> str:
-    """A share of [0, 1] in percent, as in every table and line."""
+    """Format a share in [0, 1] as a percentage with two decimals."""
     return f"{100 * share:.2f} %"
 
 
 def print_end(
     answer: str, results: str, run_dir: Path, curves: Mapping[str, Path] | None = None
 ) -> None:
-    """Print a run's last lines: the answer, where the results are, and how to see the curves.
+    """Print the last lines of a run: answer, run directory and TensorBoard commands.
 
     Args:
-        answer: one or two sentences.
-        results: the contents of the run's directory.
-        run_dir: the run's directory.
-        curves: TensorBoard's folders, by their contents; the run's directory if not given.
+        answer: the result in one or two sentences.
+        results: description of the files in the run directory.
+        run_dir: the run directory.
+        curves: TensorBoard folders by title (default: the run directory).
     """
-    out = heard()
+    out = unmuted_stdout()
     if out is not sys.stdout:  # --quiet
         print(f"{answer}\n{results}: {from_here(run_dir)}", file=out)
         return
@@ -213,7 +214,7 @@ def print_end(
 
 
 def tensorboard_command(folder: Path) -> str:
-    """The command that shows the curves in a folder."""
+    """Command that starts TensorBoard on a folder."""
     tensorboard = Path(sys.executable).with_name("tensorboard")
     return shlex.join([from_here(tensorboard), "--logdir", from_here(folder)])
 
@@ -222,25 +223,25 @@ def tensorboard_command(folder: Path) -> str:
 
 
 def describe(name: str, dataset: data.Dataset) -> str:
-    """A data set's name and its numbers of examples."""
+    """Describe a data set: its name and the number of examples in each split."""
     train, validation, test = (f"{len(split.x):,}" for split in dataset)
     return f"{name}: {train} training, {validation} validation and {test} test examples"
 
 
 def epoch_line(record: Record) -> str:
-    """One epoch, for people."""
+    """Format losses and accuracies of one epoch as a line."""
     losses = ", ".join(f"{split} {value:.4f}" for split, value in record.loss.items())
     accuracies = ", ".join(f"{100 * share:.2f}" for share in record.accuracy.values())
     return f"epoch {record.epoch:3}  loss: {losses}  accuracy: {accuracies} %"
 
 
 def has_line(epoch: int) -> bool:
-    """Whether an epoch is printed: the first ten, then every tenth, hundredth and so on."""
+    """Whether an epoch is printed: 0 to 10, then every 10th, from 100 on every 100th, and so on."""
     return bool(epoch % 10 ** (len(str(epoch)) - 1) == 0)
 
 
 def closing_rows(records: Sequence[Record]) -> list[Row]:
-    """The start, the epoch that is best on the validation data, and the last epoch."""
+    """Rows for the initial network, the best epoch on the validation data, and the last epoch."""
     return [
         {
             "network": name,
@@ -259,7 +260,7 @@ def closing_rows(records: Sequence[Record]) -> list[Row]:
 
 
 def closing_table(rows: Sequence[Row]) -> str:
-    """`closing_rows` for people, a row for each network."""
+    """Format `closing_rows` as a table, one row per network."""
     by_network: dict[object, dict[str, object]] = {}
     for row in rows:
         of_network = by_network.setdefault(
@@ -272,24 +273,24 @@ def closing_table(rows: Sequence[Row]) -> str:
 
 
 def by_class(counts: Tensor) -> dict[str, Any]:
-    """Confusion matrix, and precision, recall and F1 of each class, as scikit-learn defines them.
+    """Confusion matrix, and precision, recall and F1 per class as in scikit-learn.
 
     Args:
-        counts: examples of each class (row) that are taken for which (column).
+        counts: number of examples by true class (row) and predicted class (column).
     """
-    support, taken = counts.sum(1), counts.sum(0)
+    support, predicted = counts.sum(1), counts.sum(0)
     right, share = counts.diagonal().double(), support.double() / support.sum()
-    scores = torch.stack(  # 0 where nothing is taken for the class, or of it
+    scores = torch.stack(  # 0 for classes without predictions or examples
         [
-            right / taken.clamp_min(1),
+            right / predicted.clamp_min(1),
             right / support.clamp_min(1),
-            2 * right / (taken + support).clamp_min(1),
+            2 * right / (predicted + support).clamp_min(1),
         ],
         -1,
     )
-    there = (taken + support) > 0
+    occurs = (predicted + support) > 0
     averages = {
-        "macro avg": scores[there].mean(0),
+        "macro avg": scores[occurs].mean(0),
         "weighted avg": share @ scores,
     }
 
@@ -306,11 +307,11 @@ def by_class(counts: Tensor) -> dict[str, Any]:
 
 
 def class_table(classes: Mapping[str, Any]) -> str:
-    """`by_class` for people; the averages alone if there are more classes than fit a screen."""
+    """Format `by_class` as a table; averages only if there are too many classes."""
     of_each = classes["classes"] if len(classes["classes"]) <= _CLASSES_SHOWN else []
     return f"Test data by class:\n\n{table([*of_each, *classes['averages']])}"
 
 
 def record_as_dict(record: Record) -> dict[str, object]:
-    """A record for JSON, which knows no named tuples."""
+    """Convert a record and its layers to dictionaries, for JSON."""
     return {**record._asdict(), "layers": [layer._asdict() for layer in record.layers]}

@@ -1,8 +1,7 @@
-"""Train a row of a published table from several starts, and measure the networks.
+"""Train one row of a published table from several starts, and evaluate the networks.
 
-Nothing that trains or chooses has the test set: it is kept apart until the networks are trained.
-The exception are rows whose source quotes the epoch that is best on the test set: that figure is
-reported next to the others, and chooses nothing.
+The test set is used only after training. The exception are rows whose source quotes the best test
+epoch: that accuracy is reported in addition, and nothing is chosen by it.
 """
 
 import copy
@@ -27,36 +26,36 @@ from nnce.training.schedules import CONSTANT, Schedule
 
 
 def protocol(row: Row, *, epochs: int | None = None) -> Settings:
-    """How a row is trained; for a trial at most this many epochs."""
+    """Training settings of a row, with at most `epochs` epochs if given."""
     whole = row.settings.epochs
     return dataclasses.replace(row.settings, epochs=whole if epochs is None else min(epochs, whole))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Results of one start; accuracies in [0, 1], NaN where not measured."""
+    """Results of one start: accuracies in [0, 1], NaN if not measured."""
 
     seed: int
     diverged: bool
     chosen_epoch: int
-    """The one of the highest validation accuracy, the first of several."""
+    """First epoch with the highest validation accuracy."""
     chosen_validation: float
     last_validation: float
     best_test: float
-    """The highest test accuracy of any epoch, where the row is of that."""
+    """Highest test accuracy of any epoch, for rows with of="best test epoch"."""
     chosen_test: float
     last_test: float
 
 
 class Attempt:
-    """The networks of one row, from as many starts, while they are trained.
+    """Training of the networks of one row, from several starts.
 
     Args:
         row: the row to train.
-        settings: how, but for the seed.
-        dataset: all of it, the test set included, which is put away.
-        seeds: the starts.
-        threads: as `SideBySide` takes them; engines in PyTorch's graph have PyTorch's.
+        settings: training settings, except for the seed.
+        dataset: all splits; the test set is not used for training or choices.
+        seeds: the seed of each start.
+        threads: as for `SideBySide`; the engines with autograd use PyTorch's number of threads.
     """
 
     def __init__(
@@ -68,11 +67,11 @@ class Attempt:
         threads: int | None = None,
     ) -> None:
         self.row = row
-        self._shown = row.of == "best test epoch"
+        self._uses_test = row.of == "best test epoch"
         by_seed = [dataclasses.replace(settings, seed=seed) for seed in seeds]
-        # What trains and chooses sees the validation set in place of the test set.
-        seen = dataset if self._shown else dataset._replace(test=dataset.validation)
-        splits = ("validation", "test") if self._shown else ("validation",)
+        # Training gets the validation set in place of the test set.
+        seen = dataset if self._uses_test else dataset._replace(test=dataset.validation)
+        splits = ("validation", "test") if self._uses_test else ("validation",)
         self._training: SideBySide | InTurn
         if settings.engine in training.ENSEMBLE_ENGINES:
             runs = comparison.make_runs(by_seed, seen)
@@ -83,7 +82,7 @@ class Attempt:
         self._chosen = [_parameters(run.network) for run in self.runs]
 
     def epochs(self, between: Callable[[], None] | None = None) -> Iterator[int]:
-        """Train, yielding each epoch when it is recorded; `between` is called between steps."""
+        """Train, and yield each epoch once it is recorded; `between` is called between steps."""
         for epoch in self._training.epochs(between):
             for number, run in enumerate(self.runs):
                 if run.best.epoch == epoch:
@@ -92,20 +91,20 @@ class Attempt:
 
     @property
     def next_epoch(self) -> int:
-        """The first one that has not been yielded."""
+        """The first epoch that has not been yielded."""
         return self._training.finished + 1
 
     def records(self, epoch: int) -> list[training.Record]:
-        """The records of an epoch, of the networks that have reached it."""
+        """Records of an epoch, of all networks that have reached it."""
         return [run.records[epoch] for run in self.runs if len(run.records) > epoch]
 
     @property
     def seconds(self) -> float:
-        """Of training alone, all networks together."""
+        """Training time of all networks, without evaluation."""
         return sum(record.seconds for run in self.runs for record in run.records)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
+        """State for a checkpoint."""
         return {
             "row": self.row.name,
             "training": self._training.state_dict(),
@@ -113,7 +112,7 @@ class Attempt:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there; raises ValueError if it does not fit."""
+        """Restore the state of a checkpoint; raises ValueError if it does not fit."""
         self._training.load_state_dict(state["training"])
         with training.mismatch_is_value_error():
             for run, chosen in zip(self.runs, state["chosen"], strict=True):
@@ -122,7 +121,7 @@ class Attempt:
             self._chosen = list(state["chosen"])
 
     def finish(self, test: data.Split) -> "Outcome":
-        """Measure the trained networks on the test set."""
+        """Evaluate the trained networks on the test set."""
         chosen = [
             _network(run.network, of_run)
             for run, of_run in zip(self.runs, self._chosen, strict=True)
@@ -130,16 +129,16 @@ class Attempt:
         trained = [
             self._trained(run, best, test) for run, best in zip(self.runs, chosen, strict=True)
         ]
-        sound = [
+        finite = [
             (run, best) for run, best in zip(self.runs, chosen, strict=True) if not run.diverged
         ]
         committee, curve = math.nan, []
-        if sound:
+        if finite:
             curve = [
-                statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in sound)
-                for epoch in range(len(sound[0][0].records))
+                statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in finite)
+                for epoch in range(len(finite[0][0].records))
             ]
-            committee = committee_accuracy([best for _, best in sound], test)
+            committee = committee_accuracy([best for _, best in finite], test)
         return Outcome(self.row.name, trained, committee, curve, self.seconds)
 
     def _trained(self, run: Run, best: MLP, test: data.Split) -> Trained:
@@ -153,7 +152,7 @@ class Attempt:
             run.best.epoch,
             run.best.accuracy["validation"],
             run.last.accuracy["validation"],
-            max(r.accuracy["test"] for r in run.records) if self._shown else math.nan,
+            max(r.accuracy["test"] for r in run.records) if self._uses_test else math.nan,
             *on_test,
         )
 
@@ -169,12 +168,12 @@ def _network(like: MLP, parameters: Mapping[str, Tensor]) -> MLP:
 
 
 def committee_accuracy(networks: Sequence[MLP], split: data.Split) -> float:
-    """The accuracy of networks that decide together: by the mean of their outputs a."""
+    """Accuracy of an ensemble of networks, by the mean of their outputs a."""
 
     def mean(x: Tensor) -> Tensor:
         return torch.stack([network(x).sigmoid() for network in networks]).mean(0)
 
-    # (It is no z, but the largest one is all that the accuracy asks for.)
+    # `evaluate` expects z; for the accuracy, only the position of the maximum matters.
     return training.evaluate(mean, split, "quadratic").accuracy
 
 
@@ -182,11 +181,11 @@ def committee_accuracy(networks: Sequence[MLP], split: data.Split) -> float:
 
 
 class Spread(NamedTuple):
-    """One figure over several starts, in percent of the table's measure."""
+    """Statistics of one result over several starts, in percent."""
 
     mean: float
     sd: float
-    """NaN for n = 1."""
+    """Standard deviation; NaN for n < 2."""
     min: float
     max: float
     n: int
@@ -194,20 +193,20 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of a row."""
+    """Results of one row."""
 
     row: str
     trained: Sequence[Trained]
     committee: float
-    """Test accuracy of all chosen networks together, without those that have diverged."""
+    """Test accuracy of the ensemble of all chosen networks that have not diverged."""
     curve: Sequence[float]
-    """The mean validation accuracy after each epoch; empty if all have diverged."""
+    """Mean validation accuracy after each epoch; empty if all networks have diverged."""
     seconds: float
-    """Of training, all starts together."""
+    """Training time of all starts."""
 
-    def spread(self, table: Table, figure: str) -> Spread:
-        """One of the figures of `Trained`, over the starts that have it and have not diverged."""
-        accuracies = [getattr(one, figure) for one in self.trained if not one.diverged]
+    def spread(self, table: Table, field: str) -> Spread:
+        """Statistics of a field of `Trained`, over the starts that have not diverged."""
+        accuracies = [getattr(one, field) for one in self.trained if not one.diverged]
         values = [percent(table, value) for value in accuracies if not math.isnan(value)]
         found = estimates.estimate(values)
         least, most = min(values, default=math.nan), max(values, default=math.nan)
@@ -228,7 +227,7 @@ class Outcome:
 
 
 def summary(rows: Sequence[Mapping[str, object]]) -> str:
-    """How many published figures are reproduced, and which are not; by the rows' "verdict"."""
+    """Summarize the verdicts of all rows in one sentence."""
     verdicts: dict[str, list[str]] = {}
     for row in rows:
         if row["verdict"]:
@@ -241,12 +240,12 @@ def summary(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def percent(table: Table, accuracy: float) -> float:
-    """An accuracy in [0, 1] as the table has it."""
+    """Convert an accuracy in [0, 1] to the table's accuracy or error in percent."""
     return 100 * (accuracy if table.measure == "accuracy" else 1 - accuracy)
 
 
-def like_published(row: Row) -> str:
-    """The field of `Trained` that corresponds to the source's figure."""
+def published_field(row: Row) -> str:
+    """Name of the field of `Trained` that corresponds to the published result."""
     return {
         "test": "chosen_test",
         "best test epoch": "best_test",
@@ -254,8 +253,8 @@ def like_published(row: Row) -> str:
     }[row.of]
 
 
-def in_words(settings: Settings, features: int, classes: int) -> str:
-    """A row's protocol in one line."""
+def protocol_line(settings: Settings, features: int, classes: int) -> str:
+    """Describe a training protocol in one line."""
     sizes = _memory.dashed((features, *settings.hidden, classes))
     start = {"large": "N(0, 1)", "scaled": "N(0, 1/n_in)"}.get(
         str(settings.init), f"N(0, {settings.init}²)"
@@ -267,14 +266,14 @@ def in_words(settings: Settings, features: int, classes: int) -> str:
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         f"dropout {settings.dropout:g}" if settings.dropout else "",
         f"input dropout {settings.input_dropout:g}" if settings.input_dropout else "",
-        "" if settings.schedule == CONSTANT else _options(settings.schedule),
-        _options(settings.distortion) if settings.distortion else "",
+        "" if settings.schedule == CONSTANT else _changed_fields(settings.schedule),
+        _changed_fields(settings.distortion) if settings.distortion else "",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def _options(value: Schedule | Distortion) -> str:
-    """Name the fields that are not at their defaults: "cosine, warmup 5", "rotation 10"."""
+def _changed_fields(value: Schedule | Distortion) -> str:
+    """List the fields that differ from their defaults: "cosine, warmup 5", "rotation 10"."""
     return ", ".join(
         f"{field.name.replace('_', ' ')} {getattr(value, field.name)}".removeprefix("kind ")
         for field in dataclasses.fields(value)
@@ -282,12 +281,12 @@ def _options(value: Schedule | Distortion) -> str:
     )
 
 
-def but_for_defaults(value: object) -> str:
-    """As `repr`, without the fields of a dataclass that have their defaults."""
+def repr_without_defaults(value: object) -> str:
+    """Return `repr(value)` without the dataclass fields that equal their defaults."""
     if not dataclasses.is_dataclass(value):
         return repr(value)
     changed = (
-        f"{field.name}={but_for_defaults(getattr(value, field.name))}"
+        f"{field.name}={repr_without_defaults(getattr(value, field.name))}"
         for field in dataclasses.fields(value)
         if getattr(value, field.name) != field.default
     )

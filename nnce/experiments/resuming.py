@@ -1,4 +1,4 @@
-"""Checkpoints and resuming: when a checkpoint is written, and how a run continues from one."""
+"""Checkpoints and resuming: options, contents and times of checkpoints."""
 
 import argparse
 import contextlib
@@ -22,39 +22,39 @@ from nnce.training import checkpoints, mismatch_is_value_error, parallel
 from nnce.training.checkpoints import CheckpointError
 from nnce.training.parallel import ALONE, World
 
-# Options that change no number, or only its rounding, may differ when a run is resumed.
+# Options that may differ on resuming: they change no result, or only its rounding.
 _MAY_CHANGE = ("epochs", "patience", "checkpoint_every", "data_dir", "threads", "resume", "quiet")
-# Those of them that may only be raised, since the run is beyond a lower value.
+# Options that may only increase, because the run may already be beyond a lower value.
 _MAY_RISE = ("epochs", "patience")
-# Steps between which the processes of a job do not ask each other whether to stop.
-_STEPS_UNASKED = 10
+# Steps between two exchanges on whether to save or stop, with several processes.
+_STEPS_PER_POLL = 10
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """--checkpoint-every and --resume."""
+    """Add --checkpoint-every and --resume."""
     parser.add_argument(
         "--checkpoint-every",
         type=_every,
         default="1",
         metavar="EPOCHS",
-        help="checkpoint interval: epochs (5) or seconds (30s); a run that is stopped saves, too",
+        help="checkpoint interval: epochs (5) or seconds (30s); a stopped run also saves one",
     )
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="RUN_DIR",
-        help="go on with a run that was stopped or killed, with its own options, bit for bit as if "
-        "it had not been; more --epochs than it was begun with may be asked for",
+        help="run directory of a stopped or killed run to continue, with its own options and "
+        "bit-identical results; --epochs may be increased",
     )
 
 
 def _every(text: str) -> str:
-    """`--checkpoint-every`, checked: a whole number, or a number and an s."""
+    """Parse --checkpoint-every: an integer, or a number followed by s."""
     seconds = re.fullmatch(r"(\d{1,9}(\.\d{1,9})?)s", text)
     epochs = re.fullmatch(r"\d{1,9}", text)
     if not (epochs and int(text)) and not (seconds and float(seconds[1])):
         raise argparse.ArgumentTypeError(
-            f"expected a number of epochs, 5 say, or of seconds, 30s say, got {text!r}"
+            f"expected epochs (such as 5) or seconds (such as 30s), got {text!r}"
         )
     return text
 
@@ -63,22 +63,22 @@ def _every(text: str) -> str:
 
 
 class Start(NamedTuple):
-    """Options and checkpoint that a run starts from."""
+    """Options of a run, and the checkpoint that it is resumed from."""
 
     options: argparse.Namespace
-    """Those on the command line, or of the run that is resumed."""
+    """Options from the command line and, for a resumed run, from its checkpoint."""
     found: dict[str, Any] | None
-    """The content of its checkpoint."""
+    """Content of the checkpoint; None for a new run."""
     run_dir: Path | None
-    """Position from which it continues."""
+    """Directory of the resumed run; None for a new run."""
     command: str
-    """The script's command; for a resumed run the one that started it."""
+    """Command that started the run."""
 
     @contextlib.contextmanager
     def directory(
         self, parser: ArgumentParser, name: str, *, dry_run: bool = False, world: World = ALONE
     ) -> Iterator[Path]:
-        """The run's directory; signals wait for the end of a step or of the block."""
+        """Context with the run directory; signals are delayed to the end of a step or block."""
         options, resumed = argparse.Namespace(**vars(self.options)), self.found is not None
         if self.run_dir is not None:
             options.run_dir, options.name = self.run_dir, None
@@ -96,21 +96,21 @@ def start(
 ) -> Start:
     """Parse the options and, for --resume, read the checkpoint.
 
-    A job that `torchrun` has restarted resumes by itself from its checkpoint, if it has one. Exits
-    with status 2 and a sentence if there is no good checkpoint, or the options contradict it.
+    After a restart by `torchrun`, the job's own checkpoint is resumed automatically. Exits with
+    status 2 and a one-line error if there is no valid checkpoint or the options contradict it.
 
     Args:
-        parser: the script's parser.
-        arguments: those of the command line; None for sys.argv's.
-        script: the script's name, recorded in its checkpoints.
+        parser: the parser of the script.
+        arguments: the command line (default: sys.argv[1:]).
+        script: name of the script, recorded in checkpoints.
         world: the processes; rank 0 reads the file.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join([f"scripts/{script}", *arguments])
     options = parser.parse_args(arguments)
     run_dir: Path | None = options.resume
-    if run_dir is None and parallel.launched() and world.rank == 0:
-        run_dir = _begun_by_this_job(options)
+    if run_dir is None and parallel.under_torchrun() and world.rank == 0:
+        run_dir = _run_of_this_job(options)
     found: dict[str, Any] | None = None
     wrong = ""
     if run_dir is not None and world.rank == 0:
@@ -118,41 +118,41 @@ def start(
             found = _read(run_dir, script)
         except ValueError as error:
             wrong = f"--resume {run_dir}: {error}"
-    # Together with what went wrong, which is the same for all.
+    # All processes must see the same error.
     run_dir, found, wrong = world.broadcast((run_dir, found, wrong))
     if wrong:
         parser.error(wrong)
     if run_dir is None or found is None:
         return Start(options, None, None, command)
-    begun = f"--resume {run_dir}: it was begun with"
+    begun = f"--resume {run_dir}: the run was started with"
     parser.set_recorded(found["config"], begun, skip=("quiet",))
     recorded = parser.parse_args([])
     recorded.quiet = options.quiet
-    if options.resume is None:  # restarted, with the same arguments as at first
+    if options.resume is None:  # restarted by torchrun, with the same arguments
         return Start(recorded, found, run_dir, found["command"])
-    asked = parser.parse_args(arguments)
+    requested = parser.parse_args(arguments)
     positional = [action.dest for action in parser._actions if not action.option_strings]
-    if any(getattr(options, name) for name in positional):  # then all of them are given again
+    if any(getattr(options, name) for name in positional):  # if any is given, all are
         for name in positional:
-            setattr(asked, name, getattr(options, name))
-    for name, value in vars(asked).items():
+            setattr(requested, name, getattr(options, name))
+    for name, value in vars(requested).items():
         was = getattr(recorded, name)
         option = name if name in positional else f"--{name.replace('_', '-')}"
         if name in _MAY_RISE and value != was and (was is None or value < was):
             parser.error(
-                f"{option} {value}: may be raised on resuming, and the run has {was or 'no limit'}"
+                f"{option} {value}: may only increase on resuming; the run has {was or 'no limit'}"
             )
         if value != was and name not in _MAY_CHANGE:
             parser.error(
-                f"{option} {_in_words(value)}: the run in {run_dir} was begun with "
-                f"{_in_words(was)}; omit it, or begin a new run"
+                f"{option} {_as_typed(value)}: the run in {run_dir} was started with "
+                f"{_as_typed(was)}; omit it, or start a new run"
             )
-    asked.resume = None
-    return Start(asked, found, run_dir, found["command"])
+    requested.resume = None
+    return Start(requested, found, run_dir, found["command"])
 
 
-def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
-    """The folder of a run that this job has begun, and torchrun has restarted."""
+def _run_of_this_job(options: argparse.Namespace) -> Path | None:
+    """Find the run directory that this torchrun job created before it was restarted."""
     by_name = Path("runs").glob(f"*-{command_line.date_and_time()}*")
     for run_dir in [options.run_dir] if options.run_dir else sorted(by_name):
         if not run_dir.is_dir():
@@ -161,40 +161,41 @@ def _begun_by_this_job(options: argparse.Namespace) -> Path | None:
             found = checkpoints.latest_checkpoint(run_dir)
             if found is not None and command_line.is_this_job(str(found.content.get("job"))):
                 return Path(run_dir)
-        command_line.remove_what_this_job_left(run_dir)
+        command_line.remove_leftovers_of_this_job(run_dir)
     return None
 
 
-def _in_words(value: object) -> str:
+def _as_typed(value: object) -> str:
+    """Format an option's value as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _read(run_dir: Path, script: str) -> dict[str, Any]:
-    """The content of a run's checkpoint; raises ValueError if it has none that can be resumed."""
+    """Read the latest checkpoint of a run; raises ValueError if there is none to resume from."""
     try:
         if not run_dir.is_dir():
             raise ValueError("there is no such folder")
         found = checkpoints.latest_checkpoint(run_dir)
     except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
+        raise ValueError(f"the folder cannot be read: {error.strerror}") from error
     if found is None:
         if command_line.is_without_result(run_dir):
             raise ValueError(
-                "it was killed before its first checkpoint: start it again as at first"
+                "the run was killed before its first checkpoint: start it again without --resume"
             )
-        raise ValueError(f"no run of {script} has left a checkpoint there")
+        raise ValueError(f"the folder has no checkpoint of {script}")
     of = found.content.get("script")
     if of != script:
-        raise ValueError(f"that is a run of {of}, not of {script}")
+        raise ValueError(f"expected a run of {script}, got one of {of}")
     if not _has_header(found.content):
         raise ValueError(f"{found.path} does not record the options of the run")
-    for sentence in found.damaged:
-        print(f"{sentence}; going on from {found.path}, the one before", file=sys.stderr)
+    for damage in found.damaged:
+        print(f"{damage}; continuing from the previous one, {found.path}", file=sys.stderr)
     return found.content
 
 
 def _has_header(content: Mapping[str, Any]) -> bool:
-    """Whether the content has what `header` makes, as far as `start` does not check it."""
+    """Whether a checkpoint has the entries of `header`, with values of the expected types."""
     recorded = content.get("circumstances")
     return (
         isinstance(content.get("config"), dict)
@@ -208,7 +209,7 @@ def _has_header(content: Mapping[str, Any]) -> bool:
 
 
 def circumstances(world: World) -> dict[str, Any]:
-    """Everything that the bits depend on in addition to the options."""
+    """Versions, threads and hardware that the rounding of results depends on."""
     return {
         **report.versions(),
         "threads": torch.get_num_threads(),
@@ -221,7 +222,7 @@ def circumstances(world: World) -> dict[str, Any]:
 def header(
     script: str, config: Mapping[str, object], world: World, command: str = ""
 ) -> dict[str, Any]:
-    """What every checkpoint has."""
+    """Entries common to the checkpoints of all scripts."""
     plain = {
         name: str(value) if isinstance(value, Path) else value for name, value in config.items()
     }
@@ -235,20 +236,20 @@ def header(
 
 
 def warn(found: Mapping[str, Any], world: World) -> None:
-    """Say on standard error where something is not as it was, so that the bits may differ."""
+    """Warn on standard error if the circumstances of the run have changed."""
     now, then = circumstances(world), found["circumstances"]
     changed = [
-        f"{what} {now.get(what, 'unknown')} (was {value})"
-        for what, value in then.items()
-        if now.get(what) != value
+        f"{name} {now.get(name, 'unknown')} (was {value})"
+        for name, value in then.items()
+        if now.get(name) != value
     ]
     if changed and world.rank == 0:
-        print(f"Resumed with {', '.join(changed)}: the bits may differ.", file=sys.stderr)
+        print(f"Resumed with {', '.join(changed)}: rounding may differ.", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Context for loading a checkpoint: one sentence for content that does not fit."""
+    """Context for loading a checkpoint: content that does not fit raises ValueError."""
     try:
         with mismatch_is_value_error():
             yield
@@ -257,17 +258,17 @@ def loading() -> Iterator[None]:
         raise ValueError(f"the checkpoint does not fit its configuration: {why}") from error
 
 
-# ----------------------------------------------------------------------------------- when to save
+# -------------------------------------------------------------------------------- writing
 
 
 class Saver:
-    """Writes a run's checkpoints when they are due, and stops it between two steps.
+    """Writes checkpoints when they are due, and stops a run between two steps.
 
     Args:
-        run_dir: where they go; None in processes that write none.
-        every: `--checkpoint-every`.
-        content: everything that the rest of the run needs; called in every process.
-        flush: writes to disk what must be there before a checkpoint.
+        run_dir: the run directory; None in processes that do not write checkpoints.
+        every: value of --checkpoint-every.
+        content: returns the content of a checkpoint; called in every process.
+        flush: flushes all other files to disk, before a checkpoint is written.
         world: the processes.
     """
 
@@ -285,13 +286,13 @@ class Saver:
         self._epochs = 0 if seconds else int(every)
         self._saved, self._calls = time.monotonic(), 0
 
-    def between(self, ask: int = _STEPS_UNASKED) -> None:
-        """Between two steps: save if it is time, and let a signal through that waits.
+    def between(self, ask: int = _STEPS_PER_POLL) -> None:
+        """Save if a checkpoint is due, and stop if a signal is pending; call between steps.
 
         Args:
-            ask: of several processes, how many steps they take before they ask each other.
+            ask: number of calls between two exchanges of several processes.
         """
-        # 0 for nothing, 1 for a checkpoint, and more for a signal, of which SIGHUP is number 1.
+        # 0 to continue, 1 to save, 1 + number for a signal (SIGHUP is number 1).
         number = command_line.waiting()
         code = 1 + number if number else int(self._is_time())
         if self._world.size > 1:
@@ -303,13 +304,13 @@ class Saver:
             self.save()
         elif code:
             command_line.stop(code - 1)
-            command_line.let_through()
+            command_line.raise_pending()
 
     def after(self, epoch: int, *, is_last: bool) -> None:
-        """After an epoch that is logged."""
+        """Save if a checkpoint is due, and stop if a signal is pending; call after an epoch."""
         due = self._world.largest(int(self._is_time()))
-        at_its_turn = bool(epoch and self._epochs and epoch % self._epochs == 0)
-        if due or at_its_turn or is_last:
+        at_epoch = bool(epoch and self._epochs and epoch % self._epochs == 0)
+        if due or at_epoch or is_last:
             self.save()
         self.between(ask=1)
 
@@ -317,7 +318,7 @@ class Saver:
         return time.monotonic() - self._saved >= self._seconds
 
     def save(self) -> None:
-        """Write a checkpoint, which waits for all processes where they have parts of it."""
+        """Write a checkpoint; processes that hold parts of it wait for each other."""
         content = self._content()
         if self._run_dir is not None:
             self._flush()
@@ -325,16 +326,16 @@ class Saver:
         self._saved = time.monotonic()
 
 
-# ------------------------------------------------------------------------------------- how it ends
+# ------------------------------------------------------------------------------- end of a run
 
 
 class Ending:
-    """Around training: hold back what stops it until the results so far are written.
+    """Context for training that delays exceptions until the results so far are written.
 
     Args:
-        run_dir: the run's directory.
-        has_results: whether there is anything to write if the run stops now.
-        save: writes a checkpoint; None for a script without them, which holds back Ctrl-C only.
+        run_dir: the run directory.
+        has_results: whether there are results to write if the run stops now.
+        save: writes a checkpoint; None for a script without them, where only Ctrl-C is delayed.
     """
 
     def __init__(
@@ -351,19 +352,19 @@ class Ending:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         held: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
-        can_go_on = False
+        can_resume = False
         if self._save is not None:
             held = (KeyboardInterrupt, OSError, training.Diverged)
-            can_go_on = isinstance(error, KeyboardInterrupt | BrokenPipeError)
-            if can_go_on:
+            can_resume = isinstance(error, KeyboardInterrupt | BrokenPipeError)
+            if can_resume:
                 self._save()
                 command_line.keep(self._run_dir)
-        if can_go_on or (isinstance(error, held) and self._has_results()):
+        if can_resume or (isinstance(error, held) and self._has_results()):
             self.stopped = error
         return self.stopped is not None
 
     def close(self, interrupted: str) -> None:
-        """Raise the exception that stopped the run; after Ctrl-C print how to resume."""
+        """Raise the exception that stopped the run; after Ctrl-C, print the command to resume."""
         if isinstance(self.stopped, KeyboardInterrupt):
             print(interrupted, file=sys.stderr)
             if self._save is not None:

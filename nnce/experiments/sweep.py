@@ -1,7 +1,7 @@
-"""A sweep over training options: every combination from several starts, chosen on validation.
+"""Grid search over training options, with several starts for each combination.
 
-Networks of one shape, batch size and distortion train next to each other, the groups one after the
-other. Only the chosen combination is evaluated on the test data.
+Networks of equal shape, batch size and distortion are trained together, one such group after the
+other. The combination with the best validation accuracy is evaluated on the test data.
 """
 
 import argparse
@@ -23,37 +23,37 @@ from nnce.experiments.report import Row, table
 from nnce.losses import LOSSES
 from nnce.training.parallel import World
 
-# Training options that make no sense in a sweep.
+# Training options that cannot be swept.
 _NOT_SWEPT = ("help", "epochs", "train_size")
-# Measured in every epoch; the test data are for the chosen combination.
+# Splits evaluated in every epoch; the test data are for the chosen combination only.
 _SPLITS = ("train", "validation")
-# More rows would push the answer off the screen.
+# Largest number of printed rows.
 _ROWS_SHOWN = 20
 
 Values = dict[str, str]
-"""A combination: the text of each value, by option."""
+"""A combination: the values as text, by option."""
 
 
 class Combination(NamedTuple):
-    """One combination of values, and its networks, one for each seed."""
+    """One combination of values, and its networks, one per seed."""
 
     values: Values
     runs: list[Run]
 
     @property
     def diverged(self) -> int:
-        """How many of its networks diverged."""
+        """Number of networks that diverged."""
         return sum(run.diverged for run in self.runs)
 
     @property
     def validation(self) -> Estimate:
-        """Validation accuracy after the last epoch, over the seeds; NaN if any diverged."""
+        """Validation accuracy after the last epoch, over the seeds; NaN if any network diverged."""
         accuracies = [run.last.accuracy["validation"] for run in self.runs]
         return estimate([] if self.diverged else accuracies, SHARE)
 
 
-def in_words(values: Mapping[str, str]) -> str:
-    """A combination as it is typed."""
+def as_typed(values: Mapping[str, str]) -> str:
+    """Format a combination as in --sweep."""
     return " ".join(f"{name}={text}" for name, text in values.items())
 
 
@@ -66,12 +66,12 @@ def _parser() -> ArgumentParser:
 
 
 def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
-    """`--sweep`: for each option the texts of its values, and the values.
+    """Parse --sweep to a dictionary of values by option and by text.
 
-    Exits with one sentence for a bad value.
+    Exits with status 2 and a one-line error for an invalid value.
 
     Raises:
-        ValueError: an option is unknown, has no value, or is there twice.
+        ValueError: an option is unknown, has no value, or is given twice.
     """
     parser = _parser()
     known = [action.dest for action in parser._actions if action.dest not in _NOT_SWEPT]
@@ -81,9 +81,9 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
         name = option.replace("-", "_")
         if name not in known:
             names = ", ".join(sorted(known)).replace("_", "-")
-            raise ValueError(f"expected --sweep of {names}, got {option!r}")
+            raise ValueError(f"expected --sweep over options out of {names}, got {option!r}")
         if name in swept or not all(values.split(",")):
-            raise ValueError(f"expected each name in --sweep once, as NAME=V,V, got {text!r}")
+            raise ValueError(f"expected each option in --sweep once, as NAME=V,V, got {text!r}")
         swept[name] = {}
         for value in values.split(","):
             option = f"--{name.replace('_', '-')}"
@@ -101,11 +101,11 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
 def plan(
     options: argparse.Namespace, dataset: data.Dataset
 ) -> list[tuple[Values, list[training.Settings]]]:
-    """Each combination and its settings, one for each seed.
+    """Settings of all networks: for each combination, one per seed.
 
     Raises:
-        ValueError: a value or a combination makes no sense.
-        MemoryError: the networks would not fit.
+        ValueError: a value or a combination is invalid.
+        MemoryError: the networks do not fit in memory.
     """
     swept, seeds = parse(options.sweep), range(options.seed, options.seed + options.seeds)
     if not 1 <= len(seeds) <= 1_000:
@@ -125,12 +125,12 @@ def plan(
 
 
 class Sweep:
-    """All networks of a sweep, in groups that train next to each other.
+    """All networks of a sweep, in groups that are trained together.
 
     Args:
-        options: those of the script.
-        dataset: all of the data.
-        world: the processes, which divide each group among them.
+        options: options of the script.
+        dataset: training, validation and test data.
+        world: the processes; each trains a share of every group.
     """
 
     def __init__(self, options: argparse.Namespace, dataset: data.Dataset, world: World) -> None:
@@ -151,20 +151,20 @@ class Sweep:
 
     @property
     def networks(self) -> int:
-        """How many networks there are in all."""
+        """Total number of networks."""
         return sum(len(group.runs) for group in self.groups)
 
     def epochs(self, between: Callable[[], None]) -> Iterator[int]:
-        """Train group by group, yielding each epoch of each group."""
+        """Train group by group, and yield each epoch of each group."""
         for group in self.groups:
             yield from group.epochs(between)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """All of it, for a checkpoint; waits for all processes. The first one has it."""
+        """State for a checkpoint, complete on rank 0; waits for all processes."""
         return [group.state_dict() for group in self.groups]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from there; ValueError if it does not fit."""
+        """Restore the state of a checkpoint; raises ValueError if it does not fit."""
         for group, of_group in zip(self.groups, state, strict=True):
             group.load_state_dict(of_group)
 
@@ -173,18 +173,18 @@ class Conclusion(NamedTuple):
     """Results of a sweep."""
 
     ranked: list[Combination]
-    """The highest validation accuracy first, of equal ones the first; diverged ones last."""
+    """Combinations by descending validation accuracy; those with diverged networks are last."""
     test: Estimate | None
-    """Test accuracy of the first one's networks; None if all diverged."""
+    """Test accuracy of the chosen combination; None if every combination diverged."""
 
     @property
     def chosen(self) -> Combination | None:
-        """The combination of the highest validation accuracy."""
+        """The combination with the highest validation accuracy; None if every one diverged."""
         return None if self.test is None else self.ranked[0]
 
 
 def conclude(sweep: Sweep, dataset: data.Dataset) -> Conclusion:
-    """Rank the combinations by validation accuracy, and evaluate the first one on the test data."""
+    """Rank the combinations by validation accuracy, and evaluate the best on the test data."""
 
     def rank(combination: Combination) -> tuple[bool, float]:
         return bool(combination.diverged), -combination.validation.mean
@@ -201,19 +201,19 @@ def conclude(sweep: Sweep, dataset: data.Dataset) -> Conclusion:
 
 
 def answer(conclusion: Conclusion) -> str:
-    """The chosen combination and its accuracies."""
+    """Describe the chosen combination and its accuracies."""
     ranked, chosen = conclusion.ranked, conclusion.chosen
     if chosen is None or conclusion.test is None:
-        return f"No choice: all {len(ranked)} combinations diverged."
+        return f"No combination chosen: all {len(ranked)} diverged."
     return (
-        f"Best of {len(ranked)} on validation: {in_words(chosen.values)}\n"
+        f"Best of {len(ranked)} on validation: {as_typed(chosen.values)}\n"
         f"Validation accuracy {percent(chosen.validation, sd=False)} %, test accuracy "
         f"{percent(conclusion.test, sd=False)} %; seeds: {len(chosen.runs)}."
     )
 
 
 def results(conclusion: Conclusion) -> dict[str, Any]:
-    """Answer, choice and rows for results.json."""
+    """Entries of results.json: answer, choice, test accuracy and rows."""
     chosen, test = conclusion.chosen, conclusion.test
     rows = []
     for one in conclusion.ranked:
@@ -230,7 +230,7 @@ def results(conclusion: Conclusion) -> dict[str, Any]:
 
 
 def epoch_rows(conclusion: Conclusion) -> list[Row]:
-    """Every epoch of every network, for epochs.csv; without layers, which may differ in number."""
+    """Rows of epochs.csv; without values per layer, since the number of layers may vary."""
     found: list[Row] = []
     for values, runs in conclusion.ranked:
         swept = {name: text for name, text in values.items() if name not in ("loss", "lr")}
@@ -240,7 +240,7 @@ def epoch_rows(conclusion: Conclusion) -> list[Row]:
 
 
 def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
-    """The combinations for people, the best first."""
+    """Format the ranking as a table."""
     rows: list[Row] = []
     for place, combination in enumerate(conclusion.ranked[:most], start=1):
         diverged = f"diverged: {combination.diverged} of {len(combination.runs)}"
@@ -255,29 +255,29 @@ def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
         )
     parts, left = [table(rows)], len(conclusion.ranked) - len(rows)
     if left:
-        parts.append(f"{left} more in results.md")
+        parts.append(f"{left} more rows in results.md")
     return joined(parts)
 
 
 def heat_map(conclusion: Conclusion) -> HeatMap | None:
-    """Accuracy over the first two options, the others as chosen; None for fewer than two."""
+    """Accuracy over the first two varied options, the others as chosen; None if fewer vary."""
     best = conclusion.ranked[0].values
     texts = {name: {c.values[name] for c in conclusion.ranked} for name in best}
     names = [name for name, of in texts.items() if len(of) > 1][:2]
     if len(names) < 2:
         return None
-    by_values = {in_words(c.values): c.validation.mean for c in conclusion.ranked}
+    by_values = {as_typed(c.values): c.validation.mean for c in conclusion.ranked}
     rows, columns = (_in_order(texts[name]) for name in names)
     accuracies = [
-        [by_values[in_words({**best, names[0]: row, names[1]: column})] for column in columns]
+        [by_values[as_typed({**best, names[0]: row, names[1]: column})] for column in columns]
         for row in rows
     ]
     others = {name: text for name, text in best.items() if name not in names}
-    return HeatMap(names, [rows, columns], accuracies, in_words(others))
+    return HeatMap(names, [rows, columns], accuracies, as_typed(others))
 
 
 def _in_order(texts: Iterable[str]) -> list[str]:
-    """Numbers by size, anything else by name."""
+    """Sort numbers by value, and other texts alphabetically."""
     try:
         return sorted(texts, key=float)
     except ValueError:

@@ -1,28 +1,29 @@
-"""TensorBoard: values, and the tags under which they are logged.
+"""TensorBoard logging: values and their tags.
 
-One TensorBoard run per variant, with identical tags, so that the runs of a folder are overlaid. The
-step is the epoch; epoch 0 is the start. Layers are numbered from 1, the first with weights.
+Each variant is a TensorBoard run with the same tags, so that the runs of a folder are overlaid. The
+step is the epoch, 0 before training. Layers are numbered from 1, the first one with weights.
 
     loss/train            C; also loss/validation and loss/test
     accuracy/train        in [0, 1]; also accuracy/validation and accuracy/test
-    dz_norm/layer1        ‖dC/dz‖ of one example, the mean over 1,000 validation examples
-    sigmoid_prime/layer1  the mean of σ'(z) over the same examples
-    saturated/layer1      the share of neurons with σ'(z) < 0.01 over the same examples
-    slowdown/layer1       how much of the pull on the layer its σ'(z) lets through; of the last one
-                          the slowdown meter, ‖dz quadratic‖ / ‖dz cross-entropy‖ of the examples
-                          that are wrong by more than ½ (no point where there are none)
-    first_epochs/…        accuracy and loss up to epoch 5, of several networks
+    dz_norm/layer1        mean of ‖dC/dz‖ per example, over 1,000 validation examples
+    sigmoid_prime/layer1  mean of σ'(z) over neurons and the same examples
+    saturated/layer1      share of (example, neuron) pairs with σ'(z) < 0.01
+    slowdown/layer1       share of the gradient that σ'(z) leaves, ‖dC/dz‖ / ‖dC/da‖; for the last
+                          layer the slowdown meter, ‖dz quadratic‖ / ‖dz cross-entropy‖ over the
+                          examples that are wrong by more than ½ (no point if there are none)
+    first_epochs/…        accuracy and loss up to epoch 5 (several networks only)
     upper_and_lower/…     ends of the 95 % confidence interval, for the margin charts of Custom
-                          Scalars; with several networks the curves above are their means
-    output/z              histograms over the outputs' neurons and 1,000 validation examples, at
-                          some ten epochs; also output/a and output/dz
-    weights/layer1        images at the end: the weights of each neuron of the first layer,
-    wrong, confusion      the most confidently wrong test examples, and the confusion matrix
-    distortion            distorted training images (not of a comparison)
-    config, results       texts: the options; the closing table and the command that made it
+                          Scalars; with several networks, all other curves are means
+    output/z              histograms over output neurons and 1,000 validation examples, in about ten
+                          epochs; also output/a and output/dz
+    weights/layer1        image at the end: weights of each neuron of the first layer
+    wrong, confusion      images at the end: most confidently misclassified test examples, and the
+                          confusion matrix
+    distortion            image of distorted training examples (not in comparisons)
+    config, results       texts: options; closing table and command
 
-`nnce.watch` logs dz_norm, sigmoid_prime, saturated and slowdown of any PyTorch model, and any
-loop, under the same tags.
+`nnce.watch` logs dz_norm, sigmoid_prime, saturated and slowdown of any PyTorch model under the same
+tags.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ from nnce.training import Record, confusion
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Histograms are worth most in the first epochs; more of them would only make the files large.
+# Epochs with histograms; early ones are the most informative, and more would bloat the files.
 _HISTOGRAM_EPOCHS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _HISTOGRAM_EXAMPLES = 1_000
 # TensorBoard draws 30 by default.
 _BINS = 60
-# Number of neurons of a wide first layer that are drawn, the first ones.
+# Largest number of neurons of the first layer that are drawn.
 _IMAGES = 100
 _ROW = 8
 _PREFIX = "events.out.tfevents."
@@ -69,15 +70,15 @@ _BANDS = "upper_and_lower"
 _FIRST, _FIRST_EPOCHS = "first_epochs/", 5
 # Tags whose values are in [0, 1].
 _SHARES = ("accuracy/", "saturated/", "sigmoid_prime/", "slowdown/")
-# Names of the options in the table of hyperparameters,
+# Options in the table of hyperparameters, with their names there.
 _HYPERPARAMETERS = {"loss": "loss", "lr": "rate", "init": "start", "l2": "λ", "engine": "engine"}
-# of the figures there,
+# Metrics in that table, with their names there.
 _METRICS = {
     "accuracy/test": "test accuracy",
     "accuracy/validation": "validation accuracy",
     "loss/test": "test loss",
 }
-# and the options that are there only if they differ from these.
+# Options in that table only if they differ from these values.
 _USUAL: Mapping[str, object] = {
     **{"data": "digits", "train_size": None, "hidden": [30], "optimizer": "sgd", "epochs": 30},
     **{"batch_size": 10, "momentum": 0.0, "schedule": "constant", "warmup": 0, "dtype": "float32"},
@@ -87,7 +88,7 @@ _USUAL: Mapping[str, object] = {
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """A record's figures by their tags."""
+    """Values of a record by tag."""
     by_tag = {
         **{f"loss/{split}": value for split, value in record.loss.items()},
         **{f"accuracy/{split}": value for split, value in record.accuracy.items()},
@@ -98,7 +99,7 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 def _of_first_epochs(by_tag: Mapping[str, float], epoch: int) -> dict[str, float]:
-    """Accuracies and losses once more, for a chart of the first epochs."""
+    """Accuracies and losses under separate tags, for a chart of the first epochs."""
     if epoch > _FIRST_EPOCHS:
         return {}
     names = [f"{figure}/{of}" for figure in ("accuracy", "loss") for of in ("validation", "test")]
@@ -106,17 +107,18 @@ def _of_first_epochs(by_tag: Mapping[str, float], epoch: int) -> dict[str, float
 
 
 def add_points(writer: SummaryWriter, points: Mapping[str, float], step: int) -> None:
-    """Add one point to each of several curves, in one event: nine times as fast as `add_scalar`."""
+    """Add a point to each of several curves in one event, nine times as fast as `add_scalar`."""
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
     file_writer: Any = writer.file_writer
     file_writer.add_summary(Summary(value=values), step)
 
 
 def _put_first(run_dir: Path) -> bool:
-    """See to it that TensorBoard reads the event files that are there before the next one.
+    """Rename existing event files if necessary, so that TensorBoard reads them before the next one.
 
-    It reads them in the order of their names, which begin with the second they were made in: wrong
-    for two of one second, and after a clock was set back. Returns whether there are any.
+    TensorBoard reads files in the order of their names, which start with their time in seconds: not
+    in order for two files of the same second, or after the clock was set back. Returns whether
+    there are any files.
     """
     files = sorted(run_dir.glob(_EVENTS))
     if files and files[-1].name >= f"{_PREFIX}{int(time.time()):010d}":
@@ -126,9 +128,9 @@ def _put_first(run_dir: Path) -> bool:
 
 
 def _put_last(run_dir: Path) -> None:
-    """See to it that TensorBoard reads the file of the end after the curves: see `_put_first`.
+    """Rename the closing file if necessary, so that TensorBoard reads it after the curves.
 
-    Else it would forget the end of a run that has gone on, as if that were of before.
+    Otherwise TensorBoard would purge the closing events of a resumed run as outdated.
     """
     files = sorted(run_dir.glob(_EVENTS))
     for file in files[:-1]:
@@ -137,7 +139,7 @@ def _put_last(run_dir: Path) -> None:
 
 
 def _layout(tags: Iterable[str]) -> Summary:
-    """The page of Custom Scalars for several networks: margin charts in three groups."""
+    """Layout of Custom Scalars for several networks: margin charts in three groups."""
     # Accuracies before losses; test before validation before train.
     tags = sorted(reversed(list(tags)), key=lambda tag: "accuracy/" not in tag)
     figures_of = {tag.partition("/")[0]: tag for tag in reversed(tags)}  # of the last layer
@@ -151,8 +153,8 @@ def _layout(tags: Iterable[str]) -> Summary:
             tag.removeprefix(_FIRST): tag for tag in tags if tag.startswith(_FIRST)
         },
         "The learning slowdown": {
-            "slowdown meter: share of cross-entropy's dz that the quadratic loss has left, "
-            "where an output is badly wrong": meter,
+            "slowdown meter: ratio of dz, quadratic to cross-entropy, over examples that are wrong "
+            "by more than ½": meter,
             "share of saturated output neurons": figures_of["saturated"],
             **{
                 f"mean norm of dz, {tag.partition('/')[2]}": tag
@@ -172,29 +174,30 @@ def _layout(tags: Iterable[str]) -> Summary:
 
 
 def _ends(tag: str) -> list[str]:
-    """The tags of the ends of a curve's interval."""
+    """Tags of the ends of a curve's confidence interval."""
     return [f"{_BANDS}/{tag}/{end}" for end in ("lower", "upper")]
 
 
 def options_table(config: Mapping[str, object]) -> str:
-    """The options as a Markdown table."""
+    """Format options as a Markdown table."""
     lines = [f"| {name} | {value} |" for name, value in config.items()]
     return "\n".join(["| option | value |", "|---|---|", *lines])
 
 
 class Monitor:
-    """Writes curves, histograms and images of one variant into its directory.
+    """Writes curves, histograms and images of one variant to its directory.
 
-    The end is in another file, which is deleted when a run is resumed.
+    Images and texts at the end of a run go to a separate file, which is deleted on resuming.
 
     Args:
-        run_dir: where TensorBoard finds it.
-        config: name and value of each option, to be shown; None for a variant of several.
-        so_far: the records of each epoch that has been logged, if a run is resumed. Points of later
-            epochs, which a killed run has left, are purged. Where the event files are gone, the
-            curves are written again (but not histograms, which records do not have).
-        several: whether curves have bands and a page of Custom Scalars. The band of one network is
-            its curve: TensorBoard complains of a run that has not all tags of a margin chart.
+        run_dir: directory of the TensorBoard run.
+        config: name and value of each option, logged as text; None to log no options.
+        so_far: the records of each logged epoch of a resumed run. Points of later epochs, left by a
+            killed run, are purged. If the event files are missing, the curves are written again
+            (histograms are lost).
+        several: whether curves have confidence bands and a page of Custom Scalars. With one
+            network, the band equals the curve: TensorBoard warns if a run lacks tags of a margin
+            chart.
     """
 
     def __init__(
@@ -209,7 +212,7 @@ class Monitor:
         for old in run_dir.glob(f"{_EVENTS}{_CLOSING}" if so_far else _EVENTS):
             old.unlink()
         exists = _put_first(run_dir)
-        # (Texts would not be purged. And a purge where there is nothing has no sense.)
+        # Texts are written once, because a purge does not remove them.
         self._writer = SummaryWriter(str(run_dir), purge_step=len(so_far) if exists else None)
         self._several, self._lacks_layout = several, several and not exists
         if not exists:
@@ -223,20 +226,20 @@ class Monitor:
         return SummaryWriter(str(self._run_dir), filename_suffix=_CLOSING)
 
     def flush(self) -> None:
-        """Wait until everything is on the disk, so that a checkpoint is never ahead of it."""
+        """Flush all events to disk, so that a checkpoint is never ahead of them."""
         self._writer.flush()
         for path in self._run_dir.glob(_EVENTS):
             to_disk(path)
 
     def log(self, *records: Record) -> None:
-        """Add an epoch to the curves: of one network, or the mean of several and its band."""
+        """Add an epoch to the curves: of one network, or the mean of several with its band."""
         by_network = [scalars(record) for record in records]
         if self._several:
             epoch = records[0].epoch
             by_network = [{**tags, **_of_first_epochs(tags, epoch)} for tags in by_network]
         points: dict[str, float] = {}
         for tag in by_network[0]:
-            # NaN is no value: a diverged network's loss, or a meter with nothing to measure.
+            # NaN is skipped: the loss of a diverged network, or a meter without examples.
             values = [tags[tag] for tags in by_network if math.isfinite(tags[tag])]
             limits = estimates.SHARE if tag.removeprefix(_FIRST).startswith(_SHARES) else None
             mean, _, low, high, n, _ = estimates.estimate(values, limits)
@@ -252,7 +255,7 @@ class Monitor:
         self._writer.flush()
 
     def log_histograms(self, network: MLP, split: data.Split, loss: Loss, epoch: int) -> None:
-        """Add histograms of z, a and dz of the output layer, at a bounded number of epochs."""
+        """Add histograms of z, a and dz of the output layer, in selected epochs."""
         if epoch not in _HISTOGRAM_EPOCHS:
             return
         x, y = split.x[:_HISTOGRAM_EXAMPLES], split.y[:_HISTOGRAM_EXAMPLES]
@@ -263,21 +266,21 @@ class Monitor:
                 self._writer.add_histogram(f"output/{name}", values.double(), epoch, _BINS)
 
     def log_images(self, network: MLP, split: data.Split, epoch: int) -> None:
-        """Add first-layer weights, the most confidently wrong examples and the confusion matrix.
+        """Add images of first-layer weights, misclassified examples and the confusion matrix.
 
         Args:
-            network: whose parameters are finite numbers.
-            split: the test data, of one-hot targets.
-            epoch: the step they are shown at.
+            network: network with finite parameters.
+            split: test data with one-hot targets.
+            epoch: step of the images.
         """
         side = math.isqrt(network.sizes[0])
         if side**2 == network.sizes[0]:
             weights = network.linears()[0].weight.detach()[:_IMAGES].view(-1, 1, side, side)
             largest = weights.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
-            grey = 0.5 + 0.5 * weights / largest  # 0 is grey, whatever the neuron's scale
+            gray = 0.5 + 0.5 * weights / largest  # 0 is gray for every neuron
             scale = max(1, 56 // side)
-            enlarged = grey.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-            # TensorBoard draws rows of 8, and fills the last one with black.
+            enlarged = gray.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+            # TensorBoard draws rows of 8 images; fill the last one with white instead of black.
             missing = -len(weights) % _ROW if len(weights) > _ROW else 0
             framed = nn.functional.pad(enlarged, (1, 1, 1, 1, 0, 0, 0, missing), value=1.0)
             self._closing.add_images("weights/layer1", framed.float().cpu(), epoch)
@@ -288,9 +291,9 @@ class Monitor:
         self._closing.add_figure("confusion", figures.confusion_matrix(counts), epoch)
 
     def log_hparams(self, config: Mapping[str, object], record: Record) -> None:
-        """Enter the options that vary, and the last figures, in the table of hyperparameters.
+        """Add options and final metrics to the table of hyperparameters.
 
-        `SummaryWriter.add_hparams` would start a run of its own for it.
+        `SummaryWriter.add_hparams` would create a separate run.
         """
         shown = {new: config[name] for name, new in _HYPERPARAMETERS.items()}
         shown |= {
@@ -312,15 +315,15 @@ class Monitor:
             writer.add_summary(summary)
 
     def log_figure(self, tag: str, figure: Figure) -> None:
-        """Add a picture."""
+        """Add a figure."""
         self._closing.add_figure(tag, figure)
 
     def log_text(self, tag: str, markdown: str) -> None:
-        """Add a page of text, at the end."""
+        """Add a text in Markdown."""
         self._closing.add_text(tag, markdown)
 
     def close(self) -> None:
-        """Write everything out."""
+        """Write all pending events and close the files."""
         self._writer.close()
         if "_closing" in vars(self):
             self._closing.close()

@@ -1,4 +1,4 @@
-"""Measure contenders side by side: time, in turns, and memory at its peak."""
+"""Measure the time of contenders, in alternating turns, and their peak memory."""
 
 import contextlib
 import gc
@@ -20,10 +20,10 @@ Result = TypeVar("Result")
 
 
 class Timing(NamedTuple):
-    """The time of a contender, and its ratio to a reference's time in the same turn."""
+    """Time of a contender, and its ratio to the reference's time in the same turn."""
 
     seconds: float = math.nan
-    """Median over the turns."""
+    """Median over all turns."""
     ratio: float = math.nan
     """Median of the ratios."""
     ratio_least: float = math.nan
@@ -32,7 +32,7 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float], reference: Sequence[float]) -> "Timing":
-        """Summarize the seconds of a contender and of the reference, turn by turn."""
+        """Summarize the times of a contender and the reference, given per turn."""
         ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
         return cls(
             statistics.median(seconds),
@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Mean seconds of a call, until the device has finished."""
+    """Mean time of a call, including the synchronization of the device."""
     _finish(device)
     began = time.perf_counter()
     for _ in range(times):
@@ -63,20 +63,20 @@ def in_turns(
     title: str,
     times: int = 1,
 ) -> dict[Name, list[float]]:
-    """Time contenders in turns, so that other work on the machine slows all of them alike.
+    """Time contenders in alternating turns, so that other load on the machine affects all alike.
 
     Args:
-        contenders: by name, a function that prepares a turn, untimed, and returns the call to time.
+        contenders: by name, a function that prepares a turn (not timed) and returns the timed call.
         repetitions: number of turns.
-        device: where the calls compute.
+        device: device of the calls.
         title: label of the progress bar.
-        times: calls in a turn.
+        times: number of calls per turn.
 
     Returns:
-        The seconds of a call of each contender, turn by turn.
+        For each contender, the mean time of a call in each turn.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in contenders}
-    # A new order in each turn: whichever comes after the slowest finds cold caches.
+    # A new random order in each turn, because a slow contender leaves cold caches to the next.
     shuffled = random.Random(0)
     names = list(contenders)
     turns = [name for _ in range(repetitions) for name in shuffled.sample(names, len(names))]
@@ -89,14 +89,14 @@ def in_turns(
 
 
 def resident(*, peak: bool = False) -> int:
-    """Memory of this process in bytes: now, or the most so far."""
+    """Resident memory of this process in bytes: current, or its peak so far."""
     memory = psutil.Process().memory_info()
     if not peak:
         return int(memory.rss)
     if sys.platform == "win32":
         return int(memory.peak_wset)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss begins with the parent process's
+    if status.exists():  # on Linux, ru_maxrss starts at the parent's value
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     import resource  # not on Windows
 
@@ -104,9 +104,9 @@ def resident(*, peak: bool = False) -> int:
 
 
 def peak_memory(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Result of a call, and the most bytes that it took beyond those in use before.
+    """Return the result of a call, and its peak memory in bytes beyond the memory in use before.
 
-    NaN bytes where the peak cannot be reset: on a CPU, everywhere but on Linux.
+    The peak is NaN where it cannot be reset, which for CPU memory works on Linux only.
     """
     gc.collect()
     if device.type == "cuda":
@@ -127,13 +127,13 @@ def peak_memory(call: Callable[[], Result], device: torch.device) -> tuple[Resul
 
 
 class Neighbors:
-    """Processor time that other programs take while this one measures."""
+    """Processor time of other programs since this object was created."""
 
     def __init__(self) -> None:
         self._began, self._others = time.perf_counter(), self._seconds()
 
     def share(self) -> float:
-        """Mean number of processors that other programs have kept busy so far."""
+        """Mean number of processors kept busy by other programs so far."""
         return max(0.0, self._seconds() - self._others) / (time.perf_counter() - self._began)
 
     def _seconds(self) -> float:

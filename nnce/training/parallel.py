@@ -72,14 +72,14 @@ class World(NamedTuple):
 ALONE = World()
 
 
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Whether `torchrun` has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_first() -> bool:
     """Whether this process is the first one, which speaks and writes, or the only one."""
-    return not launched() or os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 def join() -> World:
@@ -88,7 +88,7 @@ def join() -> World:
     Over gloo, and over NCCL for tensors on CUDA, where each process takes the GPU of its local
     rank.
     """
-    if not launched():
+    if not under_torchrun():
         return ALONE
     if not distributed.is_initialized():
         gpus = torch.cuda.device_count()
@@ -136,7 +136,9 @@ def _agreed_name(store: Any, rank: int, size: int) -> str:  # PyTorch has no pub
 def lost(error: BaseException) -> bool:
     """Whether the error says that another process cannot be reached any more."""
     words = r"Connection (closed|reset|refused)|[Gg]loo|NCCL|Broken pipe|not all came|store"
-    return isinstance(error, RuntimeError) and launched() and bool(re.search(words, str(error)))
+    return (
+        isinstance(error, RuntimeError) and under_torchrun() and bool(re.search(words, str(error)))
+    )
 
 
 def leave() -> None:
@@ -147,7 +149,7 @@ def leave() -> None:
 
 def processes_here() -> int:
     """How many of the job's processes are on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def restarts_left() -> int:
@@ -164,7 +166,7 @@ def processors() -> int:
     return max(1, (os.cpu_count() or 1) // processes_here())
 
 
-def after_the_first() -> None:
+def wait_for_rank0_error() -> None:
     """Wait, in a process that fails and is not the first, for that one to fail and say why.
 
     Else `torchrun` would end the first one before it has. It ends this one instead, in here. Where

@@ -1,4 +1,4 @@
-"""Lightning: digits with checkpoints, resuming, and `nnce.watch` on the TensorBoard logger."""
+"""Lightning: training on digits with checkpoints, resuming and `nnce.watch`."""
 
 import logging
 import tempfile
@@ -16,15 +16,15 @@ from nnce import data
 
 
 class Watch(Callback):
-    """Log how the sigmoid layers learn, in the curves of `nnce.watch`."""
+    """Callback that logs the curves of `nnce.watch` for the sigmoid layers."""
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Attach the watcher; a resumed run continues its curves."""
+        """Attach the watcher at the current step, so that a resumed run continues its curves."""
         self.watcher = nnce.watch(module.network, trainer.logger.experiment, every=50)
         self.watcher.step = trainer.global_step
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Detach it."""
+        """Detach the watcher."""
         self.watcher.remove()
 
 
@@ -38,36 +38,36 @@ class Digits(lightning.LightningModule):
         self.digits = data.load("digits")
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Mini-batches in an order that depends on the epoch alone.
+        """Training mini-batches, in an order that depends only on the epoch.
 
-        shuffle=True would take it from PyTorch's global generator, which no checkpoint contains.
+        shuffle=True would use PyTorch's global generator, which is not part of checkpoints.
         """
         digits = TensorDataset(*self.digits.train)
         return DataLoader(digits, 10, sampler=DistributedSampler(digits, num_replicas=1, rank=0))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation digits, all at once."""
+        """All validation digits in one batch."""
         return DataLoader(TensorDataset(*self.digits.validation), 1_000)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """C of one mini-batch."""
+        """Loss C of one mini-batch."""
         x, y = batch
         return self.loss(self.network(x), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """The share of digits whose largest activation is right."""
+        """Log the classification accuracy."""
         x, y = batch
         self.log("accuracy", (self.network(x).argmax(1) == y.argmax(1)).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum, whose state is in the checkpoint."""
+        """SGD with momentum; its state is part of the checkpoint."""
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
 
 
 def train(
     folder: Path, epochs: int, module: Digits, checkpoint: str | None = None
 ) -> lightning.Trainer:
-    """Train up to a number of epochs, from the start or from a checkpoint."""
+    """Train up to `epochs` epochs, from the start or from a checkpoint."""
     trainer = lightning.Trainer(
         max_epochs=epochs,
         logger=TensorBoardLogger(folder, name=None, version=""),
@@ -81,19 +81,19 @@ def train(
 
 
 def main() -> None:
-    """Train 6 epochs at once, and as 3 and 3."""
+    """Train 6 epochs without and with an interruption after 3, and compare."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        at_once, resumed = Digits(), Digits()
-        trainer = train(folder / "at once", 6, at_once)
+        uninterrupted, resumed = Digits(), Digits()
+        trainer = train(folder / "uninterrupted", 6, uninterrupted)
         train(folder / "resumed", 3, Digits())
         train(folder / "resumed", 6, resumed, str(folder / "resumed" / "last.ckpt"))
-    pairs = zip(at_once.parameters(), resumed.parameters(), strict=True)
+    pairs = zip(uninterrupted.parameters(), resumed.parameters(), strict=True)
     same = all(torch.equal(a, b) for a, b in pairs)
     print(
         f"Validation accuracy {trainer.callback_metrics['accuracy']:.1%} after 6 epochs; resumed "
-        f"after 3, the parameters are {'bit for bit the same' if same else 'different'}."
+        f"after 3, the parameters are {'bit-identical' if same else 'different'}."
     )
 
 

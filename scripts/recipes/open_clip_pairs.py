@@ -10,9 +10,9 @@ from nnce.experiments import timing
 
 
 class PairLoss(nn.Module):
-    """Takes the place of `open_clip.loss.SigLipLoss`; its memory is linear in the pairs.
+    """Replacement for `open_clip.loss.SigLipLoss` with memory linear in the number of images.
 
-    Several processes: see `group` of `nnce.pair_sigmoid_cross_entropy`.
+    For several processes, see `group` of `nnce.pair_sigmoid_cross_entropy`.
     """
 
     def forward(
@@ -23,13 +23,13 @@ class PairLoss(nn.Module):
         logit_bias: Tensor,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The sum over all pairs of an image and a text, divided by the number of images."""
+        """Compute the loss summed over all image-text pairs, divided by the number of images."""
         C = nnce.pair_sigmoid_cross_entropy(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": C} if output_dict else C
 
 
 def gradients(loss: nn.Module, n: int = 32) -> dict[str, Tensor]:
-    """Value and gradients of one step of a tiny CLIP on random images and texts."""
+    """Compute value and gradients of the loss of a tiny CLIP on random images and texts."""
     torch.manual_seed(0)
     vision = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
     text = {"layers": 1, "width": 32, "heads": 2, "context_length": 8, "vocab_size": 100}
@@ -41,10 +41,10 @@ def gradients(loss: nn.Module, n: int = 32) -> dict[str, Tensor]:
 
 
 def peak(loss: nn.Module, n: int = 8_000) -> float:
-    """The most memory, in MB, that forward and backward of n random pairs take (on Linux)."""
+    """Peak memory in MB of forward and backward with n images and n texts (Linux only)."""
     x, y = (nn.functional.normalize(torch.randn(n, 256)).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
-    loss(x[:2_000], y[:2_000], scale, bias).backward()  # loads and compiles
+    loss(x[:2_000], y[:2_000], scale, bias).backward()  # load and compile first
     _, more = timing.peak_memory(lambda: loss(x, y, scale, bias).backward(), torch.device("cpu"))
     return more / 1e6
 
@@ -54,10 +54,10 @@ def main() -> None:
     ours, theirs = PairLoss(), SigLipLoss()
     found, expected = gradients(ours), gradients(theirs)
     difference = max(((found[k] - C).norm() / C.norm()).item() for k, C in expected.items())
-    print(f"Value and gradients of a tiny CLIP differ by at most {difference:.0e} of their norm.")
+    print(f"Value and gradients of a tiny CLIP agree to {difference:.0e} in relative norm.")
     print(
-        f"Peak memory of 8,000 pairs: {peak(ours):,.0f} MB with nnce, {peak(theirs):,.0f} MB with "
-        f"SigLipLoss."
+        f"Peak memory with 8,000 images: {peak(ours):,.0f} MB with nnce, {peak(theirs):,.0f} MB "
+        f"with SigLipLoss."
     )
 
 

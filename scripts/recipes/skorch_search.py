@@ -1,4 +1,4 @@
-"""scikit-learn through skorch: a grid search over loss and learning rate on digits."""
+"""skorch: scikit-learn's grid search over loss and learning rate on digits."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ import nnce
 
 
 class OneHot(nn.Module):
-    """A loss of nnce for class indices, which is what scikit-learn passes.
+    """nnce loss with class indices as targets, as scikit-learn passes them.
 
     Args:
         loss: "cross-entropy" or "quadratic".
@@ -29,14 +29,14 @@ class OneHot(nn.Module):
         self.loss = kinds[loss]()
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """C of logits [n, K] and class indices [n]."""
+        """Compute the loss for logits [n, K] and class indices [n]."""
         return self.loss(z, nn.functional.one_hot(labels, z.shape[-1]).to(z.dtype))
 
 
 def classifier(**options: Any) -> NeuralNetClassifier:
-    """A network 64-30-10 whose predict_proba returns the activations σ(z).
+    """Classifier 64-30-10 whose predict_proba returns the activations σ(z).
 
-    Without predict_nonlinearity it would return z. Activations of sigmoid neurons do not sum to 1.
+    They do not sum to 1. Without predict_nonlinearity, predict_proba would return z.
     """
     return NeuralNetClassifier(
         nnce.MLP,
@@ -60,7 +60,7 @@ GRID = [
 
 
 def search(net: NeuralNetClassifier, folds: int = 3) -> tuple[GridSearchCV, float]:
-    """The search, fitted, and the test accuracy of its best pipeline."""
+    """Run the search; return it and the test accuracy of the best pipeline."""
     torch.manual_seed(0)
     x, labels = load_digits(return_X_y=True)
     x, x_test, labels, labels_test = train_test_split(x.astype("float32"), labels, random_state=0)
@@ -71,7 +71,7 @@ def search(net: NeuralNetClassifier, folds: int = 3) -> tuple[GridSearchCV, floa
 
 
 def main() -> None:
-    """Search, and print the best loss and rate."""
+    """Run the search and print the best loss and rate."""
     grid, accuracy = search(classifier())
     loss, lr = (grid.best_params_[f"network__{name}"] for name in ("criterion__loss", "lr"))
     print(

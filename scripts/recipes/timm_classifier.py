@@ -10,11 +10,11 @@ from nnce import data
 
 
 class FromIndices(nn.Module):
-    """nnce's loss with `BinaryCrossEntropy`'s meaning of smoothing and target_threshold.
+    """nnce's loss with timm's definition of smoothing and target_threshold.
 
-    timm smooths class indices by s to s/K + (1−s) at the class and s/K elsewhere, for K classes:
-    targets of a one-hot softmax. nnce's label_smoothing takes each component for a decision of its
-    own and moves it to s/2 or 1 − s/2, which is what timm calls smooth_dense. So smooth first.
+    For K classes, timm smooths targets to 1 − s + s/K for the class and s/K elsewhere, as for a
+    softmax. nnce's label_smoothing treats each component as a separate binary decision and smooths
+    it to s/2 or 1 − s/2 (timm's smooth_dense). Therefore the targets are smoothed here.
     """
 
     def __init__(self, smoothing: float = 0.1, target_threshold: float | None = None) -> None:
@@ -23,16 +23,16 @@ class FromIndices(nn.Module):
         self.loss = nnce.BCEWithLogitsLoss()  # sum_classes=True: SigmoidCrossEntropyLoss()
 
     def forward(self, z: Tensor, target: Tensor) -> Tensor:
-        """The mean over examples and classes, for class indices [n] or targets [n, K]."""
+        """Compute the mean loss over examples and classes for targets [n] or [n, K]."""
         if target.shape != z.shape:
             one_hot = nn.functional.one_hot(target.long(), z.shape[-1]).to(z.dtype)
             target = (1 - self.smoothing) * one_hot + self.smoothing / z.shape[-1]
         if self.target_threshold is not None:
-            target = target > self.target_threshold  # nnce takes booleans
+            target = target > self.target_threshold  # nnce accepts booleans
         return self.loss(z, target)
 
 
-# Each of timm's losses, and what takes its place.
+# Losses of timm with their replacements.
 LOSSES: dict[str, tuple[nn.Module, nn.Module]] = {
     "BinaryCrossEntropy": (BinaryCrossEntropy(), FromIndices()),
     # For targets of 0 and 1: both divide by the number of examples. timm's ln is cut off at 1e-8.
@@ -44,10 +44,12 @@ LOSSES: dict[str, tuple[nn.Module, nn.Module]] = {
 
 
 def train(loss: nn.Module, dense: bool = False, epochs: int = 5) -> tuple[nn.Module, float]:
-    """A network trained on 1,000 digits, and its accuracy on the test digits.
+    """Train a network on 1,000 digits; return it and its test accuracy.
 
     Args:
+        loss: a criterion.
         dense: whether the loss takes targets [n, 10] of 0 and 1, not class indices.
+        epochs: number of epochs.
     """
     torch.manual_seed(0)
     network = timm.create_model("test_convnext", pretrained=False, in_chans=1, num_classes=10)
@@ -70,7 +72,7 @@ def train(loss: nn.Module, dense: bool = False, epochs: int = 5) -> tuple[nn.Mod
 
 
 def main() -> None:
-    """Train with timm's losses and with nnce's in their place."""
+    """Train with timm's losses and with their replacements, and compare."""
     for name, (theirs, ours) in LOSSES.items():
         dense = name == "AsymmetricLossMultiLabel"
         (network, accuracy), (twin, same) = train(ours, dense), train(theirs, dense)

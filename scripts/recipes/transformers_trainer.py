@@ -20,7 +20,7 @@ VOCABULARY, LENGTH, WIDTH = 100, 6, 64
 
 
 def config(num_labels: int) -> BertConfig:
-    """The sizes of a tiny BERT, which starts from random weights."""
+    """Configuration of a tiny BERT, for random initial weights."""
     return BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -35,17 +35,17 @@ def config(num_labels: int) -> BertConfig:
 def cross_entropy(
     outputs: SequenceClassifierOutput, labels: Tensor, num_items_in_batch: Tensor | None = None
 ) -> Tensor:
-    """The `compute_loss_func`: the mean over all elements, as the built-in loss.
+    """Mean loss over all elements, like the built-in one, for `compute_loss_func`.
 
-    With accumulated gradients the Trainer expects the loss to divide by num_items_in_batch, the
-    number of elements of all batches of a step. (The built-in one does not.)
+    With gradient accumulation, the Trainer expects division by num_items_in_batch, the number of
+    elements in all batches of a step. (The built-in loss does not do that.)
     """
     C = nnce.sigmoid_cross_entropy(outputs.logits, labels, reduction="sum")
     return C / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
 class ManyLabels(nn.Module):
-    """A BERT whose last layer and loss are one module, which takes many labels block by block."""
+    """BERT with last layer and loss in one module that processes many labels block by block."""
 
     def __init__(self, num_labels: int) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class ManyLabels(nn.Module):
         self.last = nnce.LinearSigmoidCrossEntropyLoss(WIDTH, num_labels, prior=LENGTH / num_labels)
 
     def features(self, input_ids: Tensor) -> Tensor:
-        """The mean over the tokens, [n, WIDTH]."""
+        """Compute the mean hidden state over the tokens, [n, WIDTH]."""
         return self.encoder(input_ids).last_hidden_state.mean(1)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The loss; labels [n, k] holds label numbers, padded with −1."""
+        """Compute the loss; labels [n, k] are label numbers, padded with −1."""
         return {"loss": self.last(self.features(input_ids), labels)}
 
 
 def train(model: nn.Module, dataset: list[Any], loss: Any = None, **options: Any) -> nn.Module:
-    """Train a model with a `Trainer` that keeps no checkpoints and reports nothing."""
+    """Train a model with a `Trainer`, without checkpoints and reports."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -75,14 +75,14 @@ def train(model: nn.Module, dataset: list[Any], loss: Any = None, **options: Any
 
 
 def make(kind: type[nn.Module], argument: Any) -> nn.Module:
-    """A model that starts from the same weights at each call."""
+    """Create a model with the same initial weights at each call."""
     torch.manual_seed(0)
     return kind(argument)
 
 
 def main() -> None:
     """Train with both losses, then with 10,000 labels."""
-    # Sentences of different tokens. Label t is positive if token t is in the sentence.
+    # Sentences of distinct tokens. Label t is positive if the sentence contains token t.
     tokens = torch.rand(1_000, VOCABULARY, generator=torch.Generator().manual_seed(0))
     tokens = tokens.argsort(1)[:, :LENGTH]
     y = torch.zeros(1_000, VOCABULARY).scatter_(1, tokens, 1.0)
@@ -93,16 +93,16 @@ def main() -> None:
     )
     pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
     difference = max((a - b).abs().max().item() for a, b in pairs)
-    print(f"No parameter differs by more than {difference:.0e} from the built-in loss's.")
+    print(f"Parameters differ from those with the built-in loss by at most {difference:.0e}.")
 
-    # The same with 10,000 labels, of which token t stands for label 100 t.
+    # The same with 10,000 labels, where token t corresponds to label 100 t.
     labels = 100 * tokens
     dataset = [{"input_ids": t, "labels": row} for t, row in zip(tokens, labels, strict=True)]
     model = train(make(ManyLabels, 10_000), dataset, num_train_epochs=4)
     with torch.no_grad():
         _, best = model.last.topk(model.features(tokens), LENGTH)
     found = (best.unsqueeze(-1) == labels.unsqueeze(1)).any(-1).float().mean().item()
-    print(f"Of the {LENGTH} labels out of 10,000 ranked first, {found:.0%} are right.")
+    print(f"{found:.0%} of the {LENGTH} top-ranked labels out of 10,000 are right.")
 
 
 if __name__ == "__main__":

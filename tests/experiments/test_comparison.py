@@ -154,7 +154,7 @@ def test_a_diverging_rate_leaves_the_others_alone(digits):
     runs = list(wild.values())
     assert comparison.best_lrs(runs) == {"quadratic": 1.0, "cross-entropy": 0.5}
     best = comparison.best_lrs(runs)
-    summary = comparison.summarise(
+    summary = comparison.summarize(
         comparison.by_variant(runs)[Variant("cross-entropy", 1e38)], best
     )
     assert not summary.chosen
@@ -166,7 +166,7 @@ def test_engines_in_the_graph_are_not_trained_side_by_side(digits):
     """They would be trained by another one, without their dropout."""
     whole, graph = Settings(hidden=(8,)), Settings(hidden=(8,), dropout=0.5)
     runs = comparison.make_runs([whole, graph], digits)
-    with pytest.raises(ValueError, match="side by side, got 'functions'"):
+    with pytest.raises(ValueError, match="trained together, got 'functions'"):
         comparison.SideBySide(runs, digits)
 
 
@@ -201,7 +201,7 @@ def test_the_rate_is_chosen_on_validation_after_the_last_epoch():
 
 
 def test_summary():
-    summary = comparison.summarise(
+    summary = comparison.summarize(
         [
             run("quadratic", 1.0, 0, [0.1, 0.91, 0.96, 0.94]),
             run("quadratic", 1.0, 1, [0.1, 0.80, 0.92, 0.98]),
@@ -245,7 +245,7 @@ def test_conclude_notes_what_a_reader_must_know(digits):
     assert findings.notes == [
         "**Interrupted after epoch 1.**",  # of 30
         "The best rate for quadratic, 3, is at the edge of its grid.",
-        "No rate of cross-entropy is left: all diverged.",
+        "No usable rate for cross-entropy: all diverged.",
         "One seed: there is no interval and no p-value; use --seeds 8.",
     ]
     assert list(findings.comparisons) == ["both 1"]

@@ -100,7 +100,7 @@ def test_wrong_examples_are_the_most_confident_ones(digits):
     z[7] = z[7].roll(1)
     shown = figures.wrong_examples(data.Split(x, y), z, count=1)
     label = int(y[7].argmax())
-    assert shown.axes[0].get_title() == f"{label} taken for {(label + 1) % 10}"
+    assert shown.axes[0].get_title() == f"{label}, predicted {(label + 1) % 10}"
 
 
 def test_a_single_neurons_story():

@@ -315,14 +315,14 @@ def begun(alone, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("train", ["--lr", "0.3"], "--lr 0.3: the run in {} was begun with 0.5"),
-        ("train", ["--hidden", "5", "4"], "--hidden 5 4: the run in {} was begun with 30"),
-        ("train", ["--seed", "1"], "--seed 1: the run in {} was begun with 0"),
-        ("train", ["--engine", "autograd"], "--engine autograd: the run in {} was begun with"),
-        ("train", ["--data", "mnist"], "--data mnist: the run in {} was begun with digits"),
-        ("train", ["--train-size", "9"], "--train-size 9: the run in {} was begun with 300"),
+        ("train", ["--lr", "0.3"], "--lr 0.3: the run in {} was started with 0.5"),
+        ("train", ["--hidden", "5", "4"], "--hidden 5 4: the run in {} was started with 30"),
+        ("train", ["--seed", "1"], "--seed 1: the run in {} was started with 0"),
+        ("train", ["--engine", "autograd"], "--engine autograd: the run in {} was started with"),
+        ("train", ["--data", "mnist"], "--data mnist: the run in {} was started with digits"),
+        ("train", ["--train-size", "9"], "--train-size 9: the run in {} was started with 300"),
         ("train", ["--run-dir", "elsewhere"], "--run-dir elsewhere: the run in {}"),
-        ("train", ["--dry-run"], "--dry-run True: the run in {} was begun with False"),
+        ("train", ["--dry-run"], "--dry-run True: the run in {} was started with False"),
         ("train", ["--epochs", "2"], "--epochs 2: may be raised on resuming, and the run has 3"),
         ("train", ["--epochs", "0"], "--epochs 0: may be raised on resuming"),
         (
@@ -330,9 +330,13 @@ def begun(alone, tmp_path):
             ["--patience", "2"],
             "--patience 2: may be raised on resuming, and the run",
         ),
-        ("compare", ["--seeds", "3"], "--seeds 3: the run in {} was begun with 2"),
-        ("compare", ["--lrs", "1", "3"], "--lrs 1 3: the run in {} was begun with 1"),
-        ("compare", ["--control-seeds", "0"], "--control-seeds 0: the run in {} was begun with 1"),
+        ("compare", ["--seeds", "3"], "--seeds 3: the run in {} was started with 2"),
+        ("compare", ["--lrs", "1", "3"], "--lrs 1 3: the run in {} was started with 1"),
+        (
+            "compare",
+            ["--control-seeds", "0"],
+            "--control-seeds 0: the run in {} was started with 1",
+        ),
     ],
 )
 def test_what_contradicts_the_run_is_refused_by_name(
@@ -482,7 +486,7 @@ def test_a_restarted_job_finds_its_own_directory(train, alone, tmp_path, monkeyp
     """Among those of other jobs of the same second; what it left unfinished is removed."""
     content = checkpoints.latest_checkpoint(alone["train"]).content
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "launched", lambda: True)
+    monkeypatch.setattr(parallel, "under_torchrun", lambda: True)
     monkeypatch.setattr(command_line, "date_and_time", lambda: "now")
     jobs = {"a-now": "none 1-1.0", "a-now-2": "none 2-2.0", "a-now-3": "none 1-1.0"}
     for name, job in jobs.items():

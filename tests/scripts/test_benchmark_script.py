@@ -44,7 +44,7 @@ def drawn():
         "nnce functions",
         "JAX jit + scan",
         "scikit-learn",
-        "NumPy, vectorised",
+        "NumPy, vectorized",
         "NumPy, by example",
     ],
 )
@@ -113,7 +113,7 @@ def test_the_answer_names_the_fastest_peer_and_its_factor(benchmark):
     ]
     assert benchmark.answer(rows) == (
         "Fastest peer: JAX, 0.95 times nnce's time (0.85 to 1.05; large).\n"
-        "nnce is faster than every peer in 1 of 2 measured works."
+        "nnce is faster than every peer in 1 of 2 workloads."
     )
     assert benchmark.answer(rows[:3]) == "No peer could be timed."
 
@@ -162,7 +162,7 @@ def test_a_peer_that_goes_wrong_is_said(benchmark, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--repetitions", "0"], "1 to 1,000 repetitions, got 0"),
+        (["--repetitions", "0"], "1 to 1,000 --repetitions, got 0"),
         (["--threads", "0"], "1 to 1,024 --threads, got 0"),
     ],
 )

@@ -49,7 +49,7 @@ def test_each_part_of_the_end_is_shown_on_a_terminal(compare, tmp_path, monkeypa
     assert compare.main(options) == 0
     shown = capsys.readouterr().err
     for part in (
-        *("2 networks side by side", "the control, by autograd", "every engine against autograd …"),
+        *("2 networks together", "control, by autograd", "comparing all engines with autograd …"),
         *("learning curves …", "pictures for TensorBoard …"),
     ):
         assert part in shown
@@ -305,7 +305,7 @@ def test_when_everything_diverges_it_is_said(compare, tmp_path, capsys):
     options = ["--seeds", "2", "--lrs", "cross-entropy=1e38", "quadratic=1", "--epochs", "1"]
     assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "No rate of cross-entropy is left: all diverged." in out
+    assert "No usable rate for cross-entropy: all diverged." in out
     assert out.count("No comparison: cross-entropy diverged at every rate.") == 2
     assert runs_in(tmp_path / "best-rates") == {"quadratic-lr1", "quadratic-lr1-autograd"}
 
@@ -324,7 +324,7 @@ def test_when_all_of_both_losses_diverge_there_is_a_picture_all_the_same(
     assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for loss in ("quadratic", "cross-entropy"):
-        assert f"No rate of {loss} is left: all diverged." in out
+        assert f"No usable rate for {loss}: all diverged." in out
     assert "nan" not in out
     (figure,) = figures
     assert [panel.texts[0].get_text() for panel in figure.axes] == ["all diverged"] * 3
@@ -351,7 +351,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_so(
     out, err = capsys.readouterr()
     assert "**Interrupted after epoch 2.**" in out
     first, second = err.splitlines()
-    assert first == "Interrupted; finished networks are in the table; to go on:"
+    assert first == "Interrupted; finished networks are in the table; resume with:"
     assert second.endswith(f" --resume {run_dir}")
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and {row["epochs"] for row in results["rows"]} == {2}
@@ -375,7 +375,7 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
         and "cross-entropy −" not in out
         and not (run_dir / "results.json").exists()
     )
-    assert err.splitlines()[0] == "Interrupted; to go on:"
+    assert err.splitlines()[0] == "Interrupted; resume with:"
     assert checkpoints.latest_checkpoint(run_dir).content["side by side"]["cursor"]["epoch"] == 0
 
 
@@ -384,8 +384,8 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
     [
         (["--seeds", "1000000000"], "14,000,000,000 networks of sizes 64-30-10 would need"),
         (["--seeds", "0", "--control-seeds", "0"], "at least 1 seed, a whole number, got 0"),
-        (["--control-seeds", "9"], "0 to 8 --control-seeds, as many as there are seeds, got 9"),
-        (["--lrs", "fast"], "expected --lrs of numbers, got 'fast'"),
+        (["--control-seeds", "9"], "0 to 8 --control-seeds, at most --seeds, got 9"),
+        (["--lrs", "fast"], "expected numbers in --lrs, got 'fast'"),
         (["--lrs", "hinge=1"], "--lrs for 'quadratic' or 'cross-entropy', got 'hinge=1'"),
         (["--lrs", "quadratic=1"], "at least one learning rate for loss 'cross-entropy', got none"),
         (["--lrs", "0"], "positive learning rate, got 0.0"),

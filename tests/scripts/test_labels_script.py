@@ -45,7 +45,7 @@ def test_it_learns_what_was_planted(labels, tmp_path, capsys):
     best, usual = (f"{100 * row['precision@1']:.2f} %" for row in (epochs[-1], frequent))
     (line,) = [line for line in out.splitlines()[-6:] if line.startswith("The best of ")]
     assert f"is right for {best} of the test examples after epoch " in line
-    assert f"(always the most frequent label: {usual})" in line
+    assert f"(most frequent label: {usual})" in line
     curves = EventAccumulator(str(tmp_path / "run")).Reload()
     assert {"loss/step", "test/precision@5", "test/nDCG@3"} <= set(curves.Tags()["scalars"])
     steps = [event.step for event in curves.Scalars("loss/step")]
@@ -118,7 +118,7 @@ def test_what_cannot_be_resumed_is_one_sentence(labels, tmp_path, refused, monke
     resume = ("--resume", str(run))
     assert "--lr 2.0: the run in" in refused(labels.main, *resume, "--lr", "2")
     path.write_bytes(FILE.replace(b"0:0.25", b"0:0.75").replace(b"3:0.5", b"3:0.625"))
-    assert "the data have changed since the run was begun" in refused(labels.main, *resume)
+    assert "the data have changed since the run was started" in refused(labels.main, *resume)
     path.write_bytes(FILE)
     (state,) = run.glob("state-*.npz")
     content = bytearray(state.read_bytes())
@@ -136,7 +136,7 @@ def test_the_model_loads_again(labels, tmp_path, capsys, sparse):
     options = ("--data-file", str(path), "--features", "3", "--seed", "1") if sparse else SMALL
     assert labels.main([*options, "--run-dir", str(run)]) == 0
     out = capsys.readouterr().out
-    assert f"The model: labels.load_model('{run / 'model.npz'}')" in out
+    assert f"Model: labels.load_model('{run / 'model.npz'}')" in out
     model = labels.load_model(run / "model.npz")
     options = labels.parser().parse_args([*options])
     data = labels.load(options, torch.Generator().manual_seed(options.seed))
@@ -247,7 +247,7 @@ def test_a_binary_copy_that_cannot_be_written_is_one_line(labels, tmp_path, monk
     options = ("--data-file", str(path), "--features", "3", "--epochs", "1", "--seed", "1")
     assert labels.main([*options, "--run-dir", str(run)]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path} will be parsed again by the next run: ")
+    assert line.startswith(f"no binary copy of {path} written, the next run will parse it again: ")
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data.gz", "DATA.GZ"])
@@ -292,23 +292,23 @@ def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "line 1: expected three whole numbers from 1 to 2,147,483,647, the numbers of "),
-        (b"6 5\n", "line 1: expected three whole numbers"),
-        (b"6 5 4 3\n", "line 1: expected three whole numbers"),
-        (b"0 5 4\n", "line 1: expected three whole numbers"),
-        (b"1_0 5 4\n", "line 1: expected three whole numbers"),
-        (b"2 5 99999999999999999999\n0 0:1\n1 1:1\n", "line 1: expected three whole numbers"),
-        (b"2 -5 4\n0 0:1\n1 1:1\n", "line 1: expected three whole numbers"),
+        (b"", "line 1: expected three integers from 1 to 2,147,483,647, the numbers of "),
+        (b"6 5\n", "line 1: expected three integers"),
+        (b"6 5 4 3\n", "line 1: expected three integers"),
+        (b"0 5 4\n", "line 1: expected three integers"),
+        (b"1_0 5 4\n", "line 1: expected three integers"),
+        (b"2 5 99999999999999999999\n0 0:1\n1 1:1\n", "line 1: expected three integers"),
+        (b"2 -5 4\n0 0:1\n1 1:1\n", "line 1: expected three integers"),
         (b"2 5 4\n0 1:1\n", "line 2: expected 2 examples, but the file ends after 1"),
         (b"2 5 4\n0 1:1\n\n0 2:1\n", "line 4: expected the file to end after 2 examples"),
         (b"1 5 4\n9 1:1\n", "line 2: expected label numbers from 0 to 3, got 9"),
-        (b"2 5 4\n\n0.5 1:1\n", "line 3: expected whole label numbers, got '0.5'"),
-        (b"1 5 4\n1e0 1:1\n", "line 2: expected whole label numbers, got '1e0'"),
-        (b"1 5 20\n1_0 1:1\n", "line 2: expected whole label numbers, got '1_0'"),
-        (b"1 5 4\n-1 1:1\n", "line 2: expected whole label numbers, got '-1'"),
-        (b"1 5 4\n0, 1:1\n", "line 2: expected whole label numbers, got ''"),
-        (b"1 5 4\nx 1:1\n", "line 2: expected whole label numbers, got 'x'"),
-        (b"2 5 4\ninf 1:1\n1 1:1\n", "line 2: expected whole label numbers, got 'inf'"),
+        (b"2 5 4\n\n0.5 1:1\n", "line 3: expected integer label numbers, got '0.5'"),
+        (b"1 5 4\n1e0 1:1\n", "line 2: expected integer label numbers, got '1e0'"),
+        (b"1 5 20\n1_0 1:1\n", "line 2: expected integer label numbers, got '1_0'"),
+        (b"1 5 4\n-1 1:1\n", "line 2: expected integer label numbers, got '-1'"),
+        (b"1 5 4\n0, 1:1\n", "line 2: expected integer label numbers, got ''"),
+        (b"1 5 4\nx 1:1\n", "line 2: expected integer label numbers, got 'x'"),
+        (b"2 5 4\ninf 1:1\n1 1:1\n", "line 2: expected integer label numbers, got 'inf'"),
         (b"1 5 4\n0,1,0 1:1\n", "line 2: expected each label once, got label 0 twice"),
         (b"2 5 4\n1 0:1\n0 7:1\n", "line 3: expected feature numbers from 0 to 4, got 7"),
         (b"1 5 4\n0 3:1 1:1 3:2\n", "line 2: expected each feature once, got feature 3 twice"),
@@ -324,8 +324,11 @@ def test_sparse_features_are_a_sum_of_embeddings(labels, tmp_path):
         (b"1 5 4\n0 qid:7 1:1\n", "line 2: expected feature:value, got 'qid:7'"),
         (b"1 5 4\n0 1:1 # a note\n", "line 2: expected feature:value, got '#'"),
         (b"1 5 4\n0 1 2:1\n", "line 2: expected feature:value, got '1'"),
-        (b"1 5 4\n0 1:1\n", "expected two examples at least"),
-        (b"9 5 4\n" + b"0:1\n" * 9, "expected a test set with labels, got none in the tenth of "),
+        (b"1 5 4\n0 1:1\n", "expected at least two examples"),
+        (
+            b"9 5 4\n" + b"0:1\n" * 9,
+            "expected test examples with labels, found none in the tenth of ",
+        ),
     ],
 )
 def test_a_bad_file_is_one_sentence(labels, refused, tmp_path, content, sentence):
@@ -339,7 +342,7 @@ def test_a_test_file_without_labels_is_one_sentence(labels, refused, tmp_path):
     train.write_bytes(FILE)
     test.write_text("2 5 4\n0:1\n\n")
     line = refused(labels.main, "--data-file", str(train), "--test-file", str(test))
-    assert f"expected a test set with labels, got none in {test}" in line
+    assert f"expected test examples with labels, found none in {test}" in line
 
 
 @pytest.mark.parametrize(
@@ -359,10 +362,10 @@ def test_a_bad_gzip_file_is_one_sentence(labels, refused, tmp_path, spoil, sente
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--labels", "0"), "expected a positive --labels"),
+        (("--labels", "0"), "expected a positive --labels, got 0"),
         (("--lr", "nan"), "expected a positive --lr, got nan"),
-        (("--test-file", "t.txt"), "expected --data-file with --test-file"),
-        (("--labels", str(2**24 + 1)), "expected at most 16,777,216 --labels of planted"),
+        (("--test-file", "t.txt"), "--test-file requires --data-file"),
+        (("--labels", str(2**24 + 1)), "expected at most 16,777,216 --labels, got 16,777,217"),
         (("--features", str(10**15)), "not enough memory"),
         (("--threads", "1024", "--lr", "0"), "expected a positive --lr"),
         (("--data-file", "none.txt"), "none.txt cannot be read: No such file or directory"),

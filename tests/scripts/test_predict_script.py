@@ -181,7 +181,7 @@ def test_a_drawing_has_the_form_of_the_data_set(digit, tmp_path, digits):
         (("RUN", "text.txt", "--index", "1"), "expected either IMAGE files or --index N"),
         (("RUN", "--index", "1", "--picture", "."), "expected a file to write, got a folder"),
         (("nowhere", "text.txt"), "No such file or directory: nowhere"),
-        ((".", "text.txt"), "expected a run folder of train.py, with a network.pt in it, got ."),
+        ((".", "text.txt"), "expected a run directory of train.py with a network.pt, got ."),
         (("text.txt", "text.txt"), "text.txt is damaged or no network that nnce saved"),
     ],
 )
@@ -214,4 +214,4 @@ def test_a_file_that_describes_something_else_is_one_sentence(
     network.about = {**network.about, **about}
     nnce.save(network, tmp_path / "odd.pt")
     line = refused(predict.main, "odd.pt", "--index", "1")
-    assert "odd.pt describes its inputs or classes otherwise than its sizes do" in line
+    assert "odd.pt describes inputs or classes that do not match its sizes" in line

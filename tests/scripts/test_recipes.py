@@ -17,7 +17,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
 PAGE = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
 # The sentences that each recipe prints.
 SENTENCES = {
-    "lightning_digits": r"accuracy 9\d\.\d% after 6 epochs; .* are bit for bit the same\.",
+    "lightning_digits": r"accuracy 9\d\.\d% after 6 epochs; .* are bit-identical\.",
     "open_clip_pairs": r"at most \de-0[6-9] .*\n.*: \d\d? MB with nnce, 1,\d{3} MB with",
     "skorch_search": r"Best of 4 by cross-validation: .* test accuracy 9\d\.\d%\.",
     "timm_classifier": r"accuracy [89]\d\.\d% .* BinaryCrossEntropy \([89]\d\.\d%\); .* \de-\d\d\."

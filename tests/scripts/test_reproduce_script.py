@@ -145,7 +145,7 @@ def test_what_is_cut_short_or_of_other_data_is_not_compared(
         run_dir = tmp_path / str(len(list(tmp_path.iterdir())))
         assert reproduce.main(["toy", "T2", *options, "--run-dir", str(run_dir)]) == 0
         (line,) = json.loads((run_dir / "results.json").read_text())["rows"]
-        cut = "Cut short" in (run_dir / "results.md").read_text()
+        cut = "Shortened" in (run_dir / "results.md").read_text()
         return line["published"], line["verdict"], cut
 
     # As if digits were MNIST.
@@ -193,7 +193,7 @@ def test_a_table_of_other_seeds_is_another_protocol(reproduce, toy, tmp_path, mo
     assert reproduce.main(["toy", "T2", "--data", "digits", "--run-dir", str(run_dir)]) == 0
     more = Table(toy.title, toy.source, toy.measure, toy.seeds + 1, toy.rows)
     monkeypatch.setattr(published, "TABLES", {"toy": more})
-    assert "another protocol of row T2" in refused(reproduce.main, "--resume", str(run_dir))
+    assert "a different protocol of row T2" in refused(reproduce.main, "--resume", str(run_dir))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_run_with_another_protocol_cannot_be_gone_on_with(
     other = Row("T2", Settings(hidden=(9,), epochs=2), published=1.0, of="best test epoch")
     changed = Table(toy.title, toy.source, toy.measure, toy.seeds, (other,))
     monkeypatch.setattr(published, "TABLES", {"toy": changed})
-    assert "begun with another protocol of row T2" in refused(
+    assert "started with a different protocol of row T2" in refused(
         reproduce.main, "--resume", str(run_dir)
     )
     for options, sentence in (

@@ -114,7 +114,7 @@ def test_quiet_and_an_earlier_run_as_configuration(script, tmp_path, capsys):
     options = ["--start", "1", "2", "--start", "-1", "0.5", "--epochs", "3", "--quiet"]
     assert main([*options, "--run-dir", str(first)]) == 0
     answer = json.loads((first / "results.json").read_text())["answer"]
-    assert capsys.readouterr().out == f"{answer}\nResults and a picture: {first}\n"
+    assert capsys.readouterr().out == f"{answer}\nResults and single-neuron.png: {first}\n"
     options = ["--config", str(first / "results.json"), "--run-dir", str(second)]
     for more, starts in (([], [[1.0, 2.0], [-1.0, 0.5]]), (["--start", "3", "4"], [[3.0, 4.0]])):
         assert script("slowdown").parser().parse_args([*options, *more]).start == starts

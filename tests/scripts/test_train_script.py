@@ -59,9 +59,9 @@ def test_a_run(train, tmp_path, capsys, digits):
     assert results["answer"].splitlines() == end[1:5]
     accuracy = f"{100 * last['test']['accuracy']:.2f} %"
     assert f"Test accuracy {accuracy} after epoch 2." in end
-    assert f"The network: nnce.load('{run_dir / 'network.pt'}')" in end
+    assert f"Last network: nnce.load('{run_dir / 'network.pt'}')" in end
     assert sum(f" {accuracy} " in line for line in out.splitlines() if "| last " in line) >= 1
-    assert f"The best: nnce.load('{run_dir / 'best.pt'}')" in end
+    assert f"Best network: nnce.load('{run_dir / 'best.pt'}')" in end
     alone = training.evaluate(network, digits.test, "cross-entropy")
     assert last["test"]["loss"] == pytest.approx(alone.loss)
     assert last["test"]["accuracy"] == alone.accuracy
@@ -318,7 +318,7 @@ def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys)
     with pytest.raises(KeyboardInterrupt):
         train.main(["--run-dir", str(run_dir)])
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "Interrupted after step 240; epochs 0 to 2 are kept; to go on:"
+    assert first == "Interrupted after step 240; epochs 0 to 2 are kept; resume with:"
     assert second.endswith(f" --resume {run_dir}")
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and len(results["epochs"]) == 3

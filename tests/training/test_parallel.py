@@ -125,7 +125,7 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert job.wait(timeout=300) == 0, (tmp_path / "out").read_text()
-    assert "going on after step" in (tmp_path / "out").read_text()
+    assert "resumed after step" in (tmp_path / "out").read_text()
     assert "--resume" not in (tmp_path / "out").read_text()
     expected, found = killed.outcome(tmp_path / "alone"), killed.outcome(run_dir)
     assert killed.differences(expected, found) == []
@@ -157,7 +157,9 @@ def test_a_killed_worker_takes_the_job_down(tmp_path):
     assert "rank      : 1" in out and "Signal 9" in out
     assert any(run_dir.glob("checkpoint-*"))
     command = rf"torchrun --nproc-per-node 2 \S*train\.py --resume {run_dir}\n"
-    assert re.search(rf"process 0 has lost another one: .*; to go on:\n\S*{command}", out)
+    assert re.search(
+        rf"process 0 lost its connection to another one: .*; resume with:\n\S*{command}", out
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The benchmarks of `scripts/benchmark.py`, a file each."""
+"""Benchmarks of `scripts/benchmark.py`, one module each."""

@@ -1,6 +1,7 @@
-"""Benchmark of the checks: `check_gradients` next to `gradcheck` and `gradgradcheck`.
+"""Benchmark of the checks: `check_gradients` against `gradcheck` and `gradgradcheck`.
 
-Both look at the same smooth functions of [4, 3], in turns; `ratio` is the peer's time over nnce's.
+Both check the same smooth functions of inputs of shape [4, 3], in alternating turns. `ratio` is the
+peer's time divided by nnce's.
 """
 
 import argparse
@@ -36,12 +37,11 @@ NNCE, PEER = "nnce", "gradcheck + gradgradcheck"
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of all functions.
+    """Measure all functions, two rows each.
 
     Args:
-        options: `repetitions`, the number of turns, and `quick`, whether to measure three functions
-            only.
-        device: where the functions compute.
+        options: `repetitions`, the number of turns, and `quick`, to measure three functions only.
+        device: device of the inputs.
     """
     names = list(FUNCTIONS)[: 3 if options.quick else None]
     return [row for name in names for row in _measure(name, options.repetitions, device)]
@@ -55,7 +55,7 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
         NNCE: lambda: check_gradients(function, x).right,
         PEER: lambda: gradcheck(function, x) and gradgradcheck(function, x),
     }
-    right = {peer: contender() for peer, contender in contenders.items()}  # and warm
+    right = {peer: contender() for peer, contender in contenders.items()}  # also warms up
     turns = {peer: partial(partial, contender) for peer, contender in contenders.items()}
     seconds = in_turns(turns, repetitions, device, name)
     return [
@@ -63,7 +63,7 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
             "work": f"{name} of [{', '.join(map(str, SHAPE))}]",
             "peer": peer,
             "outcome": "right" if right[peer] else "wrong",
-            "note": "" if right[peer] else "a right function is not called right",
+            "note": "" if right[peer] else "the verdict on a correct function is not right",
             **Timing.of(times, seconds[NNCE])._asdict(),
             "peak_bytes": math.nan,
         }

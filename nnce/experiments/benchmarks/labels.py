@@ -1,8 +1,8 @@
 """Benchmark of many labels: value and gradients of a linear layer and its cross-entropy.
 
-All peers take the same tensors, in turns; `ratio` is a peer's time over nnce's. The floor is the
-three matrix products of nnce's blocks. The peak is the memory beyond inputs, parameters and their
-gradients, each in a process of its own.
+All peers use the same tensors, in alternating turns. `ratio` is a peer's time divided by nnce's.
+The floor is the time of the three matrix products of nnce's blocks alone. The peak is the memory
+beyond inputs, parameters and their gradients, measured in a separate process for each peer.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from nnce.labels import blocks, linear_sigmoid_cross_entropy
 
 
 class Work(NamedTuple):
-    """A linear layer and its loss; five positive labels for each example."""
+    """Sizes of a linear layer with its loss; examples have five positive labels."""
 
     n: int
     features: int
@@ -33,7 +33,7 @@ class Work(NamedTuple):
 
     @property
     def gradient_bytes(self) -> int:
-        """Of x, W and b, in float32."""
+        """Bytes of the gradients of x, W and b in float32."""
         return 4 * (self.n * self.features + self.labels * (self.features + 1))
 
 
@@ -44,7 +44,7 @@ WORKS = [
     Work(512, 256, 1_000_000),
 ]
 QUICK = WORKS[:2]
-# Gradients in float32 may differ by rounding, in norm.
+# Largest relative difference in norm that counts as rounding of float32 gradients.
 SAME_GRADIENTS = 1e-5
 
 
@@ -52,7 +52,7 @@ Step = Callable[[], Tensor]
 
 
 class Problem:
-    """The same tensors for all; dense targets are made where a peer wants them, before its time."""
+    """Inputs, parameters and targets, the same for all peers."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
         self.work = work
@@ -66,16 +66,16 @@ class Problem:
         self.index = index.to(device)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The targets of all labels."""
+        """Dense targets of all labels; created before a peer is timed."""
         y = torch.zeros(self.work.n, self.work.labels, dtype=dtype, device=self.x.device)
         return y.scatter_(1, self.index, 1)
 
     def clear(self) -> None:
-        """No gradients, as before a first backward."""
+        """Set all gradients to None."""
         self.x.grad = self.W.grad = self.b.grad = None
 
     def step(self, loss: Callable[..., Tensor], y: Tensor) -> Step:
-        """A function that computes the loss of x, W, b and y, and its gradients."""
+        """Return a function that computes the loss of x, W, b and y, and its gradients."""
 
         def step() -> Tensor:
             C = loss(self.x, self.W, self.b, y)
@@ -86,18 +86,18 @@ class Problem:
 
 
 def by_nnce(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """Block by block."""
+    """Compute the loss block by block with nnce."""
     return linear_sigmoid_cross_entropy(x, W, y, linear_bias=b)
 
 
 def by_pytorch(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """`binary_cross_entropy_with_logits` of `linear`."""
+    """Compute the loss with `linear` and `binary_cross_entropy_with_logits`."""
     z = nn.functional.linear(x, W, b)
     return nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(x)
 
 
 def checkpointed(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """The same for 8,192 labels at a time, whose activations are computed again in the backward."""
+    """Compute the loss with PyTorch in blocks of 8,192 labels, with activation checkpointing."""
     parts = zip(W.split(8_192), b.split(8_192), y.split(8_192, dim=1), strict=True)
     return torch.stack(
         [checkpoint(by_pytorch, x, *part, use_reentrant=False) for part in parts]
@@ -105,7 +105,7 @@ def checkpointed(x: Tensor, W: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 
 def products(problem: Problem) -> Step:
-    """The three matrix products of nnce's blocks, and nothing else."""
+    """Return a function that computes the three matrix products of nnce's blocks only."""
     x, W, b = (t.detach() for t in (problem.x, problem.W, problem.b))
     work = problem.work
     block = blocks.default_block(work.n, work.labels, work.features, x.dtype)
@@ -136,41 +136,41 @@ PEERS: dict[str, Callable[[Problem], Step]] = {
 
 
 def gradients(problem: Problem) -> list[Tensor]:
-    """Of x, W and b, taken away."""
+    """Return the gradients of x, W and b, and clear them."""
     found = [t.grad for t in (problem.x, problem.W, problem.b) if t.grad is not None]
     problem.clear()
     return found
 
 
-def difference(found: Sequence[Tensor], usual: Sequence[Tensor]) -> float:
-    """‖found − usual‖ / ‖usual‖ over all tensors; NaN for a peer that computes no gradient."""
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """‖found − expected‖ / ‖expected‖ over all tensors; NaN for a peer without gradients."""
     if not found:
         return math.nan
-    off = [(a - b).norm().item() for a, b in zip(found, usual, strict=True)]
-    return math.hypot(*off) / math.hypot(*(b.norm().item() for b in usual))
+    off = [(a - b).norm().item() for a, b in zip(found, expected, strict=True)]
+    return math.hypot(*off) / math.hypot(*(b.norm().item() for b in expected))
 
 
 def differences(problem: Problem) -> dict[str, float]:
-    """How far each peer's gradients are from nnce's."""
-    usual: list[Tensor] = []
+    """Relative differences of the gradients of each peer from nnce's."""
+    expected: list[Tensor] = []
     found = {}
     for name, peer in PEERS.items():
         peer(problem)()
         its = gradients(problem)
-        usual = usual or its
-        found[name] = difference(its, usual)
+        expected = expected or its
+        found[name] = difference(its, expected)
     return found
 
 
 def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
-    """The rows of one work."""
+    """Measure one workload: one row per peer."""
     problem = Problem(work, device)
 
     def step_of(name: str) -> Step:
         problem.clear()
         return PEERS[name](problem)
 
-    off = differences(problem)  # and a first step of each, which is not timed
+    off = differences(problem)  # also the first step of each, which is not timed
     turns = {name: partial(step_of, name) for name in PEERS}
     seconds = in_turns(turns, repetitions, device, str(work))
     problem.clear()
@@ -190,14 +190,14 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
 
 
 def peak_in_a_process(work: Work, name: str, device: torch.device) -> float:
-    """Bytes that a first step takes in a process of its own, which has done nothing else."""
+    """Peak bytes of a first step, measured in a new process; NaN if unknown."""
     command = [sys.executable, "-m", __name__, name, device.type, *map(str, work)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return float(done.stdout) if done.returncode == 0 else math.nan
 
 
 def peak_here(name: str, work: Work, device: torch.device) -> float:
-    """Bytes that a step takes beyond inputs, parameters and their gradients; NaN if unknown."""
+    """Peak bytes of a step beyond inputs, parameters and their gradients; NaN if unknown."""
     warm_up = Problem(Work(*(min(size, 2_048) for size in work)), device)
     PEERS[name](warm_up)()  # libraries, threads and their buffers
     _, peak = peak_memory(PEERS[name](Problem(work, device)), device)
@@ -205,7 +205,7 @@ def peak_here(name: str, work: Work, device: torch.device) -> float:
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """All rows."""
+    """Measure all workloads."""
     works = QUICK if options.quick else WORKS
     return [row for work in works for row in measure(work, device, options.repetitions)]
 

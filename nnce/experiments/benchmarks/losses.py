@@ -1,8 +1,9 @@
-"""Benchmark of the drop-in loss, `Sigmoid` and a training step by Functions, and of their peers.
+"""Benchmark of the drop-in loss, `Sigmoid` and a training step with nnce's Functions.
 
-`ratio` is a peer's time over nnce's; `peak` is the memory of a step beyond its inputs; `kept` is
-the memory kept for the backward, over the built-in's; `ulps` is the largest error of dC/dz in units
-in the last place, where targets are 0 or 1 and not smoothed, so that its two terms do not cancel.
+`ratio` is a peer's time divided by nnce's. `peak` is the memory of a step beyond its inputs. `kept`
+is the memory saved for the backward pass, relative to the built-in. `ulps` is the largest error of
+dC/dz in units in the last place, measured only for targets of 0 and 1 without smoothing, where the
+two terms of dC/dz do not cancel.
 """
 
 import argparse
@@ -28,28 +29,28 @@ NNCE, BUILT_IN, COMPILED = "nnce", "built-in", "torch.compile of it"
 NO_NUMBA, TIMM = "nnce without Numba", "timm BinaryCrossEntropy"
 TORCHVISION = "torchvision sigmoid_focal_loss"
 _SHORTEST, _MOST_CALLS = 2_000_000, 300
-"""Elements that a turn takes at least, by several calls, if not by too many."""
+"""Smallest number of elements per turn, and largest number of calls to reach it."""
 _SMOOTHING, _IGNORED = 0.1, -1
 
 Step = Callable[[], object]
 
 
 class Work(NamedTuple):
-    """Logits or inputs, and the computation to time."""
+    """Shape of the logits or inputs, and the computation to time."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     kind: str = ""
-    """Of loss: "", "boolean target" (the built-in takes `y.float()`), "options" (pos_weight and
+    """For losses: "", "boolean target" (the built-in gets `y.float()`), "options" (pos_weight and
     label_smoothing), "ignore_index" (and label_smoothing), "no_grad" (forward only) or "focal" (the
-    focal loss). "Sigmoid",
-    or "step" of a network whose input is [shape[0], shape[1]]."""
+    focal loss). Otherwise "Sigmoid", or "step" for a training step of a network with input
+    [shape[0], shape[1]]."""
     peers: tuple[str, ...] = (BUILT_IN,)
     all_threads: bool = False
-    """Whether all threads compute, not one."""
+    """Whether to use all threads instead of one."""
 
     def __str__(self) -> str:
-        """Name in the table."""
+        """Name of the workload in the table."""
         dtype = "" if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
         shape = f"{self.shape[0]} × {'-'.join(map(str, self.shape[1:]))}"
         threads = f"{torch.get_num_threads()} threads" if self.all_threads else ""
@@ -85,7 +86,7 @@ QUICK = tuple(
 
 
 class _Case:
-    """Tensors of a work, the same for all peers, and each peer's step."""
+    """Tensors of a workload, the same for all peers, and the step of each peer."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -105,7 +106,7 @@ class _Case:
         self.pos_weight = torch.linspace(1, 2, shape[-1], device=device)
 
     def step(self, peer: str) -> Step | None:
-        """Return a peer's step; None if the peer is not installed."""
+        """Return the step of a peer; None if the peer is not installed."""
         z, y, kind = self.z, self.y, self.work.kind
         if kind == "step":
             return self._training_step(peer)
@@ -168,7 +169,7 @@ class _Case:
         return step
 
     def ulps(self) -> float:
-        """Return the largest error of z.grad, after a step; NaN where it is not measured."""
+        """Return the largest error of z.grad after a step; NaN if it is not measured."""
         if self.work.kind not in ("", "boolean target", "Sigmoid") or self.z.grad is None:
             return math.nan
         z = self.z.detach().double()
@@ -188,7 +189,7 @@ def _built_in(
     label_smoothing: float = 0,
     ignore_index: int | None = None,
 ) -> Tensor:
-    """Compute PyTorch's loss, with options that it lacks as its users write them."""
+    """Compute PyTorch's loss, with the usual workarounds for options that it lacks."""
     y = y.to(z.dtype)
     counts = None if ignore_index is None else (y != ignore_index).to(z.dtype)
     if label_smoothing:
@@ -199,7 +200,7 @@ def _built_in(
 
 
 def _kept(step: Step, parameters: set[int]) -> int:
-    """Count the bytes of the tensors that a step keeps for its backward, but for parameters."""
+    """Count the bytes that a step saves for its backward pass, without parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ def _kept(step: Step, parameters: set[int]) -> int:
 
 
 def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
-    """Measure one work: a row for each peer."""
+    """Measure one workload: one row per peer."""
     torch.compiler.reset()  # compiled code of other sizes counts against a limit
     case, rows = _Case(work, device), {}
     steps = {peer: case.step(peer) for peer in (NNCE, *work.peers)}
@@ -227,11 +228,12 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         if step is None:
             rows[peer] |= {"outcome": "not installed", "peer": f"{peer} (not installed)"}
             continue
-        step()  # which compiles
+        step()  # compiles
         rows[peer]["ulps"] = case.ulps()
         case.z.grad = None
         with contextlib.suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory, which a step would reuse unseen
+            # Otherwise a step could reuse freed memory, which the peak would not include.
+            ctypes.CDLL(None).malloc_trim(0)
         rows[peer]["peak_bytes"] = peak_memory(step, device)[1]
         if work.kind != "no_grad":
             rows[peer]["kept"] = _kept(step, case.parameters)
@@ -247,7 +249,7 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Measure all works, by one thread if the work does not name all."""
+    """Measure all workloads, with one thread unless the workload uses all."""
     threads, rows = torch.get_num_threads(), []
     try:
         for work in QUICK if options.quick else WORKS:

@@ -1,12 +1,12 @@
-"""Benchmark of training: an epoch of each peer, in turns, and a lower bound of the time.
+"""Benchmark of training: one epoch of each peer, and a lower bound of the time.
 
-An epoch is 50,000 examples of MNIST's shape, drawn at random: shuffling and gathering mini-batches
-is part of it, evaluation is not. Every peer starts from the same network, sees the same
-mini-batches and is first checked to reach the same loss. `ratio` is a peer's time over nnce's.
+An epoch is 50,000 random examples of MNIST's shape, including shuffling and gathering mini-batches
+but not evaluation. All peers start from the same network and see the same mini-batches, after a
+check that they reach the same loss. `ratio` is a peer's time divided by nnce's.
 
-Two rows are not peers. The floor is what PyTorch takes for the dense matrix products alone. The
-limit is an estimate of what no implementation on nnce's threads can go below: the multiplications
-and bytes that the inputs that are not 0 need, at the peaks measured on one thread of the machine.
+Two rows are not peers. The floor is PyTorch's time for the dense matrix products alone. The limit
+is an estimated lower bound for any implementation with nnce's number of threads: the time of the
+multiplications and memory traffic for the nonzero inputs, at the peak rates measured on one thread.
 """
 
 import argparse
@@ -32,11 +32,12 @@ from nnce.experiments.timing import Neighbors, Timing, in_turns, peak_memory, se
 from nnce.modules import MLP
 
 EXAMPLES = 50_000
-# Of ‖C‖ after one epoch of 1,000 examples; a wrong update shows in the first digit.
+# Largest relative difference of C after an epoch of 1,000 examples; a wrong update changes the
+# first digit.
 SAME_LOSS = 1e-3
-# Weights times examples times networks that one turn of one peer may take: a second or two.
+# Largest product of weights, examples and networks in a turn, which then takes a second or two.
 BUDGET = 10_000_000_000
-# More of a processor than this in other hands spoils a figure.
+# Other programs that keep more processors busy than this spoil a measurement.
 BUSY = 0.1
 LIMIT = "limit (estimate)"
 
@@ -53,11 +54,11 @@ QUICK = (Work((784, 30, 10), 10, (1, 16)), Work((784, 30, 10), 10, (16,), own_or
 
 
 class Runner(NamedTuple):
-    """A peer that has run once."""
+    """A peer that is compiled and has run once."""
 
     epoch: Epoch
     examples: int
-    """How many are timed."""
+    """Number of timed examples."""
     peak_bytes: float
 
 
@@ -65,7 +66,7 @@ class Runner(NamedTuple):
 
 
 def fresh_networks(work: Work, networks: int, device: torch.device) -> list[MLP]:
-    """The networks every peer starts from."""
+    """Create the initial networks, the same for every peer."""
     _memory.check_memory(work.sizes, networks, device=device)
     return [
         MLP(work.sizes, generator=torch.Generator().manual_seed(seed), device=device)
@@ -74,10 +75,10 @@ def fresh_networks(work: Work, networks: int, device: torch.device) -> list[MLP]
 
 
 def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
-    """The first network's C over 1,000 examples after an epoch of them, in a fixed order."""
+    """Loss of the first network on 1,000 examples after an epoch of them in fixed order."""
     x, y = x[:1000], y[:1000]
     epoch, parameters = PEERS[name](work, x, y, fresh_networks(work, networks, x.device))
-    # The first network's order is the same one, whatever the others'.
+    # The order of the first network is always the same.
     order = torch.arange(len(x), device=x.device)
     epoch(work.indices(order, networks, torch.Generator().manual_seed(0)))
     network = fresh_networks(work, 1, x.device)[0]
@@ -88,15 +89,15 @@ def check(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> float:
 
 
 def prepare(name: str, work: Work, x: Tensor, y: Tensor, networks: int) -> Runner:
-    """Make a peer ready, and run it once."""
-    # Large networks, and many, take a part of an epoch; the figures are for the whole.
+    """Create a peer and run it once, to compile and to measure its peak memory."""
+    # Large or many networks are timed on a part of an epoch; times are scaled to a whole one.
     weights = sum(n_in * n_out for n_in, n_out in itertools.pairwise(work.sizes))
     affordable = BUDGET // (weights * networks * (10 if name == peers.BY_EXAMPLE else 1))
     examples = min(len(x), max(4 * work.batch_size, affordable))
 
     def first() -> Epoch:
         epoch, _ = PEERS[name](work, x, y, fresh_networks(work, networks, x.device))
-        # Code compiled for its shapes must have seen them all.
+        # Code that is compiled for fixed shapes must run with all of them.
         compiles = name in (JAX, JAX_VMAP, peers.COMPILED)
         warm = torch.arange(examples if compiles else min(examples, 2_000), device=x.device)
         epoch(work.indices(warm, networks, torch.Generator().manual_seed(0)))
@@ -121,12 +122,12 @@ def row(
     """A row of results.json.
 
     Args:
-        work, peer, networks: the identity of the row.
-        outcome: "right", "wrong" (a loss that differs from nnce's), "failed" (it raised), "missing"
-            (it cannot run here) or "estimate".
-        note: the loss, or why there is no time.
-        timing: of an epoch of one network.
-        more: peak_bytes, threads, and examples, the number that was timed.
+        work, peer, networks: identity of the row.
+        outcome: "right", "wrong" (the loss differs from nnce's), "failed" (an exception), "missing"
+            (cannot run here) or "estimate".
+        note: a wrong loss, or the reason why there is no time.
+        timing: time of an epoch of one network.
+        more: peak_bytes, threads, and examples, the number of timed examples.
     """
     timing = timing or Timing()
     return {
@@ -138,10 +139,10 @@ def row(
 
 
 def peaks_of_one_thread(work: Work) -> tuple[float, float]:
-    """Multiplications, each with its addition, and bytes a second; the best of some runs.
+    """Peak multiply-adds and bytes per second of one thread, the best of several runs.
 
-    The former of a matrix product, the latter, read and written, of a first layer's weights: they
-    are in the cache.
+    The former is measured on a matrix product, the latter on an addition to the weights of a first
+    layer, which are in the cache; reads and writes both count.
     """
     before, cpu = torch.get_num_threads(), torch.device("cpu")
     torch.set_num_threads(1)
@@ -159,12 +160,12 @@ def peaks_of_one_thread(work: Work) -> tuple[float, float]:
 
 
 def limit(work: Work, networks: int, ours: float) -> dict[str, Any]:
-    """Least time that the inputs that are not 0 need, on as many threads as nnce has.
+    """Row with a lower bound of the time for the nonzero inputs, with nnce's number of threads.
 
-    Multiplications: two for a weight of the first layer and an input that is not 0 (forward and
-    step), three for a weight of the layers above. Bytes: those inputs and their numbers, once; and
-    each weight three times a mini-batch (read forward, read and written for the step) unless all
-    its inputs there are 0.
+    Multiplications per example: two per weight of the first layer with a nonzero input (forward and
+    update), three per weight of the other layers. Bytes: nonzero inputs and their indices once, and
+    each weight three times per mini-batch (read in the forward pass, read and written in the
+    update) unless all its inputs in the mini-batch are 0.
     """
     first, *above = (n_in * n_out for n_in, n_out in itertools.pairwise(work.sizes))
     n, density = work.batch_size, work.density
@@ -177,15 +178,15 @@ def limit(work: Work, networks: int, ours: float) -> dict[str, Any]:
     threads = threads_of(NNCE, work, networks)
     seconds = EXAMPLES * at_least / threads
     note = (
-        f"{multiplications:,.0f} multiplications and {needed:,.0f} bytes an example, at "
-        f"{most / 1e9:.0f} G and {most_bytes / 1e9:.0f} GB a second and thread"
+        f"{multiplications:,.0f} multiplications and {needed:,.0f} bytes per example, at "
+        f"{most / 1e9:.0f} G/s and {most_bytes / 1e9:.0f} GB/s per thread"
     )
     timing = Timing(seconds, seconds / ours, seconds / ours, seconds / ours)
     return row(work, LIMIT, networks, "estimate", note, timing, threads=threads)
 
 
 def threads_of(name: str, work: Work, networks: int) -> int:
-    """Number of threads of a peer; JAX chooses its own."""
+    """Number of threads of a peer; JAX uses all processors."""
     suits = ensemble.suits_loops(
         work.sizes, work.batch_size, torch.float32, torch.device("cpu"), work.density
     )
@@ -194,13 +195,13 @@ def threads_of(name: str, work: Work, networks: int) -> int:
     return (os.cpu_count() or 1) if name in (JAX, JAX_VMAP) else torch.get_num_threads()
 
 
-_Key = tuple[str, int]  # a peer, and how many networks it trains side by side
+_Key = tuple[str, int]  # name of a peer, and number of networks that it trains together
 
 
 def measure(
     work: Work, names: Sequence[str], x: Tensor, y: Tensor, repetitions: int
 ) -> list[dict[str, Any]]:
-    """The rows of one work."""
+    """Measure one workload: one row per peer and number of networks."""
     runners, losses, rows = _prepare_all(work, names, x, y)
     generator = torch.Generator().manual_seed(0)
 
@@ -239,7 +240,7 @@ def measure(
 def _prepare_all(
     work: Work, names: Sequence[str], x: Tensor, y: Tensor
 ) -> tuple[dict[_Key, Runner], dict[_Key, float], list[dict[str, Any]]]:
-    """The peers that can run, their losses, and a row for each that cannot."""
+    """Prepare all peers; return those that can run, their losses, and rows for the others."""
     runners: dict[_Key, Runner] = {}
     losses: dict[_Key, float] = {}
     rows = []
@@ -251,7 +252,7 @@ def _prepare_all(
             runners |= {key: prepare(name, work, x, y, key[1]) for key in keys}
         except peers.Missing as reason:
             rows.append(row(work, name, 1, "missing", str(reason)))
-        except Exception as error:  # others' code; the rest of the table is still worth having
+        except Exception as error:  # code of other libraries; continue with the next peer
             if name.startswith(NNCE):
                 raise
             rows.append(row(work, name, 1, "failed", type(error).__name__))
@@ -259,7 +260,7 @@ def _prepare_all(
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """All rows, and a warning where another program was at work."""
+    """Measure all workloads; warn if other programs were busy."""
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(EXAMPLES, 784, generator=generator)
     ranks = torch.rand(EXAMPLES, 784, generator=generator)
@@ -278,8 +279,8 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[
             rows += measure(work, names, x, y, options.repetitions)
         if neighbors.share() > BUSY:
             print(
-                f"warning: {work}: other programs took {neighbors.share():.1f} of "
-                f"{os.cpu_count() or 1} processors while this was measured; do not trust it",
+                f"warning: {work}: other programs used {neighbors.share():.1f} of "
+                f"{os.cpu_count() or 1} processors during the measurement; do not trust it",
                 file=sys.stderr,
             )
     return rows

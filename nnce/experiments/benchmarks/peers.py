@@ -1,7 +1,7 @@
-"""Ways to train a network for an epoch: nnce's, and those of other libraries.
+"""Implementations of a training epoch: nnce's, and those of other libraries.
 
-Each peer takes the same networks and data, and returns a function that trains on the examples in a
-given order, and one that returns the first network's parameters.
+Each peer takes networks and data. It returns a function that trains on the examples in a given
+order, and one that returns the parameters of the first network.
 """
 
 import copy
@@ -22,14 +22,14 @@ from nnce.experiments.timing import seconds_of
 from nnce.modules import MLP
 from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
 
-Array: TypeAlias = Any  # of NumPy, JAX (untyped here) or PyTorch
+Array: TypeAlias = Any  # NumPy, JAX (untyped here) or PyTorch
 LR = 0.5
 BUILT_IN = BUILT_IN_LOSSES["cross-entropy"]
-# For the floor: networks are walked in groups that fit into the processor's cache, and mini-batches
-# gathered this many at a time.
+# For the floor: size of a group of networks that fits in the cache, and number of mini-batches that
+# are gathered at once.
 CACHE_BYTES = 3_000_000
 BLOCK_STEPS = 32
-# As many inputs are not 0 as of MNIST's: a weight whose input is 0 does not move.
+# Share of nonzero inputs, as in MNIST; weights of zero inputs need no update.
 DENSITY = 0.19
 
 
@@ -39,13 +39,13 @@ class Work(NamedTuple):
     sizes: tuple[int, ...]
     batch_size: int
     networks: tuple[int, ...]
-    """How many side by side, each a row of its own."""
+    """Numbers of networks trained together, one row each."""
     density: float = DENSITY
-    """The share of inputs that are not 0."""
+    """Share of nonzero inputs."""
     own_orders: bool = False
     """Whether each of several networks has its own order of the examples."""
     threads: int | None = None
-    """The engine that was requested."""
+    """Number of threads of an `Ensemble`; None for its default."""
 
     def __str__(self) -> str:
         inputs = "" if self.density < 1 else ", no zeros"
@@ -53,7 +53,7 @@ class Work(NamedTuple):
         return f"{_memory.dashed(self.sizes)}, batch {self.batch_size}{inputs}{orders}"
 
     def indices(self, order: Tensor, networks: int, generator: torch.Generator) -> Tensor:
-        """The order for N networks side by side, [n], or [networks, n] with an order each."""
+        """Order of the examples, [n], or [networks, n] if each network has its own."""
         if not self.own_orders or networks == 1:
             return order
         others = [data.order(len(order), generator, order.device) for _ in range(1, networks)]
@@ -61,18 +61,18 @@ class Work(NamedTuple):
 
 
 Epoch = Callable[[Tensor], object]
-"""Train on the examples in this order, or in these."""
+"""Function that trains on the examples in one order, or in one order per network."""
 Parameters = Callable[[], Sequence[Array]]
-"""W, b, W, b, … of the first network, as they are now."""
+"""Function that returns the current W, b, W, b, … of the first network."""
 Peer = Callable[[Work, Tensor, Tensor, list[MLP]], tuple[Epoch, Parameters]]
 
 
 class Missing(Exception):
-    """This peer cannot be tried here; the message says why."""
+    """The peer cannot run here; the message states the reason."""
 
 
 def _epoch(work: Work, x: Array, y: Array, step: Callable[[Array, Array], object]) -> Epoch:
-    """An epoch that calls `step` with each mini-batch: tensors, or NumPy's arrays."""
+    """Return an epoch that calls `step` with each mini-batch of tensors or NumPy arrays."""
 
     def epoch(order: Tensor) -> None:
         for batch in order.split(work.batch_size, dim=-1):
@@ -85,9 +85,9 @@ def _epoch(work: Work, x: Array, y: Array, step: Callable[[Array, Array], object
 def nnce_ensemble(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP], engine: ensemble.Engine | None = None
 ) -> tuple[Epoch, Parameters]:
-    """The revised algorithm, networks side by side, by loops or products, whichever suits."""
+    """The revised algorithm on all networks together, with loops or products (default: by size)."""
     if engine == "loops" and (x.is_cuda or not loops.is_available()):
-        raise Missing("no loops: they want the CPU, and Numba")
+        raise Missing("the loops require a CPU and Numba")
     values = [Hyperparameters("cross-entropy", LR)] * len(networks)
     together = Ensemble(
         networks, values, batch_size=work.batch_size, engine=engine, threads=work.threads
@@ -96,10 +96,10 @@ def nnce_ensemble(
 
 
 def _products(networks: list[MLP], n: int) -> Callable[[Tensor], None]:
-    """A step of networks side by side of n examples, the matrix products alone: nothing is learnt.
+    """Return the matrix products of a training step on n examples, without anything else.
 
-    The first layers are one product, those above batched ones; forward, da and dW. Values that are
-    not computed between them are 0.
+    The first layers of all networks are one product, the other layers are batched; forward, da and
+    dW. All values that the products alone do not compute are 0, so nothing is learned.
     """
     by_layer = zip(*(network.linears() for network in networks), strict=True)
     weights = [torch.stack([linear.weight.detach() for linear in layer]) for layer in by_layer]
@@ -122,10 +122,10 @@ def _products(networks: list[MLP], n: int) -> Callable[[Tensor], None]:
 
 
 def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """The matrix products alone, dense, with the same shuffling and gathering."""
+    """Dense matrix products only, with the same shuffling and gathering."""
     if work.own_orders:
-        raise Missing("networks with orders of their own share no product")
-    # As many networks at a time as the ensemble takes, since more would leave the cache.
+        raise Missing("networks with different orders share no product")
+    # As many networks at a time as in the ensemble; more would exceed the cache.
     size = max(1, CACHE_BYTES // _memory.bytes_of(work.sizes, torch.float32))
     groups = [networks[i : i + size] for i in range(0, len(networks), size)]
     products = functools.cache(lambda n: [_products(group, n) for group in groups])
@@ -149,7 +149,7 @@ def _loop(
     criterion: Callable[[Tensor, Tensor], Tensor],
     **settings: bool,
 ) -> tuple[Epoch, Parameters]:
-    """The usual loop, with an optimizer and autograd's graph."""
+    """The usual training loop with SGD and autograd."""
     optimizer = torch.optim.SGD(network.parameters(), lr=LR, **settings)
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -161,7 +161,7 @@ def _loop(
 
 
 def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """torch.nn and autograd, with the fastest of SGD's settings."""
+    """torch.nn and autograd, with the fastest implementation of SGD."""
 
     def seconds(settings: dict[str, bool]) -> float:
         trial = torch_twin(copy.deepcopy(networks[0]))
@@ -179,12 +179,12 @@ def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch,
 
 
 def functions(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """nnce's Functions inside PyTorch's graph."""
+    """nnce's autograd Functions in the usual training loop."""
     return _loop(work, x, y, networks[0], functional.sigmoid_cross_entropy, fused=True)
 
 
 def _gradients_of(twin: nn.Module) -> Callable[..., dict[str, Tensor]]:
-    """A function of parameters by name, x and y: the gradients of the built-in loss."""
+    """Return a function of parameters, x and y that computes the gradients of the built-in loss."""
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         z: Tensor = torch.func.functional_call(twin, parameters, (x,))
@@ -194,8 +194,8 @@ def _gradients_of(twin: nn.Module) -> Callable[..., dict[str, Tensor]]:
 
 
 def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """The whole step under torch.compile: forward, backward and update in one graph."""
-    torch._dynamo.reset()  # code compiled for another work counts against a limit
+    """torch.compile of the whole step: forward, backward and update in one graph."""
+    torch._dynamo.reset()  # code compiled for other workloads counts towards a limit
     twin = torch_twin(networks[0])
     parameters = {name: p.detach() for name, p in twin.named_parameters()}
     gradients = _gradients_of(twin)
@@ -209,9 +209,9 @@ def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epo
 
 
 def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """torch.nn and autograd, the whole step captured as a CUDA graph."""
+    """torch.nn and autograd, with the whole step captured as a CUDA graph."""
     if not x.is_cuda:
-        raise Missing("no CUDA here")
+        raise Missing("requires CUDA")
     twin = torch_twin(networks[0])
     optimizer = torch.optim.SGD(twin.parameters(), lr=LR, fused=True)
 
@@ -246,20 +246,20 @@ def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
 
 
 def _arrays(network: MLP) -> list[list[Array]]:
-    """[W, b] of each layer, copied."""
+    """Copies of [W, b] of each layer, as NumPy arrays."""
     layers = network.weights_and_biases()
     return [[p.detach().cpu().numpy().copy() for p in layer] for layer in layers]
 
 
 def _sigmoid(z: Array) -> Array:
-    with np.errstate(over="ignore"):  # e^(−z) = ∞ makes the right 0
+    with np.errstate(over="ignore"):  # e^(−z) = ∞ gives the correct 0
         return 1 / (1 + np.exp(-z))
 
 
 def numpy_by_example(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP]
 ) -> tuple[Epoch, Parameters]:
-    """NumPy as the textbook has it: example by example, columns for vectors."""
+    """NumPy as in the textbook: example by example, with column vectors."""
     W, b = map(list, zip(*_arrays(networks[0]), strict=True))
     b = [column[:, None] for column in b]
 
@@ -289,10 +289,10 @@ def numpy_by_example(
     return _epoch(work, X, Y, step), lambda: [p for pair in zip(W, b, strict=True) for p in pair]
 
 
-def numpy_vectorised(
+def numpy_vectorized(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP]
 ) -> tuple[Epoch, Parameters]:
-    """NumPy, a mini-batch at a time."""
+    """NumPy, vectorized over the mini-batch."""
     layers = _arrays(networks[0])
 
     def step(x: Array, y: Array) -> None:
@@ -311,7 +311,7 @@ def numpy_vectorised(
 
 
 def scikit_learn(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """scikit-learn's MLPClassifier; targets of several labels make its output layer sigmoid."""
+    """scikit-learn's MLPClassifier; multi-label targets give it a sigmoid output layer."""
     try:
         from sklearn.neural_network import MLPClassifier
     except ImportError as error:
@@ -326,7 +326,7 @@ def scikit_learn(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
         learning_rate_init=LR,
         momentum=0.0,
         nesterovs_momentum=False,
-        shuffle=False,  # shuffled by the order, as the others are
+        shuffle=False,  # the order is shuffled already
     )
     model.partial_fit(X[: work.batch_size], Y[: work.batch_size], classes=np.arange(10))
     for layer, (W, b) in enumerate(_arrays(networks[0])):
@@ -342,7 +342,7 @@ def scikit_learn(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
 
 
 def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
-    """torch.func's way with many networks: their parameters stacked, and vmap over them."""
+    """torch.func: vmap over the stacked parameters of all networks."""
     twins = [torch_twin(network) for network in networks]
     stacked, _ = torch.func.stack_module_state(twins)
     parameters = {name: p.detach() for name, p in stacked.items()}
@@ -359,7 +359,7 @@ def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Ep
 def jax_scan(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP], *, side_by_side: bool = False
 ) -> tuple[Epoch, Parameters]:
-    """JAX: an epoch as one jitted scan over the mini-batches; many networks by vmap."""
+    """JAX: one jitted scan over the mini-batches of an epoch; vmap over several networks."""
     try:
         import jax
         import jax.numpy as jnp
@@ -435,9 +435,9 @@ PEERS: dict[str, Peer] = {
     JAX_VMAP: partial(jax_scan, side_by_side=True),
     FUNC_VMAP: func_vmap,
     "scikit-learn": scikit_learn,
-    "NumPy, vectorised": numpy_vectorised,
+    "NumPy, vectorized": numpy_vectorized,
     BY_EXAMPLE: numpy_by_example,
 }
 QUICK_PEERS = (NNCE, FLOOR, EAGER, JAX, JAX_VMAP)
-# Networks side by side; the others train R networks one after the other.
+# Peers that train networks together; all others train them one after the other.
 SIDE_BY_SIDE = (NNCE, LOOPS, PRODUCTS, FLOOR, JAX_VMAP, FUNC_VMAP)

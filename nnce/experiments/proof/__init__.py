@@ -1,1 +1,1 @@
-"""The proof: how precise nnce's rules are, and what PyTorch features its functions work with."""
+"""Accuracy of nnce's rules, and compatibility of its functions with PyTorch features."""

@@ -1,7 +1,7 @@
-"""Accuracy of the elementwise rules over the whole range of z, next to PyTorch's counterparts.
+"""Accuracy of the elementwise rules and PyTorch's counterparts over the whole range of z.
 
-The truth is computed by mpmath, which comes with torch, in 60 digits. It is kept as two float64
-numbers, whose sum it is, because one would not do to judge float64.
+Exact values are computed by mpmath (a dependency of torch) with 60 digits, and stored as the sum of
+two float64 numbers, because one is not accurate enough to judge float64.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Quantity(NamedTuple):
-    """Something computed for each z and y, and those who compute it, nnce first."""
+    """A quantity computed from z and y, and the functions that compute it, nnce first."""
 
     name: str
     contenders: dict[str, LossFunction]
     derivative: bool
-    """Whether it is the contender's derivative by z, or its value."""
+    """Whether the quantity is the derivative with respect to z, or the value."""
     exact: Callable[[Any, Any, Any, int], Any]
-    """The truth, from mpmath's σ(z), σ(−z), softplus(z) (of −z where y = 1), and y."""
+    """Exact value from y and mpmath's σ(z), σ(−z) and softplus(z), or softplus(−z) if y = 1."""
     promised_ulps: float
-    """What nnce promises for y ∈ {0, 1}, in units in the last place, of normal numbers; at most 8
-    but in float64, in which the focal losses are computed as they are."""
+    """Promised largest error for y ∈ {0, 1} and normal results, in units in the last place; at most
+    8 in every dtype but float64, in which the focal losses compute."""
     limits: tuple[tuple[float, float], tuple[float, float]]
-    """The limits at z = −∞ and ∞, for y = 0 and for y = 1."""
+    """Limits at z = −∞ and ∞, for y = 0 and for y = 1."""
 
     def promised(self, dtype: str) -> float:
         """The units promised in a dtype."""
@@ -40,12 +40,12 @@ class Quantity(NamedTuple):
 
 _F = torch.nn.functional
 OURS = ("nnce", "nnce, rules")
-"""The contenders that keep nnce's promises: its kernels, and the rules as every other context
-(`torch.func`, compile, `create_graph=True`) computes them."""
+"""Contenders to which nnce's promises apply: its kernels, and the rules in PyTorch operations, as
+used under `torch.func`, compile and `create_graph=True`."""
 
 
 def _ours(function: LossFunction) -> dict[str, LossFunction]:
-    # Under vmap there is no fused kernel.
+    # vmap bypasses the fused kernel.
     return dict(zip(OURS, (function, torch.func.vmap(function)), strict=True))
 
 
@@ -97,11 +97,11 @@ def _peers(name: str) -> dict[str, LossFunction]:
     return found
 
 
-_NOTHING = ((0.0, 0.0), (0.0, 0.0))
+_ZEROS = ((0.0, 0.0), (0.0, 0.0))
 
 
 def quantities() -> tuple[Quantity, ...]:
-    """The values and derivatives that are looked at; the asymmetric loss without its margin."""
+    """All quantities that are measured; the asymmetric loss without its margin."""
     slopes, unbounded = ((0.0, 1.0), (-1.0, 0.0)), ((0.0, math.inf), (math.inf, 0.0))
     focal: dict[str, LossFunction] = {
         **_ours(lambda z, y: functional.sigmoid_focal_loss(z, y)),
@@ -126,7 +126,7 @@ def quantities() -> tuple[Quantity, ...]:
         Quantity(
             *("quadratic, dC/dz", _QUADRATIC, True),
             lambda s, t, c, y: -t * s * t if y else s * s * t,
-            *(8.0, _NOTHING),
+            *(8.0, _ZEROS),
         ),
         Quantity(
             *("quadratic, C", _QUADRATIC, False),
@@ -155,15 +155,15 @@ def quantities() -> tuple[Quantity, ...]:
             lambda s, t, c, y: t * c if y else s**4 * c,
             *(16.0, unbounded),
         ),
-        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, c, y: s * t, 6.0, _NOTHING),
+        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, c, y: s * t, 6.0, _ZEROS),
     )
 
 
 def grid(dtype: torch.dtype) -> Tensor:
-    """Every finite z worth looking at from −10⁴ to 10⁴, in order, in dtype.
+    """Sorted test values of z from −10⁴ to 10⁴ in the given dtype, all finite.
 
-    Dense near 0, every decade down to the subnormal numbers and 0 itself, and dense again where σ
-    rounds to 1 and where it underflows, in each dtype.
+    Dense near 0, where σ rounds to 1 and where it underflows in any dtype; also 0 and every decade
+    down to the subnormal numbers.
     """
     tiny = torch.finfo(dtype).tiny
     subnormal = tiny * 2.0 ** -torch.arange(0, 11, dtype=torch.float64)
@@ -181,35 +181,36 @@ def grid(dtype: torch.dtype) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """One contender's errors on one quantity, over the grid and y ∈ {0, 1}."""
+    """Errors of one contender for one quantity, over the grid and y ∈ {0, 1}."""
 
     quantity: str
     by: str
     dtype: str
     device: str
     absolute: float
-    """The largest absolute error."""
+    """Largest absolute error."""
     relative: float
-    """The largest relative error, where the exact value is a normal number."""
+    """Largest relative error where the exact value is a normal number; for the linear layer,
+    ‖error‖ / ‖exact‖."""
     ulps: float
-    """The largest error in units in the last place, also NaN if none is known."""
+    """Largest error in units in the last place where the exact value is a normal number."""
     worst_z: float = math.nan
-    """The z of that."""
+    """The z with the largest error in ulps; NaN for the linear layer."""
     below_normal: float = 0.0
-    """The largest absolute error where the exact value is below the smallest normal number, in
-    units of that number."""
+    """Largest absolute error where the exact value is below the smallest normal number, in units of
+    that number."""
     zero_from: float = math.nan
-    """From which z on, for y = 0, the result is exactly 0 though the truth is not; else NaN."""
+    """Smallest z > 0 for which, at y = 0, the result is 0 but the exact value is not; else NaN."""
     wrong_from: float = math.nan
-    """The smallest z > 0 with, for y = 0, an error above 1 %; else NaN."""
+    """Smallest z > 0 with a relative error above 1 % at y = 0; else NaN."""
     right_at_infinity: bool = True
     """Whether z = ±∞ gives the limit, and NaN gives NaN."""
     wrong: str = ""
-    """Where, for either y, the error first exceeds 1 % as |z| grows; empty if nowhere."""
+    """The y and z of smallest |z| with a relative error above 1 %; empty if there is none."""
 
 
 class Curve(NamedTuple):
-    """|dC/dz| against z for y = 0, for the saturation atlas."""
+    """Derivatives by z for y = 0, exact and by each contender, for the saturation atlas."""
 
     dtype: str
     z: Tensor
@@ -220,7 +221,7 @@ class Curve(NamedTuple):
 def measure(
     dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[list[Measured], list[Curve]]:
-    """The errors of all contenders in one dtype on one device, and the curves they make."""
+    """Measure the errors of all contenders in one dtype on one device, with their curves."""
     z = grid(dtype)
     rows, curves = [], []
     every = quantities()
@@ -230,8 +231,8 @@ def measure(
             try:
                 results = {y: _compute(quantity, contender, z, y, device) for y in (0, 1)}
             except (RuntimeError, NotImplementedError):
-                continue  # PyTorch has no such kernel for this dtype and device
-            if by != OURS[1]:  # its curve is that of OURS[0]
+                continue  # not implemented by PyTorch for this dtype and device
+            if by != OURS[1]:  # same curve as OURS[0]
                 computed[by] = results[0]
             right = _right_at_infinity(quantity, contender, dtype, device)
             of = (quantity.name, by, _name(dtype), str(device))
@@ -242,7 +243,7 @@ def measure(
 
 
 def _exact(every: Sequence[Quantity], z: Tensor) -> list[dict[int, tuple[Tensor, Tensor]]]:
-    """Of each quantity, for y = 0 and y = 1: its truth at z, as the sum of two float64 tensors."""
+    """Exact values of each quantity for y = 0 and 1, as pairs of float64 tensors to be added."""
     import mpmath as mp
 
     found = []
@@ -310,8 +311,8 @@ def _measured(
     )
 
 
-# A sum of products has no relative promise where its terms cancel, so the linear layer is judged in
-# units in the last place of the sum of its terms' magnitudes; this many are promised.
+# Sums of products have no bounded relative error where terms cancel. The promised error of the
+# linear layer is therefore in units in the last place of the sum of the terms' absolute values.
 LINEAR_PROMISED_ULPS = 8.0
 _LINEAR = {
     "nnce": functional.linear,
@@ -320,7 +321,7 @@ _LINEAR = {
 
 
 def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Measured]:
-    """The errors of the linear layer's output and gradients, on random inputs, against mpmath."""
+    """Measure the errors of the linear layer's output and gradients on random inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -328,7 +329,7 @@ def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> li
 
     a_prev, W, b, dz = normal(12, 32), normal(10, 32), normal(10), normal(12, 10)
     ones = torch.ones(12, 1, dtype=dtype)
-    # Each as one product: the bias is a weight whose input is always 1.
+    # Each quantity is one product: the bias is a weight whose input is always 1.
     factors = {
         "z": (torch.cat([a_prev, ones], dim=1), torch.cat([W.T, b[None]])),
         "da_prev": (dz, W),
@@ -359,7 +360,7 @@ def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> li
 
 
 def _exact_product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix product, as the sum of two float64 matrices."""
+    """Exact matrix product, as two float64 matrices to be added."""
     import mpmath as mp
 
     rows, columns = left.double().tolist(), right.double().T.tolist()
@@ -379,7 +380,7 @@ def _right_at_infinity(
     for y, (low, high) in enumerate(quantity.limits):
         try:
             got = _compute(quantity, contender, _INFINITE.to(dtype), y, device)
-        except RuntimeError:  # BCELoss refuses NaN
+        except RuntimeError:  # BCELoss rejects NaN
             return False
         if got[:2].tolist() != [low, high] or not got[2].isnan():
             return False
@@ -391,7 +392,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """One unit in the last place, in dtype, at the place of `exact` (float64); float64."""
+    """Unit in the last place of `dtype` at the values of `exact`, both in float64."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(exact).exponent - 1
     binade = torch.ldexp(torch.ones_like(exact), exponent)

@@ -1,4 +1,4 @@
-"""nnce's rows of the compatibility table: its functions, and PyTorch's equivalents of them."""
+"""Rows of nnce's compatibility tables: its functions and their PyTorch equivalents."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,17 +20,17 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 class Row(NamedTuple):
-    """A function of nnce, what PyTorch has for it, and inputs for both."""
+    """A function of nnce, its PyTorch equivalent, and inputs for both."""
 
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
-    """In float64; examples are rows."""
+    """Inputs in float64; examples are rows."""
     examples: tuple[bool, ...]
-    """Which of the inputs have a row for each example."""
+    """Whether each input has one row per example."""
 
     def check(self, only: Sequence[str] | None = None) -> Composability:
-        """The cells of the row (default: all)."""
+        """Run the checks named in `only` (default: all)."""
         return check_composability(
             self.function,
             *self.inputs,
@@ -54,7 +54,7 @@ def _asymmetric(z: Tensor, y: Tensor) -> Tensor:
 
 
 def rows() -> dict[str, Row]:
-    """The functions that work on whole tensors."""
+    """Rows of the six functions with all derivatives."""
     z, y = _random(5, 3, seed=0), _random(5, 3, seed=1).sigmoid()
     a_prev, W, b = _random(5, 4, seed=2), _random(3, 4, seed=3), _random(3, seed=4)
     return {
@@ -88,12 +88,12 @@ def rows() -> dict[str, Row]:
 
 
 def walked_rows() -> dict[str, Row]:
-    """The functions that work block by block, which refuse the derivatives that they lack."""
+    """Rows of the blockwise functions, which have first derivatives only."""
     x, W, b = _random(3, 2, seed=2), _random(4, 2, seed=3), _random(4, seed=4)
     scale, bias = _random(seed=5), _random(seed=6)
 
     def positives(x: Tensor) -> Tensor:
-        # −1 and 0, 1 and 2, 3 and −1, …; not a constant, of which PyTorch before 2.9 exports none.
+        # −1 and 0, 1 and 2, 3 and −1, …; PyTorch before 2.9 cannot export a constant here.
         return torch.arange(2 * len(x), device=x.device).view(-1, 2) % 5 - 1
 
     def targets(x: Tensor) -> Tensor:
@@ -132,11 +132,11 @@ REFUSED = {
     **dict.fromkeys(("func.vmap", "per-sample vmap(grad)", "compile(vmap(grad))"), "no vmap"),
     "leading dimensions": "examples are rows",
 }
-"""Columns in which `walked_rows` fail, by intention, and why."""
+"""Columns that `walked_rows` do not support by design, with the reason."""
 INSIDE_PYTORCH = {
     "compile, double backward": "aot_autograd has no double backward",
 }
-"""Columns of nnce's own table where PyTorch itself stands in the way, and how."""
+"""Columns that fail because of limitations of PyTorch, with the reason."""
 if torch.torch_version.TorchVersion(torch.__version__) >= "2.15":  # 2.6 to 2.14 could do these
-    INSIDE_PYTORCH["compile(vmap(grad))"] = "dynamo's stand-in for a Function has no vmap rule"
-    INSIDE_PYTORCH["compile(hessian)"] = "dynamo cannot trace forward mode over its stand-in"
+    INSIDE_PYTORCH["compile(vmap(grad))"] = "dynamo's replacement of a Function has no vmap rule"
+    INSIDE_PYTORCH["compile(hessian)"] = "dynamo cannot trace forward mode over its replacement"
