@@ -311,7 +311,7 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
             half = file.partition("-")[0] == "train"
             raise DataError(_damaged(name, folder, half, f"{file} is a folder"))
     complete = all((folder / file).exists() for file in _FILES)
-    older = folder.with_name("processed")  # an older torchvision's files, still preferred by new ones
+    older = folder.with_name("processed")  # from an older torchvision, and still read first
     if all((older / file).exists() for file in ("training.pt", "test.pt")):
         folder, complete = older, True
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -330,8 +330,8 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise DataError(
-            f"{name} is not in {data_dir}: set --data-dir or $NNCE_DATA to the folder that contains "
-            f"{_TORCHVISION[name]}/raw; it could not be downloaded ({_short(reason)})"
+            f"{name} is not in {data_dir}: set --data-dir or $NNCE_DATA to the folder that "
+            f"contains {_TORCHVISION[name]}/raw; it could not be downloaded ({_short(reason)})"
         ) from error
 
     if why:

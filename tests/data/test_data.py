@@ -245,7 +245,8 @@ def _refusal(data_dir):
     with pytest.raises(DataError) as error:
         data.load("mnist", data_dir=data_dir)
     message = str(error.value)
-    assert message.startswith(f"mnist is not in {data_dir}: set --data-dir or $NNCE_DATA to the folder that contains MNIST/raw")
+    begin, end = "set --data-dir or $NNCE_DATA to the", "folder that contains MNIST/raw"
+    assert message.startswith(f"mnist is not in {data_dir}: {begin} {end}")
     assert not list(data_dir.rglob("*ubyte"))
     assert "--data-dir" in message and "\n" not in message
     return message

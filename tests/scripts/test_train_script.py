@@ -238,7 +238,7 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--hidden", "30", "0"], "positive hidden sizes, got (30, 0)"),
         (["--train-size", "2000"], "at most 1,197 for digits, got 2,000"),
         (["--train-size", "0"], "at least 1, a whole number, got 0"),
-        (["--data", "cifar"], "out of digits, mnist, fashion-mnist, kmnist, got 'cifar'"),
+        (["--data", "cifar"], "data sets digits, mnist, fashion-mnist, kmnist, got 'cifar'"),
         (["--loss", "hinge"], "invalid choice: 'hinge'"),
         (["--engine", "magic"], "invalid choice: 'magic'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
