@@ -250,7 +250,7 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--matmul-precision", "low"], "invalid choice: 'low'"),
         (["--engine", "backprop", "--optimizer", "adam"], "use engine 'functions'"),
         (["--optimizer", "adam", "--momentum", "0.9"], "no momentum for optimizer 'adam'"),
-        (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, and cpu has"),
+        (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, but cpu has"),
         (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
         (["--name", "a/b"], "expected a letter or digit and at most 59 more or . _ + -, got 'a/b'"),
         (["--name", "mine", "--run-dir", "there"], "expected --run-dir or --name, got both"),
