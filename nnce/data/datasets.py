@@ -22,8 +22,8 @@ from nnce._arguments import is_size
 from nnce.data import own
 from nnce.data.errors import DataError
 
-# torchvision's classes for data sets in MNIST's format: each 60,000 training and 10,000 test images
-# of 28 by 28 pixels in 10 classes.
+# torchvision's classes for data sets in MNIST's format, with 60,000 training and 10,000 test images
+# of 28 by 28 pixels in 10 classes each.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 _FILES = [
     f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -259,7 +259,7 @@ def _digits() -> list[_Part]:
 
 
 def _stratified(labels: Tensor, held_out: int) -> list[Tensor]:
-    """Stratified indices of train, validation and test, the last two of size held_out; fixed."""
+    """Fixed stratified split: indices of train, validation and test, the latter two held_out."""
     split = _sklearn().model_selection.train_test_split
     rest: Any = torch.arange(len(labels)).numpy()
     parts = []

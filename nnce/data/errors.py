@@ -2,7 +2,7 @@
 
 
 class DataError(ValueError):
-    """Data cannot be loaded, or violate the assumptions of the rules.
+    """Data cannot be loaded, or do not meet the requirements.
 
     >>> nnce.data.check(torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0]]))
     Traceback (most recent call last):

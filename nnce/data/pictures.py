@@ -130,7 +130,7 @@ def _placed(ink: Tensor, side: int, row: int, column: int) -> Tensor:
 
 
 def _like_mnist(ink: Tensor) -> Tensor:
-    """Preprocess like MNIST: average stroke width, fit to 20x20, center of mass amid 28x28."""
+    """Preprocess like MNIST: strokes of average width, fitted to 20x20, mass centered on 28x28."""
     ink = _fitted(_with_stroke(_fitted(ink, 200)), 20)
     ink = ink / ink.max()
     place = []

@@ -149,7 +149,7 @@ class Ensemble:
                 self._check_network(number)
             velocities = self._trainer.velocities()
             self._trainer = self._make_trainer(self._engine, self._dense)
-            # Engines keep −lr v.
+            # Engines store −lr v.
             ratios = [h.lr / before.lr for h, before in zip(new, old, strict=True)]
             self._trainer.set_velocities(
                 [torch.stack([u * c for u, c in zip(us, ratios, strict=True)]) for us in velocities]

@@ -152,7 +152,7 @@ class InputCache:
         self._made: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Inputs]] = {}
 
     def get(self, x: Tensor, *, dense: bool) -> "Inputs":
-        """The inputs of x, recomputed if x is a new tensor or has been changed in place."""
+        """The inputs of x, recomputed if x is a different tensor or has been changed in place."""
         if x.is_inference():  # PyTorch does not track in-place changes of inference tensors
             return make_inputs(x, dense=dense)
         # Each slice of a data set is a new tensor, but the base that it is a view of remains.

@@ -45,7 +45,7 @@ def is_cached(dispatcher: Any) -> bool:
     return isinstance(cache, _Cache) and cache.has_files()
 
 
-# Neither public nor typed.
+# Private in Numba, and without type annotations.
 _FunctionCache: Any = numba.core.caching.FunctionCache
 
 

@@ -1,9 +1,9 @@
 """Training loops: the revised algorithm for one network, example by example.
 
 The equations are those of `nnce.algorithm`, which should be read first: for each example, the
-forward pass, the last delta and the hidden deltas; for each mini-batch, the update. Inputs that are
-0, such as four fifths of the pixels of an MNIST image, are skipped, since their terms in z and
-dC/dW are 0.
+forward pass, the last delta and the hidden deltas; for each mini-batch, the update. Unless inputs
+are stored as dense rows, those that are 0 (four fifths of the pixels of an MNIST image) are
+skipped, since their terms in z and dC/dW are 0.
 
 Memory layout:
 
@@ -11,8 +11,8 @@ Memory layout:
   contiguous. The last row is a dummy that pads the list of an example's inputs.
 - H, and the width of every layer, is padded to a multiple of 32, for wide registers. Padding stays
   exactly 0.
-- The biases of all layers are one vector, and so are the weights of the layers above the first, [
-  n_out, padded n_in] each.
+- The biases of all layers are one vector. So are the weights of the layers above the first, each
+  [n_out, padded n_in].
 - Arrays are flat and begin at a cache line: with rows that straddle cache lines, the forward pass
   of the first layer took 1.6 times as long.
 - Indices are unsigned: signed ones add a test to each access.
@@ -34,7 +34,7 @@ Array: TypeAlias = Any  # a NumPy array, or a number; Numba infers the type
 
 LANES = np.uint64(kernels.LANES)
 INPUTS_AT_ONCE = np.uint64(kernels.INPUTS_AT_ONCE)
-# In float32, e^x is constant below this x, where it would become subnormal and slow.
+# In float32, x is clamped to this value, below which e^x would be subnormal and slow.
 SMALLEST_EXPONENT = -87.336
 # All fast-math flags for sums and products that do not assume the absence of NaN and ∞.
 _FAST = {"contract", "nsz", "reassoc", "arcp"}
@@ -116,7 +116,7 @@ _intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 
 @_intrinsic
 def _add_row(_: Any, to: Any, t: Any, row: Any, r: Any, x: Any) -> tuple[Any, Any]:
-    """Add a multiple of 32 numbers: to[t : t + 32] += x row[r : r + 32], for flat arrays."""
+    """Scaled addition of 32 numbers: to[t : t + 32] += x row[r : r + 32], for flat arrays."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, t, row, r, x = arguments
@@ -144,7 +144,7 @@ def _add_rows(  # noqa: PLR0913  an intrinsic takes each pointer and index by it
     v: Any,
     stride: Any,
 ) -> tuple[Any, Any]:
-    """Add multiples of 32 columns of eight rows of W to 32 numbers; a row of W has H numbers.
+    """Scaled addition of 32 columns of eight rows of W, which have H numbers each.
 
     to[t : t + 32] += x_j W[i_j H + h : i_j H + h + 32] for j from 0 to 7, where
     i_j = indices[k + j] and x_j = values[v + stride j].

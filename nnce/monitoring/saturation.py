@@ -28,7 +28,7 @@ class LayerFigures(NamedTuple):
     """Share of (example, neuron) pairs with σ'(z) below 0.01, in [0, 1]."""
     slowdown: float
     """Hidden layer: `slowdown` of dC/da, in [0, ¼]. Last layer: the *slowdown meter*, ‖dz
-    quadratic‖ / ‖dz cross-entropy‖ for either loss, over the examples with an error above ½ only;
+    quadratic‖ / ‖dz cross-entropy‖ for either loss, over only the examples with an error above ½;
     NaN if there are no such examples."""
 
 

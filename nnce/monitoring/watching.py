@@ -295,10 +295,7 @@ def _goes_by() -> bool:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Reshape […, neurons], or [examples] of one neuron, to [examples, neurons], in float32 or 64.
-
-    Other dtypes are converted to float32.
-    """
+    """Reshape to [examples, neurons], with one neuron if one-dimensional, in at least float32."""
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
     return rows if rows.dtype == torch.float64 else rows.float()
 

@@ -34,7 +34,7 @@ class Found(NamedTuple):
     content: dict[str, Any]
     """The saved state."""
     damaged: list[str]
-    """An error message for each newer checkpoint, all of them unreadable."""
+    """Error messages of newer checkpoints, all of which are unreadable."""
 
 
 _MAGIC = b"nnce checkpoint "

@@ -128,7 +128,8 @@ def _agreed_name(store: Any, rank: int, size: int) -> str:  # PyTorch has no pub
         for other in others:
             if store.check([f"hello {other}"]):
                 number = str(store.get(f"hello {other}"), "ascii")
-                if number not in answered:  # else of a previous process, until its successor's
+                # An answered number may be of a previous process, until its successor replaces it.
+                if number not in answered:
                     store.set(f"welcome {number}", own)
                     answered.add(number)
         if time.monotonic() > patience:

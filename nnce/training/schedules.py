@@ -67,7 +67,7 @@ class Schedule:
         for name in ("step_size", "gamma", "cosine_epochs", "warmup", "warmup_start"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, plain(value))  # not NumPy's
+                object.__setattr__(self, name, plain(value))  # a Python number, not NumPy's
 
     def factor(self, epoch: int) -> float:
         """Factor of the learning rate in an epoch, counted from 0.

@@ -14,7 +14,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def torch_twin(network: MLP) -> nn.Sequential:
-    """A copy of a network from `torch.nn` layers, which share its parameters."""
+    """Build the `torch.nn` equivalent of a network, which shares its parameters."""
     layers: list[nn.Module] = []
     for linear in network.linears():
         twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
