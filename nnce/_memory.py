@@ -1,6 +1,6 @@
-"""Memory estimates before anything is allocated, and how to recognize a failed allocation.
+"""Memory estimates before allocation, and detection of out-of-memory errors.
 
-Imports nothing of nnce.
+Imports nothing from nnce.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import torch
 
 
 def dashed(sizes: Sequence[int]) -> str:
-    """A network's sizes as text: 784-30-10."""
+    """Format a network's sizes, such as 784-30-10."""
     return "-".join(map(str, sizes))
 
 
@@ -23,10 +23,10 @@ def check_memory(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Raise MemoryError if `count` networks of these sizes cannot fit, before any is made.
+    """Raise MemoryError, before allocating, if `networks` networks of these sizes cannot fit.
 
-    Counted are parameters, as many again for their momentum, and once more while they are moved; or
-    the float64 numbers that the largest layer is drawn from, where that is more.
+    The estimate is three times the parameters (for momentum, and a copy while they are moved), or
+    the parameters and the float64 numbers from which the largest layer is drawn, if that is more.
     """
     parameters = networks * bytes_of(sizes, dtype)
     drawn = 8 * max(n_in * n_out for n_in, n_out in itertools.pairwise(sizes))
@@ -41,7 +41,7 @@ def check_memory(
     if needed > there:
         raise MemoryError(
             f"{networks:,} network{'s' * (networks > 1)} of sizes {dashed(sizes)} would "
-            f"need {_gigabytes(needed)} GB of memory, and {device.type} has {_gigabytes(there)} GB"
+            f"need {_gigabytes(needed)} GB of memory, but {device.type} has {_gigabytes(there)} GB"
         )
 
 
@@ -50,15 +50,15 @@ def _gigabytes(count: int) -> str:
 
 
 def bytes_of(sizes: Sequence[int], dtype: torch.dtype) -> int:
-    """How many bytes the parameters of one network of these sizes take."""
+    """Number of bytes of the parameters of one network of these sizes."""
     return sum((n_in + 1) * n_out for n_in, n_out in itertools.pairwise(sizes)) * dtype.itemsize
 
 
 def shortage(error: BaseException) -> str | None:
-    """A sentence, if the error says that memory could not be had, on the CPU or on CUDA."""
+    """A message if the error is a failed allocation, on the CPU or on CUDA; otherwise None."""
     if isinstance(error, MemoryError):
         return str(error) or "there is not enough memory"
-    # The CPU's allocator raises a bare RuntimeError; torch.OutOfMemoryError, CUDA's, is one too.
+    # On the CPU, PyTorch raises a plain RuntimeError; on CUDA, OutOfMemoryError, a subclass of it.
     words = str(error)
     lacking = "CPUAllocator|out of memory|Storage size calculation overflowed"
     if not isinstance(error, RuntimeError) or not re.search(lacking, words):

@@ -1,7 +1,7 @@
-"""Every use of PyTorch's private API, one function and one reason each.
+"""All uses of PyTorch's private API, one function and one reason each.
 
-Imports nothing of nnce. (`nnce/checks` has its own, since it imports nothing of nnce either, and
-Numba's is in `kernels`.)
+Imports nothing from nnce. (`nnce/checks`, which imports nothing from nnce either, has its own;
+uses of Numba's private API are in `kernels`.)
 """
 
 from collections.abc import Callable, Iterable
@@ -15,29 +15,30 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 
 def forward_mode_levels() -> int:
-    """Number of nested forward-mode transforms of `torch.func` that are active.
+    """Number of active nested forward-mode transforms of `torch.func`.
 
-    No public function tells: PyTorch drops a term of a `jvp` inside another one silently.
+    Required because PyTorch silently drops a term of a `jvp` inside another; there is no public
+    function for it.
     """
     active = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in active)
 
 
 def in_functorch_transform() -> bool:
-    """Whether a transform of `torch.func` is active, where tensors may have no values to read."""
+    """Whether a transform of `torch.func` is active, in which tensors may have no values."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_functorch_tensor(tensor: Tensor) -> bool:
-    """Whether a transform of `torch.func` wraps the tensor, which no in-place operation may touch.
+    """Whether a transform of `torch.func` wraps the tensor, which must not be changed in place.
 
-    The backward of a Function may see one after the transform has ended.
+    The backward of a Function may receive such a tensor after the transform has ended.
     """
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def is_batched_gradient(gradient: Tensor) -> bool:
-    """Whether autograd's `is_grads_batched` has made it: many gradients in one, without values."""
+    """Whether the tensor is a batch of gradients from `is_grads_batched`, without values."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
 
 
@@ -58,17 +59,17 @@ _included_keys = torch._C._dispatch_tls_local_include_set
 
 
 def dispatches_plainly(tensors: Iterable[Tensor]) -> bool:
-    """Whether operations on these tensors go straight to the kernels for a CPU or CUDA.
+    """Whether operations on these tensors are dispatched directly to CPU or CUDA kernels.
 
-    Not so in a dispatch mode (`make_fx`, `FlopCounterMode`), a transform of `torch.func`, a
-    `jit.trace`, autograd's `is_grads_batched` or a forward-mode level, nor for fake, meta, sparse,
+    False in a dispatch mode (`make_fx`, `FlopCounterMode`), a transform of `torch.func`,
+    `jit.trace`, autograd's `is_grads_batched` or a forward-mode level, and for fake, meta, sparse,
     quantized, batched and zero tensors, tensors wrapped by a transform, and negative views. Public
-    functions tell about few of these, in several calls; the dispatcher's own state tells about all
-    but forward mode.
+    functions detect few of these, in several calls; the dispatcher's state shows all of them except
+    forward mode.
     """
     if _included_keys().raw_repr() & _NOT_INERT or forward_ad._current_level >= 0:
         return False
-    for tensor in tensors:  # noqa: SIM110  a generator would take twice the time
+    for tensor in tensors:  # noqa: SIM110  a generator would take twice as long
         if _dispatch_keys(tensor).raw_repr() & _NOT_ORDINARY:
             return False
     return True
@@ -77,7 +78,7 @@ def dispatches_plainly(tensors: Iterable[Tensor]) -> bool:
 def single_level_apply(function: type[Function]) -> Callable[..., Any]:
     """Return `function.apply` without its Python part, for use outside `torch.func`.
 
-    That part looks for transforms and takes a fifth of the time of a call.
+    The Python part checks for transforms, and takes a fifth of the time of a call.
     """
     base: Any = super(Function, function)
     apply: Callable[..., Any] = base.apply
@@ -85,38 +86,38 @@ def single_level_apply(function: type[Function]) -> Callable[..., Any]:
 
 
 def assert_later(condition: Tensor) -> None:
-    """Fail on the device, some time later, unless the condition is true, without waiting for it."""
+    """Assert a condition asynchronously: a failure is raised on the device, some time later."""
     torch._assert_async(condition)
 
 
 def below_autograd() -> AbstractContextManager[None]:
-    """Call an operator's own kernel from its kernel for autograd, as `torch.library` lets one."""
+    """Context manager in which an operator's autograd kernel can call its backend kernel."""
     guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
     return guard
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place; autograd's own check reads the same counter."""
+    """Number of in-place changes of the tensor, the counter that autograd's own check reads."""
     return int(tensor._version)
 
 
 def owner(tensor: Tensor) -> Tensor:
-    """The tensor that a view is a view of, which lives as long as their memory; else the tensor."""
+    """The base of a view, which lives as long as their memory; for other tensors, the tensor."""
     return tensor if tensor._base is None else tensor._base
 
 
 def uncoalesced(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and values of a COO tensor, whose public names require it to be coalesced first."""
+    """Indices and values of a COO tensor; the public methods require a coalesced tensor."""
     return target._indices(), target._values()
 
 
 def register_collate(kind: type, collate: Callable[..., Any]) -> None:
-    """Let `DataLoader` put examples of this type together by default, as PyTorch's docs do it."""
+    """Register a collate function for a type with `DataLoader`, as in PyTorch's documentation."""
     default_collate_fn_map[kind] = collate
 
 
 def hooks_of(module: nn.Module) -> list[object]:
-    """The hooks of a module, which has no public name for them."""
+    """The hooks of a module, for which PyTorch has no public name."""
     return [
         hook
         for hooks in (
@@ -130,7 +131,7 @@ def hooks_of(module: nn.Module) -> list[object]:
 
 
 def tensor_hooks_of(parameter: Tensor) -> list[object]:
-    """The hooks of a tensor, which has no public name for them."""
+    """The hooks of a tensor, for which PyTorch has no public name."""
     return [
         hook
         for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
@@ -139,10 +140,10 @@ def tensor_hooks_of(parameter: Tensor) -> list[object]:
 
 
 def checkpoint_stage() -> str | None:
-    """Tell the two runs of a `torch.utils.checkpoint(use_reentrant=False)` apart.
+    """Distinguish the two runs of `torch.utils.checkpoint(use_reentrant=False)`.
 
-    PyTorch has no public function for this, but the hooks of the two have different names. Where a
-    version of PyTorch has other names, the gradients are computed in both.
+    PyTorch has no public function for this, but the hooks of the two runs have different names. In
+    a version of PyTorch with different names, gradients are computed in both runs.
 
     Returns:
         "forward", "recomputation", or None outside a checkpoint.

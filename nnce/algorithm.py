@@ -1,6 +1,6 @@
-"""The revised algorithm of the notes, whole: forward, last delta by loss, hidden deltas, gradients.
+"""The complete revised algorithm of the notes: forward, last delta, hidden deltas, gradients.
 
-To read next to the notes, and to look inside a network: every z, a and delta is in the answer.
+Written to be read next to the notes, and to inspect a network: it returns every z, a and delta.
 """
 
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ class Hyperparameters(NamedTuple):
     """
 
     loss: Loss
-    """Loss that is minimized."""
+    """Loss to minimize."""
     lr: float
     """Learning rate η, above 0."""
     momentum: float = 0.0
     """Momentum μ, in [0, 1)."""
     weight_decay: float = 0.0
-    """λ / n_train, for weights only."""
+    """L2 regularization λ / n_train, at least 0; applied to weights only."""
 
 
 class Pass(NamedTuple):
-    """The tensors of one pass; lists run from the first layer with weights to the last.
+    """All tensors of one pass; lists are ordered from the first layer with weights to the last.
 
     >>> nnce.algorithm.Pass._fields
     ('z', 'a', 'dz', 'gradients')
@@ -49,11 +49,11 @@ class Pass(NamedTuple):
     z: list[Tensor]
     """Weighted inputs, [n, neurons] each."""
     a: list[Tensor]
-    """Activations σ(z)."""
+    """Activations σ(z), [n, neurons] each."""
     dz: list[Tensor]
-    """dC/dz, a row for each example, of that example's own C: not divided by n."""
+    """dC/dz, [n, neurons] each; each row is for the C of one example, not divided by n."""
     gradients: dict[str, Tensor]
-    """The gradients of the mean of C over the examples, by the name of the parameter."""
+    """Gradients of C averaged over the examples, by parameter name."""
 
 
 def backprop(
@@ -63,13 +63,13 @@ def backprop(
     *,
     loss: Loss = "cross-entropy",
 ) -> Pass:
-    """One pass of the revised backpropagation algorithm (equations 1 and 4 to 8), without autograd.
+    """Run one pass of the revised algorithm (equations 1 and 4 to 8), without autograd.
 
-    Forward z = W a_prev + b, a = σ(z); dC/dz of the last layer by (4) or (5), of each hidden layer
+    Forward, z = W a_prev + b and a = σ(z); dC/dz of the last layer by (4) or (5), of hidden layers
     by (7) and (8); dC/dW and dC/db by (6).
 
     Args:
-        network: an `nnce.MLP`, or the layers as pairs (W [n_out, n_in], b [n_out] or None).
+        network: an `nnce.MLP`, or a sequence of layers (W [n_out, n_in], b [n_out] or None).
         x: inputs, [n, n_in of the first layer].
         y: targets in [0, 1], [n, n_out of the last layer].
         loss: "quadratic" or "cross-entropy".
@@ -79,9 +79,10 @@ def backprop(
         MLP's `state_dict` ("0.weight", "0.bias", "2.weight", …).
 
     Raises:
-        ValueError: the loss is unknown, there is no layer, the layers, x and y do not fit or lie on
-            different devices, or the MLP is reparametrized or pruned.
-        TypeError: the network is neither, or not all are tensors of one floating-point dtype.
+        ValueError: the loss is unknown; there is no layer; shapes or devices of the layers, x and y
+            do not match; or the MLP is reparametrized or pruned.
+        TypeError: network is neither an MLP nor a sequence of pairs, or the tensors do not have the
+            same floating-point dtype.
 
     >>> W, b = torch.zeros(1, 2), torch.zeros(1)
     >>> done = nnce.backprop([(W, b)], torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]]))
@@ -104,7 +105,7 @@ _Layer = tuple[Tensor, Tensor | None]
 
 
 def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
-    """The layers as pairs that fit one another."""
+    """Return the layers as pairs (W, b), after checking their types and shapes."""
     if isinstance(network, MLP):
         return [(linear.weight, linear.bias) for linear in network.linears()]
     if not isinstance(network, Sequence):
@@ -132,10 +133,10 @@ def _layers(network: MLP | Sequence[_Layer]) -> list[_Layer]:
 def deltas(
     layers: Sequence[tuple[Tensor, Tensor | None]], x: Tensor, y: Tensor, loss: Loss
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """z, a and dC/dz of every layer by equations 1, 4, 5, 7 and 8, without the gradients.
+    """Compute z, a and dC/dz of every layer by equations 1, 4, 5, 7 and 8, without gradients.
 
-    z = W a_prev + b, a = σ(z); the last dC/dz by (4) or (5), the others by (7) and (8). The
-    arguments are not checked.
+    z = W a_prev + b, a = σ(z); the last dC/dz by (4) or (5), the others by (7) and (8). Arguments
+    are not checked.
 
     Args:
         layers: pairs (W [n_out, n_in], b [n_out] or None).
@@ -144,7 +145,7 @@ def deltas(
         loss: "quadratic" or "cross-entropy".
 
     Returns:
-        As in a `Pass`, each a list from the first layer with weights to the last.
+        z, a and dz, as in `Pass`.
 
     >>> layers = [(torch.zeros(1, 2), None)]
     >>> nnce.algorithm.deltas(layers, torch.ones(1, 2), torch.ones(1, 1), "quadratic")
@@ -173,7 +174,7 @@ def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
     n = len(x)
     gradients: dict[str, Tensor] = {}
     for layer, ((_, b), a_prev) in enumerate(zip(layers, [x, *a[:-1]], strict=True)):
-        name = 2 * layer  # in an MLP every other module is a sigmoid
+        name = 2 * layer  # every second module of an MLP is a sigmoid
         gradients[f"{name}.weight"] = rules.dW(dz[layer], a_prev) / n  # (6)
         if b is not None:
             gradients[f"{name}.bias"] = rules.db(dz[layer]) / n  # (6)

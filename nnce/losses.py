@@ -1,4 +1,4 @@
-"""The differences between the two losses, as a table: value, last delta, the textbook's rate.
+"""Table of the differences between the two losses: value, last delta, textbook learning rate.
 
 May import `rules`.
 """
@@ -35,16 +35,16 @@ class LossRules(NamedTuple):
     """
 
     value: Callable[[Tensor, Tensor], Tensor]
-    """C of each component, of z and y: z's shape."""
+    """value(z, y): C of each component, in the shape of z."""
     dz_last: Callable[[Tensor, Tensor], Tensor]
-    """dC/dz of the last layer, of z and y: z's shape."""
+    """dz_last(z, y): dC/dz of the last layer, in the shape of z."""
     has_sigmoid_prime: bool
-    """Whether dC/dz of the last layer is (a − y) ∘ σ'(z), and not a − y."""
+    """Whether dC/dz of the last layer is (a − y) ∘ σ'(z) rather than a − y."""
     textbook_lr: float
-    """The learning rate of Nielsen's book (chapters 1 and 3)."""
+    """Learning rate in Nielsen's book (chapters 1 and 3)."""
 
 
-# Each rule is looked up when it is called, so that a change of a rule has effect everywhere.
+# Lambdas look up each rule when it is called, so that replacing a rule takes effect everywhere.
 LOSSES: dict[Loss, LossRules] = {
     "quadratic": LossRules(
         value=lambda z, y: rules.quadratic(z, y),  # (2)
@@ -59,7 +59,7 @@ LOSSES: dict[Loss, LossRules] = {
         textbook_lr=0.5,
     ),
 }
-"""The rules of each loss: value, last delta, textbook's rate.
+"""The rules of each loss: value, last delta, textbook learning rate.
 
 >>> {name: rules.textbook_lr for name, rules in nnce.losses.LOSSES.items()}
 {'quadratic': 3.0, 'cross-entropy': 0.5}
@@ -70,7 +70,7 @@ def check_loss(loss: str) -> None:
     """Raise ValueError unless `loss` is "quadratic" or "cross-entropy".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: loss is neither.
 
     >>> nnce.losses.check_loss("hinge")
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Save and load a network; write any file whole or not at all.
+"""Save and load a network; write files atomically.
 
 Nothing in a network's file is executed when it is loaded. May import `modules`.
 """
@@ -29,25 +29,26 @@ from nnce.modules import MLP
 __all__ = ["load", "save"]
 
 _FORMAT = "nnce.MLP 1"
-# Names that a network's file may contain: tensors of the usual kinds, and their containers.
+# Python names that a network's file may contain: ordinary tensors and their containers.
 _NAMES = re.compile(
     r"torch(\.storage)? \w+Storage|torch\._utils _rebuild_\w+|collections OrderedDict"
 )
 
 
 def save(network: MLP, path: str | os.PathLike[str]) -> None:
-    """Save a network, so that `load` gives it back: sizes, parameters in their dtypes, and `about`.
+    """Save a network for `load`: its sizes, its parameters in their dtypes, and `about`.
 
-    The file appears whole or not at all: it is written to a temporary file in the same folder,
-    which then replaces it, so a process that is killed leaves the previous file. A symbolic link
-    stays, and its target is written; an existing file keeps its mode.
+    Saving is atomic: a temporary file in the same folder is written, then replaces the file, so if
+    the process is killed, the previous file remains. A symbolic link is followed; an existing file
+    keeps its mode.
 
     Args:
         network: an MLP.
         path: the file to write.
 
     Raises:
-        TypeError: the network is not an MLP, or its `about` has values that JSON does not have.
+        TypeError: the network is not an MLP, or its `about` contains values that are not JSON
+            serializable.
         ValueError: layers have been added to the MLP or removed, or its parameters are not exactly
             the weight and the bias of each layer, so that `load` could not restore them.
         OSError: the file cannot be written, or path is not a regular file.
@@ -59,7 +60,7 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(network, MLP):
         raise TypeError(f"expected an nnce.MLP, got {type(network).__name__}")
-    network.linears()  # refuses an MLP that is one no more
+    network.linears()  # raises if layers were added or removed
     state = network.state_dict()
     _check_parameters(network.sizes, state)
     # Clones: a network of an ensemble is a view, and torch.save would write the whole ensemble.
@@ -70,17 +71,17 @@ def save(network: MLP, path: str | os.PathLike[str]) -> None:
     }
     if network.about:
         content["about"] = json.dumps(dict(network.about))
-    # In memory first: where the disk is full, torch.save raises a RuntimeError of its own.
+    # In memory first: on a full disk, torch.save would raise a RuntimeError instead of an OSError.
     file = io.BytesIO()
     torch.save(content, file)
     write_whole(Path(path), lambda whole: whole.write(file.getbuffer()))
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MLP:
-    """Load a network that `save` or `scripts/train.py` wrote, in the dtypes it was saved with.
+    """Load a network that `save` or `scripts/train.py` wrote, in the dtypes of the saved tensors.
 
-    Only tensors and plain values are read; nothing in the file is executed. The sizes that a file
-    claims are compared with its length before any memory is allocated.
+    Only tensors and plain values are read; nothing in the file is executed. The sizes in the file
+    are compared with its length before any memory is allocated.
 
     Args:
         path: the file to read.
@@ -101,46 +102,46 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ML
     with Path(path).open("rb") as file:
         length = os.fstat(file.fileno()).st_size
         try:
-            # PyTorch compresses nothing, so a file that would unfold was not written by it.
+            # torch.save does not compress, so a compressed file was not written by it.
             with zipfile.ZipFile(file) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > length:
-                    raise ValueError("its parts would be larger than it is")
-                if archive.testzip() is not None:  # torch.load looks at no checksum
+                    raise ValueError("its parts would be larger than the file")
+                if archive.testzip() is not None:  # torch.load does not verify checksums
                     raise ValueError("a checksum in it is wrong")
                 _check_names(archive)
             file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # of any type: the content of a foreign file is arbitrary
+        except Exception as error:  # of any type: the content of the file is arbitrary
             if _memory.shortage(error):
                 raise
-            raise ValueError(f"{path} is damaged or no network that nnce saved") from error
+            raise ValueError(f"{path} is damaged or not a network that nnce saved") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no network that nnce saved")
+        raise ValueError(f"{path} is not a network that nnce saved")
     try:
         sizes, state = content["sizes"], content["state_dict"]
-        # Before they are used, even in a sentence: they may be millions, or nested.
+        # Before any other use, even in an error message: there may be millions, or nested ones.
         if len(state) != 2 * (len(sizes) - 1) or not all(map(is_size, sizes)):
             raise ValueError("its sizes do not match the number of its parameters")
         _check_parameters(sizes, state)
         if sum(tensor.numel() * tensor.itemsize for tensor in state.values()) > length:
-            raise ValueError("its parameters would be larger than it is")
-        # A generator of its own: loading must not move PyTorch's global one.
-        with torch.inference_mode(False):  # or the network could not be differentiated
+            raise ValueError("its parameters would be larger than the file")
+        # A new generator: loading must not advance PyTorch's global one.
+        with torch.inference_mode(False):  # otherwise the network could not be differentiated
             network = MLP(sizes, generator=torch.Generator())
-            # Each in its own dtype and, whatever the file says, in memory of its own.
+            # Each in its own dtype and its own memory: tensors in a file may share storage.
             clones = {name: tensor.clone() for name, tensor in state.items()}
             network.load_state_dict(clones, assign=True)
         if "about" in content:
             network.about = dict(json.loads(content["about"]))
-    except Exception as error:  # as above: right in format, and anything else in it
+    except Exception as error:  # of any type, as above
         if _memory.shortage(error):
             raise
-        raise ValueError(f"{path} is damaged: its sizes and parameters do not fit") from error
+        raise ValueError(f"{path} is damaged: its sizes and parameters do not match") from error
     return network.to(device)
 
 
 def _check_parameters(sizes: Sequence[int], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the state is that of an MLP of these sizes, plainly stored."""
+    """Raise ValueError unless state has the dense parameters of an MLP of these sizes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         shapes |= {f"{2 * layer}.weight": (n_out, n_in), f"{2 * layer}.bias": (n_out,)}
@@ -161,9 +162,9 @@ def _check_parameters(sizes: Sequence[int], state: Mapping[str, Tensor]) -> None
 
 
 def _check_names(archive: zipfile.ZipFile) -> None:
-    """Raise ValueError where the pickle names more than a network needs.
+    """Raise ValueError if the pickle contains names that a network's file does not need.
 
-    `weights_only` runs nothing foreign, but it knows bytearray: of a terabyte, if the file says so.
+    `weights_only` executes no code from the file, but allows bytearray, of a terabyte if requested.
     """
     for entry in archive.namelist():
         if entry.endswith("data.pkl"):
@@ -171,21 +172,21 @@ def _check_names(archive: zipfile.ZipFile) -> None:
                 if operation.name in ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") or (
                     operation.name == "GLOBAL" and not _NAMES.fullmatch(str(name))
                 ):
-                    raise ValueError(f"it names {name or operation.name}")
+                    raise ValueError(f"it contains the name {name or operation.name}")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that appears at `path` whole or not at all, even if power fails.
+    """Write a file atomically, even if the power fails.
 
-    A symbolic link stays, and its target is written. An existing file keeps its mode and, where
-    that is permitted, its owner. One with several hard links is overwritten in place after its new
-    content is complete in `.unfinished-…` next to it; should that fail, the latter stays.
+    A symbolic link is followed. An existing file keeps its mode and, if permitted, its owner. A
+    file with several hard links is overwritten in place, after its complete new content has been
+    written to `.unfinished-…` next to it, which is kept if overwriting fails.
 
     Raises:
         OSError: the file cannot be written, or `path` is not a regular file.
     """
     target = Path(os.path.realpath(path))
-    # A name that no other process uses, and where none can have placed a link: "x" refuses both.
+    # A random name, opened with "x": it fails if another process made a file or a link there.
     unfinished = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
     with _errors_name(path, instead_of=(unfinished, target)):
         before = _regular_file(target)
@@ -210,10 +211,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextlib.contextmanager
 def _errors_name(path: Path, instead_of: Sequence[Path]) -> Iterator[None]:
-    """Let an OSError name the path that the caller gave."""
+    """Replace the file name in an OSError by the caller's path."""
     try:
         yield
-    except FileExistsError:  # the temporary file, in spite of its random name
+    except FileExistsError:  # the temporary file exists, in spite of its random name
         raise
     except OSError as error:
         if error.errno is None or error.filename not in (None, *map(str, instead_of)):
@@ -222,7 +223,7 @@ def _errors_name(path: Path, instead_of: Sequence[Path]) -> Iterator[None]:
 
 
 def _regular_file(path: Path) -> os.stat_result | None:
-    """The status of a regular file, None if nothing is there; raise OSError for anything else."""
+    """The status of a regular file, or None if it does not exist; OSError for anything else."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -236,13 +237,13 @@ def _regular_file(path: Path) -> os.stat_result | None:
 
 def _copy_owner_and_mode(status: os.stat_result, path: Path) -> None:
     if hasattr(os, "chown"):  # not on Windows
-        with contextlib.suppress(OSError):  # only root may give files away
+        with contextlib.suppress(OSError):  # only root may change owners
             os.chown(path, status.st_uid, status.st_gid)
     path.chmod(stat.S_IMODE(status.st_mode))
 
 
 def _overwrite(target: Path, complete: Path) -> None:
-    """Replace the content of a file, which its other hard links then show as well."""
+    """Overwrite a file in place, so that its other hard links have the new content, too."""
     try:
         file = target.open("r+b")
     except OSError:
@@ -263,8 +264,8 @@ UNFINISHED = ".unfinished-"
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    if os.name != "posix":  # a folder cannot be opened elsewhere
+    """Flush a file or folder to disk; does nothing on Windows."""
+    if os.name != "posix":  # Windows cannot open folders
         return
     opened = os.open(path, os.O_RDONLY)
     try:

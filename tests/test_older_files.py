@@ -56,4 +56,4 @@ def test_a_run_is_refused_in_one_sentence(script, tmp_path, capsys):
         script("train").main(["--resume", str(tmp_path)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
-    assert "is in format 1, and this nnce reads format 2" in err
+    assert "is in checkpoint format 1, but this version of nnce reads format 2" in err

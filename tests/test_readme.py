@@ -102,8 +102,8 @@ def test_links_lead_somewhere(name):
         assert anchor in anchors, anchor
 
 
-def test_what_is_named_beside_the_textbooks_code_exists():
-    table = INSIDE[INSIDE.index("## If you come from") :]
+def test_equivalents_of_nielsens_code_exist():
+    table = INSIDE[INSIDE.index("## Equivalents of Nielsen") :]
     named = set(re.findall(r"`(?:nnce\.)?((?:nnce|data|training|rules|losses)\.\w+)", table))
     named |= {f"nnce.{name}" for name in re.findall(r"nnce\.(\w+)\(", table)}
     assert len(named) > 10

@@ -72,11 +72,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     pickled = tmp_path / "module.pt"
     torch.save(torch.nn.Linear(2, 2), pickled)
     for wrong in (foreign, pickled):
-        with pytest.raises(ValueError, match=rf"{wrong.name} is .*no network that nnce saved"):
+        with pytest.raises(ValueError, match=rf"{wrong.name} is .*not a network that nnce saved"):
             nnce.load(wrong)
     for damaged in (b"", b"hello", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"network.pt is damaged or no network"):
+        with pytest.raises(ValueError, match=r"network.pt is damaged or not a network"):
             nnce.load(path)
     good = torch.load(foreign.with_name("good.pt"), weights_only=True)
     for change in ({"state_dict": {}}, {"sizes": (4, 5, 2)}, {"sizes": None}):
@@ -173,7 +173,7 @@ def test_a_small_file_cannot_claim_a_large_network(tmp_path, monkeypatch):
     for state in (small, strided):
         claim(path, sizes, state)
         assert path.stat().st_size < 10_000
-        with pytest.raises(ValueError, match=r"is damaged: its sizes and parameters do not fit"):
+        with pytest.raises(ValueError, match=r"is damaged: its sizes and parameters do not match"):
             nnce.load(path)
 
 
@@ -188,7 +188,7 @@ def test_a_file_that_would_unfold_is_refused_unread(tmp_path, monkeypatch):
             out.writestr(name, bytes(10**8) if name.endswith("data/0") else archive.read(name))
     assert bomb.stat().st_size < 10**6
     monkeypatch.setattr(torch, "load", lambda *file, **more: pytest.fail("was read"))
-    with pytest.raises(ValueError, match="damaged or no network"):
+    with pytest.raises(ValueError, match="damaged or not a network"):
         nnce.load(bomb)
 
 
@@ -407,7 +407,7 @@ def test_a_network_that_names_more_than_tensors_is_refused(tmp_path, monkeypatch
     content = {"format": "nnce.MLP 1", "sizes": (4, 3, 2), "state_dict": network.state_dict()}
     torch.save({**content, "more": Huge()}, tmp_path / "network.pt")
     monkeypatch.setattr(torch, "load", None)  # is not asked
-    with pytest.raises(ValueError, match="damaged or no network that nnce saved") as refused:
+    with pytest.raises(ValueError, match="damaged or not a network that nnce saved") as refused:
         nnce.load(tmp_path / "network.pt")
     assert "it names " in str(refused.value.__cause__)
 

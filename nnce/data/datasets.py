@@ -1,7 +1,7 @@
-"""Data sets as tensors on a device, split in three; seeded orders of the examples, and distortions.
+"""Data sets as tensors on a device, split into training, validation and test data.
 
-One encoding everywhere: x [n, features] in [0, 1], y [n, classes] one-hot, both of one
-floating-point dtype. Values are checked here, once; nothing after this looks at them again.
+One encoding everywhere: x [n, features] in [0, 1] and one-hot y [n, classes], both of the same
+floating-point dtype. Values are checked once, here, and never again.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from nnce._arguments import is_size
 from nnce.data import own
 from nnce.data.errors import DataError
 
-# What torchvision calls the sets of MNIST's format: each 60,000 training and 10,000 test images of
-# 28 by 28 pixels in 10 classes.
+# torchvision's classes for data sets in MNIST's format, with 60,000 training and 10,000 test images
+# of 28 by 28 pixels in 10 classes each.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 _FILES = [
     f"{half}-{kind}-ubyte" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 ]
 DATASETS = ("digits", *_TORCHVISION)
-"""Names of the data sets that `load` knows.
+"""Names of the data sets that `load` accepts.
 
 >>> nnce.data.DATASETS
 ('digits', 'mnist', 'fashion-mnist', 'kmnist')
 """
-# Of the unpacked files, which torchvision, whose sums are those of the packed ones, does not check.
+# MD5 sums of the unpacked files. torchvision checks only those of the packed files.
 _MD5 = {
     "6bbc9ace898e44ae57da46a324031adb": "mnist",
     "a25bea736e30d166cdddb491f175f624": "mnist",
@@ -47,14 +47,14 @@ _MD5 = {
     "15d484375f8d13e6eb1aabb0c3f46965": "fashion-mnist",
 }
 
-# The last 10,000 of the 60,000 training images: where Nielsen's book takes its validation set.
+# The last 10,000 of the 60,000 training images, the validation set of Nielsen's book.
 _VALIDATION_SIZE = 10_000
-# 1,797 digits make 1,197 for training and 300 each for validation and test.
+# Of 1,797 digits, 1,197 are for training and 300 each for validation and test.
 _DIGITS_HELD_OUT = 300
 
 
 class Split(NamedTuple):
-    """One of a data set's three parts.
+    """Inputs and targets of one part of a data set: train, validation or test.
 
     >>> nnce.data.Split(torch.zeros(4, 2), torch.zeros(4, 3)).x.shape
     torch.Size([4, 2])
@@ -70,13 +70,13 @@ class _Splits(NamedTuple):
     train: Split
     """Training data."""
     validation: Split
-    """For the choice of settings."""
+    """Validation data, for choosing settings."""
     test: Split
-    """For the final result."""
+    """Test data, for the final result."""
 
 
 class Dataset(_Splits):
-    """A data set, split in three: train, validation and test.
+    """A data set, split into train, validation and test.
 
     >>> digits = nnce.data.load("digits")
     >>> {name: len(split.x) for name, split in digits.splits().items()}
@@ -84,17 +84,17 @@ class Dataset(_Splits):
     """
 
     about: Mapping[str, Any] = MappingProxyType({})
-    """What inputs and targets mean, if `load` made it: "data" (a name or the path of one's own
-    data), "image" (height and width, or None for inputs that are not images) and "classes" (their
-    names, in the order of the targets)."""
+    """Metadata set by `load`: "data" (a name in `DATASETS`, or the path of your own data), "image"
+    (height and width, or None for inputs that are not images) and "classes" (class names, in the
+    order of the targets)."""
 
     def splits(self) -> dict[str, Split]:
-        """The three parts by name, in the order of `SPLITS`."""
+        """The three splits by name, in the order of `SPLITS`."""
         return self._asdict()
 
 
 SPLITS = Dataset._fields
-"""Names of the splits of a `Dataset`, in its order.
+"""Names of the splits of a `Dataset`, in order.
 
 >>> nnce.data.SPLITS
 ('train', 'validation', 'test')
@@ -109,25 +109,26 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Dataset:
-    """Load a data set by name, or one's own from a file or folder.
+    """Load a data set by name, or your own from a file or folder.
 
     Args:
-        name: "digits" (scikit-learn's 1,797 handwritten 8×8 digits, inside the installed package;
-            a fixed stratified split of 1,197, 300 and 300), or "mnist", "fashion-mnist", "kmnist"
-            (through torchvision; the last 10,000 of the 60,000 training images are the validation
-            set); or the path of an .npz file or of a folder of images by class (`nnce.data.own`).
-        data_dir: folder of the data in torchvision's layout (`MNIST/raw/…`), to which they are
-            downloaded if missing; None for `$NNCE_DATA`, or `data` if that is not set. Not used
-            for "digits" and paths.
-        train_size: number of training examples, the first ones; None for all.
-        device, dtype: of the tensors.
+        name: "digits" (scikit-learn's 1,797 handwritten 8×8 digits, part of its installation; a
+            fixed stratified split of 1,197, 300 and 300); "mnist", "fashion-mnist" or "kmnist"
+            (from torchvision; the last 10,000 of the 60,000 training images are the validation
+            set); or the path of an .npz file or of a folder of images by class (see
+            `nnce.data.own`).
+        data_dir: folder in torchvision's layout (`MNIST/raw/…`), to which missing data are
+            downloaded; None for `$NNCE_DATA`, or `data` if that is not set. Ignored for "digits"
+            and paths.
+        train_size: number of training examples to keep, from the first; None for all.
+        device, dtype: device and floating-point dtype of the tensors.
 
     Returns:
-        x [n, features] in [0, 1] and one-hot y [n, classes] of each split.
+        The data set: x [n, features] in [0, 1] and one-hot y [n, classes] of each split.
 
     Raises:
-        DataError: the name is unknown, the files are missing and cannot be downloaded, they are
-            damaged, the package that reads them is missing, or train_size is out of range.
+        DataError: the name is unknown; the files are damaged, or missing and cannot be downloaded;
+            the package that reads them is missing; or train_size or dtype is invalid.
 
     >>> digits = nnce.data.load("digits", train_size=100)
     >>> digits.train.x.shape, digits.train.y.shape
@@ -136,7 +137,7 @@ def load(
     is_own = str(name) not in DATASETS
     if is_own and not os.path.exists(name):
         raise DataError(
-            f"expected an .npz file, a folder of images by class, or a data set out of "
+            f"expected an .npz file, a folder of images by class, or one of the data sets "
             f"{', '.join(DATASETS)}, got {str(name)!r}"
         )
     if train_size is not None and not is_size(train_size):
@@ -172,7 +173,7 @@ def load(
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Integer labels in 0 … classes − 1 as rows of zeros with one 1.
+    """Encode integer labels from 0 to classes − 1 as one-hot rows.
 
     Args:
         labels: integers, [n].
@@ -202,16 +203,16 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def check(x: Tensor, y: Tensor) -> None:
-    """Check the assumptions of the rules: inputs and targets in [0, 1], without NaN, in pairs.
+    """Check the assumptions of the rules: as many inputs as targets, in [0, 1], without NaN.
 
-    Soft targets are allowed. Use it once on data of your own.
+    Soft targets are allowed. Call it once on your own data.
 
     Args:
         x: inputs, [n, features], floating-point.
         y: targets, [n, classes], floating-point.
 
     Raises:
-        DataError: it is not so; the message states what is wrong and where it occurs first.
+        DataError: a condition is violated; the message states the first violation and its index.
 
     >>> nnce.data.check(torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0]]))
     Traceback (most recent call last):
@@ -221,7 +222,7 @@ def check(x: Tensor, y: Tensor) -> None:
         _check_values(name, values)
         if values.dim() != 2 or not len(values):
             got = tuple(values.shape)
-            raise DataError(f"expected {name} as a tensor [n, …] of at least one row, got {got}")
+            raise DataError(f"expected {name} of shape (n, …) with at least one row, got {got}")
     if len(x) != len(y):
         raise DataError(
             f"expected as many targets as inputs, got {len(x)} inputs, {len(y)} targets"
@@ -237,17 +238,17 @@ def check(x: Tensor, y: Tensor) -> None:
 
 
 def _check_values(name: str, values: object) -> None:
-    """Raise DataError unless it is a tensor whose values can be looked at."""
+    """Raise DataError unless values is a tensor whose elements can be read."""
     if not isinstance(values, Tensor):
-        raise DataError(f"expected {name} as a tensor, got {type(values).__name__}")
+        raise DataError(f"expected {name} to be a tensor, got {type(values).__name__}")
     if values.layout != torch.strided or values.is_quantized or values.is_meta:
         raise DataError(
-            f"expected {name} as a dense tensor of plain numbers, got {values.dtype}, "
+            f"expected {name} to be a dense, unquantized tensor with data, got {values.dtype}, "
             f"{values.layout} on {values.device}"
         )
 
 
-# ----------------------------------------------------------------------------------- the sources
+# --------------------------------------------------------------------------------------- sources
 
 _Part = tuple[Tensor, Tensor]  # images [n, features] in [0, 1], labels [n]
 
@@ -278,7 +279,7 @@ def _digits_file() -> Path | None:
 
 
 def _stratified(labels: Tensor, held_out: int) -> list[Tensor]:
-    """The examples of each part, `held_out` of them in validation and in test; always the same."""
+    """Fixed stratified split: indices of train, validation and test, the latter two held_out."""
     split = _sklearn().model_selection.train_test_split
     rest: Any = torch.arange(len(labels)).numpy()
     parts = []
@@ -295,7 +296,7 @@ def _sklearn() -> Any:
         import sklearn.model_selection
     except ImportError as error:
         raise DataError(
-            f"digits and data of one's own need scikit-learn: pip install 'nnce[scripts]' ({error})"
+            f"digits and your own data need scikit-learn: pip install 'nnce[scripts]' ({error})"
         ) from error
     return sklearn
 
@@ -305,8 +306,8 @@ def _torchvision(name: str, data_dir: Path) -> tuple[list[_Part], list[str]]:
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
-        # A torchvision of another build than torch dies here: "operator torchvision::nms does not
-        # exist".
+        # A torchvision from a different build than torch fails here: "operator torchvision::nms
+        # does not exist".
         raise DataError(
             f"{name} needs a torchvision of the same build as torch {torch.__version__}: "
             f"pip install --upgrade torch torchvision ({str(error).splitlines()[0]})"
@@ -323,19 +324,19 @@ def _torchvision(name: str, data_dir: Path) -> tuple[list[_Part], list[str]]:
 
 
 def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
-    """One half of a set of MNIST's format; both are downloaded first if a file is not there."""
+    """Read the training or test half of a data set in MNIST's format; download it if missing."""
     folder = data_dir / _TORCHVISION[name] / "raw"
     for file in _FILES:
         if (folder / file).is_dir():
             half = file.partition("-")[0] == "train"
             raise DataError(_damaged(name, folder, half, f"{file} is a folder"))
     complete = all((folder / file).exists() for file in _FILES)
-    older = folder.with_name("processed")  # files of an older torchvision, which still prefers them
+    older = folder.with_name("processed")  # from an older torchvision, and still read first
     if all((older / file).exists() for file in ("training.pt", "test.pt")):
         folder, complete = older, True
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        # torchvision prints a line for each mirror that fails; the sentences below say it all.
+        # torchvision prints a line for each mirror that fails; the errors below suffice.
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = loader(data_dir, train=train, download=not complete)
         why = _unlike_mnist(dataset.data, dataset.targets, 60_000 if train else 10_000)
@@ -345,12 +346,12 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
         reason = " ".join(str(error).split()) or "not in the format of MNIST"
         if complete:
             raise DataError(_damaged(name, folder, train, reason)) from error
-        for parent in made:  # torchvision made them, for files that never came
+        for parent in made:  # empty folders, made by torchvision before the download failed
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise DataError(
-            f"{name} is not in {data_dir}: give the folder that holds {_TORCHVISION[name]}/raw "
-            f"with --data-dir or $NNCE_DATA; it could not be downloaded ({_short(reason)})"
+            f"{name} is not in {data_dir}: set --data-dir or $NNCE_DATA to the folder that "
+            f"contains {_TORCHVISION[name]}/raw; it could not be downloaded ({_short(reason)})"
         ) from error
 
     if why:
@@ -361,22 +362,22 @@ def _read(loader: Any, name: str, data_dir: Path, *, train: bool) -> _Part:
 
 
 def _unlike_mnist(images: Tensor, labels: Tensor, n: int) -> str:
-    """How n images and labels differ from the format of MNIST; "" if they do not."""
+    """A message if images and labels are not n examples in MNIST's format, otherwise ""."""
     shapes = (tuple(images.shape), tuple(labels.shape))
     if shapes != ((n, 28, 28), (n,)):
         return f"expected {n:,} images of 28 by 28 and as many labels, got {shapes}"
     dtypes = (images.dtype, labels.dtype)
     if dtypes != (torch.uint8, torch.int64):
-        return f"expected images of bytes and labels of whole numbers, got {dtypes}"
+        return f"expected uint8 images and int64 labels, got {dtypes}"
     if not 0 <= labels.min() <= labels.max() <= 9:
         return f"expected labels from 0 to 9, got {labels.min()} to {labels.max()}"
     return ""
 
 
 def _check_sums(packed_md5: dict[str, str], name: str, folder: Path, train: bool) -> None:
-    """Raise DataError if a half's files belong to a different set or differ from their packed form.
+    """Raise DataError if a file belongs to a different data set or differs from its packed form.
 
-    A file of which neither its own sum is known nor the packed one is there passes.
+    A file with an unknown MD5 sum and without a packed form passes.
     """
     for file in _FILES[:2] if train else _FILES[2:]:
         content = (folder / file).read_bytes()
@@ -387,11 +388,11 @@ def _check_sums(packed_md5: dict[str, str], name: str, folder: Path, train: bool
         # A gzip file ends in the CRC-32 and the length of its content.
         ends = zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little")
         if of is not None:
-            why = f"{file} is of {of}"
+            why = f"{file} belongs to {of}"
         elif _md5(packed.read_bytes()) != packed_md5[packed.name]:
             why = f"{packed.name} does not have the MD5 sum that torchvision expects"
         elif not packed.read_bytes().endswith(ends):
-            why = f"{file} is not what {packed.name} holds"
+            why = f"{file} differs from the content of {packed.name}"
         else:
             continue
         raise DataError(_damaged(name, folder, train, why))
@@ -402,7 +403,7 @@ def _md5(content: bytes) -> str:
 
 
 def _short(reason: str) -> str:
-    """The first and the last words of a long reason: the attempt, and its outcome."""
+    """Shorten a long message to its beginning and its end: the attempt and its outcome."""
     return reason if len(reason) <= 160 else f"{reason[:60]} … {reason[-90:]}"
 
 

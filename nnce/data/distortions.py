@@ -11,7 +11,7 @@ from nnce._arguments import is_number, plain
 from nnce.data.errors import DataError
 from nnce.data.orders import stream
 
-# Examples that are distorted at once, from a seed of their own.
+# Number of examples distorted at once; each block has its own seed.
 _AT_ONCE = 1_000
 MAX_CHUNK = 10_000
 """Number of images that are distorted within a few tenths of a second.
@@ -33,16 +33,16 @@ _LIMITS = {
 class Distortion:
     """Random distortions of square images for training: affine, elastic or both.
 
-    Every image gets a distortion of its own, a different one in each epoch. The pixel at p, counted
-    from the center, becomes the value of the image, interpolated bilinearly, at
+    Each image is distorted independently, and differently in each epoch. The pixel at p, relative
+    to the center, is set to the bilinearly interpolated value of the image at
 
         R(θ) [[s_x, k], [0, s_y]] p + t + α G_σ * u,
 
-    with θ, s, k and t drawn uniformly within the limits below, and the fields u uniformly from
-    (−1, 1) at each pixel and smoothed by G_σ, a Gaussian whose weights sum to 1. Beyond its edges
-    an image is 0, and so are the fields.
+    where θ, s, k and t are drawn uniformly within the limits below, and the fields u uniformly from
+    (−1, 1) at each pixel, then smoothed by G_σ, a Gaussian whose weights sum to 1. Images and
+    fields are padded with 0.
 
-    Shape: called with x [n, side²] in [0, 1] and a generator -> [n, side²] in [0, 1].
+    Shape: called with x [n, side²] in [0, 1] and a generator, returns [n, side²] in [0, 1].
 
     Raises:
         ValueError: a value is out of range.
@@ -57,17 +57,18 @@ class Distortion:
     """
 
     rotation: float = 0.0
-    """The largest |θ| in degrees, up to 180."""
+    """Largest |θ| in degrees, up to 180."""
     scaling: float = 0.0
-    """The largest |s − 1|, up to 0.99; s_x and s_y are drawn apart."""
+    """Largest |s − 1|, up to 0.99; s_x and s_y are drawn independently."""
     shear: float = 0.0
-    """The largest |k|."""
+    """Largest |k|."""
     translation: float = 0.0
-    """The largest |t| in pixels, in x and in y."""
+    """Largest |t| in pixels, horizontally and vertically."""
     alpha: float = 0.0
-    """α in pixels; 0 for no elastic distortion. The displacements' sd is α / (σ √(12 π)), about."""
+    """α in pixels; 0 for no elastic distortion. The standard deviation of the displacements is
+    about α / (σ √(12 π))."""
     sigma: float = 4.0
-    """σ in pixels, a tenth at least."""
+    """σ in pixels, at least 0.1."""
 
     def __post_init__(self) -> None:
         for name, (least, most) in _LIMITS.items():
@@ -77,18 +78,18 @@ class Distortion:
             object.__setattr__(self, name, plain(value))
 
     def check(self, features: int) -> None:
-        """Raise DataError unless this number of features makes a square image."""
+        """Raise DataError unless this many features form a square image."""
         if math.isqrt(features) ** 2 != features or features < 4:
             raise DataError(
                 f"expected square images to distort, got examples of {features} features"
             )
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Distorted images, as new as the generator's numbers.
+        """Distort images, each independently.
 
         Args:
             x: images [n, side²], row by row, in [0, 1].
-            generator: on their device.
+            generator: source of the random numbers, on the device of x.
 
         Returns:
             [n, side²], in [0, 1].
@@ -102,14 +103,14 @@ class Distortion:
             return x.clone()
         half = (side - 1) / 2
         line = torch.arange(side, device=x.device, dtype=x.dtype) - half
-        # Where each pixel looks, [n, side, side, 2], the column before the row as in grid_sample.
+        # Source position of each pixel, [n, side, side, 2], column before row as in grid_sample.
         places = self._affine(n, generator, line)
         if self.alpha:
             places += self.alpha * self._fields(n, generator, line)
         seen = torch.nn.functional.grid_sample(
             x.view(n, 1, side, side), places / half, align_corners=True
         )
-        return seen.view(n, -1).clamp_(0, 1)  # rounding may leave [0, 1]
+        return seen.view(n, -1).clamp_(0, 1)  # rounding may exceed [0, 1]
 
     def _uniform(self, like: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
         """Uniform samples from (−1, 1)."""
@@ -122,7 +123,7 @@ class Distortion:
         s_x, s_y = 1 + self.scaling * drawn[1], 1 + self.scaling * drawn[2]
         k = self.shear * drawn[3]
         cos, sin = angle.cos(), angle.sin()
-        # R(θ) [[s_x, k], [0, s_y]], and t: a plane each for the column and the row that is seen.
+        # R(θ) [[s_x, k], [0, s_y]] p + t: one plane each for source columns and source rows.
         rows = ((cos * s_x, cos * k - sin * s_y), (sin * s_x, sin * k + cos * s_y))
         planes = [
             of_x[:, None, None] * line[None, None, :]
@@ -133,7 +134,7 @@ class Distortion:
         return torch.stack(planes, dim=-1)
 
     def _fields(self, n: int, generator: torch.Generator, line: Tensor) -> Tensor:
-        # The Gaussian is one along the columns times one along the rows: two matrix products.
+        # The Gaussian is separable into columns and rows: two matrix products.
         gaussian = torch.exp(-((line[:, None] - line) ** 2) / (2 * self.sigma**2))
         reach = torch.arange(-math.ceil(5 * self.sigma), math.ceil(5 * self.sigma) + 1)
         gaussian /= torch.exp(-(reach.double() ** 2) / (2 * self.sigma**2)).sum()
@@ -142,11 +143,10 @@ class Distortion:
 
 
 class Distorted:
-    """The examples of an epoch in their order, each with a distortion of its own.
+    """The images of an epoch in order, each distorted independently.
 
-    The image at a position of the order depends on the seed, the epoch, the position and the length
-    of the order, not on how many are requested at once, and on a CPU not on the number of threads.
-    CUDA draws different numbers.
+    An image depends on the seed, the epoch, its position and the length of the order, but not on
+    the slice requested or, on a CPU, on the number of threads. CUDA draws different numbers.
 
     Args:
         x: images, [N, side²], in [0, 1].
@@ -171,7 +171,7 @@ class Distorted:
         self._block = functools.lru_cache(maxsize=1)(self._make)
 
     def __getitem__(self, places: slice) -> Tensor:
-        """Those of a part of the order, from one place to another, [places, side²]."""
+        """The distorted images at a slice of the order, [places, side²]."""
         begin, end, _ = places.indices(len(self._order))
         blocks = [
             self._block(number)[max(begin - number * _AT_ONCE, 0) : end - number * _AT_ONCE]

@@ -1,8 +1,8 @@
-"""The error of everything that reads data."""
+"""The error raised when data cannot be read."""
 
 
 class DataError(ValueError):
-    """The requested data cannot be loaded, or are not as expected.
+    """Data cannot be loaded, or do not meet the requirements.
 
     >>> nnce.data.check(torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0]]))
     Traceback (most recent call last):

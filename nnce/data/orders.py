@@ -1,13 +1,13 @@
-"""Random streams of a seed, and orders of the examples."""
+"""Independent random streams from one seed, and random orders of the examples."""
 
 import torch
 from torch import Tensor
 
 
 def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """The indices of n examples in a new order; mini-batches are its `split(batch_size)`.
+    """Draw a random order of n examples; its `split(batch_size)` are the mini-batches.
 
-    Drawn on the CPU, so that it is the same on every device.
+    The order is drawn on the CPU, so it is the same for every device.
 
     Args:
         n: number of examples.
@@ -24,12 +24,12 @@ def order(n: int, generator: torch.Generator, device: torch.device | str = "cpu"
 
 
 def stream(seed: int, number: int) -> int:
-    """The seed of one of the independent random streams of a seed.
+    """Derive the seed of one of several independent random streams.
 
     Args:
         seed: the seed of `nnce.training.Settings`.
-        number: 0 for the start, 1 for the order, 2 for the distortions, and 3 and higher for
-            dropout, one for each process.
+        number: number of the stream: 0 for initial parameters, 1 for orders, 2 for distortions,
+            3 + rank for dropout in each process.
 
     Returns:
         0 to 2³² − 1.

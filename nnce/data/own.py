@@ -1,16 +1,16 @@
-"""Data of one's own: arrays in a NumPy archive, or a folder of images by class.
+"""Your own data: arrays in a NumPy archive, or a folder of images by class.
 
-An archive (.npz) has two arrays:
+An archive (.npz) contains two arrays:
 
-- x [n, …], one row for each example: bytes (uint8, which are divided by 255), booleans, or numbers
-  in [0, 1]. A row [h, w] or [h, w, 1] is an image, and so is one of h² numbers.
-- y [n], whole numbers or names; the classes are the different ones, in order.
+- x [n, …], one row per example: bytes (uint8, divided by 255), booleans, or numbers in [0, 1]. Rows
+  of shape [h, w], [h, w, 1] or [h²] are images.
+- y [n], whole numbers or names; the classes are its distinct values, sorted.
 
-A folder has torchvision's `ImageFolder` layout, a folder of images for each class. All have one
-size; colors become shades of gray.
+A folder has torchvision's `ImageFolder` layout: one folder of images per class. All images must
+have the same size; colors are converted to gray.
 
-Either needs two classes or more of at least three examples. A sixth of the examples each, at most
-10,000, are drawn for validation and test, always the same, with the classes in proportion.
+At least two classes of at least three examples each are required. Validation and test data are a
+fixed stratified sixth of the examples each, at most 10,000.
 """
 
 import math
@@ -25,15 +25,15 @@ from nnce import _memory
 from nnce.data import pictures
 from nnce.data.errors import DataError
 
-# Names of folders that are parts of a data set and not classes.
+# Folder names that are parts of a data set, not classes.
 _PARTS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def read(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Inputs [n, features], class numbers [n], and "image" and "classes" of `Dataset.about`.
+    """Read inputs [n, features], class numbers [n], and "image" and "classes" of `Dataset.about`.
 
     Raises:
-        DataError: there is no such data at the path, or they do not fit.
+        DataError: the path has no such data, or they do not meet the conditions above.
     """
     x, labels, classes = _folder(path) if path.is_dir() else _archive(path)
     if len(classes) < 2:
@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     rarest, name = min(zip(labels.bincount().tolist(), classes, strict=True))
     if rarest < 3:
         raise DataError(
-            f"{path}: expected at least 3 examples of each class, one for each of training, "
+            f"{path}: expected at least 3 examples of each class, one each for training, "
             f"validation and test, got {rarest} of {name}"
         )
     shape = list(x.shape[1:])
@@ -74,8 +74,8 @@ def _archive(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     x, y = arrays["x"], arrays["y"]
     if y.ndim != 1 or x.ndim < 2 or len(x) != len(y) or not x.size:
         raise DataError(
-            f"{path}: expected x of shape (n, …) and one class number or name for each of its rows "
-            f"in y, of shape (n,), got {x.shape} and {y.shape}"
+            f"{path}: expected x of shape (n, …) and y of shape (n,), a class number or name for "
+            f"each row of x, got {x.shape} and {y.shape}"
         )
     if y.dtype.kind == "f" and np.isfinite(y).all() and not (y % 1).any():
         y = y.astype(np.int64)
@@ -90,7 +90,7 @@ def _archive(path: Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _inputs(x: Any, path: Path) -> Tensor:
-    """An array as numbers in [0, 1]."""
+    """Convert an array to a tensor of numbers in [0, 1]."""
     if x.dtype == "uint8":
         return torch.from_numpy(x) / 255
     wrong = ~((x >= 0) & (x <= 1))  # NaN is neither
@@ -114,13 +114,13 @@ def _folder(path: Path) -> tuple[Tensor, Tensor, list[str]]:
         ) from error
     try:
         found = ImageFolder(path)
-    except OSError as error:  # torchvision's sentence, or the system's
+    except OSError as error:  # torchvision's message, or the system's
         why = error.strerror or " ".join(str(error).split())
         raise DataError(f"{path}: expected a folder of images for each class: {why}") from error
     if _PARTS.issuperset(name.lower() for name in found.classes):
         raise DataError(
-            f"{path}: expected a folder for each class, got {', '.join(found.classes)}: give one "
-            f"of them, which is split in three"
+            f"{path}: expected a folder for each class, got {', '.join(found.classes)}: pass one "
+            f"of these folders, which is split into training, validation and test data"
         )
     images: list[Tensor] = []
     for file, _ in found.samples:
@@ -129,6 +129,6 @@ def _folder(path: Path) -> tuple[Tensor, Tensor, list[str]]:
             (h, w), (height, width) = images[-1].shape, images[0].shape
             raise DataError(
                 f"{path}: expected images of one size, {width}x{height} like {found.samples[0][0]}"
-                f", got {w}x{h} in {file}: scale or crop them first"
+                f", got {w}x{h} in {file}: resize or crop them first"
             )
     return torch.stack(images) / 255, torch.tensor(found.targets), found.classes

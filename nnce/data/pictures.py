@@ -1,7 +1,7 @@
-"""Pictures from files, brought to the form of a data set. Needs Pillow and NumPy.
+"""Read pictures from files and preprocess them like a data set. Needs Pillow and NumPy.
 
-A data set's form is what was done to its pictures before they became its inputs. A drawing becomes
-like them if the same is done to it.
+A network recognizes a drawing only if it was preprocessed like the training images: cropped,
+scaled, centered, and with strokes of the same width.
 """
 
 import os
@@ -16,21 +16,22 @@ from torch.nn import functional as F
 from nnce import _memory
 from nnce.data.errors import DataError
 
-# Larger pictures are reduced to this size first, in pixels.
+# Larger pictures are first reduced to this width and height, in pixels.
 _LARGEST = 1_000
-# Of the largest distance from the background: less is a photograph's or JPEG's noise.
+# Share of the largest distance from the background below which a pixel is noise (photos, JPEG).
 _NOISE = 0.15
-# Strokes of MNIST's digits are some 0.11 of the longer side wide; others become it beyond these.
+# Stroke widths as a share of the longer side. MNIST's are about _STROKE; strokes thinner than _THIN
+# or thicker than _THICK are adjusted to it.
 _THIN, _STROKE, _THICK = 0.085, 0.11, 0.16
-# Pixels of ink in the 32x32 bitmaps behind scikit-learn's digits, of which each has about as many.
+# Approximate number of ink pixels in each of the 32x32 bitmaps behind scikit-learn's digits.
 _INK = 312
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """A picture of Pillow's from a PNG, JPEG or similar file: upright, 8 bits a channel.
+    """Read a PNG, JPEG or similar file as a Pillow image, upright, with 8 bits per channel.
 
     Raises:
-        DataError: the file is not there, not a picture, damaged, or very large.
+        DataError: the file is missing, damaged, not a picture, or very large.
     """
     try:
         from PIL import Image, ImageOps
@@ -41,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> Any:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I"):  # 16 bits, which convert("L") would cut off
+                if picture.mode.startswith("I"):  # 16 bits, which convert("L") would clip
                     picture = picture.point(lambda value: value / 256).convert("L")
                 picture.load()
                 return picture.convert("RGB") if picture.mode == "CMYK" else picture
@@ -53,7 +54,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def gray(picture: Any) -> Tensor:
-    """Brightness of each pixel, [height, width], bytes from 0 for black."""
+    """Brightness of each pixel, [height, width], from 0 for black to 255 for white."""
     import numpy as np
 
     return torch.from_numpy(np.array(picture.convert("L")))
@@ -62,20 +63,20 @@ def gray(picture: Any) -> Tensor:
 def inputs(
     path: str | os.PathLike[str], data: str, image: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """The inputs of a network for a picture from a file, [height · width], in [0, 1].
+    """Convert a picture file to inputs of a network, [height · width], in [0, 1].
 
-    For "digits" and "mnist" that is a drawing of any size, light on dark or dark on light, in any
-    colors, which is brought to the form of the data set; for "fashion-mnist" and "kmnist" it is
-    cut out and centered. For data of one's own the picture is as bright as it is, and scaled.
+    For "digits" and "mnist", a drawing of any size and colors, light on dark or dark on light, is
+    preprocessed like the data set. For "fashion-mnist" and "kmnist", it is cropped and centered.
+    For your own data, the picture is only converted to gray and resized.
 
     Args:
-        path: the file.
-        data: the name of the data set that the network was trained on.
-        image: height and width of the data set's pictures.
-        dtype: of the result.
+        path: the file to read.
+        data: name of the data set that the network was trained on.
+        image: height and width of the data set's images.
+        dtype: dtype of the result.
 
     Raises:
-        DataError: the file is not a picture, or there is nothing in it.
+        DataError: the file is not a picture or, except for your own data, has only one color.
     """
     picture = read(path)
     if data not in _FORMS:
@@ -88,12 +89,12 @@ def inputs(
 
 
 def _ink(picture: Any) -> Tensor | None:
-    """How far each pixel's color is from the background's: 1 where farthest; None if nowhere."""
+    """Distance of each pixel's color from the background, at most 1; None for a single color."""
     import numpy as np
 
     channels = torch.from_numpy(np.array(picture.convert("RGBA"))).float() / 255
     color, alpha = channels[..., :3], channels[..., 3:]
-    # Nothing behind a drawing is white, or if the drawing is light, black.
+    # A transparent background counts as white, or as black behind a light drawing.
     is_light = (color * alpha).mean() > 0.5 * alpha.mean()
     color = color * alpha + (1 - alpha) * (0.0 if is_light else 1.0)
     border = torch.cat((color[0], color[-1], color[:, 0], color[:, -1]))
@@ -116,20 +117,20 @@ def _scaled(ink: Tensor, height: int, width: int) -> Tensor:
 
 
 def _fitted(ink: Tensor, side: int) -> Tensor:
-    """Scaled, its proportions kept, so that its longer side is this long."""
+    """Scale proportionally to this length of the longer side."""
     longest = max(ink.shape)
     height, width = (max(1, round(size * side / longest)) for size in ink.shape)
     return _scaled(ink, height, width)
 
 
 def _placed(ink: Tensor, side: int, row: int, column: int) -> Tensor:
-    """On an empty square, with its upper left corner there."""
+    """Place on an empty square, with the upper left corner at (row, column)."""
     height, width = ink.shape
     return F.pad(ink, (column, side - width - column, row, side - height - row))
 
 
 def _like_mnist(ink: Tensor) -> Tensor:
-    """In a box of 20x20, on 28x28 with the center of mass in the middle, strokes as wide."""
+    """Preprocess like MNIST: strokes of average width, fitted to 20x20, mass centered on 28x28."""
     ink = _fitted(_with_stroke(_fitted(ink, 200)), 20)
     ink = ink / ink.max()
     place = []
@@ -141,9 +142,9 @@ def _like_mnist(ink: Tensor) -> Tensor:
 
 
 def _with_stroke(ink: Tensor) -> Tensor:
-    """Strokes that are thin or thick become as wide as MNIST's are on average."""
+    """Adjust thin or thick strokes to the average width of MNIST's."""
     drawn = (ink > 0.5).float()
-    inner = -F.max_pool2d(-F.pad(drawn, (1, 1, 1, 1))[None], 3, 1)[0]  # without its outline
+    inner = -F.max_pool2d(-F.pad(drawn, (1, 1, 1, 1))[None], 3, 1)[0]  # without the outline
     width = 2 * drawn.sum() / (drawn - inner).sum().clamp_min(1) / max(ink.shape)
     if _THIN <= width <= _THICK:
         return ink
@@ -155,12 +156,12 @@ def _with_stroke(ink: Tensor) -> Tensor:
 
 
 def _like_digits(ink: Tensor) -> Tensor:
-    """Stretched to 20x32 in a bitmap of 32x32 with about as much ink; its 4x4 blocks counted."""
+    """Preprocess like scikit-learn's digits: ink counts of 4x4 blocks of a 32x32 bitmap."""
     height, width = ink.shape
-    # A narrow drawing, most often a 1, keeps its proportions.
+    # A narrow drawing, usually a 1, keeps its proportions; others are stretched to 20x32.
     stretched = 20 if width > 0.35 * height else max(1, round(32 * width / height))
     bitmap = _placed(_scaled(ink, 32, stretched), 32, 0, (32 - stretched) // 2)[None]
-    for _ in range(2):  # the blacker its surroundings, the sooner a pixel is ink
+    for _ in range(2):  # favor pixels whose neighborhood is dark
         bitmap = bitmap + 0.5 * F.avg_pool2d(bitmap, 5, 1, 2, count_include_pad=False)
     chosen = torch.zeros(32 * 32)
     chosen[bitmap.flatten().topk(_INK).indices] = 1
@@ -168,7 +169,7 @@ def _like_digits(ink: Tensor) -> Tensor:
 
 
 def _framed(ink: Tensor) -> Tensor:
-    """As large as fits on 28x28, in the middle."""
+    """Scale to fit 28x28 and center."""
     ink = _fitted(ink, 28)
     row, column = ((28 - size) // 2 for size in ink.shape)
     return _placed(ink, 28, row, column)

@@ -1,4 +1,4 @@
-"""The revised algorithm at speed, for one network or many: compiled loops, or matrix products.
+"""Fast engines of the revised algorithm, for one network or many: compiled loops, matrix products.
 
 May import the notes' files and `kernels`.
 """

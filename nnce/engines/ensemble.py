@@ -1,7 +1,7 @@
 """`Ensemble`: networks trained side by side by the revised algorithm.
 
-Its engine is compiled loops (`nnce.engines.loops`) for small networks on a CPU, and matrix products
-(`nnce.engines.products`) for all others.
+The engine is compiled loops (`nnce.engines.loops`) for small networks on a CPU, otherwise matrix
+products (`nnce.engines.products`).
 """
 
 import itertools
@@ -27,43 +27,45 @@ from nnce.modules import MLP
 Engine = Literal["loops", "products"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
-# Below this many multiplications in the largest product of a step a second thread does not pay.
+# Number of multiplications in the largest product of a step below which one thread is fastest.
 _MULTIPLICATIONS_FOR_THREADS = 10_000_000
-# Weights times examples of a chunk, which takes some tenths of a second.
+# Weights times examples in a chunk, which takes a few tenths of a second.
 CHUNK_WORK = 10_000_000_000
 
 
 class Ensemble:
-    """Trains networks of one shape side by side, by the rules, without autograd.
+    """Train networks of one shape side by side, by the rules, without autograd.
 
-    Like an optimizer, it changes the networks that it is given in place. Each remains an ordinary
-    `MLP`, to be evaluated, saved or differentiated. A loss that was computed before an epoch cannot
-    be differentiated after it, as after a step of any optimizer.
+    Like an optimizer, an ensemble changes its networks in place. Each remains an ordinary `MLP`,
+    which can be evaluated, saved or differentiated. As with any optimizer, a loss computed before
+    an epoch cannot be differentiated after it.
 
     The result matches `torch.optim.SGD` with the gradients of `nnce.backprop`, up to rounding:
     g += weight_decay W for weights only, v = momentum v + g, W −= lr v.
 
-    The engine is chosen at the first epoch, when the inputs are known, and kept (see
-    `suits_loops`). With loops, the bits of a network do not depend on the other networks or the
-    number of threads. With products they do, and from the first epoch on the networks' parameters
-    are views of common memory.
+    The engine is chosen at the first epoch, from the sizes and the inputs, and kept (see
+    `suits_loops`). With loops, a network's bits do not depend on the other networks or the number
+    of threads. With products they may, and from the first epoch on the parameters of the networks
+    are views of shared memory.
 
     Args:
         networks: one or more MLPs of the same sizes, dtype and device.
         hyperparameters: one for each network.
-        batch_size: examples in a mini-batch; the last one of an epoch may be shorter.
-        engine: "loops" or "products"; None for whichever suits.
-        threads: threads among which loops divide the networks; None for the number of processors,
-            with a warning if more. Products use PyTorch's threads (`torch.set_num_threads`).
+        batch_size: number of examples in a mini-batch; the last one of an epoch may be shorter.
+        engine: "loops" or "products"; None for the faster one.
+        threads: number of threads among which loops divide the networks; None for the number of
+            processors. A larger number warns. Products use PyTorch's threads
+            (`torch.set_num_threads`).
         graph: replay the steps of products as a CUDA graph; no effect on a CPU.
 
     Raises:
-        ValueError: there is no network; networks differ in shape, dtype or device; one occurs
+        ValueError: there is no network; networks differ in shape, dtype or device; a network occurs
             twice, is frozen, reparametrized or pruned, has hooks (which would not be called) or was
-            made under inference_mode; the numbers of networks and hyperparameters differ; a value
-            is out of range; or loops are requested on CUDA, or where Numba cannot compile.
-        TypeError: an argument is not an MLP or Hyperparameters, or loops are requested for a dtype
-            other than float32 and float64.
+            created under inference_mode; the numbers of networks and hyperparameters differ; a
+            value is out of range; or engine "loops" is requested on CUDA, or without a working
+            Numba.
+        TypeError: an argument is not an MLP or Hyperparameters, or engine "loops" is requested for
+            a dtype other than float32 and float64.
         MemoryError: the ensemble would not fit into memory; the message states how much it needs.
 
     >>> networks = [nnce.MLP((2, 3, 1)) for _ in range(2)]
@@ -117,22 +119,22 @@ class Ensemble:
 
     @property
     def batch_size(self) -> int:
-        """Examples in a mini-batch."""
+        """Number of examples in a mini-batch."""
         return self._batch_size
 
     @property
     def engine(self) -> Engine | None:
-        """The engine that was requested, or was chosen at the first epoch; None before that."""
+        """The requested engine, or the one chosen at the first epoch; None before that."""
         return self._engine
 
     def set_lrs(self, lrs: Sequence[float]) -> None:
-        """Change the learning rates, one for each network.
+        """Set the learning rates, one for each network.
 
-        As with `torch.optim.SGD`, accumulated momentum is applied at the new rate from now on.
+        As with `torch.optim.SGD`, accumulated momentum is applied at the new rate.
 
         Raises:
-            ValueError: the number of rates and networks differ, a rate is not positive, or as for
-                `train_epoch`.
+            ValueError: the numbers of rates and networks differ, a rate is not positive, or a
+                network's parameters have been moved or replaced, or have hooks.
             TypeError: a rate is not a number.
         """
         old = self.hyperparameters
@@ -147,32 +149,33 @@ class Ensemble:
                 self._check_network(number)
             velocities = self._trainer.velocities()
             self._trainer = self._make_trainer(self._engine, self._dense)
-            # Engines keep −lr v.
+            # Engines store −lr v.
             ratios = [h.lr / before.lr for h, before in zip(new, old, strict=True)]
             self._trainer.set_velocities(
                 [torch.stack([u * c for u, c in zip(us, ratios, strict=True)]) for us in velocities]
             )
 
     def train_epoch(self, x: Tensor, y: Tensor, order: Tensor) -> int:
-        """One pass over the training data.
+        """Train all networks for one epoch.
 
-        On CUDA it waits only for the check of the order; the steps may still be running when it
-        returns. Ctrl-C leaves every network at the end of a step, not necessarily the same one.
+        On CUDA, only the check of the order is synchronous; the steps may still be running on
+        return. After Ctrl-C, every network is at the end of a step, but not necessarily the same
+        step.
 
         Args:
             x: inputs [N, n_in], on the ensemble's device.
             y: targets in [0, 1], [N, n_out].
             order: indices of the examples in the order of this epoch, on the device: [n] for all
-                networks, or [networks, n], a row for each.
+                networks, or [networks, n], one row per network.
 
         Returns:
             The number of steps that each network took.
 
         Raises:
-            ValueError: shapes or devices do not match the networks', or a network's parameters have
+            ValueError: shapes or devices do not match the networks, or a network's parameters have
                 been moved, replaced or frozen, or have hooks.
-            TypeError: an argument is not a tensor, or its dtype is not the networks'.
-            IndexError: the order contains an index out of range; no step has been taken.
+            TypeError: an argument is not a tensor, or its dtype does not match the networks.
+            IndexError: an index in the order is out of range; no step has been taken.
         """
         self._check_data(x, y, order)
         for number, network in enumerate(self.networks):
@@ -204,14 +207,14 @@ class Ensemble:
         return products
 
     def max_chunk(self, networks: int | None = None, at_most: int | None = None) -> int:
-        """The length in examples of the chunks into which an order may be cut.
+        """Number of examples in the chunks into which an order may be divided.
 
-        An epoch trained chunk by chunk, one `train_epoch` after the other, produces the same bits
-        as the whole epoch in one call. A chunk takes some tenths of a second.
+        Consecutive `train_epoch` calls for the chunks of an order produce the same bits as one call
+        for the whole order. A chunk takes a few tenths of a second.
 
         Args:
-            networks: the number of networks to assume; None for those of this ensemble.
-            at_most: an upper limit, exceeded only where the shortest possible chunk is longer.
+            networks: number of networks to assume; None for those of this ensemble.
+            at_most: upper limit, exceeded only if the shortest possible chunk is longer.
         """
         networks = len(self.networks) if networks is None else networks
         step = block_examples(self.sizes, self.batch_size, networks, self.dtype, self.device)
@@ -222,8 +225,9 @@ class Ensemble:
     def state_dict(self) -> dict[str, Any]:
         """The state to save in addition to the networks' parameters.
 
-        "lrs"; "engine", None before the first epoch; "dense", whether loops walk over all inputs;
-        "velocities" of each parameter, [networks, *shape], as −lr v, [] without momentum.
+        "lrs", the learning rates; "engine", None before the first epoch; "dense", whether loops
+        process inputs that are 0, too; "velocities", −lr v of each parameter, [networks, *shape],
+        [] without momentum.
         """
         trainer = self._trainer
         return {
@@ -237,12 +241,13 @@ class Ensemble:
         """Continue from `state_dict`, in an ensemble that has not trained yet.
 
         Raises:
-            ValueError: the state does not match, or its engine is not available here.
-            TypeError: its engine does not support the dtype.
+            ValueError: the state does not match, or its engine is not available, or the ensemble
+                has already trained.
+            TypeError: the engine of the state does not support the dtype.
         """
         engine, velocities = state["engine"], list(state["velocities"])
         if self._trainer is not None:
-            raise ValueError("expected an ensemble that has not trained yet")
+            raise ValueError("expected an ensemble that has not trained yet; make a new Ensemble")
         self.set_lrs(state["lrs"])
         if engine is None:
             return
@@ -261,9 +266,9 @@ class Ensemble:
 
     @torch.no_grad()
     def outputs(self, number: int, x: Tensor) -> Tensor:
-        """z of the last layer of one network, as `networks[number](x)`; by loops if they train it.
+        """z of the last layer of one network, like `networks[number](x)`; by loops if in use.
 
-        Threads may call this for different networks at the same time.
+        Thread-safe for different networks.
 
         Args:
             number: index of the network.
@@ -274,8 +279,9 @@ class Ensemble:
 
         Raises:
             IndexError: there is no network with this index.
-            ValueError: the shape or device of x does not match, or as for `train_epoch`.
-            TypeError: x is not a tensor, or its dtype is not the networks'.
+            ValueError: the shape or device of x does not match, or the network's parameters have
+                been moved or replaced, or have hooks.
+            TypeError: x is not a tensor, or its dtype does not match the networks.
         """
         last = len(self.networks) - 1
         if not (is_integer(number) and 0 <= number <= last):
@@ -291,7 +297,7 @@ class Ensemble:
         return z
 
     def _check_network(self, number: int) -> None:
-        """Raise where a parameter was replaced or moved: it would silently not be trained."""
+        """Raise ValueError if a parameter was replaced or moved: it would silently not train."""
         network, parameters = self.networks[number], self._parameters[number]
         _check_network(network)
         now = _parameters(network)
@@ -348,16 +354,20 @@ def suits_loops(
 ) -> bool:
     """Whether loops are available and faster than products for these networks and inputs.
 
-    Estimates the time for an example in nanoseconds, from measurements of 20 networks on one core
-    of an AMD EPYC (2026-11-25). Loops take 350; for each weight of the first layer 0.13 if its
-    input is not 0, or 0.085 if all inputs are walked over; and 0.15 for each weight above; widths
-    are padded to multiples of 32. Products take 1.2 for each input, which is gathered, and 0.042
-    for each weight; and for each mini-batch 9,000 for a layer's calls and 0.19 for each weight that
-    changes; half of all this where PyTorch's threads pay. Loops train one network in one thread.
+    Compares estimated times per example in nanoseconds, fitted to measurements of 20 networks on
+    one core of an AMD EPYC (2026-11-25):
+
+    - loops, with widths padded to multiples of 32: 350, plus 0.13 per first-layer weight with a
+      nonzero input (0.085 per first-layer weight if all inputs are processed), plus 0.15 per other
+      weight; a network uses one thread.
+    - products: 1.2 per input, for gathering, plus 0.042 per weight; per mini-batch, 9,000 per layer
+      for calls, plus 0.19 per weight for the update; half of the total if PyTorch's threads pay.
 
     Args:
-        sizes, batch_size, dtype, device: of the networks.
-        density: the share of the inputs that are not 0, in [0, 1].
+        sizes: sizes of the networks.
+        batch_size: number of examples in a mini-batch.
+        dtype, device: dtype and device of the networks.
+        density: share of inputs that are not 0, in [0, 1].
     """
     if device.type != "cpu" or dtype not in loops.DTYPES:
         return False
@@ -373,10 +383,10 @@ def suits_loops(
 
 
 def threads(sizes: Sequence[int], batch_size: int) -> int:
-    """The number of PyTorch's CPU threads that suits networks of these sizes: 1, or its default.
+    """The fastest number of PyTorch CPU threads for networks of these sizes: 1, or the default.
 
-    A second thread costs some microseconds at each product, too much for a textbook's network.
-    (Loops have their own threads.)
+    A second thread adds a few microseconds to each product, too much for small networks. (Loops
+    have their own threads.)
     """
     return torch.get_num_threads() if _threads_pay(sizes, batch_size) else 1
 
@@ -436,7 +446,7 @@ def _check_network(network: MLP) -> None:
 def _check(
     networks: Sequence[MLP], hyperparameters: Sequence[Hyperparameters], batch_size: object
 ) -> tuple[Hyperparameters, ...]:
-    """The hyperparameters in Python's numbers."""
+    """Check the arguments of an ensemble; return hyperparameters with plain Python numbers."""
     if not networks:
         raise ValueError("expected at least one network, got none")
     for network in networks:
@@ -446,7 +456,7 @@ def _check(
         _check_trains(network)
     parameters = [parameter for network in networks for parameter in _parameters(network)]
     if len({id(parameter) for parameter in parameters}) < len(parameters):
-        raise ValueError("expected networks without common parameters, but one is there twice")
+        raise ValueError("expected networks without common parameters, but one occurs twice")
     kinds = {
         (network.sizes, parameter.dtype, parameter.device)
         for network in networks

@@ -1,9 +1,9 @@
-"""Networks trained by compiled loops: small networks on a CPU, example by example.
+"""Engine "loops": compiled loops over examples, for small networks on a CPU.
 
-The loops are in `nnce.kernels.training`; here are the inputs and networks in their memory layout,
-threads, and interrupts. The bits of a trained network depend on its start, its settings and its
-order of the examples, and not on the networks trained with it, on the number of threads, or on how
-the steps are divided among calls.
+The loops are in `nnce.kernels.training`. This module converts inputs and networks to their memory
+layout, and handles threads and interrupts. The bits of a trained network depend on its initial
+parameters, its settings and its order of the examples, but not on the networks trained with it, the
+number of threads, or the division of the steps into calls.
 """
 
 import concurrent.futures
@@ -29,26 +29,26 @@ if TYPE_CHECKING:  # needs Numba
     from nnce.kernels.training import Array, Inputs
 
 DTYPES = (torch.float32, torch.float64)
-# The share of nonzero inputs above which all inputs are walked over.
+# Share of nonzero inputs above which inputs that are 0 are no longer skipped.
 DENSE = 0.7
-# A first layer is faster by walking over the inputs that are not 0 than as a matrix product, if its
-# inputs are this many, its neurons at most this many, and at most this share of the inputs not 0.
+# A loop over nonzero inputs computes a first layer faster than a matrix product does, if it has at
+# least _WIDE inputs and at most _NARROW neurons, and at most the share _SPARSE of inputs is not 0.
 _WIDE, _NARROW, _SPARSE = 256, 128, 0.3
-# Data sets whose inputs are kept in the loops' layout: some to train on, some to evaluate on.
+# Number of tensors of inputs cached in the loops' layout, for training and for evaluation.
 _MAX_INPUTS = 4
-# Examples whose outputs are computed together.
+# Number of examples whose outputs are computed together.
 _OUTPUTS_AT_ONCE = 100
 # Windows has no SIGHUP.
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-# Mini-batches in a call: few, so that Ctrl-C is answered soon and the data of a block are still in
-# the cache when the next network walks over them.
+# Number of mini-batches in a call: few, so that Ctrl-C takes effect soon, and a block of data is
+# still in the cache when the next network reads it.
 _BLOCK_STEPS = 20
 
 
 def padded_width(n: int) -> int:
-    """The width of a layer of n neurons in the loops' memory."""
+    """Width of a layer of n neurons in the loops' memory layout."""
     return -(-n // kernels.LANES) * kernels.LANES
 
 
@@ -58,14 +58,14 @@ def is_available() -> bool:
 
 
 def is_cached() -> bool:
-    """Whether an earlier process has left the compiled loops on disk."""
+    """Whether the compiled loops are cached on disk, from an earlier process."""
     from nnce.kernels import _numba
 
     return _numba.is_cached(_kernels().train)
 
 
 def _kernels() -> ModuleType:
-    """The compiled loops, imported on first use: Numba is optional, and takes time to import."""
+    """Import the compiled loops on first use: Numba is optional, and slow to import."""
     with interrupts_wait():
         from nnce.kernels import training
     return training
@@ -75,10 +75,10 @@ def _kernels() -> ModuleType:
 def _subnormals_are_0() -> Iterator[None]:
     """Flush subnormal numbers to 0 in this thread.
 
-    Deltas of saturated neurons become subnormal, and arithmetic with these is a hundred times as
-    slow.
+    Deltas of saturated neurons become subnormal, and arithmetic on subnormal numbers is a hundred
+    times slower.
     """
-    # Python's own numbers, because PyTorch's depend on the default dtype and device.
+    # A Python float, because a PyTorch tensor depends on the default dtype and device.
     before = sys.float_info.min / 2 == 0
     torch.set_flush_denormal(True)
     try:
@@ -89,10 +89,10 @@ def _subnormals_are_0() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of the block.
+    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block.
 
-    Raised inside a compiler's callback they would be lost; raised while parameters are written,
-    they would leave parameters of two different steps.
+    An exception raised in a compiler callback would be lost; one raised while parameters are being
+    written would leave parameters of two different steps.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -110,16 +110,16 @@ def interrupts_wait() -> Iterator[None]:
         signal.raise_signal(waiting)
 
 
-# ------------------------------------------------------------------------------------ the data
+# ---------------------------------------------------------------------------------------- data
 
 
 def density(x: Tensor) -> float:
-    """The share of inputs that are not 0."""
+    """Share of inputs that are not 0."""
     return int(torch.count_nonzero(x)) / max(1, x.numel())
 
 
 def make_inputs(x: Tensor, *, dense: bool) -> "Inputs":
-    """x in the loops' layout."""
+    """Convert x to the loops' memory layout."""
     import numpy as np
 
     _kernels()
@@ -145,17 +145,17 @@ def make_inputs(x: Tensor, *, dense: bool) -> "Inputs":
 
 
 class InputCache:
-    """Inputs in the loops' layout, kept while the tensors they were made from are unchanged."""
+    """Cache of inputs in the loops' layout, valid while their tensors exist and are unchanged."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: dict[tuple[object, ...], tuple[weakref.ref[Tensor], Inputs]] = {}
 
     def get(self, x: Tensor, *, dense: bool) -> "Inputs":
-        """The inputs of x, made again if x is a different tensor or has been changed in place."""
-        if x.is_inference():  # PyTorch does not record whether it has been changed
+        """The inputs of x, recomputed if x is a different tensor or has been changed in place."""
+        if x.is_inference():  # PyTorch does not track in-place changes of inference tensors
             return make_inputs(x, dense=dense)
-        # Each slice of a data set is a new tensor, but the data set that it is a view of remains.
+        # Each slice of a data set is a new tensor, but the base that it is a view of remains.
         whole = owner(x)
         place = (x.storage_offset(), tuple(x.shape), x.stride(), version(x), dense)
         key = (id(whole), *place)
@@ -163,7 +163,7 @@ class InputCache:
             source, made = self._made.pop(key, (None, None))
             if source is None or made is None or source() is not whole:
                 made = make_inputs(x, dense=dense)
-            self._made[key] = weakref.ref(whole), made  # the last used is last
+            self._made[key] = weakref.ref(whole), made  # most recently used last
             for other, (source, _) in list(self._made.items()):
                 changed = other[0] == key[0] and other[-2] != version(x)
                 if source() is None or changed or len(self._made) > _MAX_INPUTS:
@@ -171,12 +171,12 @@ class InputCache:
         return made
 
 
-# One for all ensembles: a comparison, or a benchmark, has several on the same data.
+# One cache for all ensembles: a comparison or a benchmark has several on the same data.
 INPUTS = InputCache()
 
 
 def first_layer(x: Tensor, W: Tensor, b: Tensor) -> Callable[[int, int], Tensor] | None:
-    """z = W a_prev + b of the first layer of R networks, walking over the inputs that are not 0.
+    """z = W a_prev + b of the first layer of R networks, skipping inputs that are 0.
 
     Args:
         x: inputs [N, n_in].
@@ -184,8 +184,8 @@ def first_layer(x: Tensor, W: Tensor, b: Tensor) -> Callable[[int, int], Tensor]
         b: biases [R, n_out].
 
     Returns:
-        z [R, n, n_out] of the examples from a begin to an end; None where a matrix product is
-        faster, or loops are not available.
+        A function of begin and end that returns z [R, end − begin, n_out] of these examples; None
+        if a matrix product is faster, or loops are not available.
     """
     (R, n_out, n_in), width = W.shape, padded_width(W.shape[1])
     small = n_in < _WIDE or width > _NARROW
@@ -196,7 +196,7 @@ def first_layer(x: Tensor, W: Tensor, b: Tensor) -> Callable[[int, int], Tensor]
     kernels_, inputs = _kernels(), INPUTS.get(x, dense=False)
     if len(inputs.values) > _SPARSE * x.numel():
         return None
-    W = nn.functional.pad(W.mT, (0, width - n_out, 0, 1))  # [R, n_in + 1, width], the last row of 0
+    W = nn.functional.pad(W.mT, (0, width - n_out, 0, 1))  # [R, n_in + 1, width], last row 0
     b = nn.functional.pad(b, (0, width - n_out))
     none, widths = W.new_zeros(0).numpy(), np.array([width])
     layers = [
@@ -215,11 +215,11 @@ def first_layer(x: Tensor, W: Tensor, b: Tensor) -> Callable[[int, int], Tensor]
     return some
 
 
-# ---------------------------------------------------------------------------------- the networks
+# -------------------------------------------------------------------------------------- networks
 
 
 class _Network:
-    """One network's parameters in the loops' layout, and the memory for its steps."""
+    """One network's parameters in the loops' layout, and the scratch memory of its steps."""
 
     def __init__(self, network: MLP, values: Hyperparameters, batch_size: int) -> None:
         import numpy as np
@@ -247,7 +247,7 @@ class _Network:
         to_dtype = self._layers.W.dtype.type
         with np.errstate(over="ignore"):  # a rate beyond float32 is infinite, as in PyTorch
             self._rules = self._kernels.Rules(
-                min(batch_size, 2**62),  # indices are of 64 bits
+                min(batch_size, 2**62),  # indices have 64 bits
                 to_dtype(values.lr),
                 to_dtype(values.momentum),
                 to_dtype(values.weight_decay),
@@ -255,15 +255,15 @@ class _Network:
             )
 
     def train(self, inputs: "Inputs", y: "Array", order: "Array") -> None:
-        """Take steps through the examples of an order: whole mini-batches, but for the last."""
-        self._make_room(inputs, min(self._rules.batch_size, len(order)))
+        """Take a step for each mini-batch of an order; the last one may be shorter."""
+        self._grow_scratch(inputs, min(self._rules.batch_size, len(order)))
         self._kernels.train(self._layers, inputs, self._scratch, y, order, self._rules)
 
     def outputs(self, inputs: "Inputs", n: int) -> "Array":
-        """z of the last layer, [n, n_out]."""
+        """z of the last layer for the first n examples, [n, n_out]."""
         import numpy as np
 
-        self._make_room(inputs, _OUTPUTS_AT_ONCE)
+        self._grow_scratch(inputs, _OUTPUTS_AT_ONCE)
         out = np.empty((n, self._n_outs[-1]), dtype=self._layers.W.dtype)
         rows = np.arange(n)
         self._kernels.outputs(self._layers, inputs, self._scratch, rows, _OUTPUTS_AT_ONCE, out)
@@ -272,8 +272,8 @@ class _Network:
     def _zeros(self, size: int) -> "Array":
         return self._like.new_zeros(size).numpy()  # PyTorch's memory begins at a cache line
 
-    def _make_room(self, inputs: "Inputs", n: int) -> None:
-        """Let the scratch memory hold a mini-batch of n: its inputs, if dense, and their z."""
+    def _grow_scratch(self, inputs: "Inputs", n: int) -> None:
+        """Ensure scratch memory for a mini-batch of n: its inputs, if dense, and their z."""
         sizes = {
             "batch": n * inputs.x.shape[1] if len(inputs.x) else 0,
             "first_z": n * self.widths[0],
@@ -315,7 +315,7 @@ class _Network:
                 place[...] = parameter.detach().numpy()
 
     def write_parameters(self) -> None:
-        """Copy them back, in place."""
+        """Copy the parameters from the loops' memory to the network, in place."""
         with torch.no_grad():
             for pair, places in zip(self._pairs, self._places(), strict=True):
                 for parameter, place in zip(pair, places, strict=True):
@@ -323,13 +323,13 @@ class _Network:
 
 
 class Loops:
-    """Trains networks by loops.
+    """Train networks of one shape by loops.
 
     Args:
         networks: MLPs of one shape and dtype, float32 or float64, on the CPU.
         hyperparameters: one for each network.
-        batch_size: examples in a mini-batch.
-        dense: walk over all inputs, because few of them are 0.
+        batch_size: number of examples in a mini-batch.
+        dense: process all inputs instead of skipping those that are 0.
     """
 
     def __init__(
@@ -347,13 +347,13 @@ class Loops:
         ]
 
     def train(self, x: Tensor, y: Tensor, orders: Sequence[Tensor], threads: int) -> None:
-        """One pass over the training data for each network in its order.
+        """Train each network for one epoch, in its own order.
 
         Args:
             x: inputs [N, n_in].
             y: targets [N, n_out].
-            orders: indices of examples, one tensor for each network, all of one length.
-            threads: number of threads among which the networks are divided.
+            orders: indices of the examples, one tensor per network, all of the same length.
+            threads: number of threads, which share the networks.
         """
         inputs, targets = INPUTS.get(x, dense=self._dense), y.detach().contiguous().numpy()
         for network in self._networks:
@@ -373,9 +373,9 @@ class Loops:
                     network.write_parameters()
 
     def velocities(self) -> list[Tensor]:
-        """The velocity of each parameter, [networks, *shape]; [] if no network has momentum.
+        """Velocities of each parameter, [networks, *shape]; [] if no network has momentum.
 
-        Of a network without momentum it is 0.
+        The velocity of a network without momentum is 0.
         """
         by_network = [network.velocities() for network in self._networks]
         like = [torch.from_numpy(v) for v in max(by_network, key=len)]
@@ -387,16 +387,16 @@ class Loops:
         ]
 
     def set_velocities(self, velocities: Sequence[Tensor]) -> None:
-        """Continue with velocities that `velocities` returned."""
+        """Set the velocities to values that `velocities` returned."""
         for r, network in enumerate(self._networks):
             for place, values in zip(network.velocities(), velocities, strict=False):
                 place[...] = values[r].numpy()
 
     def outputs(self, number: int, x: Tensor) -> Tensor:
-        """z of the last layer of one network, [n, n_out]. Threads may call this at the same time.
+        """z of the last layer of one network, [n, n_out]. Thread-safe for different networks.
 
         Args:
-            number: which network.
+            number: index of the network.
             x: inputs [n, n_in].
         """
         network = self._networks[number]
@@ -422,7 +422,7 @@ class Loops:
                 for walk in walks:
                     walk.result()
             finally:
-                stop.set()  # after Ctrl-C; blocks that have begun are finished
+                stop.set()  # after Ctrl-C; blocks in progress are finished
 
     def _walk(
         self,
@@ -431,7 +431,7 @@ class Loops:
         jobs: "list[tuple[_Network, Array]]",
         stop: threading.Event,
     ) -> None:
-        """Train block by block, so that a thread reads the data once for all its networks."""
+        """Train all networks block by block, so that a thread reads the data from memory once."""
         length = len(jobs[0][1])
         size = min(_BLOCK_STEPS * self._batch_size, length)
         with _subnormals_are_0():

@@ -1,17 +1,17 @@
-"""Networks trained by matrix products: in place, without a graph, many networks side by side.
+"""Engine "products": matrix products in place, without a graph, for many networks side by side.
 
-The same equations as in `nnce.algorithm`, which is the one to read first. For large networks and
-for CUDA; small ones on a CPU are faster with `nnce.engines.loops`. It is fast because:
+For large networks, and for CUDA; `nnce.engines.loops` is faster for small networks on a CPU. The
+equations are those of `nnce.algorithm`, which should be read first. Speed comes from:
 
-- Nothing is allocated in a step: memory for every z, a and delta is allocated once.
-- A parameter is updated in the call that computes its gradient: W ← β W + α dzᵀ a_prev, where
+- No allocation in a step: memory for every z, a and delta is allocated once.
+- Updating a parameter in the call that computes its gradient: W ← β W + α dzᵀ a_prev, where
   α = −lr / n is the step and β = 1 − lr · weight_decay the decay.
-- On CUDA all networks are one group: each product is one call for all of them, and the steps of a
-  block are captured once as a graph and replayed. On a CPU, where a large network fills the
-  processor by itself, each network is a group of its own.
+- On CUDA, one group of all networks: each product is one call for all of them, and the steps of a
+  block are captured once as a graph and replayed. On a CPU, where a large network alone uses all
+  cores, each network is its own group.
 
-Shapes, for a group of G networks and a mini-batch of n: [G, n, neurons]; the inputs and targets
-[1, n, …] if all networks see the same examples, [G, n, …] if each has its own order of them.
+Shapes, for a group of G networks and a mini-batch of n: [G, n, neurons]. Inputs and targets are
+[1, n, …] if all networks have the same order of the examples, otherwise [G, n, …].
 """
 
 import itertools
@@ -27,9 +27,9 @@ from nnce.algorithm import Hyperparameters
 from nnce.losses import LOSSES
 from nnce.modules import MLP
 
-# Examples are gathered into mini-batches a block at a time, about this many bytes of them: on a CPU
-# they are still in the cache when the steps read them; on CUDA a block is one graph, and as many
-# steps as keep its launch cheap.
+# Examples are gathered in blocks of mini-batches of about this many bytes. On a CPU, a block stays
+# in the cache until the steps read it. On CUDA, a block is one graph, of enough steps to amortize
+# its launch.
 BLOCK_BYTES = 1_000_000
 BLOCK_BYTES_CUDA = 1_000_000_000
 _BLOCK_STEPS_CUDA = 100
@@ -39,13 +39,13 @@ Call = Callable[..., object]
 
 
 class Products:
-    """Trains networks of one shape side by side, whose parameters become views of its memory.
+    """Train networks of one shape by products; their parameters become views of shared memory.
 
     Args:
         networks: MLPs of one shape, dtype and device.
-        hyperparameters: one for each.
-        batch_size: examples in a mini-batch.
-        graph: replay the steps as a CUDA graph; has no meaning on a CPU.
+        hyperparameters: one for each network.
+        batch_size: number of examples in a mini-batch.
+        graph: replay the steps as a CUDA graph; no effect on a CPU.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Products:
         self._graph = graph and captures_graphs(self._like.device)
         everyone = list(range(len(networks)))
         together = [everyone] if batches_networks(self._like.device) else [[r] for r in everyone]
-        with torch.inference_mode(False):  # or the networks could not be differentiated any more
+        with torch.inference_mode(False):  # otherwise the networks could not be differentiated
             self._groups = [_Group(members, networks, hyperparameters) for members in together]
         self._parameters = [
             p for network in networks for pair in network.weights_and_biases() for p in pair
@@ -69,15 +69,15 @@ class Products:
         self._blocks: dict[tuple[int, int], _Block] = {}
 
     def train(self, x: Tensor, y: Tensor, order: Tensor) -> None:
-        """One pass over the training data.
+        """Train all networks for one epoch.
 
         Args:
             x: inputs [N, n_in].
             y: targets [N, n_out].
-            order: of the examples, [n] for all networks or [networks, n], one for each.
+            order: indices of the examples, [n] for all networks, or [networks, n].
         """
         try:
-            # Not no_grad(): a step is a dozen small calls, and this saves a little at each.
+            # Not no_grad(), under which each of a step's dozen small calls takes a little longer.
             with torch.inference_mode():
                 orders = 1 if order.dim() == 1 else max(group.size for group in self._groups)
                 step = orders * self._batch_size * self._sizes[0] * self._like.itemsize
@@ -91,9 +91,9 @@ class Products:
             torch.autograd.graph.increment_version(self._parameters)
 
     def velocities(self) -> list[Tensor]:
-        """The velocity of each parameter, [networks, *shape]; [] if no network has momentum.
+        """Velocities of each parameter, [networks, *shape]; [] if no network has momentum.
 
-        Of a network without momentum it is 0.
+        The velocity of a network without momentum is 0.
         """
         return [
             torch.stack([by_network[r] for r in range(len(by_network))])
@@ -101,13 +101,13 @@ class Products:
         ]
 
     def set_velocities(self, velocities: Sequence[Tensor]) -> None:
-        """Continue with velocities that `velocities` returned."""
+        """Set the velocities to values that `velocities` returned."""
         for by_network, values in zip(self._by_network(), velocities, strict=True):
             for r, velocity in by_network.items():
                 velocity.copy_(values[r])
 
     def _by_network(self) -> list[dict[int, Tensor]]:
-        """For each parameter the velocity of each network, in place."""
+        """For each parameter, a view of the velocity of each network."""
         found: list[dict[int, Tensor]] = []
         moves = any(p.velocity is not None for g in self._groups for pair in g.layers for p in pair)
         for layer in range(len(self._sizes) - 1 if moves else 0):
@@ -122,10 +122,10 @@ class Products:
         return found
 
     def _block(self, orders: int, n: int) -> "_Block":
-        """The block of n examples; an epoch has one for its whole blocks and one for its last."""
+        """The block for n examples; an epoch has one for full blocks and one for the last."""
         key = orders, n
         if key in self._blocks:
-            self._blocks[key] = self._blocks.pop(key)  # the last used is last
+            self._blocks[key] = self._blocks.pop(key)  # most recently used last
         else:
             while len(self._blocks) > 1:
                 del self._blocks[next(iter(self._blocks))]
@@ -135,7 +135,7 @@ class Products:
 
 
 def _block_steps(step: int, device: torch.device) -> int:
-    """Mini-batches in a block, each of `step` bytes."""
+    """Number of mini-batches of `step` bytes in a block."""
     if device.type == "cuda":
         return min(_BLOCK_STEPS_CUDA, max(1, BLOCK_BYTES_CUDA // step))
     return max(1, BLOCK_BYTES // step)
@@ -148,9 +148,9 @@ def block_examples(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """The number of examples in whole blocks, with one order for all networks or one for each.
+    """A number of examples that fills whole blocks, with one order for all networks or one each.
 
-    In an epoch that is trained in chunks of this length, blocks begin where they otherwise would.
+    Training an epoch in chunks of this length does not shift the boundaries of its blocks.
     """
     step = batch_size * sizes[0] * dtype.itemsize
     orders = {1, networks if batches_networks(device) else 1}
@@ -158,7 +158,7 @@ def block_examples(
 
 
 def batches_networks(device: torch.device) -> bool:
-    """Whether each call is for all networks."""
+    """Whether each call processes all networks at once."""
     return device.type == "cuda"
 
 
@@ -171,23 +171,23 @@ def captures_graphs(device: torch.device) -> bool:
 
 
 class _Parameter(NamedTuple):
-    """W [G, n_out, n_in] or b [G, 1, n_out] of one layer of a group, and how it moves.
+    """W [G, n_out, n_in] or b [G, 1, n_out] of one layer of a group, with its update rule.
 
-    A factor is a float where all networks share it, else [G, 1, 1].
+    A factor is a float if all networks share it, otherwise [G, 1, 1].
     """
 
     value: Tensor
     velocity: Tensor | None
-    """−lr v, where there is momentum."""
+    """−lr v; None without momentum."""
     momentum: float | Tensor
     decay: float | Tensor
     """Factor of the value in the step, 1 − lr · weight_decay."""
     shrink: Tensor | None
-    """−lr · weight_decay where momentum and decay come together, for the velocity."""
+    """−lr · weight_decay, for the velocity; None without momentum or without decay."""
 
 
 class _Group:
-    """Networks that are walked together: their parameters, layer by layer, and their settings."""
+    """Networks trained in the same calls: their parameters, layer by layer, and their settings."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class _Group:
         networks: Sequence[MLP],
         hyperparameters: Sequence[Hyperparameters],
     ) -> None:
-        # The quadratic ones first: σ'(z) belongs into their last dz, and not into the others'.
+        # Quadratic losses first: only their last dz has the factor σ'(z).
         def slowed(r: int) -> bool:
             return LOSSES[hyperparameters[r].loss].has_sigmoid_prime
 
@@ -206,7 +206,7 @@ class _Group:
         by_network = [networks[r].weights_and_biases() for r in self.members]
         like = by_network[0][0][0]
 
-        # Where rates differ they are folded into the last dz, from which all else is made.
+        # Different rates are factors of the last dz, and thereby of all gradients.
         lrs = _factor([h.lr for h in values], like)
         self.lr = lrs if isinstance(lrs, float) else 1.0
         self.lrs = None if isinstance(lrs, float) else lrs
@@ -222,7 +222,7 @@ class _Group:
         ]
 
     def state(self) -> list[Tensor]:
-        """All that a step changes."""
+        """All tensors that a step changes."""
         return [
             tensor
             for layer in self.layers
@@ -233,17 +233,17 @@ class _Group:
 
 
 def _move_in(parameters: list[nn.Parameter]) -> Tensor:
-    """A parameter of some networks, stacked; theirs become views of it."""
+    """Stack a parameter of several networks, whose parameters become views of the stack."""
     like = parameters[0].detach()
     memory = like.new_empty(len(parameters), *like.shape)
-    # One by one, each leaving the memory it had: both whole would be twice as much.
+    # One by one, each freeing its old memory, so that old and new copies do not all coexist.
     for parameter, place in zip(parameters, memory, strict=True):
         parameter.data = place.copy_(parameter.detach())
     return memory
 
 
 def _moving(value: Tensor, momenta: list[float], decays: list[float]) -> _Parameter:
-    """A parameter and how it moves; decays are −lr · weight_decay of each network."""
+    """A parameter with its update rule; decays are −lr · weight_decay of each network."""
     moves = any(momenta)
     shrink = None
     if moves and any(decays):
@@ -261,7 +261,7 @@ def _factor(values: list[float], like: Tensor) -> float | Tensor:
     """One float for all networks, or [G, 1, 1]."""
     column = torch.tensor(values, dtype=like.dtype, device=like.device)
     if len(set(values)) == 1:
-        return column[0].item()  # rounded; too large a number has become infinite
+        return column[0].item()  # rounded to dtype; infinite if out of range
     return column.view(-1, 1, 1)
 
 
@@ -269,12 +269,12 @@ def _factor(values: list[float], like: Tensor) -> float | Tensor:
 
 
 class _Place(NamedTuple):
-    """One layer with the places of its a, dz and da for a mini-batch of n, [G, n, n_out] each."""
+    """One layer, and the memory of its a, dz and da for a mini-batch of n, [G, n, n_out] each."""
 
     W: _Parameter
     b: _Parameter
     a: Tensor
-    """z's place first, and the last layer's for good."""
+    """First z, then overwritten by a; in the last layer always z."""
     dz: Tensor
     da: Tensor
 
@@ -295,8 +295,8 @@ class _Step:
     def calls(self, x: Tensor, y: Tensor, not_y: Tensor) -> list[Call]:
         """The calls of a step; x [G, n, n_in], y [G or 1, n, n_out], not_y is 1 − y.
 
-        A list of prepared calls, made once, since looking up some sixty attributes and taking the
-        same branches at each step took a fifth of it.
+        They are prepared once, because looking up about sixty attributes and taking the same
+        branches in each step would take a fifth of its time.
         """
         return [*self._forward(x), *self._dz_last(y, not_y), *self._backward(x)]
 
@@ -305,7 +305,7 @@ class _Step:
             W, b, z = place.W.value, place.b.value, place.a
             yield partial(torch.baddbmm, b, a_prev, W.mT, out=z)  # (1)
             if place is not self._places[-1]:
-                yield partial(torch.sigmoid, z, out=place.a)  # (1), in z's place
+                yield partial(torch.sigmoid, z, out=place.a)  # (1), overwrites z
             a_prev = place.a
 
     def _dz_last(self, y: Tensor, not_y: Tensor) -> Iterator[Call]:
@@ -327,15 +327,15 @@ class _Step:
     def _backward(self, x: Tensor) -> Iterator[Call]:
         downwards = self._places[::-1]
         for place, below in itertools.pairwise(downwards):
-            # A layer's da is made before its weights move.
+            # da of the layer below requires this layer's weights from before the update.
             yield partial(torch.bmm, place.dz, place.W.value, out=below.da)  # (7)
             yield from self._update(place, below.a)
-            # (8): da ∘ a ∘ (1 − a), since z is no more
+            # (8): da ∘ a ∘ (1 − a), since z has been overwritten
             yield partial(_sigmoid_backward, below.da, below.a, grad_input=below.dz)
         yield from self._update(downwards[-1], x)
 
     def _update(self, place: _Place, a_prev: Tensor) -> Iterator[Call]:
-        """Equation 6, averaged over the mini-batch, and the step."""
+        """Equation 6, averaged over the mini-batch, combined with the update."""
         add = partial(torch.baddbmm, alpha=self._alpha)
         for parameter, A, B in (
             (place.W, place.dz.mT, a_prev),
@@ -346,7 +346,7 @@ class _Step:
                 beta = yield from _scale(value, parameter.decay)
                 yield partial(add, value, A, B, beta=beta, out=value)  # (6)
                 continue
-            # The velocity is −lr v: with a constant rate the same as torch.optim.SGD's v.
+            # The velocity is −lr v, where v is that of torch.optim.SGD.
             beta = yield from _scale(velocity, parameter.momentum)
             yield partial(add, velocity, A, B, beta=beta, out=velocity)  # (6)
             if parameter.shrink is not None:
@@ -354,12 +354,12 @@ class _Step:
             yield partial(torch.add, value, velocity, out=value)
 
 
-# grad ∘ a ∘ (1 − a) in one pass: the kernel PyTorch's own σ is differentiated with.
+# grad ∘ a ∘ (1 − a) in one pass: PyTorch's kernel for the backward of σ.
 _sigmoid_backward: Call = torch.ops.aten.sigmoid_backward.grad_input
 
 
 def _scale(tensor: Tensor, factor: float | Tensor) -> Generator[Call, None, float]:
-    """Multiply networks by a factor each; a common one is left to the product, as its β."""
+    """Multiply each network by its factor; a common factor is returned as β of the product."""
     if isinstance(factor, float):
         return factor
     yield partial(torch.mul, tensor, factor, out=tensor)
@@ -367,7 +367,7 @@ def _scale(tensor: Tensor, factor: float | Tensor) -> Generator[Call, None, floa
 
 
 class _Block:
-    """A row of mini-batches in one place, and the steps through them of all groups, one by one."""
+    """Consecutive mini-batches in fixed memory, and the calls that train each group on them."""
 
     def __init__(
         self,
@@ -397,7 +397,7 @@ class _Block:
         self._wants_graph = graph
 
     def run(self, x: Tensor, y: Tensor, indices: Tensor) -> None:
-        """Take the steps through these examples of x and y, [n] for all or [networks, n]."""
+        """Train on the examples of x and y at these indices, [n] for all, or [networks, n]."""
         if indices.dim() == 1:
             self._gather(x, y, indices)
         for group, calls in zip(self._groups, self._calls, strict=True):
@@ -406,7 +406,7 @@ class _Block:
             self._run(calls)
 
     def _gather(self, x: Tensor, y: Tensor, indices: Tensor) -> None:
-        """Into places of their own: the graph reads its input there."""
+        """Copy the examples into fixed memory, where a captured graph reads them."""
         torch.index_select(x, 0, indices, out=self._x.view(-1, self._x.shape[-1]))
         torch.index_select(y, 0, indices, out=self._y.view(-1, self._y.shape[-1]))
         torch.neg(self._y, out=self._not_y)
@@ -422,7 +422,7 @@ class _Block:
                 call()
 
     def _capture(self, calls: list[Call]) -> torch.cuda.CUDAGraph:
-        """Record the steps as a CUDA graph. The rehearsal that CUDA wants moves nothing."""
+        """Capture the steps as a CUDA graph, after a warm-up whose changes are undone."""
         before = [tensor.clone() for tensor in self._state]
         stream = torch.cuda.Stream(self._x.device)
         stream.wait_stream(torch.cuda.current_stream(self._x.device))

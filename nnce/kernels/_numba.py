@@ -1,4 +1,4 @@
-"""Compilation by Numba, with a cache on disk that cannot stop a program."""
+"""Compilation by Numba, with a disk cache whose failures never raise."""
 
 import contextlib
 import functools
@@ -16,12 +16,12 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def njit(*, fastmath: set[str], forceinline: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function at its first call with each combination of argument types.
+    """Compile a function on its first call with each combination of argument types.
 
-    The function works on the arrays it is given, and on slices of them, but allocates none. The
-    compiled code runs without the GIL, divides by 0 as IEEE 754 does, and is kept on disk. Where
-    the cache cannot be written (read-only, a full disk) the function is compiled in each process;
-    where a cached file is damaged it is compiled again and the file is replaced.
+    The function must not allocate arrays; it may slice its arguments. The compiled code runs
+    without the GIL, divides by 0 as IEEE 754 does, and is cached on disk. If the cache cannot be
+    written (read-only, a full disk), the function is compiled in each process. If a cached file is
+    damaged, the function is recompiled and the file replaced.
 
     Args:
         fastmath: LLVM's fast-math flags for floating-point operations.
@@ -29,11 +29,11 @@ def njit(*, fastmath: set[str], forceinline: bool = False) -> Callable[[Callable
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        # "_nrt": arrays taken out of a tuple would be reference-counted in the innermost loops,
-        # which made a step 1.2 times as long.
+        # "_nrt" off: otherwise arrays in a tuple are reference-counted in the innermost loops, and
+        # a step takes 1.2 times as long.
         options: Any = {"nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": fastmath}
         dispatcher: Any = numba.njit(**options, forceinline=forceinline)(function)
-        with contextlib.suppress(RuntimeError, OSError):  # no folder can be written
+        with contextlib.suppress(RuntimeError, OSError):  # no writable folder
             dispatcher._cache = _Cache(function)
         return dispatcher
 
@@ -41,21 +41,21 @@ def njit(*, fastmath: set[str], forceinline: bool = False) -> Callable[[Callable
 
 
 def is_cached(dispatcher: Any) -> bool:
-    """Whether compiled code of a function, of any types, is on disk."""
+    """Whether compiled code of a function is on disk, for any argument types."""
     cache = dispatcher._cache
     return isinstance(cache, _Cache) and cache.has_files()
 
 
-# Neither public nor typed.
+# Private in Numba, and without type annotations.
 _FunctionCache: Any = numba.core.caching.FunctionCache
 
 
 class _Cache(_FunctionCache):  # type: ignore[misc]
-    """The compiled code of one function: a file for each combination of types and processor.
+    """Cache of one function's compiled code: a file per combination of types and processor.
 
-    A file begins with a SHA-256 digest of everything that its content depends on. One that does not
-    match counts as absent: it is damaged, belongs to another function, or is out of date. Numba's
-    own cache trusts its files, and a damaged one stops the program (numba #10434).
+    A file begins with a SHA-256 digest of everything that its content depends on. A file with a
+    wrong digest counts as absent: it is damaged, out of date, or of a different function. Numba's
+    own cache does not verify its files, and a damaged one stops the program (numba #10434).
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -68,22 +68,22 @@ class _Cache(_FunctionCache):  # type: ignore[misc]
             if content[:_DIGEST] != self._digest(path, data):
                 return None
             return self._impl.rebuild(target_context, pickle.loads(data))
-        except Exception:  # of many types; whatever it is, compiling does not need the file
+        except Exception:  # of any type: the function can always be compiled instead
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Write the compiled code for these types, if that is possible."""
+        """Write the compiled code for these types, if possible."""
         if not self._impl.check_cachable(data):
             return
         path = self._path(sig, data.codegen)
         content = dumps(self._impl.reduce(data))
         with contextlib.suppress(OSError):  # a full disk, or a folder that has become read-only
             self._impl.locator.ensure_cache_path()
-            with self._cache_file._open_for_write(path) as file:  # moved into place when complete
+            with self._cache_file._open_for_write(path) as file:  # renamed when complete
                 file.write(self._digest(path, content) + content)
 
     def has_files(self) -> bool:
-        """Whether there is a file for any types."""
+        """Whether there is a file for any argument types."""
         return any(Path(self.cache_path).glob(f"{self._impl.filename_base}.*.nbc"))
 
     def _path(self, sig: Any, codegen: Any) -> Path:
@@ -99,6 +99,6 @@ class _Cache(_FunctionCache):  # type: ignore[misc]
 
 @functools.cache
 def _kernel_sources() -> bytes:
-    """A digest of the files of this folder: a kernel contains the code of those that it calls."""
+    """Digest of all files in this folder, because a kernel contains the code of its callees."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"\0".join(sources)).digest()

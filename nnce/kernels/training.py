@@ -1,20 +1,21 @@
 """Training loops: the revised algorithm for one network, example by example.
 
-The equations are those of `nnce.algorithm`, which is the one to read first, in the form of the
-notes: for each example forward, the last delta and the deltas below; for each mini-batch the step.
-Inputs of 0 take no time, because their terms in z and dC/dW are 0: four fifths of the pixels of an
-MNIST image.
+The equations are those of `nnce.algorithm`, which should be read first: for each example, the
+forward pass, the last delta and the hidden deltas; for each mini-batch, the update. Unless inputs
+are stored as dense rows, those that are 0 (four fifths of the pixels of an MNIST image) are
+skipped, since their terms in z and dC/dW are 0.
 
-Memory layout, and the reasons for it:
+Memory layout:
 
-- First-layer weights are [n_in + 1, H], a row for each input, so that the weights of one input are
+- First-layer weights are [n_in + 1, H], one row per input, so that the weights of one input are
   contiguous. The last row is a dummy that pads the list of an example's inputs.
-- H, and the width of every layer, is padded to a multiple of 32, for wide registers. Padding is
-  exactly 0 and stays so.
-- The layers above have one vector of biases and one of weights, [n_out, padded n_in] each.
-- Everything is flat and begins at a cache line: with rows that straddle lines the forward pass of
-  the first layer took 1.6 times as long.
-- Indices are unsigned: a signed one costs a test at each access.
+- H, and the width of every layer, is padded to a multiple of 32, for wide registers. Padding stays
+  exactly 0.
+- The biases of all layers are one vector. So are the weights of the layers above the first, each
+  [n_out, padded n_in].
+- Arrays are flat and begin at a cache line: with rows that straddle cache lines, the forward pass
+  of the first layer took 1.6 times as long.
+- Indices are unsigned: signed ones add a test to each access.
 """
 
 import math
@@ -29,16 +30,16 @@ from numba.core import cgutils, types
 from nnce import kernels
 from nnce.kernels._numba import njit
 
-Array: TypeAlias = Any  # a NumPy array, or a number: Numba has types of its own
+Array: TypeAlias = Any  # a NumPy array, or a number; Numba infers the type
 
 LANES = np.uint64(kernels.LANES)
 INPUTS_AT_ONCE = np.uint64(kernels.INPUTS_AT_ONCE)
-# In float32, e^x is constant below this x, where it would become subnormal and slow.
+# In float32, x is clamped to this value, below which e^x would be subnormal and slow.
 SMALLEST_EXPONENT = -87.336
-# What LLVM may do with sums and products, short of assuming that nothing is NaN or ∞.
+# All fast-math flags for sums and products that do not assume the absence of NaN and ∞.
 _FAST = {"contract", "nsz", "reassoc", "arcp"}
-# Without "reassoc", which would undo the reduction of x in two parts: errors of 4.5 units in the
-# last place instead of 1.
+# Without "reassoc", which would undo the two-part reduction of x: the error would be 4.5 units in
+# the last place instead of 1.
 _EXACT = {"contract", "nsz", "arcp"}
 
 
@@ -48,51 +49,54 @@ class Layers(NamedTuple):
     W: Array
     """First-layer weights, [(n_in + 1) H]."""
     b: Array
-    """Biases of all layers, one after the other."""
+    """Biases of all layers, concatenated."""
     V: Array
-    """Weights of the layers above."""
+    """Weights of the layers above the first, concatenated."""
     uW: Array
     ub: Array
     uV: Array
     n_outs: Array
-    """Neurons of each layer."""
+    """Number of neurons of each layer."""
     widths: Array
-    """The same, padded."""
+    """Padded width of each layer."""
 
 
 class Inputs(NamedTuple):
-    """Inputs of all examples: dense rows, or lists of those that are not 0."""
+    """Inputs of all examples: dense rows, or lists of nonzero inputs."""
 
     starts: Array
-    """Where the list of each example begins, and where the last one ends; empty if dense."""
+    """Position at which the list of each example begins, and the end of the last; empty if
+    dense."""
     indices: Array
-    """Inputs that are not 0, each list padded to a multiple of 8 with the dummy; if dense, 0, 1,
-    2, … up to the number of inputs, or of examples if these are more."""
+    """Indices of nonzero inputs, each list padded to a multiple of 8 with the dummy; if dense, 0,
+    1, 2, …, as many as inputs or examples, whichever is more."""
     values: Array
-    """Their values."""
+    """Values of the inputs at `indices`; empty if dense."""
     x: Array
-    """Dense rows, [N, n_in]; [0, n_in] if there are lists."""
+    """Dense rows, [N, n_in]; [0, n_in] with lists."""
 
 
 class Scratch(NamedTuple):
     """Memory for intermediate results, overwritten by each call."""
 
     z: Array
-    """Of one example, all layers one after the other; a, σ(−z), dz and db have the same layout."""
+    """z of one example, all layers concatenated; a, not_a, dz and db have the same layout."""
     a: Array
     not_a: Array
+    """σ(−z)."""
     dz: Array
     db: Array
-    """The sum of dz over a mini-batch."""
+    """Sum of dz over a mini-batch."""
     dV: Array
+    """Sum of dC/dW of the layers above the first over a mini-batch, in the layout of V."""
     batch: Array
     """Rows of a mini-batch, if inputs are dense."""
     first_z: Array
-    """z of the first layer for a mini-batch; then its dz times the step."""
+    """z of the first layer for a mini-batch, then overwritten by its dz times −lr / n."""
 
 
 class Rules(NamedTuple):
-    """The rule by which the parameters of a network change; momentum and decay as in SGD."""
+    """The update rule of a network; momentum and weight decay as in `torch.optim.SGD`."""
 
     batch_size: int
     lr: Array
@@ -103,16 +107,16 @@ class Rules(NamedTuple):
 
 # ------------------------------------------------------------------------- 32 numbers at once
 
-# Written as LLVM code because the compiler, given a loop over 32 numbers, allows for arrays that
-# overlap: it tests that at each row, and the forward pass of the first layer takes 1.4 times as
-# long. Arrays are passed whole, each followed by offsets, because a slice is a new object.
+# Written as LLVM code, because the compiler would test for overlapping arrays at each row of a loop
+# over 32 numbers, which makes the forward pass of the first layer 1.4 times as long. Whole arrays
+# are passed, each followed by its offsets, because a slice would create a new object.
 
 _intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 
 
 @_intrinsic
 def _add_row(_: Any, to: Any, t: Any, row: Any, r: Any, x: Any) -> tuple[Any, Any]:
-    """to[t : t + 32] += x row[r : r + 32], of flat arrays."""
+    """Scaled addition of 32 numbers: to[t : t + 32] += x row[r : r + 32], for flat arrays."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, t, row, r, x = arguments
@@ -140,7 +144,7 @@ def _add_rows(  # noqa: PLR0913  an intrinsic takes each pointer and index by it
     v: Any,
     stride: Any,
 ) -> tuple[Any, Any]:
-    """Add eight rows of W, H numbers each, to 32 numbers.
+    """Scaled addition of 32 columns of eight rows of W, which have H numbers each.
 
     to[t : t + 32] += x_j W[i_j H + h : i_j H + h + 32] for j from 0 to 7, where
     i_j = indices[k + j] and x_j = values[v + stride j].
@@ -167,7 +171,7 @@ def _add_rows(  # noqa: PLR0913  an intrinsic takes each pointer and index by it
 
 
 def _item(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
-    """The address of a number of an array."""
+    """The address of an element of an array."""
     made = context.make_array(array_type)(context, builder, array)
     return cgutils.get_item_pointer(context, builder, array_type, made, [at], wraparound=False)
 
@@ -180,7 +184,7 @@ def _lanes(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> 
 
 
 def _add_product(builder: Any, total: Any, x: Any, row: Any) -> Any:
-    """total + x row, rounded once where the processor can."""
+    """total + x row, as a fused multiply-add if the processor has it."""
     flags = tuple(sorted(_FAST))
     undefined = ir.Constant(row.type, ir.Undefined)
     first = builder.insert_element(undefined, x, ir.IntType(32)(0))
@@ -194,9 +198,9 @@ def _add_product(builder: Any, total: Any, x: Any, row: Any) -> Any:
 
 @njit(fastmath=_EXACT)
 def _sigmoids(z: Array, a: Array, not_a: Array, at: Array, n: Array) -> None:
-    """(1) a = σ(z) and σ(−z) of n numbers, beginning with number `at`.
+    """(1) Compute a = σ(z) and σ(−z) for n numbers, starting at index `at`.
 
-    With e = e^(−|z|) the larger of the two is 1 / (1 + e), the smaller e / (1 + e).
+    With e = e^(−|z|), the larger of the two is 1 / (1 + e), and the smaller is e / (1 + e).
     """
     one = z.dtype.type(1)
     for i in range(at, at + n):
@@ -226,11 +230,11 @@ def _sigmoids(z: Array, a: Array, not_a: Array, at: Array, n: Array) -> None:
 
 @njit(fastmath=_FAST)
 def _read_ahead(inputs: Array, rows: Array) -> Array:
-    """Read a little of each example of a mini-batch; they are scattered over memory.
+    """Prefetch the examples of a mini-batch, which are scattered over memory, by reading parts.
 
-    None of these reads waits for another, so the processor fetches them all at once; the loops
-    below would wait for one example after the other. The sum of what is read is returned so that
-    the compiler keeps the reads.
+    These reads are independent, so the processor runs them concurrently; the loops below would wait
+    for one example after the other. The sum is returned only so that the compiler does not remove
+    the reads.
     """
     starts, indices, values = inputs.starts, inputs.indices, inputs.values
     seen = values.dtype.type(0)
@@ -244,7 +248,7 @@ def _read_ahead(inputs: Array, rows: Array) -> Array:
 
 @njit(fastmath=_FAST)
 def first_layer(layers: Array, inputs: Array, rows: Array, z: Array) -> None:
-    """(1) z = W a_prev + b of the first layer, for the examples of a mini-batch."""
+    """(1) Compute z = W a_prev + b of the first layer for the examples of a mini-batch."""
     W, b, H = layers.W, layers.b, np.uint64(layers.widths[0])
     starts, indices, values = inputs.starts, inputs.indices, inputs.values
     for e in range(np.uint64(len(rows))):
@@ -259,7 +263,7 @@ def first_layer(layers: Array, inputs: Array, rows: Array, z: Array) -> None:
 
 @njit(fastmath=_FAST)
 def _gather(x: Array, rows: Array, batch: Array) -> None:
-    """Copy the rows of a mini-batch of dense inputs."""
+    """Copy the rows of a mini-batch from dense inputs."""
     n_in = np.uint64(x.shape[1])
     for e in range(np.uint64(len(rows))):
         row = np.uint64(rows[e])
@@ -269,9 +273,9 @@ def _gather(x: Array, rows: Array, batch: Array) -> None:
 
 @njit(fastmath=_FAST)
 def _first_layer_dense(layers: Array, every: Array, n: Array, batch: Array, z: Array) -> None:
-    """(1) z of the first layer for n dense examples: inputs in the outer loop, examples inside.
+    """(1) Compute z of the first layer for n dense examples, with inputs in the outer loop.
 
-    every is 0, 1, 2, … (see `Inputs`).
+    every is 0, 1, 2, … (`Inputs.indices`).
     """
     W, b, H = layers.W, layers.b, np.uint64(layers.widths[0])
     n_in = np.uint64(len(W)) // H - np.uint64(1)
@@ -291,7 +295,7 @@ def _first_layer_dense(layers: Array, every: Array, n: Array, batch: Array, z: A
 
 @njit(fastmath=_FAST)
 def _forward(layers: Array, scratch: Array) -> None:
-    """(1) z and a of one example, from z of the first layer to z of the last."""
+    """(1) Compute z and a of one example, from z of the first layer to z of the last."""
     z, a, b, V = scratch.z, scratch.a, layers.b, layers.V
     n_outs, widths = layers.n_outs, layers.widths
     zero = V.dtype.type(0)
@@ -313,9 +317,9 @@ def _forward(layers: Array, scratch: Array) -> None:
 
 @njit(fastmath=_FAST)
 def _forward_backward(layers: Array, scratch: Array, y: Array, has_sigmoid_prime: Array) -> None:
-    """Add one example's part of (6), given z of the first layer.
+    """Add one example's gradients (6) to scratch.db and scratch.dV, given z of the first layer.
 
-    At the end dz of the first layer is at the beginning of scratch.dz.
+    On return, dz of the first layer is at the beginning of scratch.dz.
     """
     z, a, not_a, dz = scratch.z, scratch.a, scratch.not_a, scratch.dz
     db, dV = scratch.db, scratch.dV
@@ -354,14 +358,14 @@ def _forward_backward(layers: Array, scratch: Array, y: Array, has_sigmoid_prime
         db[t] += dz[t]  # (6)
 
 
-# --------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------------------- the update
 
 
 @njit(fastmath=_FAST)
 def _update_first_layer(W: Array, H: Array, inputs: Array, rows: Array, steps: Array) -> None:
-    """(6) and gradient descent for a mini-batch: W ← W − lr / n · dz a_prevᵀ.
+    """(6) Gradient descent for a mini-batch: W ← W − lr / n · dz a_prevᵀ.
 
-    steps are −lr / n · dz of the first layer; W may be its velocity instead.
+    steps is −lr / n · dz of the first layer; W may be the velocity instead.
     """
     starts, indices, values = inputs.starts, inputs.indices, inputs.values
     for e in range(np.uint64(len(rows))):
@@ -374,7 +378,7 @@ def _update_first_layer(W: Array, H: Array, inputs: Array, rows: Array, steps: A
 def _update_first_layer_dense(
     W: Array, H: Array, every: Array, n: Array, batch: Array, steps: Array
 ) -> None:
-    """(6) and gradient descent for a mini-batch of n dense examples."""
+    """(6) Gradient descent for a mini-batch of n dense examples."""
     n_in = np.uint64(len(W)) // H - np.uint64(1)
     whole = n - n % INPUTS_AT_ONCE
     for i in range(n_in):
@@ -387,14 +391,17 @@ def _update_first_layer_dense(
 
 @njit(fastmath=_FAST)
 def _move(value: Array, velocity: Array, momentum: Array, shrink: Array) -> None:
-    """Velocity of flat parameters before the gradient is added: μ u − lr · weight_decay · W."""
+    """velocity ← momentum · velocity + shrink · value, for flat parameters.
+
+    With shrink = −lr · weight_decay, the velocity before the gradient is added.
+    """
     for t in range(np.uint64(len(value))):
         velocity[t] = momentum * velocity[t] + shrink * value[t]
 
 
 @njit(fastmath=_FAST)
 def _decay(value: Array, keep: Array) -> None:
-    """Multiply flat weights by 1 − lr · weight_decay."""
+    """Multiply flat weights by keep = 1 − lr · weight_decay."""
     for t in range(np.uint64(len(value))):
         value[t] *= keep
 
@@ -403,9 +410,9 @@ def _decay(value: Array, keep: Array) -> None:
 def _descend(
     layers: Array, inputs: Array, scratch: Array, rows: Array, rules: Array, step: Array
 ) -> None:
-    """Change the parameters by step = −lr / n times the sums over a mini-batch in scratch.
+    """Update the parameters by step = −lr / n times the sums over a mini-batch in scratch.
 
-    The gradient is added to the velocities with momentum, else to the parameters themselves.
+    With momentum the gradients are added to the velocities, otherwise to the parameters.
     """
     W, b, V, uW, ub, uV = layers.W, layers.b, layers.V, layers.uW, layers.ub, layers.uV
     zero, one = V.dtype.type(0), V.dtype.type(1)
@@ -434,12 +441,12 @@ def _descend(
         _move(ub, b, one, one)
 
 
-# ----------------------------------------------------------------------- called by the engine
+# ------------------------------------------------------------------------- called by the engine
 
 
 @njit(fastmath=_FAST)
 def list_inputs(x: Array, starts: Array, indices: Array, values: Array) -> None:
-    """Fill the lists of `Inputs` from dense rows x. NaN is not 0."""
+    """Fill the lists of `Inputs` from dense rows x. NaN counts as nonzero."""
     for e in range(np.uint64(len(x))):
         k = np.uint64(starts[e])
         for i in range(np.uint64(x.shape[1])):
@@ -453,7 +460,7 @@ def list_inputs(x: Array, starts: Array, indices: Array, values: Array) -> None:
 def outputs(
     layers: Array, inputs: Array, scratch: Array, rows: Array, batch_size: Array, out: Array
 ) -> None:
-    """z of the last layer for some examples, a mini-batch at a time."""
+    """Compute z of the last layer for the examples in rows, a mini-batch at a time."""
     H = np.uint64(layers.widths[0])
     first_z, z = scratch.first_z, scratch.z
     last = len(layers.b) - layers.widths[len(layers.widths) - 1]
@@ -477,7 +484,7 @@ def outputs(
 def train(
     layers: Array, inputs: Array, scratch: Array, y: Array, order: Array, rules: Array
 ) -> None:
-    """Steps of gradient descent through the examples of an order, a mini-batch at a time."""
+    """Take a step of gradient descent for each mini-batch of an order."""
     zero = layers.V.dtype.type(0)
     H = np.uint64(layers.widths[0])
     z, dz, db, dV, first_z = scratch.z, scratch.dz, scratch.db, scratch.dV, scratch.first_z
@@ -492,7 +499,7 @@ def train(
             _gather(inputs.x, rows, scratch.batch)
             _first_layer_dense(layers, inputs.indices, n, scratch.batch, first_z)
         else:
-            first_z[0] = _read_ahead(inputs, rows)  # overwritten at once
+            first_z[0] = _read_ahead(inputs, rows)  # overwritten by the next line
             first_layer(layers, inputs, rows, first_z)
         step = -rules.lr / layers.V.dtype.type(n)
         for e in range(n):

@@ -1,4 +1,4 @@
-"""How layers learn: saturation figures, and `watch` for any PyTorch model.
+"""Saturation figures of sigmoid layers, and `watch`, which logs them for any PyTorch model.
 
 May import the notes' files.
 """

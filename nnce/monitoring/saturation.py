@@ -1,7 +1,6 @@
-"""How a layer learns: how strongly it is pulled, and what its σ'(z) lets through.
+"""Saturation figures of a layer, which measure the *learning slowdown* of the notes.
 
-The *learning slowdown* of the notes in figures, from z, dC/dz and the pull on a layer. Training and
-`nnce.watch` take them from here.
+They are computed from z, dC/dz, and dC/da or a − y, for training and for `nnce.watch`.
 """
 
 from collections.abc import Sequence
@@ -14,70 +13,70 @@ from torch.linalg import vector_norm as _norm
 from nnce import rules
 from nnce.losses import LOSSES, Loss
 
-# σ'(z) is ¼ at most; below this a neuron counts as saturated (|z| above 4.6).
+# σ'(z) is at most ¼; below this value (|z| > 4.6) a neuron counts as saturated.
 SATURATED = 0.01
 
 
 class LayerFigures(NamedTuple):
-    """How one layer learns, over some examples."""
+    """Saturation figures of one layer, over a set of examples."""
 
     dz_norm: float
     """‖dC/dz‖ of one example, averaged over the examples."""
     sigmoid_prime: float
     """σ'(z), averaged over examples and neurons, in [0, ¼]."""
     saturated: float
-    """The share of (example, neuron) pairs with σ'(z) below 0.01, in [0, 1]."""
+    """Share of (example, neuron) pairs with σ'(z) below 0.01, in [0, 1]."""
     slowdown: float
-    """`slowdown` of dC/da, in [0, ¼]. Of the last layer it is the *slowdown meter*, over the
-    examples that are wrong by more than ½ alone: ‖dz quadratic‖ / ‖dz cross-entropy‖, whatever the
-    loss. NaN where no example is that wrong."""
+    """Hidden layer: `slowdown` of dC/da, in [0, ¼]. Last layer: the *slowdown meter*, ‖dz
+    quadratic‖ / ‖dz cross-entropy‖ for either loss, over only the examples with an error above ½;
+    NaN if there are no such examples."""
 
 
 def slowdown(pull: Tensor, z: Tensor) -> float:
-    """How much of a pull on a layer its σ'(z) lets through: ‖pull ∘ σ'(z)‖ / ‖pull‖, in [0, ¼].
+    """Factor by which σ'(z) shrinks an error signal: ‖pull ∘ σ'(z)‖ / ‖pull‖, in [0, ¼].
 
-    With a − y for the pull it is ‖dz quadratic‖ / ‖dz cross-entropy‖ (equations 4 and 5), with
-    dC/da of a hidden layer ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN where nothing pulls.
+    With pull = a − y it is ‖dz quadratic‖ / ‖dz cross-entropy‖ (equations 4 and 5); with dC/da of a
+    hidden layer, ‖dC/dz‖ / ‖dC/da‖ (equation 8). NaN if pull is 0.
     """
-    return float(_let_through(pull, rules.sigmoid_prime(z)))
+    return float(_shrinkage(pull, rules.sigmoid_prime(z)))
 
 
 def hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> LayerFigures:
-    """The figures of a hidden layer: z, dC/dz and dC/da, [n, neurons] each."""
+    """Figures of a hidden layer, from z, dC/dz and dC/da, [n, neurons] each."""
     return LayerFigures(*_hidden_layer(z, dz, da).tolist())
 
 
 def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> LayerFigures:
-    """The figures of the last layer: z, dC/dz and the targets, [n, neurons] each."""
+    """Figures of the last layer, from z, dC/dz and the targets, [n, neurons] each."""
     return LayerFigures(*_output_layer(z, dz, y).tolist())
 
 
-# z, dC/dz, dC/da and y below are [..., n, neurons], and the figures [..., 4]: a row per network.
+# z, dC/dz, dC/da and y below are [..., n, neurons]; figures are [..., 4], a row per network.
 
 
 def _hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> Tensor:
     prime = rules.sigmoid_prime(z)
-    return _figures(prime, dz, _let_through(da, prime))
+    return _figures(prime, dz, _shrinkage(da, prime))
 
 
 def _output_layer(z: Tensor, dz: Tensor, y: Tensor) -> Tensor:
-    prime, pull = rules.sigmoid_prime(z), rules.dz_cross_entropy(z, y)
-    wrong = (pull.abs() > 0.5).any(-1, keepdim=True)  # [..., n, 1]
-    let_through = _let_through(torch.where(wrong, pull, 0.0), torch.where(wrong, prime, 0.0))
-    return _figures(prime, dz, let_through)
+    prime, error = rules.sigmoid_prime(z), rules.dz_cross_entropy(z, y)
+    wrong = (error.abs() > 0.5).any(-1, keepdim=True)  # [..., n, 1]
+    shrinkage = _shrinkage(torch.where(wrong, error, 0.0), torch.where(wrong, prime, 0.0))
+    return _figures(prime, dz, shrinkage)
 
 
-def _let_through(pull: Tensor, prime: Tensor) -> Tensor:
-    share: Tensor = _norm(pull * prime, dim=(-2, -1)) / _norm(pull, dim=(-2, -1))
+def _shrinkage(error: Tensor, prime: Tensor) -> Tensor:
+    share: Tensor = _norm(error * prime, dim=(-2, -1)) / _norm(error, dim=(-2, -1))
     return share
 
 
-def _figures(prime: Tensor, dz: Tensor, let_through: Tensor) -> Tensor:
+def _figures(prime: Tensor, dz: Tensor, shrinkage: Tensor) -> Tensor:
     figures = (
         _norm(dz, dim=-1).mean(-1),
         prime.mean((-2, -1)),
         (prime < SATURATED).sum((-2, -1)) / prime.shape[-2:].numel(),
-        let_through,
+        shrinkage,
     )
     return torch.stack([figure.double() for figure in figures], -1)
 
@@ -86,7 +85,7 @@ def _figures(prime: Tensor, dz: Tensor, let_through: Tensor) -> Tensor:
 def layer_figures(
     layers: Sequence[tuple[Tensor, Tensor]], z: Sequence[Tensor], y: Tensor, loss: Loss
 ) -> list[list[LayerFigures]]:
-    """How each layer of each of R networks learns, from the first layer with weights to the last.
+    """Figures of each layer of R networks.
 
     Args:
         layers: W [R, n_out, n_in] and b [R, n_out] of each layer.
@@ -95,12 +94,12 @@ def layer_figures(
         loss: "quadratic" or "cross-entropy".
 
     Returns:
-        For each network a list of its layers.
+        For each network, the figures of its layers with weights, first to last.
     """
     dz = LOSSES[loss].dz_last(z[-1], y)  # (4) or (5)
     figures = [_output_layer(z[-1], dz, y)]
     for (W, _), z_hidden in zip(reversed(layers[1:]), reversed(z[:-1]), strict=True):
-        da = (W.mT @ dz.mT).mT  # (7), in z's order of memory
+        da = (W.mT @ dz.mT).mT  # (7), in the memory layout of z
         dz = rules.dz_hidden(da, z_hidden)  # (8)
         figures.append(_hidden_layer(z_hidden, dz, da))
     by_network = torch.stack(figures[::-1], 1).tolist()  # [R, layers, 4]

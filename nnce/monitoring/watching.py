@@ -1,6 +1,6 @@
-"""Watch any PyTorch model learn: the figures of its sigmoid layers, through hooks.
+"""`watch`: log the saturation figures of any PyTorch model's sigmoid layers, through hooks.
 
-The figures are those of `nnce.monitoring.saturation`; any writer with `add_scalar` takes them.
+The figures are those of `nnce.monitoring.saturation`, logged by any writer with `add_scalar`.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from nnce.monitoring import saturation
 
 
 class ScalarWriter(Protocol):
-    """What takes the figures: TensorBoard's `SummaryWriter`, or a few lines of your own."""
+    """Protocol of a logger: TensorBoard's `SummaryWriter`, or any object with `add_scalar`."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> object:
-        """Take one point of the curve called `tag`."""
+        """Log one point of the curve `tag`."""
 
 
 def watch(
@@ -38,55 +38,56 @@ def watch(
     logits: bool | None = None,
     name: str | None = None,
 ) -> "Watcher":
-    """Log how the sigmoid layers of any model learn, while your own loop trains it.
+    """Log saturation figures of a model's sigmoid layers while your own loop trains it.
 
     Logs four curves per sigmoid layer, numbered in the order of the forward pass: dz_norm/layer1
     (‖dC/dz‖ averaged over the examples, with C as your code averages and scales it),
     sigmoid_prime/layer1, saturated/layer1 and slowdown/layer1 (see `nnce.monitoring.slowdown`). The
-    slowdown of an output layer is ‖dz quadratic‖ / ‖dz cross-entropy‖ over the examples that are
-    wrong by more than ½; targets, which a model does not see, are inferred from the sign of the
+    slowdown of an output layer is ‖dz quadratic‖ / ‖dz cross-entropy‖ over the examples with an
+    error above ½. Targets, which are not passed to a model, are inferred from the sign of the
     gradient, as 0 or 1.
 
-    A step is a forward pass in training mode with gradients on: of a recursive model the outermost
-    call, of a model shared by threads one for each thread. A step without a backward pass leaves a
-    gap; two backward passes (retain_graph=True) log two points, each of its own gradient. Gradients
-    are not changed.
+    A step is a forward pass in training mode with gradients enabled. Only the outermost call of a
+    recursive model is a step; threads that share a model take separate steps. A step without a
+    backward pass leaves a gap; two backward passes (retain_graph=True) log two points, each with
+    its own gradient. Gradients are not changed.
 
-    Rows of a sigmoid's input are examples; a one-dimensional input is one neuron, an example each.
-    An output layer is one whose a the model returns, alone or inside mappings, lists, tuples and
-    dataclasses, whole or in part, clamped, cast, reshaped, concatenated or detached. A layer whose
-    a is returned in any other form, such as 1 − a, is a hidden layer.
+    Rows of a sigmoid's input are examples; a one-dimensional input is one neuron over several
+    examples. A layer is an output layer if the model returns its a, alone or in mappings, lists,
+    tuples and dataclasses, in whole or in part, clamped, cast, reshaped, concatenated or detached.
+    A layer whose a is returned in any other form, such as 1 − a, is a hidden layer.
 
-    Seen are `torch.sigmoid`, its aliases and its in-place form, `torch.nn.Sigmoid`, and the
-    `nnce.Sigmoid` modules that the model has when the watch begins. Not seen, and not numbered:
+    Layers are found by calls of `torch.sigmoid`, its aliases and its in-place form,
+    `torch.nn.Sigmoid`, and the `nnce.Sigmoid` modules that the model has when `watch` is called.
+    Not logged, and not numbered, are:
 
     - the function `nnce.sigmoid`, and sigmoids inside a fused kernel, as in an LSTM;
-    - whatever runs with gradients off, hence under `torch.utils.checkpoint` with
-      use_reentrant=True, which differentiates a second run in the backward pass;
+    - code that runs with gradients disabled, including code under `torch.utils.checkpoint` with
+      use_reentrant=True, which is differentiated in a second run during the backward pass;
     - threads that the model starts, as `torch.nn.DataParallel` does;
     - compiled and scripted code, and `torch.func` transforms.
 
-    A model that is checkpointed as a whole is seen; with use_reentrant=False its second run, in the
-    backward pass, counts as one more step, which leaves a gap.
+    A model that is checkpointed as a whole is logged; with use_reentrant=False, its second run,
+    during the backward pass, counts as another step, which leaves a gap.
 
     Args:
-        model: any module that is not compiled; of a compiled one, watch the original module.
-        writer: receives each point by add_scalar(tag, value, step): a `SummaryWriter` of
-            TensorBoard that stays open while the model is watched, or any other such object.
-        every: steps between two points of a curve, at least 1; the first step is one.
-        logits: whether the model returns z, with the sigmoid in the loss, as for
-            `BCEWithLogitsLoss` and nnce's losses; None for yes if it is an `nnce.MLP`.
-        name: distinguishes models on one writer, in the tags: dz_norm/NAME/layer1; None for
+        model: any module that is not compiled; for a compiled model, pass the original module.
+        writer: receives each point by add_scalar(tag, value, step): a TensorBoard `SummaryWriter`
+            that stays open while the model is watched, or any other object with this method.
+        every: number of steps between two points of a curve, at least 1; the first step is logged.
+        logits: whether the model returns z, with the sigmoid in the loss, as with
+            `BCEWithLogitsLoss` and nnce's losses; None for True if the model is an `nnce.MLP`.
+        name: prefix that distinguishes several models on one writer: dz_norm/NAME/layer1; None for
             dz_norm/layer1.
 
     Returns:
-        The watcher; its `remove()`, or the end of its with-block, ends the watch.
+        A watcher. Its `remove()`, or leaving its with-block, stops logging.
 
     Raises:
         TypeError: model is not a Module, writer has no add_scalar, or name is not a string.
         ValueError: `every` is not a whole number of at least 1, the model is compiled, or the
-            writer is taken already, under the same name.
-        ValueError: at the first step, if the forward pass came by no sigmoid.
+            writer already logs a model under the same name.
+        ValueError: at the first step, if no sigmoid was called in the forward pass.
 
     >>> class Printer:
     ...     def add_scalar(self, tag, value, step):
@@ -105,21 +106,21 @@ def watch(
     every = check_size("every", every)
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "expected a model that is not compiled, whose layers can be seen; train the module it "
-            "was made from while you watch"
+            "expected a model that is not compiled, because hooks do not run in compiled code; "
+            "watch and train the original module"
         )
     if not (name is None or isinstance(name, str)):
         raise TypeError(f"expected name to be a string or None, got {type(name).__name__}")
     if any(other.logs_to(writer, name) for other in list(_WATCHERS)):
         raise ValueError(
-            f"expected a name of its own for each model watched on one writer, got a second one "
+            f"expected a different name for each model watched on one writer, got a second one "
             f"with name={name!r}"
         )
     return Watcher(model, writer, every, isinstance(model, MLP) if logits is None else logits, name)
 
 
 class Watcher:
-    """What `watch` has attached to a model."""
+    """Hooks that `watch` has attached to a model."""
 
     def __init__(
         self,
@@ -130,13 +131,13 @@ class Watcher:
         name: str | None = None,
     ) -> None:
         self.step = 0
-        """Steps seen so far."""
+        """Number of steps so far."""
         self._writer, self._every, self._logits, self._name = writer, every, logits, name
         self._model, self._kind = weakref.ref(model), type(model).__name__
         self._removed = False
         self._call = _Call()
         self._lock = threading.Lock()
-        # Passes under way, of all threads, that are on PyTorch's stacks of function modes.
+        # Number of running passes, over all threads, on PyTorch's stacks of function modes.
         self._on_stacks = 0
         self._handles = [
             *(
@@ -144,27 +145,27 @@ class Watcher:
                 for module in model.modules()
                 if isinstance(module, modules.Sigmoid)
             ),
-            # First, so that it is called wherever the hook after the forward is.
+            # First, so that it is always called if the hook after the forward is.
             model.register_forward_pre_hook(self._before, prepend=True),
-            # Called after a forward that raised, too.
+            # Also called after a forward that raised.
             model.register_forward_hook(self._after, always_call=True),
         ]
         _WATCHERS.add(self)
 
     def __reduce__(self) -> tuple[Callable[[], "Watcher"], tuple[()]]:
-        """A copy of a watched model, deep or pickled, is not watched."""
+        """Copy or pickle as a removed watcher: the copy of a watched model is not watched."""
         return _unwatching, ()
 
     def logs_to(self, writer: ScalarWriter, name: str | None) -> bool:
-        """Whether it logs to this writer under this name."""
+        """Whether this watcher logs to this writer under this name."""
         ended = self._removed or self._model() is None
         return not ended and self._writer is writer and self._name == name
 
     def remove(self) -> None:
-        """End the watch: no hook is left on the model.
+        """Stop logging and remove all hooks from the model.
 
-        Passes under way, in other threads or around this call, go on and are not logged. The last
-        of them removes the hooks; if it raises, the next call does.
+        Passes that are still running, in other threads or around this call, are completed but not
+        logged. The last of them removes the hooks; if it raises, the next call of the model does.
         """
         self._removed = True
         if not self._call.is_running():
@@ -178,7 +179,7 @@ class Watcher:
         self.remove()
 
     def _detach(self) -> None:
-        # A pass that has begun needs the hook that ends it.
+        # A running pass requires the hook that ends it.
         with self._lock:
             if self._on_stacks == 0:
                 for handle in self._handles:
@@ -192,7 +193,7 @@ class Watcher:
         if call.is_running():
             call.depth += 1
             return
-        self._end()  # what an interrupted call has left
+        self._end()  # clean up after an interrupted call
         if self._removed:
             self._detach()
             return
@@ -227,8 +228,8 @@ class Watcher:
         if call.depth > 0:
             return
         watched = self._end()
-        # None where the forward pass raised. PyTorch is then going through the model's own
-        # dictionary of hooks, so that none of them can be removed.
+        # output is None if the forward pass raised. PyTorch is then iterating over the model's
+        # dictionary of hooks, so that no hook can be removed.
         if watched is None or output is None:
             return
         if self._removed:
@@ -237,21 +238,21 @@ class Watcher:
         if self._logits:
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"expected {self._kind} to give one tensor of logits, got "
-                    f"{type(output).__name__}"
+                    f"expected {self._kind} to return one tensor of logits, got "
+                    f"{type(output).__name__}; watch with logits=False if its sigmoids are inside"
                 )
             watched.add(watched.layer(output), None)
         if not watched.layers:
             self.remove()
             raise ValueError(
-                f"expected a model with sigmoids, but the forward pass of {self._kind} came by "
-                f"none; if its loss has the sigmoid, as BCEWithLogitsLoss has, watch with "
+                f"expected a model with sigmoids, but the forward pass of {self._kind} called "
+                f"none; if the sigmoid is in the loss, as in BCEWithLogitsLoss, watch with "
                 f"logits=True"
             )
         watched.complete(list(_tensors(output)))
 
     def _end(self) -> "_Pass | None":
-        """Take this thread's pass, if it is in one, off PyTorch's stack."""
+        """Remove this thread's pass, if there is one, from PyTorch's stack and return it."""
         call = self._call
         watched, call.watched, call.caller, call.depth = call.watched, None, None, 0
         if watched is not None:
@@ -264,19 +265,19 @@ class Watcher:
         if self._removed or _goes_by() or layer.z.numel() == 0 or layer.z.is_complex():
             return
         z, dz = (_rows(tensor) for tensor in (layer.z, dz))
-        pull = dz if da is None else _rows(da)
+        error = dz if da is None else _rows(da)
         if layer.is_output:
-            # An output that is too large is pulled down, whatever the loss. Where rounding has left
-            # no pull, the output counts as right.
+            # The gradient with respect to an output that is too large is positive for any loss. If
+            # the gradient is rounded to 0, the output counts as right.
             a = z.sigmoid()
-            y = torch.where(pull > 0, 0.0, torch.where(pull < 0, 1.0, a.round()))
+            y = torch.where(error > 0, 0.0, torch.where(error < 0, 1.0, a.round()))
             figures = saturation.output_layer(z, dz, y)
         else:
-            figures = saturation.hidden_layer(z, dz, pull)
+            figures = saturation.hidden_layer(z, dz, error)
         name = "" if self._name is None else f"/{self._name}"
-        for what, value in figures._asdict().items():
+        for figure, value in figures._asdict().items():
             if math.isfinite(value):
-                self._writer.add_scalar(f"{what}{name}/layer{layer.number}", value, layer.step)
+                self._writer.add_scalar(f"{figure}{name}/layer{layer.number}", value, layer.step)
 
 
 _WATCHERS: "weakref.WeakSet[Watcher]" = weakref.WeakSet()
@@ -289,25 +290,25 @@ def _unwatching() -> Watcher:
 
 
 def _goes_by() -> bool:
-    """Whether what runs now is compiled or transformed, where tensors have no values to look at."""
+    """Whether the current code is compiled or transformed, so that tensors have no values."""
     return torch.compiler.is_compiling() or _torch_private.in_functorch_transform()
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[…, neurons], or [examples] of one neuron, as [examples, neurons]; at least in float32."""
+    """Reshape to [examples, neurons], with one neuron if one-dimensional, in at least float32."""
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class _Call(threading.local):
-    """The call of the watched model that this thread is in: the outermost, if it calls itself."""
+    """The watched model's call in this thread; the outermost one if the model is recursive."""
 
     caller: FrameType | None = None
     depth = 0
     watched: "_Pass | None" = None
 
     def is_running(self) -> bool:
-        """Whether it is still running. Ctrl-C ends a call without the hook after the forward."""
+        """Whether the call is running. Ctrl-C may end it without the hook after the forward."""
         frame = None if self.caller is None else sys._getframe(1)
         while frame is not None and frame is not self.caller:
             frame = frame.f_back
@@ -315,7 +316,7 @@ class _Call(threading.local):
 
 
 class _Pass(TorchFunctionMode):
-    """Sees the sigmoids of one forward pass."""
+    """Function mode that records the sigmoids of one forward pass."""
 
     def __init__(self, watcher: Watcher, step: int) -> None:
         super().__init__()
@@ -330,13 +331,13 @@ class _Pass(TorchFunctionMode):
         keywords: Mapping[str, Any] | None = None,
     ) -> Any:
         keywords = keywords or {}
-        # Inside an autograd Function, such as nnce's, gradients are off.
+        # Gradients are disabled inside an autograd Function, such as nnce's.
         if function not in _SIGMOIDS or not torch.is_grad_enabled() or _goes_by():
             return function(*arguments, **keywords)
         z = arguments[0] if arguments else keywords["input"]
         layer = self.layer(z)
         if function in _IN_PLACE and z.requires_grad:
-            # The same in two steps, since no hook sees dz of a view that is overwritten in one.
+            # In two steps, because no hook receives dz of a view that is overwritten in one.
             a = torch.sigmoid(z)
             result = z.copy_(a)
         else:
@@ -345,19 +346,19 @@ class _Pass(TorchFunctionMode):
         return result
 
     def layer(self, z: Tensor) -> "_Layer":
-        """Look at z, before it can be overwritten."""
+        """Record z before it can be overwritten."""
         return _Layer(self._watcher, self._step, z)
 
     def add(self, layer: "_Layer", a: Tensor | None) -> None:
-        """Look at its a, and number the layer."""
+        """Record the layer's a, and number the layer."""
         self.layers.append((layer, a, None if a is None else a.grad_fn))
         layer.number = len(self.layers)
         if a is not None:
             layer.follow(a)
 
     def complete(self, outputs: Sequence[Tensor]) -> None:
-        """Tell the layers which of them the model returns; from now on they log."""
-        returned = _made_of(outputs)
+        """Mark the output layers; from now on, all layers log."""
+        returned = _nodes_behind(outputs)
         for layer, a, node in self.layers:
             layer.is_output = (
                 a is None or node in returned or any(_same_storage(a, output) for output in outputs)
@@ -365,24 +366,24 @@ class _Pass(TorchFunctionMode):
 
 
 class _Layer:
-    """A layer of one pass: its z, and its gradients as the backward pass brings them."""
+    """A layer in one pass: its z, and its gradients once the backward pass has computed them."""
 
     number: int
     is_output: bool | None = None
-    """None until the forward pass is over."""
+    """None during the forward pass."""
 
     def __init__(self, watcher: Watcher, step: int, z: Tensor) -> None:
         self._watcher, self.step = watcher, step
-        # A copy without the graph, which a hook must not hold: z may yet be overwritten.
+        # Cloned, because z may be overwritten; detached, so that the hook does not keep the graph.
         self.z = z.detach().clone()
         self._da: Tensor | None = None
-        # A hook on a parameter, or another leaf, would outlive the pass; `follow` does without.
+        # A hook on a leaf, such as a parameter, would outlive the pass; `follow` hooks a's node.
         self._is_leaf = z.is_leaf
         if z.requires_grad and not z.is_leaf:
             z.register_hook(self._keep_dz)
 
     def follow(self, a: Tensor) -> None:
-        """Wait for da, and for dz where z is a leaf."""
+        """Register hooks for da, and for dz if z is a leaf."""
         if not a.requires_grad:
             return
         a.register_hook(self._keep_da)
@@ -403,7 +404,7 @@ class _Layer:
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
-    """The tensors of a model's output."""
+    """Iterate over the tensors in a model's output."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -417,8 +418,8 @@ def _tensors(output: object) -> Iterator[Tensor]:
             yield from _tensors(getattr(output, field.name))
 
 
-def _made_of(outputs: Sequence[Tensor]) -> set[Node]:
-    """Nodes of autograd's graph that the outputs are parts, views, clamps or casts of."""
+def _nodes_behind(outputs: Sequence[Tensor]) -> set[Node]:
+    """Graph nodes whose values the outputs contain, as parts, views, clamped or cast."""
     waiting = [output.grad_fn for output in outputs]
     seen: set[Node] = set()
     while waiting:
@@ -433,7 +434,7 @@ def _made_of(outputs: Sequence[Tensor]) -> set[Node]:
 
 
 def _same_storage(a: Tensor, output: Tensor) -> bool:
-    """Whether the output is a or a part of it, perhaps detached."""
+    """Whether the output is a, or a part of it, possibly detached."""
     return (
         a.layout == output.layout == torch.strided
         and a.numel() > 0

@@ -1,9 +1,9 @@
-"""Training of one network, or of many side by side: settings, state, one loop for every engine.
+"""Training one network, or many side by side: settings, state, one loop for every engine.
 
-`initial_state` makes the state, `train` moves it and yields a record per epoch. The engines differ
-only in who computes the gradients; evaluation is the same for all of them.
+`initial_state` creates the state; `train` advances it and yields a record per epoch. Engines differ
+only in how they compute the gradients; evaluation is the same for all.
 
-May import the notes' files, `engines`, `monitoring` and `data`; not `experiments`.
+May import the notes' files, `engines`, `monitoring` and `data`, but not `experiments`.
 """
 
 from nnce.training.cursor import Cursor, generators

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: a line of text with a checksum, and a file in safetensors' format.
+"""Checkpoint files: a header line with a checksum, then data in safetensors format.
 
     nnce checkpoint 2 SHA-256 LENGTH
 
-The checksum is of all bytes of the file except itself. It is verified before anything is parsed,
-and nothing that is parsed is executed.
+The checksum covers every byte of the file except the checksum itself. It is verified before
+anything is parsed, and nothing in the file is executed.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from nnce.saving import UNFINISHED, write_whole
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint, or one that is damaged or does not fit."""
+    """The file is not a checkpoint, is damaged, or does not match the run."""
 
 
 class Found(NamedTuple):
-    """The newest good checkpoint of a folder."""
+    """The newest readable checkpoint in a folder."""
 
     path: Path
     content: dict[str, Any]
-    """The state that was saved."""
+    """The saved state."""
     damaged: list[str]
-    """A sentence for each newer one that is not good."""
+    """Error messages of newer checkpoints, all of which are unreadable."""
 
 
 _MAGIC = b"nnce checkpoint "
@@ -42,22 +42,23 @@ _VERSION = b"2"
 _HEADER = len(_MAGIC) + len(_VERSION) + len(f" {0:064} {0:020}\n")
 _CHUNK = 2**20
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
-# The newest, and the one before it, should the newest not be readable any more.
+# The newest, and its predecessor in case the newest becomes unreadable.
 _KEPT = 2
 
 
 def write_checkpoint(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Write a checkpoint into a folder, and remove all older ones but the previous one.
+    """Write a checkpoint to a folder, then delete all older ones except the previous one.
 
-    To a temporary file, flushed to disk, renamed, read back; only then an older one goes.
+    The data are written to a temporary file, flushed to disk, renamed and read back before any
+    older checkpoint is deleted.
 
     Args:
-        folder: where they are.
-        content: tensors and what JSON has (numbers, strings, None), in dicts by name and lists.
+        folder: the folder of the run's checkpoints.
+        content: tensors and JSON values (numbers, strings, None), in nested dicts and lists.
 
     Raises:
-        OSError: it cannot be written, or does not read back as it was written; what was there
-            before is there still.
+        OSError: the file cannot be written, or reads back differently. Existing checkpoints are
+            kept.
     """
     data = _pack(content)
     length = b" %020d\n" % len(data)
@@ -77,7 +78,7 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any]) -> Path:
             _verify(file, path)
     except CheckpointError as error:
         path.unlink()
-        raise OSError(f"{error}: it was just written, and does not read back") from error
+        raise OSError(f"{error}: it was just written, so the disk may be failing") from error
     for old in older[: 1 - _KEPT]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(old)
@@ -85,29 +86,29 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any]) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` wrote. Nothing in the file is executed.
+    """Read the content that `write_checkpoint` wrote. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: the file is empty, cut off, too long, damaged, no checkpoint, or written in
-            a format that this version does not know.
-        OSError: it cannot be read.
+        CheckpointError: the file is empty, cut off, too long, damaged, not a checkpoint, or in a
+            format that this version does not support.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         _verify(file, path)
         data = file.read()
     try:
         return _unpack(data)
-    except Exception as error:  # of many types: its checksum is right, and anything else in it
+    except Exception as error:  # of any type: a matching checksum does not make the content valid
         if _memory.shortage(error) or isinstance(error, ModuleNotFoundError):
             raise
-        raise CheckpointError(f"{path} is no checkpoint that nnce wrote") from error
+        raise CheckpointError(f"{path} is not a checkpoint that nnce wrote") from error
 
 
 def latest_checkpoint(folder: Path) -> Found | None:
-    """The newest checkpoint in a folder that can be read; None if the folder has no checkpoint.
+    """Read the newest readable checkpoint in a folder; return None if there are no checkpoints.
 
     Raises:
-        CheckpointError: there are some, and none is good.
+        CheckpointError: the folder has checkpoints, but none can be read.
     """
     damaged: list[str] = []
     for path in reversed(_checkpoints(folder)):
@@ -123,13 +124,13 @@ def latest_checkpoint(folder: Path) -> Found | None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete files that a killed process had begun to write."""
+    """Delete partial files left by a killed process."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         leftover.unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """The paths of a folder's checkpoints, oldest first."""
     found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=_number)
 
@@ -139,28 +140,28 @@ def _number(path: Path) -> int:
 
 
 def _verify(file: BinaryIO, path: Path) -> None:
-    """Raise CheckpointError unless every byte is as it was written; leaves the file at its data."""
+    """Raise CheckpointError unless every byte is intact; leave the file positioned at its data."""
     header = file.read(_HEADER)
     if not header:
         raise CheckpointError(f"{path} is empty")
     if not header.startswith(_MAGIC):
-        raise CheckpointError(f"{path} is no checkpoint of nnce's")
+        raise CheckpointError(f"{path} is not a checkpoint that nnce wrote")
     version = header[len(_MAGIC) :].partition(b" ")[0]
     if version != _VERSION and len(header) == _HEADER and version.isdigit():
         raise CheckpointError(
-            f"{path} is in format {version.decode()}, and this nnce reads format "
-            f"{_VERSION.decode()}: it was damaged, or written by another version"
+            f"{path} is in checkpoint format {version.decode()}, but this version of nnce reads "
+            f"format {_VERSION.decode()}: it was written by a different version, or is damaged"
         )
     matched = re.fullmatch(rb"2 ([0-9a-f]{64})( (\d{20})\n)", header[len(_MAGIC) :])
     if matched is None:
         cut = len(header) < _HEADER
-        raise CheckpointError(f"{path} is {'cut off' if cut else 'damaged'}, in its first line")
+        raise CheckpointError(f"{path} is {'cut off' if cut else 'damaged'} in its first line")
     expected, length = matched[1].decode(), int(matched[3])
     there = os.fstat(file.fileno()).st_size - _HEADER
     if there != length:
         raise CheckpointError(
-            f"{path} is {'cut off' if there < length else 'too long'}: {there:,} bytes are there "
-            f"where {length:,} were written"
+            f"{path} is {'cut off' if there < length else 'too long'}: expected {length:,} bytes "
+            f"of data, got {there:,}"
         )
     digest = hashlib.sha256(_MAGIC + _VERSION + matched[2])
     while chunk := file.read(_CHUNK):
@@ -175,12 +176,12 @@ _TENSOR = "tensor in this file"
 
 
 def _pack(content: Mapping[str, Any]) -> bytes:
-    """As safetensors: each tensor by its place in the content, and the rest as JSON."""
+    """Serialize as safetensors: tensors named by their path in the content, the rest as JSON."""
     tensors: dict[str, Tensor] = {}
 
     def without(value: object, place: str) -> object:
         if isinstance(value, Tensor):
-            # A clone: a network of an ensemble is a view, and safetensors takes none.
+            # A clone: a network of an ensemble is a view, and safetensors rejects views.
             tensors[place] = value.detach().cpu().contiguous().clone()
             return {_TENSOR: place}
         if isinstance(value, Mapping):
@@ -208,7 +209,7 @@ def _unpack(data: bytes) -> dict[str, Any]:
 
     content = within(json.loads(tensors.pop(_JSON).numpy().tobytes()))
     if not isinstance(content, dict):
-        raise ValueError("expected values by name")
+        raise ValueError(f"expected a dict, got {type(content).__name__}")
     return content
 
 

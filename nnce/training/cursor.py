@@ -1,4 +1,4 @@
-"""Where a run stands between two steps, and the orders of the examples, drawn again on resuming."""
+"""Position of a run between two steps, and the orders of its examples, redrawn on resuming."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +12,7 @@ from nnce import data
 
 
 def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
-    """The generators of a seed: of the start, and of the order of the mini-batches.
+    """The random generators of a seed: for the initial parameters, and for the example order.
 
     Args:
         seed: the seed of `Settings`.
@@ -29,7 +29,7 @@ def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
 
 
 def restore_generator(generator: torch.Generator, state: Tensor) -> None:
-    """`generator.set_state`, which crashes on a row of a larger tensor (PyTorch 2.14)."""
+    """Call `generator.set_state` on a copy: it crashes on a row of a tensor (PyTorch 2.14)."""
     generator.set_state(state.clone())
 
 
@@ -37,7 +37,7 @@ def restore_generator(generator: torch.Generator, state: Tensor) -> None:
 class Cursor:
     """Position of a run between two steps, for one network or for many side by side.
 
-    Together with the parameters and the optimizer's state it determines the rest of the run.
+    Together with the parameters and the optimizer's state, it determines the rest of the run.
 
     >>> cursor = nnce.training.Cursor.at_start([0, 1])
     >>> sorted(cursor.orders(5, torch.device("cpu")))  # an order of 5 examples for each seed
@@ -45,27 +45,27 @@ class Cursor:
     """
 
     generators: Mapping[int, torch.Generator]
-    """Generator of the order of the examples, by seed."""
+    """For each seed, the generator of the example order."""
     epoch: int = 0
-    """Finished epochs."""
+    """Number of finished epochs."""
     step: int = 0
-    """Mini-batches so far, in all epochs."""
+    """Number of mini-batches so far, over all epochs."""
     recorded: int = -1
-    """Last epoch that there is a record of."""
+    """Last recorded epoch; −1 before the first record."""
     position: int = 0
-    """Examples of the current epoch that have been trained on."""
+    """Number of examples of the current epoch already trained on."""
     seconds: float = 0.0
-    """Training time of the current epoch or, until that is recorded, of the last one."""
+    """Training time of the current epoch; between epochs, of the last one until it is recorded."""
     _drawn_from: Tensor | None = None
     """States of the generators before they drew the current epoch's orders, [seeds, …]."""
 
     @staticmethod
     def at_start(seeds: Iterable[int]) -> "Cursor":
-        """A cursor before the first step of networks from these seeds."""
+        """A cursor before the first step, for networks with these seeds."""
         return Cursor({seed: generators(seed)[1] for seed in sorted(set(seeds))})
 
     def orders(self, n: int, device: torch.device) -> dict[int, Tensor]:
-        """The order of n examples in the current epoch, by seed; the same after resuming."""
+        """For each seed, the order of n examples in the current epoch; the same after resuming."""
         if self.position == 0:
             self._drawn_from = self._states()
         else:
@@ -86,12 +86,12 @@ class Cursor:
 
         Args:
             n: number of training examples.
-            train_on: trains on the examples from one place in the epoch's order to another.
-            between: called between steps, where the run may be saved or stopped; its time does not
-                count. None for nothing.
-            chunk: examples for each call of train_on.
-            batch_size: examples in a mini-batch.
-            device: where the examples are.
+            train_on: trains on the examples at positions [begin, end) of the epoch's order.
+            between: called between steps, where the run may be saved or stopped; its time is not
+                counted. None for no call.
+            chunk: number of examples per call of train_on.
+            batch_size: number of examples in a mini-batch.
+            device: device of the examples.
         """
         began = time.perf_counter() - self.seconds
         while self.position < n:
@@ -111,17 +111,18 @@ class Cursor:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in it, for a checkpoint."""
+        """The complete state of the cursor, for a checkpoint."""
         return {
             "generators": self._drawn_from if self.position else self._states(),
             **{name: getattr(self, name) for name in _NUMBERS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there.
+        """Continue from a state that `state_dict` returned.
 
         Raises:
-            ValueError: a number is missing, of the wrong kind, or does not fit the others.
+            KeyError: a value is missing.
+            ValueError: a number has the wrong type or is inconsistent with the others.
         """
         self._restore(state["generators"])
         self._drawn_from = state["generators"]
@@ -131,7 +132,10 @@ class Cursor:
             setattr(self, name, state[name])
         least = min(self.epoch, self.step, self.position, self.seconds)
         if least < 0 or not self.epoch - 1 <= self.recorded <= self.epoch:
-            raise ValueError(f"expected a record of epoch {self.epoch}, got {self.recorded}")
+            raise ValueError(
+                f"expected epoch, step, position and seconds of at least 0, and recorded to be "
+                f"epoch or epoch - 1, got { {name: getattr(self, name) for name in _NUMBERS} }"
+            )
 
     def _states(self) -> Tensor:
         return torch.stack([generator.get_state() for generator in self.generators.values()])

@@ -1,4 +1,4 @@
-"""Dropout: neurons left out at random while a network learns.
+"""Dropout: leave out random neurons during training.
 
 Source: N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov, Dropout: a simple
 way to prevent neural networks from overfitting, JMLR 15, 2014.
@@ -7,24 +7,24 @@ way to prevent neural networks from overfitting, JMLR 15, 2014.
 import torch
 from torch import Tensor, nn
 
-# p is a whole number of these: 16 bits decide on a neuron.
+# p is a multiple of 1/_PARTS: each neuron is decided by 16 random bits, four to a 64-bit draw.
 _PARTS = 2**16
-_FOR_A_DRAW = 64 // 16
+_PER_DRAW = 64 // 16
 
 
 class WithDropout(nn.Module):
-    """A network in PyTorch's graph as it learns: each example sees a part of it, of its own.
+    """A network with dropout, for training in PyTorch's graph.
 
-    The input of a layer, a_prev, is replaced by a_prev ∘ m / (1 − p), where m is 0 with probability
-    p and 1 otherwise, drawn for each neuron, example and step. Its mean is a_prev, so that the
-    trained network is used as it is. p is rounded to a multiple of 1/65,536, at most
+    The input a_prev of each layer is replaced by a_prev ∘ m / (1 − p), where m is 0 with
+    probability p and 1 otherwise, drawn for each neuron, example and step. Its mean is a_prev, so
+    the trained network is used unscaled. p is rounded to a multiple of 1/65,536, at most
     65,535/65,536.
 
     Args:
         layers: a network of linear layers and sigmoids.
-        input: p of the inputs, in [0, 1).
-        hidden: p of the hidden neurons, in [0, 1).
-        stream: seed of the masks, together with the step; 32 bits count.
+        input: p for the inputs, in [0, 1).
+        hidden: p for the hidden neurons, in [0, 1).
+        stream: seed of the masks, combined with the step; only the low 32 bits are used.
 
     Shape: x [n, n_in] -> z [n, n_out].
     """
@@ -36,11 +36,11 @@ class WithDropout(nn.Module):
         self._generator = torch.Generator(next(layers.parameters()).device)
 
     def at_step(self, step: int) -> None:
-        """Draw the masks of this step from now on, independently of earlier ones."""
+        """Seed the generator for this step, so that masks do not depend on earlier steps."""
         self._generator.manual_seed((self._stream ^ step) % 2**32)
 
     def forward(self, input: Tensor) -> Tensor:
-        """z of the last layer, of the network without the dropped neurons."""
+        """Compute z of the last layer, with dropped neurons left out."""
         p, a = self._input, input
         for layer in self.layers.children():
             if isinstance(layer, nn.Linear):
@@ -51,9 +51,9 @@ class WithDropout(nn.Module):
     def _thinned(self, a: Tensor, p: float) -> Tensor:
         if p == 0:
             return a
-        # bernoulli_ takes as long for 800 neurons as a product with them, this a sixth of that.
+        # bernoulli_ for 800 neurons takes as long as their matrix product, this a sixth of that.
         parts = min(round(p * _PARTS), _PARTS - 1)
-        draws = -(-a.numel() // _FOR_A_DRAW)
+        draws = -(-a.numel() // _PER_DRAW)
         drawn = torch.empty(draws, dtype=torch.int64, device=a.device)
         drawn.random_(-(2**63), None, generator=self._generator)
         kept = drawn.view(torch.int16)[: a.numel()].view(a.shape) >= parts - _PARTS // 2

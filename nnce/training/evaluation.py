@@ -1,4 +1,4 @@
-"""Loss, accuracy and layer figures of networks, and records of these."""
+"""Loss, accuracy and layer figures of networks, and their records."""
 
 import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
@@ -16,44 +16,45 @@ from nnce.losses import Loss
 from nnce.modules import MLP
 from nnce.monitoring.saturation import LayerFigures, layer_figures
 
-# Validation examples from which the figures of the layers are computed.
+# Number of validation examples from which layer figures are computed.
 _LAYER_EXAMPLES = 1_000
-# Examples evaluated at once, and outputs of the widest layer, over all networks of a part, that fit
-# the cache of a CPU core, or fill a GPU.
+# Number of examples evaluated at once.
 _EXAMPLES = 1_024
+# Outputs of the widest layer computed at once, over all networks of a part: on a CPU (True) as many
+# as fit the cache of a core, otherwise as many as fill a GPU.
 _NUMBERS = {True: 2**18, False: 2**26}
 _LANES = 32
 
 
 class Record(NamedTuple):
-    """Measurements at an epoch's end; epoch 0 is the start, before any step.
+    """Measurements at the end of an epoch, or before the first step (epoch 0).
 
     >>> nnce.training.Record._fields
     ('epoch', 'step', 'seconds', 'loss', 'accuracy', 'layers')
     """
 
     epoch: int
-    """Finished epochs."""
+    """Number of finished epochs."""
     step: int
-    """Mini-batches so far."""
+    """Number of mini-batches so far."""
     seconds: float
-    """Training time of this epoch, without evaluation."""
+    """Training time of this epoch, excluding evaluation."""
     loss: dict[str, float]
-    """C of each measured split: "train", "validation", "test"."""
+    """C on each measured split: "train", "validation", "test"."""
     accuracy: dict[str, float]
-    """Share of examples whose largest output is the right one, in [0, 1], of each split."""
+    """Accuracy on each measured split, in [0, 1]."""
     layers: list[LayerFigures]
-    """Figures of each layer, from the first one with weights to the last."""
+    """Figures of each layer with weights, first to last."""
 
 
 def best_record(records: Sequence[Record]) -> Record:
-    """The record of the highest validation accuracy, the first one of several.
+    """The record with the highest validation accuracy; the first if there are several.
 
     Args:
-        records: at least one, with "validation" measured.
+        records: at least one record, with "validation" measured.
 
     Returns:
-        One of them.
+        An element of records.
 
     >>> records = [nnce.training.Record(e, e, 0.0, {}, {"validation": e % 2}, []) for e in range(4)]
     >>> nnce.training.best_record(records).epoch
@@ -66,10 +67,10 @@ def pack(records: Sequence[Record]) -> Tensor:
     """Pack the records of one network into a tensor, for a checkpoint.
 
     Args:
-        records: at least one, all with the same splits measured.
+        records: at least one record, all with the same splits measured.
 
     Returns:
-        float64, [records, numbers of a record].
+        float64, [records, numbers per record].
 
     >>> record = nnce.training.Record(0, 0, 0.0, {"test": 0.5}, {"test": 0.9}, [])
     >>> nnce.training.pack([record])
@@ -88,11 +89,11 @@ def pack(records: Sequence[Record]) -> Tensor:
 
 
 def unpack(rows: Tensor, splits: Sequence[str] = data.SPLITS) -> list[Record]:
-    """Unpack the records of a tensor that `pack` returned.
+    """Unpack records from a tensor that `pack` returned.
 
     Args:
-        rows: float64, [records, numbers of a record].
-        splits: names of the splits that were measured, in their order.
+        rows: float64, [records, numbers per record].
+        splits: names of the measured splits, in order.
 
     Returns:
         One record per row.
@@ -129,9 +130,9 @@ class Evaluation(NamedTuple):
     """
 
     loss: float
-    """C, at least 0."""
+    """C averaged over the examples, at least 0."""
     accuracy: float
-    """In [0, 1]."""
+    """Share of examples whose largest output is the target's class, in [0, 1]."""
 
 
 Output = Callable[[Tensor], Tensor]
@@ -150,17 +151,17 @@ def records(
     seconds: float,
     threads: int = 1,
 ) -> list[Record]:
-    """Evaluate networks of one shape at the end of an epoch, one record each.
+    """Evaluate networks of one shape at the end of an epoch: one record per network.
 
-    The figures of a network do not depend on the others.
+    The figures of a network do not depend on the other networks.
 
     Args:
         networks: MLPs of one shape, dtype and device.
         losses: the loss of each network.
-        measured: splits to evaluate, by name; "validation" at least.
-        epoch, step: position of the training.
+        measured: splits to evaluate, by name; "validation" is required.
+        epoch, step: current position of the training.
         seconds: training time of the epoch.
-        threads: number of threads among which the networks are divided.
+        threads: number of threads, which share the networks.
 
     Returns:
         One record per network.
@@ -220,8 +221,8 @@ def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
         loss: "quadratic" or "cross-entropy".
 
     Returns:
-        C = the mean over the examples, at least 0, and the share of examples whose largest output
-        is the right one, in [0, 1].
+        C averaged over the examples, at least 0, and the share of examples whose largest output is
+        the target's class, in [0, 1].
 
     >>> split = nnce.data.Split(torch.eye(2), torch.eye(2))
     >>> nnce.training.evaluate(lambda x: 40 * (x - 0.5), split, "quadratic").accuracy
@@ -234,9 +235,9 @@ def evaluate(output: Output, split: data.Split, loss: Loss) -> Evaluation:
 
 @torch.no_grad()
 def confusion(network: MLP, split: data.Split) -> Tensor:
-    """How many examples of each class (row) are assigned to which class (column).
+    """Confusion matrix: the number of examples of each true class (row) and output class (column).
 
-    The sum of its diagonal, divided by n, is the accuracy that `records` measures.
+    The trace divided by n is the accuracy that `records` measures.
 
     Args:
         network: an MLP.
@@ -264,7 +265,7 @@ def confusion(network: MLP, split: data.Split) -> Tensor:
 
 
 def _parts(networks: Sequence[MLP], losses: Sequence[Loss]) -> list[tuple[Loss, list[int]]]:
-    """Networks to evaluate together: a loss and the indices of some networks that have it."""
+    """Divide networks into parts that are evaluated together: their loss and their indices."""
     widest = max(networks[0].sizes[1:])
     at_once = max(1, _NUMBERS[networks[0][0].weight.device.type == "cpu"] // (_EXAMPLES * widest))
     parts = []
@@ -289,9 +290,9 @@ _Forward = Callable[[int, int], list[Tensor]]
 
 
 def _first_layer(layers: _Layers, x: Tensor) -> _First:
-    """(1) z of the first layer, [R, n, n_out], of the examples from a begin to an end.
+    """(1) A function of begin and end that returns z of the first layer, [R, n, n_out].
 
-    In memory it is [R, n_out, n], as are z and a of all layers: products are twice as fast.
+    In memory z is [R, n_out, n], as are z and a of all layers, which makes products twice as fast.
     """
     (W, b), *_ = layers
     by_loops = loops.first_layer(x, W, b)
@@ -307,9 +308,10 @@ def _first_layer(layers: _Layers, x: Tensor) -> _First:
 
 @torch.no_grad()
 def _forward(layers: _Layers, first: _First, begin: int, end: int) -> list[Tensor]:
-    """z of every layer, [R, n, n_out] each, of the examples from a begin to an end."""
+    """z of every layer, [R, n, n_out] each, for the examples from begin to end."""
     n = end - begin
-    # The last numbers of an array, which fill no SIMD register, are rounded differently.
+    # Padded, because the last numbers of an array, which do not fill a SIMD register, are rounded
+    # differently.
     z = [pad(first(begin, end).mT, (0, -n % _LANES)).mT]
     for W, b in layers[1:]:
         z.append(torch.baddbmm(b.unsqueeze(-1), W, rules.sigmoid(z[-1]).mT).mT)  # (1)
@@ -324,7 +326,7 @@ def _evaluate(forward: _Forward, y: Tensor, loss: Loss) -> list[Evaluation]:
         some = y[begin : begin + _EXAMPLES].mT.double()  # [n_out, n]
         z = forward(begin, begin + some.shape[1])[-1].mT.double()  # [R, n_out, n]
         C, _ = fused.forward(z, some.expand_as(z), reduction="none", loss=loss)
-        right = some.gather(0, z.max(1).indices)  # 1 where the largest output is the right one
+        right = some.gather(0, z.max(1).indices)  # 1 where the largest output is the target's class
         totals.append(torch.stack([C.flatten(1).sum(1), right.sum(1)], -1))
     mean = torch.stack(totals).sum(0) / len(y)  # [R, 2]
     return [Evaluation(*of_network) for of_network in mean.tolist()]

@@ -1,4 +1,4 @@
-"""The loop over epochs and steps, the same one for every engine."""
+"""The training loop over epochs and steps, shared by all engines."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -30,27 +30,29 @@ def train(
     between: Callable[[], None] | None = None,
     patience: int | None = None,
 ) -> Iterator[Record]:
-    """Train up to `settings.epochs`, yielding a record of the start and one after each epoch.
+    """Train up to `settings.epochs`, yielding a record before the first step and after each epoch.
 
-    `state.best` is the network of the highest validation accuracy.
+    `state.best` is the network with the highest validation accuracy so far.
 
     Args:
         state: from `initial_state`; changed in place, so `state.network` is the trained network.
         settings: the settings that the state was made with.
         dataset: training data, on one device, in one floating-point dtype.
-        measured: splits to evaluate, "validation" at least; None for all of the dataset.
-        between: called between steps, where the state is whole: after each step in PyTorch's graph,
-            and every few tenths of a second without. It may save the state, or raise.
-        patience: epochs without a higher validation accuracy after which training stops, at least
-            1; None for no limit.
+        measured: splits to evaluate, by name; "validation" is required. None for all splits of the
+            dataset.
+        between: called between steps, when the state is consistent: after each step with engines in
+            PyTorch's graph, otherwise every few tenths of a second. It may save the state, or
+            raise.
+        patience: number of epochs without a higher validation accuracy after which training stops,
+            at least 1; None for no limit.
 
     Returns:
         An iterator over the records; training advances as it is consumed.
 
     Raises:
-        Diverged: the loss of a step, or a loss at an epoch's end, is infinite or NaN. Engines
-            without a graph, and several processes, compute no losses of steps, so they raise at the
-            epoch's end. An infinite or NaN parameter counts as well, even if no loss shows it.
+        Diverged: the loss of a step, or a loss or a parameter at the end of an epoch, is infinite
+            or NaN. Engines without a graph, and several processes, do not compute the losses of
+            steps, and raise at the end of the epoch.
 
     >>> settings = nnce.training.Settings(hidden=(8,), epochs=2, engine="products")
     >>> digits = nnce.data.load("digits", train_size=50)
@@ -96,7 +98,7 @@ def _train_epoch(
     stepper: Stepper,
     between: Callable[[], None] | None,
 ) -> None:
-    """Train on one epoch, or on the rest of it after resuming."""
+    """Train for one epoch, or for the rest of it after resuming."""
     x, y = split
     cursor = state.cursor
     (order,) = cursor.orders(len(x), x.device).values()

@@ -1,8 +1,8 @@
-"""Several processes, on one machine or many, that train one network or share many out.
+"""Training in several processes, on one machine or many, started by `torchrun`.
 
-`torchrun` starts them. Where one network is trained, each process takes its share of every
-mini-batch. Gradients are sums over the examples of all shares, divided by how many there are in
-all: shares need not be equal, and may be empty.
+A single network is trained by all processes: each takes its share of every mini-batch, and
+gradients are summed over all shares and divided by the size of the mini-batch. Shares may differ in
+size and may be empty. Many networks are divided among the processes.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor, distributed
 
-# Seconds that the first process waits for the others to come.
+# Seconds that rank 0 waits for the other processes to join.
 _PATIENCE = 300
 # Seconds that the others wait for rank 0 to print the error.
 _MOMENT = 10.0
@@ -24,22 +24,25 @@ Item = TypeVar("Item")
 
 
 class World(NamedTuple):
-    """The processes of a job, and which of them this one is.
+    """The processes of a job, and the rank of this one.
 
-    Each of the methods that wait must be called by all of them, in the same order.
+    `largest`, `gather`, `exchange` and `broadcast` are collective: all processes must call them, in
+    the same order.
     """
 
     rank: int = 0
+    """Rank of this process."""
     size: int = 1
+    """Number of processes."""
     joined: bool = False
     """Whether there is a process group, possibly of one process."""
 
     def share(self, of: Tensor) -> Tensor:
-        """This process's part of a mini-batch, as equal as can be, and empty where it is small."""
+        """This process's share of a mini-batch: as equal as possible, and possibly empty."""
         return of.tensor_split(self.size)[self.rank]
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers; waits for them."""
+        """The largest number over all processes."""
         if self.size == 1:
             return number
         together = torch.tensor(number)
@@ -47,7 +50,7 @@ class World(NamedTuple):
         return int(together)
 
     def gather(self, one: Item) -> list[Item]:
-        """Gather the values of all processes on rank 0, and wait for them; None on the others."""
+        """Gather the values of all processes on rank 0; return [] on the other ranks."""
         if self.size == 1:
             return [one]
         everyone = [one] * self.size if self.rank == 0 else None
@@ -55,14 +58,14 @@ class World(NamedTuple):
         return everyone or []
 
     def exchange(self, one: Item) -> list[Item]:
-        """Gather the values of all processes on each of them, and wait for them."""
+        """Gather the values of all processes on every process."""
         everyone = [one] * self.size
         if self.size > 1:
             distributed.all_gather_object(everyone, one)
         return everyone
 
     def broadcast(self, one: Item | None) -> Item:
-        """The value of rank 0; waits for it."""
+        """Return rank 0's value on every process."""
         place = [one]
         if self.size > 1:
             distributed.broadcast_object_list(place)
@@ -78,15 +81,15 @@ def under_torchrun() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the first one, which speaks and writes, or the only one."""
+    """Whether this process is rank 0, which does all output, or the only one."""
     return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 def join() -> World:
-    """The world that `torchrun` has started this process in; ALONE if it has not.
+    """Join the process group if `torchrun` started this process; otherwise return ALONE.
 
-    Over gloo, and over NCCL for tensors on CUDA, where each process takes the GPU of its local
-    rank.
+    CPU tensors are exchanged over gloo, CUDA tensors over NCCL. Each process uses the GPU of its
+    local rank.
     """
     if not under_torchrun():
         return ALONE
@@ -106,11 +109,12 @@ def join() -> World:
 
 
 def _agreed_name(store: Any, rank: int, size: int) -> str:  # PyTorch has no public type for it
-    """A name that these processes agree on and that has not been used before.
+    """A new name for the process group, agreed on by all processes.
 
-    `torchrun` restarts processes with the store of those that are gone, and gloo would call at the
-    addresses that these have left there. (Its count of restarts is not the same on all machines.)
-    So each process says hello with a number of its own, and the first one answers that number.
+    After a restart, `torchrun` reuses the store, in which gloo would find the addresses of the
+    previous processes. A new prefix avoids these. (The restart count is no such prefix: it can
+    differ between machines.) Each process registers a random number, and rank 0 replies to it with
+    its own number, which is the name.
     """
     own = secrets.token_hex(8)
     if rank:
@@ -124,36 +128,39 @@ def _agreed_name(store: Any, rank: int, size: int) -> str:  # PyTorch has no pub
         for other in others:
             if store.check([f"hello {other}"]):
                 number = str(store.get(f"hello {other}"), "ascii")
-                if number not in answered:  # or it is of one that is gone
+                # An answered number may be of a previous process, until its successor replaces it.
+                if number not in answered:
                     store.set(f"welcome {number}", own)
                     answered.add(number)
         if time.monotonic() > patience:
-            raise RuntimeError(f"{size - 1} other processes were expected, and not all came")
+            raise RuntimeError(
+                f"expected {size - 1} other processes, but not all joined within {_PATIENCE} s"
+            )
         time.sleep(0.02)
     return own
 
 
 def lost(error: BaseException) -> bool:
-    """Whether the error says that another process cannot be reached any more."""
-    words = r"Connection (closed|reset|refused)|[Gg]loo|NCCL|Broken pipe|not all came|store"
+    """Whether the error means that another process cannot be reached."""
+    words = r"Connection (closed|reset|refused)|[Gg]loo|NCCL|Broken pipe|not all joined|store"
     return (
         isinstance(error, RuntimeError) and under_torchrun() and bool(re.search(words, str(error)))
     )
 
 
 def leave() -> None:
-    """Leave the world, if there is one."""
+    """Leave the process group, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def processes_here() -> int:
-    """How many of the job's processes are on this machine."""
+    """Number of the job's processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def restarts_left() -> int:
-    """How many times `torchrun` would still restart the job."""
+    """Number of times that `torchrun` would still restart the job."""
     most, done = (
         int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
         for name in ("MAX_RESTARTS", "RESTART_COUNT")
@@ -162,22 +169,23 @@ def restarts_left() -> int:
 
 
 def processors() -> int:
-    """How many of the machine's there are for each of them."""
+    """Number of this machine's processors per process of the job."""
     return max(1, (os.cpu_count() or 1) // processes_here())
 
 
 def wait_for_rank0_error() -> None:
-    """Wait, in a process that fails and is not the first, for that one to fail and say why.
+    """On ranks other than 0, wait before reporting an error, so that rank 0 can report it first.
 
-    Else `torchrun` would end the first one before it has. It ends this one instead, in here. Where
-    nothing is wrong with the first one, this one waits in vain, and has to say it itself.
+    `torchrun` ends all processes when one exits. While this one waits, rank 0 reports the error and
+    exits, and `torchrun` ends this one. If the error did not occur on rank 0, the wait times out,
+    and this process must report it.
     """
     if not is_first():
         time.sleep(_MOMENT)
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """Leave the process without taking Python down, in which gloo's threads sometimes abort it."""
+    """Exit without Python's shutdown, during which gloo's threads sometimes abort the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

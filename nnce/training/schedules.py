@@ -1,8 +1,8 @@
-"""Learning rates that change from epoch to epoch, by `torch.optim.lr_scheduler`.
+"""Learning rate schedules, computed by `torch.optim.lr_scheduler`.
 
-A schedule is a value, not an object that counts: PyTorch's scheduler runs once, over an optimizer
-of rate 1, and the rate of an epoch is the settings' rate times `factor(epoch)`. So it is the same
-for every engine, and nothing of it needs to be saved.
+A schedule is an immutable value: PyTorch's scheduler is tabulated once, for a learning rate of 1,
+and the rate of an epoch is the settings' rate times `factor(epoch)`. So it is the same for every
+engine, and has no state to save.
 """
 
 import functools
@@ -23,24 +23,25 @@ _MOST_EPOCHS = 100_000
 
 @dataclass(frozen=True)
 class Schedule:
-    """A warm-up (`LinearLR`) and what follows it, which counts its epochs from the warm-up's end.
+    """An optional warm-up (`LinearLR`), then a schedule whose epochs count from the warm-up's end.
 
-    Raises ValueError where a value makes no sense.
+    Raises:
+        ValueError: a value is out of range, or does not belong to the kind of schedule.
     """
 
     kind: Kind = "constant"
     """"step" is `StepLR`; "cosine" is `CosineAnnealingLR`, falling to 0 (Loshchilov and Hutter,
     SGDR, ICLR 2017, without the restarts)."""
     step_size: int | None = None
-    """For "step": epochs after which the rate is multiplied by gamma."""
+    """For "step": number of epochs after which the rate is multiplied by gamma."""
     gamma: float | None = None
-    """For "step", in (0, 1]."""
+    """For "step": factor of the rate, in (0, 1]."""
     cosine_epochs: int | None = None
-    """For "cosine": T_max, the epochs from the full rate down to 0."""
+    """For "cosine": T_max, the number of epochs from the full rate down to 0."""
     warmup: int = 0
-    """Epochs in which the rate rises evenly to its full value."""
+    """Number of epochs in which the rate rises linearly to its full value."""
     warmup_start: float = 0.1
-    """The factor of the first of them, in (0, 1]."""
+    """Factor of the rate in the first warm-up epoch, in (0, 1]."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -66,20 +67,20 @@ class Schedule:
         for name in ("step_size", "gamma", "cosine_epochs", "warmup", "warmup_start"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, plain(value))  # not NumPy's
+                object.__setattr__(self, name, plain(value))  # a Python number, not NumPy's
 
     def factor(self, epoch: int) -> float:
-        """The factor of the epoch after this many finished ones.
+        """Factor of the learning rate in an epoch, counted from 0.
 
         Raises:
-            ValueError: the schedule is "step" and the epoch is beyond 100,000.
+            ValueError: the schedule is "step", and the epoch is 100,000 or more after the warm-up.
         """
         if epoch < self.warmup:
             warmup = (self.warmup_start, 1.0, self.warmup)
             return _tabulated(lr_scheduler.LinearLR, warmup, self.warmup)[epoch]
         epoch -= self.warmup
         if self.cosine_epochs is not None:
-            if epoch >= self.cosine_epochs:  # where PyTorch's rate would rise again
+            if epoch >= self.cosine_epochs:  # PyTorch's rate would rise again
                 return 0.0
             cosine = (self.cosine_epochs,)
             return _tabulated(lr_scheduler.CosineAnnealingLR, cosine, self.cosine_epochs)[epoch]
@@ -92,11 +93,11 @@ class Schedule:
 
 
 CONSTANT = Schedule()
-"""The default: the rate does not change."""
+"""The default: a constant learning rate."""
 
 
 class _NoParameters(torch.optim.Optimizer):
-    """A rate of 1 for a scheduler, without `Optimizer.__init__`, which imports dynamo (2 s)."""
+    """An optimizer of rate 1, without `Optimizer.__init__`, which imports dynamo (2 s)."""
 
     def __init__(self) -> None:
         self.param_groups = [{"lr": 1.0}]
@@ -109,10 +110,10 @@ class _NoParameters(torch.optim.Optimizer):
 def _tabulated(
     scheduler: type[lr_scheduler.LRScheduler], arguments: tuple[object, ...], length: int
 ) -> tuple[float, ...]:
-    """The factors of the first epochs by one of PyTorch's schedulers."""
+    """Factors of the first `length` epochs, from one of PyTorch's schedulers."""
     optimizer = _NoParameters()
     rates = scheduler(optimizer, *arguments)  # type: ignore[arg-type]
-    optimizer.step()  # or PyTorch would warn that it should come first
+    optimizer.step()  # prevents PyTorch's warning about the order of the two steps
     factors = []
     for _ in range(length):
         factors.append(float(rates.get_last_lr()[0]))
@@ -121,6 +122,6 @@ def _tabulated(
 
 
 def check_schedule(value: object) -> None:
-    """Raise ValueError unless it is a schedule, or another object with a method `factor(epoch)`."""
+    """Raise ValueError unless value is a schedule or has a method `factor(epoch)`."""
     if isinstance(value, type) or not callable(getattr(value, "factor", None)):
         raise ValueError(f"expected an nnce.training.schedules.Schedule, got {value!r}")

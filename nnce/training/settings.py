@@ -1,4 +1,4 @@
-"""Settings of a training run, each value checked when they are made."""
+"""Settings of a training run, validated on construction."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from nnce.modules import Init, check_init
 from nnce.training.schedules import CONSTANT, Schedule, check_schedule
 
 Engine = Literal["backprop", "loops", "products", "functions", "autograd"]
-"""Name of an engine: how a training step is computed.
+"""Name of an engine, which computes a training step.
 
 >>> nnce.training.Engine.__args__
 ('backprop', 'loops', 'products', 'functions', 'autograd')
@@ -45,18 +45,19 @@ OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 # torch.optim.Adam's default.
 _ADAM_LR = 1e-3
-# A schedule is checked for at most this many epochs, and for the last one.
+# A schedule is checked for this many epochs at most, and for the last epoch.
 _EPOCHS_CHECKED = 10_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a training run depends on, except for the data.
+    """All settings of a training run, except for the data.
 
-    The same settings on the same machine produce the same bits.
+    The same settings on the same machine produce bit-identical results.
 
     Raises:
-        ValueError: a value or a combination makes no sense; the message names it.
+        ValueError: a value is out of range, or two values exclude each other; the message names
+            them.
 
     >>> settings = nnce.training.Settings(loss="quadratic", epochs=5)
     >>> settings.engine, settings.lr
@@ -64,41 +65,43 @@ class Settings:
     """
 
     hidden: tuple[int, ...] = (30,)
-    """Neurons of each hidden layer; empty for a single layer."""
+    """Number of neurons of each hidden layer; empty for a single layer."""
     loss: Loss = "cross-entropy"
-    """Loss that is minimized."""
+    """Loss to minimize."""
     engine: Engine | None = None
-    """How the gradients are computed: "backprop", the revised algorithm without a graph, as "loops"
-    or "products", whichever is faster for the sizes, or either by name; "functions", nnce's
-    Functions in PyTorch's graph; "autograd", PyTorch alone. None for "backprop" where the optimizer
-    and dropout allow it, else "functions"."""
+    """Engine that computes the gradients: "backprop", the revised algorithm without a graph, by
+    "loops" or "products", whichever is faster for the sizes; either of these by name; "functions",
+    nnce's Functions in PyTorch's graph; "autograd", PyTorch alone. None for "backprop" if the
+    optimizer and dropout allow it, else "functions"."""
     optimizer: Optimizer = "sgd"
-    """`torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which requires a graph."""
+    """"sgd" for `torch.optim.SGD`, or "adam" for `torch.optim.Adam`, which requires engine
+    "functions" or "autograd"."""
     epochs: int = 30
-    """Passes over the training data, at least 1."""
+    """Number of passes over the training data, at least 1."""
     batch_size: int = 10
-    """Examples of a mini-batch, at least 1; the last one of an epoch may be shorter."""
+    """Number of examples in a mini-batch, at least 1; the last one of an epoch may be shorter."""
     lr: float | None = None
-    """Learning rate η; None for the textbook's (0.5 for cross-entropy, 3.0 for quadratic), or for
-    Adam's 0.001."""
+    """Learning rate η; None for the textbook's (0.5 for cross-entropy, 3.0 for quadratic) with SGD,
+    and 0.001 with Adam."""
     momentum: float = 0.0
     """Momentum μ of SGD, in [0, 1)."""
     l2: float = 0.0
-    """λ of the notes: weights (not biases) decay by λ / n_train, as in the textbook."""
+    """L2 regularization λ, at least 0: weight decay λ / n_train of weights, not biases, as in the
+    textbook."""
     schedule: Schedule = CONSTANT
     """Factor of the learning rate for each epoch, one of `nnce.training.schedules`."""
     distortion: data.Distortion | None = None
-    """Random distortion of the training images, drawn for each epoch."""
+    """Random distortion of the training images, redrawn in each epoch; None for no distortion."""
     dropout: float = 0.0
-    """Probability with which a hidden neuron is left out of an example and step, in [0, 1).
-    Requires an engine in PyTorch's graph; several processes draw different neurons than one."""
+    """Dropout probability of hidden neurons, in [0, 1), drawn for each example and step. Requires
+    engine "functions" or "autograd"; the masks depend on the number of processes."""
     input_dropout: float = 0.0
-    """Probability with which an input is left out, in [0, 1)."""
+    """Dropout probability of inputs, in [0, 1); as `dropout` otherwise."""
     init: Init = "scaled"
     """Initialization of the layers, as for `nnce.Linear`."""
     seed: int = 0
-    """Random seed, 0 to 2³² − 1, of the start, the order of the mini-batches, the distortions and
-    dropout. Each has a stream of its own, so networks of different shape see the same
+    """Random seed, 0 to 2³² − 1, of the initial parameters, the example order, distortions and
+    dropout. Each has its own random stream, so networks of different shapes see the same
     mini-batches."""
 
     def __post_init__(self) -> None:
@@ -134,7 +137,7 @@ class Settings:
 
 
 _Check = tuple[Callable[[Settings], bool], Callable[[Settings], str]]
-"""A condition that settings must meet, and the sentence where they do not."""
+"""A condition on the settings, and the error message if they do not meet it."""
 
 
 def _check(settings: Settings, checks: tuple[_Check, ...]) -> None:
@@ -215,8 +218,8 @@ _CHECKS: tuple[_Check, ...] = (
     (
         lambda s: not s.dropout or bool(s.hidden),
         lambda s: (
-            f"hidden neurons for dropout to leave out, got hidden={s.hidden}; use input_dropout to "
-            f"leave out inputs"
+            f"hidden neurons for dropout, got hidden={s.hidden}; use input_dropout for dropout of "
+            f"inputs"
         ),
     ),
     _field(
@@ -236,7 +239,7 @@ _CHECKS: tuple[_Check, ...] = (
 
 
 def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
-    """The settings in the form that an `Ensemble` takes, with λ divided by n_train.
+    """Convert settings to the hyperparameters of an `Ensemble`, with λ divided by n_train.
 
     Args:
         settings: settings of a run.
@@ -255,10 +258,10 @@ def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:
 
 
 def ensemble_engine(engine: Engine | None) -> EnsembleEngine | None:
-    """The `engine` argument of an `Ensemble`.
+    """Convert an engine of the settings to the `engine` argument of an `Ensemble`.
 
     Args:
-        engine: an engine of `ENGINES`.
+        engine: an element of `ENGINES`.
 
     Returns:
         "loops", "products", or None for whichever is faster.

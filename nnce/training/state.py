@@ -1,4 +1,4 @@
-"""State of a training run: network, optimizer and cursor, saved and loaded as one."""
+"""State of a training run: network, optimizer and cursor, saved and loaded together."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, 
 
 
 class Best(NamedTuple):
-    """The network of the highest validation accuracy so far; of several equal ones the first.
+    """The network with the highest validation accuracy so far; the first if there are several.
 
     >>> best = nnce.training.Best(epoch=3, accuracy=0.9, network=nnce.MLP((2, 1)))
     >>> best.epoch, best.accuracy
@@ -29,17 +29,17 @@ class Best(NamedTuple):
     epoch: int
     """Number of finished epochs."""
     accuracy: float
-    """On the validation data, in [0, 1]."""
+    """Accuracy on the validation data, in [0, 1]."""
     network: MLP
-    """A copy."""
+    """A copy of the network after that epoch."""
 
 
 @dataclass
 class State:
     """Everything that changes during training.
 
-    Saved by `state_dict` between any two steps and loaded again, it produces the same bits as if
-    training had not been interrupted.
+    Saving by `state_dict` between any two steps and loading again produces results that are
+    bit-identical to uninterrupted training.
 
     >>> settings = nnce.training.Settings(hidden=(8,))
     >>> state = nnce.training.initial_state(settings, nnce.data.load("digits"))
@@ -48,9 +48,10 @@ class State:
     """
 
     network: MLP
-    """The network, in training."""
+    """The network being trained."""
     optimizer: torch.optim.Optimizer | Ensemble
-    """Changes the parameters and holds the momentum; an `Ensemble` of one without a graph."""
+    """The optimizer, with its momentum; an `Ensemble` of one network for engines without a
+    graph."""
     cursor: Cursor
     """Position of the run."""
     world: World = ALONE
@@ -58,7 +59,7 @@ class State:
     losses: list[Tensor] = field(default_factory=list)
     """Loss before each step of the current epoch, for engines that compute it."""
     best: Best | None = None
-    """None before the first record."""
+    """Best network so far; None before the first record."""
 
     def keep_if_best(self, accuracy: float) -> None:
         """Copy the network if this validation accuracy, after an epoch, is the highest so far."""
@@ -66,24 +67,24 @@ class State:
             self.best = Best(self.cursor.epoch, accuracy, copy.deepcopy(self.network))
 
     def is_stale(self, patience: int | None) -> bool:
-        """Whether the last `patience` epochs were no better than one before; None for never."""
+        """Whether the last `patience` epochs did not improve on the best; False for None."""
         if patience is None or self.best is None:
             return False
         return self.cursor.recorded - self.best.epoch >= patience
 
     def is_over(self, epochs: int, patience: int | None = None) -> bool:
-        """Whether the last of `epochs` is recorded, or patience has ended in any process.
+        """Whether all `epochs` are recorded, or patience has run out in any process.
 
-        Waits for all processes, since they must stop together.
+        Must be called by all processes, which stop together.
         """
         stale = self.world.largest(int(self.is_stale(patience)))
         return self.cursor.recorded >= epochs or bool(stale)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in it, for a checkpoint."""
+        """The complete state, for a checkpoint."""
         optimizer = self.optimizer.state_dict()
         if isinstance(self.optimizer, torch.optim.Optimizer):
-            # Without its parameter groups, which the settings decide.
+            # Without the parameter groups, which the settings determine.
             optimizer = {str(number): of_one for number, of_one in optimizer["state"].items()}
         return {
             "network": dict(self.network.state_dict()),
@@ -95,18 +96,18 @@ class State:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there, in a state that `initial_state` made with the same settings.
+        """Continue from `state_dict`, in a state that `initial_state` made with the same settings.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the saved state does not match this one.
         """
         with mismatch_is_value_error():
             _load_network(self.network, state["network"])
             without_graph = not isinstance(self.optimizer, torch.optim.Optimizer)
             if without_graph != ("velocities" in state["optimizer"]):
                 raise ValueError(
-                    "expected a run of one process to continue in one, and a run of several in "
-                    "several, since engines without a graph differ there"
+                    "expected to resume a run of one process in one, and a run of several in "
+                    "several, because engines without a graph save different states"
                 )
             if isinstance(self.optimizer, torch.optim.Optimizer):
                 _load_optimizer(self.optimizer, state["optimizer"])
@@ -119,25 +120,31 @@ class State:
 
     def _loaded_best(self, state: Mapping[str, Any] | None) -> Best | None:
         if (state is None) != (self.cursor.recorded < 0):
-            raise ValueError(f"expected the best network up to epoch {self.cursor.recorded}")
+            got = "none" if state is None else "one"
+            raise ValueError(
+                f"expected a best network once an epoch is recorded, got {got} with "
+                f"recorded={self.cursor.recorded}"
+            )
         if state is None:
             return None
         best = Best(state["epoch"], state["accuracy"], copy.deepcopy(self.network))
         if type(best.epoch) is not int or type(best.accuracy) is not float:
-            raise ValueError(f"expected epoch and accuracy of the best network, got {best[:2]}")
+            raise ValueError(
+                f"expected an int epoch and a float accuracy of the best network, got {best[:2]}"
+            )
         _load_network(best.network, state["network"])
         return best
 
 
 @contextlib.contextmanager
 def mismatch_is_value_error() -> Iterator[None]:
-    """Context manager that turns any error of loading a state that does not fit into a ValueError.
+    """Context manager that turns errors from loading a state that does not match into ValueError.
 
     Returns:
         The context manager.
 
     Raises:
-        ValueError: in place of any error but one of running out of memory.
+        ValueError: in place of any error, except running out of memory.
 
     >>> with nnce.training.mismatch_is_value_error():
     ...     {}["network"]
@@ -148,22 +155,22 @@ def mismatch_is_value_error() -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except Exception as error:  # of many types, depending on the foreign file
+    except Exception as error:  # of any type, depending on the file
         if shortage(error):
             raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def check_fits(name: str, value: object, like: Tensor) -> None:
-    """Raise ValueError unless a value is a tensor of a given shape and dtype.
+    """Raise ValueError unless a value is a tensor of the expected shape and dtype.
 
     Args:
-        name: name of the value, for the message.
-        value: the value.
-        like: a tensor of the shape and dtype.
+        name: name of the value in the error message.
+        value: the value to check.
+        like: a tensor of the expected shape and dtype.
 
     Raises:
-        ValueError: it is not.
+        ValueError: value is not a tensor, or has a different shape or dtype.
 
     >>> nnce.training.check_fits("W", torch.zeros(2), torch.zeros(3))
     Traceback (most recent call last):
@@ -193,21 +200,21 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, by_number: Mapping[str, An
 
 
 def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALONE) -> State:
-    """The state before the first step, on the data's device and in their dtype.
+    """Create the state before the first step, on the device and in the dtype of the data.
 
     Args:
         settings: settings of the run.
-        dataset: all of the data, in every process.
+        dataset: the whole data set, the same in every process.
         world: the processes that train together, each on its share of every mini-batch.
 
     Returns:
         A new network, its optimizer, and a cursor at the start.
 
     Raises:
-        ValueError: engine "loops" with several processes.
-        MemoryError: it would not fit into memory; the message states how much it needs.
-        DataError: the data are not as `nnce.data.check` requires, or are not square images and the
-            settings distort them.
+        ValueError: engine "loops" in a process group.
+        MemoryError: the network would not fit into memory; the message states how much it needs.
+        DataError: the data fail `nnce.data.check`, or the settings distort images that are not
+            square.
 
     >>> settings = nnce.training.Settings(hidden=(8,))
     >>> nnce.training.initial_state(settings, nnce.data.load("digits")).network.sizes
@@ -218,7 +225,7 @@ def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALON
     if world.joined and settings.engine == "loops":
         raise ValueError(
             "expected an engine other than 'loops' for several processes, which exchange "
-            "gradients; use 'backprop', which means matrix products there"
+            "gradients; use 'backprop', which uses matrix products then"
         )
     network = make_network(settings, dataset)
     optimizer = _optimizer(network, settings, len(dataset.train.x), world)
@@ -226,10 +233,10 @@ def initial_state(settings: Settings, dataset: data.Dataset, world: World = ALON
 
 
 def sizes(settings: Settings, dataset: data.Dataset) -> tuple[int, ...]:
-    """Neurons of each layer, the input's first.
+    """The sizes of a run's network: features, hidden layers, classes.
 
     Args:
-        settings: settings of a run.
+        settings: settings of the run.
         dataset: its data, x [n, features] and y [n, classes].
 
     Returns:
@@ -244,16 +251,16 @@ def sizes(settings: Settings, dataset: data.Dataset) -> tuple[int, ...]:
 
 
 def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) -> None:
-    """Raise the errors of making some networks before any is made.
+    """Check, before creating networks, that they fit into memory and that the data suit them.
 
     Args:
         settings: settings of the run.
         dataset: its data.
-        networks: number of networks.
+        networks: number of networks to create.
 
     Raises:
-        MemoryError: they would not fit into memory; the message states how much they need.
-        DataError: the data are not square images, and the settings distort them.
+        MemoryError: the networks would not fit into memory; the message states how much they need.
+        DataError: the settings distort images that are not square.
 
     >>> settings = nnce.training.Settings(hidden=(8,))
     >>> nnce.training.check_suits(settings, nnce.data.load("digits"), networks=100)
@@ -262,16 +269,16 @@ def check_suits(settings: Settings, dataset: data.Dataset, networks: int = 1) ->
     if settings.distortion is not None:
         settings.distortion.check(x.shape[1])
         height, width = dataset.about.get("image") or (1, 1)
-        if height != width:  # such as 2x8, which has as many numbers as a square
+        if height != width:  # such as 2x8, which has as many pixels as a square
             raise data.DataError(f"expected square images to distort, got {width}x{height}")
     check_memory(sizes(settings, dataset), networks, dtype=x.dtype, device=x.device)
 
 
 def make_network(settings: Settings, dataset: data.Dataset) -> MLP:
-    """The network before the first step.
+    """Create the initial network of a run.
 
     Args:
-        settings: settings of the run; shape, initialization and seed count here.
+        settings: settings of the run; only hidden, init, seed and distortion are used.
         dataset: its data, which determine sizes, device and dtype.
 
     Returns:

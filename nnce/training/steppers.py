@@ -1,4 +1,4 @@
-"""One training step by each engine: what turns some examples into a change of the parameters."""
+"""The training step of each engine: from examples to changed parameters."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,17 +21,17 @@ from nnce.training.twin import BUILT_IN_LOSSES, torch_twin
 
 
 class Stepper(NamedTuple):
-    """How an engine takes steps."""
+    """The training step of an engine, and the number of examples it takes."""
 
     step: Callable[[Tensor, Tensor, Tensor], Tensor | None]
-    """Trains on the examples of x and y with these numbers; returns the loss before the step where
-    the engine computes it."""
+    """step(x, y, rows) trains on these rows of x and y. Returns the loss before the step, or None
+    if the engine does not compute it."""
     chunk: int
-    """Examples for each call: a mini-batch, or several for an `Ensemble`."""
+    """Number of examples per call: one mini-batch, or several for an `Ensemble`."""
 
 
 def make_stepper(state: State, settings: Settings) -> Stepper:
-    """The engine of the settings, for this network, optimizer and world."""
+    """Create the step of the settings' engine for a state."""
     if isinstance(state.optimizer, Ensemble):
         return _by_ensemble(state.optimizer, settings)
     if settings.engine in ENSEMBLE_ENGINES:
@@ -48,7 +48,7 @@ def _by_ensemble(ensemble: Ensemble, settings: Settings) -> Stepper:
 
 
 def _by_rules(state: State, settings: Settings, optimizer: torch.optim.Optimizer) -> Stepper:
-    """The rules in several processes, whose gradients are summed."""
+    """Step by the rules in several processes, with summed gradients."""
     world, gradients = state.world, FlatGradients(state.network)
 
     def step(x: Tensor, y: Tensor, rows: Tensor) -> None:
@@ -60,7 +60,7 @@ def _by_rules(state: State, settings: Settings, optimizer: torch.optim.Optimizer
 
 
 def _by_graph(state: State, settings: Settings, optimizer: torch.optim.Optimizer) -> Stepper:
-    """A graph of nnce's Functions or of PyTorch's own, in one process or several."""
+    """Step by PyTorch's graph, of nnce's Functions or built-in ones, in one process or several."""
     world = state.world
     network, criterion = with_graph(state.network, settings)
     dropout = with_dropout(network, settings, world) if settings.has_dropout else None
@@ -74,11 +74,11 @@ def _by_graph(state: State, settings: Settings, optimizer: torch.optim.Optimizer
             dropout.at_step(state.cursor.step)
         optimizer.zero_grad()
         z = forward(x[share])
-        # The mean over an empty share would be 0 / 0.
+        # The mean over an empty share would be NaN.
         C = criterion(z, y[share]) if len(share) else 0.0 * z.sum()
         if world.joined:
-            # The share's part of the mean over all examples, times the number of processes, by
-            # which DistributedDataParallel divides the sum of the gradients.
+            # From the mean over the share to its part of the mean over all examples. The factor
+            # world.size cancels DistributedDataParallel's division of the gradients.
             C = C * (len(share) * world.size / len(rows))
         C.backward()
         optimizer.step()
@@ -88,11 +88,11 @@ def _by_graph(state: State, settings: Settings, optimizer: torch.optim.Optimizer
 
 
 def with_dropout(layers: nn.Module, settings: Settings, world: World) -> WithDropout:
-    """The network with dropout; each process draws from a stream of its own.
+    """Add dropout to a network; each process has its own random stream.
 
     Args:
-        layers: the network, or its twin of PyTorch's modules.
-        settings: settings of the run; dropout, input_dropout and seed count here.
+        layers: the network, or its `torch.nn` twin.
+        settings: settings of the run; only dropout, input_dropout and seed are used.
         world: the processes that train together.
 
     Returns:
@@ -112,11 +112,11 @@ def with_dropout(layers: nn.Module, settings: Settings, world: World) -> WithDro
 def with_graph(
     network: MLP, settings: Settings
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """Network and loss whose `backward()` computes the gradients, without dropout.
+    """Network and loss for training in PyTorch's graph, without dropout.
 
     Args:
         network: an MLP.
-        settings: settings of the run; engine and loss count here.
+        settings: settings of the run; only engine and loss are used.
 
     Returns:
         For engine "autograd", modules of `torch.nn` that share the network's parameters, and a
@@ -134,10 +134,10 @@ def with_graph(
 
 
 class FlatGradients:
-    """Gradients of a network by the rules, in one tensor, summed over all processes.
+    """Gradients of a network by the rules, in one flat tensor, summed over all processes.
 
     Args:
-        network: the `grad` of its parameters become views of the tensor, for an optimizer.
+        network: an MLP; the `grad` of each parameter becomes a view of the flat tensor.
     """
 
     def __init__(self, network: MLP) -> None:
@@ -152,11 +152,13 @@ class FlatGradients:
 
     @torch.no_grad()
     def fill(self, x: Tensor, y: Tensor, loss: Loss, n: int) -> None:
-        """The gradient of C, averaged over the n examples of a mini-batch; waits for all processes.
+        """Compute the gradients of C, averaged over the n examples of a mini-batch.
+
+        Must be called by all processes, each with its share.
 
         Args:
             x: inputs of this process's share, [share, n_in].
-            y: their targets, [share, n_out].
+            y: targets of the share, [share, n_out].
             loss: "quadratic" or "cross-entropy".
             n: number of examples in all shares.
         """

@@ -1,4 +1,4 @@
-"""PyTorch's way to the same: a network's twin, the built-in losses."""
+"""The same network and losses by PyTorch alone: the `torch.nn` twin, and the built-in losses."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from nnce.modules import MLP
 
 _F = torch.nn.functional
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""Of z and y."""
+"""A loss as a function of z and y."""
 
 
 def torch_twin(network: MLP) -> nn.Sequential:
-    """The same network of `torch.nn`'s own layers, on the very same parameters."""
+    """Build the `torch.nn` equivalent of a network, which shares its parameters."""
     layers: list[nn.Module] = []
     for linear in network.linears():
         twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
@@ -24,7 +24,7 @@ def torch_twin(network: MLP) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-# PyTorch's means are over the components too, and its MSELoss has no ½.
+# reduction="mean" would average over components as well, and mse_loss has no factor ½.
 BUILT_IN_LOSSES: dict[Loss, LossFunction] = {
     "quadratic": lambda z, y: 0.5 * _F.mse_loss(z.sigmoid(), y, reduction="sum") / len(z),
     "cross-entropy": lambda z, y: (

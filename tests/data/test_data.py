@@ -190,7 +190,7 @@ def test_files_of_another_set_are_refused(mnist, tmp_path):
     for file in pathlib.Path(os.environ["NNCE_DATA"], "MNIST", "raw").iterdir():
         (raw / file.name).symlink_to(file.resolve())
     with pytest.raises(
-        DataError, match=r"not fashion-mnist's: train-images-idx3-ubyte is of mnist"
+        DataError, match=r"not fashion-mnist's: train-images-idx3-ubyte belongs to mnist"
     ):
         data.load("fashion-mnist", data_dir=tmp_path)
 
@@ -210,7 +210,8 @@ def test_packed_files_are_checked_where_they_are(fake_mnist, monkeypatch):
     content = bytearray((raw / packed.stem).read_bytes())
     content[-1] = 7
     (raw / packed.stem).write_bytes(content)
-    with pytest.raises(DataError, match=r"t10k-labels\S+ubyte is not what t10k-labels\S+gz holds"):
+    differs = r"t10k-labels\S+ubyte differs from the content of t10k-labels\S+gz"
+    with pytest.raises(DataError, match=differs):
         data.load("mnist", data_dir=fake_mnist)
 
 
@@ -252,7 +253,8 @@ def _refusal(data_dir):
     with pytest.raises(DataError) as error:
         data.load("mnist", data_dir=data_dir)
     message = str(error.value)
-    assert message.startswith(f"mnist is not in {data_dir}: give the folder that holds MNIST/raw")
+    begin, end = "set --data-dir or $NNCE_DATA to the", "folder that contains MNIST/raw"
+    assert message.startswith(f"mnist is not in {data_dir}: {begin} {end}")
     assert not list(data_dir.rglob("*ubyte"))
     assert "--data-dir" in message and "\n" not in message
     return message

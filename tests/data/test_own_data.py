@@ -106,7 +106,7 @@ X, Y = arrays()
     [
         ({"x": X}, "expected arrays x and y, got x"),
         ({"images": X, "labels": Y}, "expected arrays x and y, got images, labels"),
-        ({"x": X, "y": Y[:-1]}, "for each of its rows in y, of shape (n,), got (60, 4, 6) and (59"),
+        ({"x": X, "y": Y[:-1]}, "name for each row of x, got (60, 4, 6) and (59,)"),
         ({"x": X, "y": np.eye(3)[Y]}, "of shape (n,), got (60, 4, 6) and (60, 3)"),
         ({"x": X[:0], "y": Y[:0]}, "got (0, 4, 6) and (0,)"),
         ({"x": X[:, 0, 0], "y": Y}, "expected x of shape (n, …)"),
@@ -121,7 +121,7 @@ X, Y = arrays()
         ),
         ({"x": X, "y": np.array([None, *Y[1:]])}, "Object arrays cannot be loaded"),
         ({"x": X, "y": Y * 0}, "expected two classes or more, got ['0']"),
-        ({"x": X[:7], "y": Y[:7]}, "expected at least 3 examples of each class, one for each of"),
+        ({"x": X[:7], "y": Y[:7]}, "expected at least 3 examples of each class, one each for"),
     ],
 )
 def test_arrays_that_do_not_fit_are_one_sentence(named, sentence, tmp_path, refused):
@@ -183,7 +183,7 @@ def a_damaged_image(path):
         (an_empty_class, "own: expected a folder of images for each class: Found no valid file"),
         (one_class, "own: expected two classes or more, got ['blue']"),
         (two_sizes, "expected images of one size, 6x4 like"),
-        (parts, "own: expected a folder for each class, got Test, train: give one of them"),
+        (parts, "own: expected a folder for each class, got Test, train: pass one of these"),
         (a_damaged_image, "bad.png: cannot identify image file"),
     ],
 )

@@ -246,7 +246,7 @@ def test_mismatch_is_value_error_is_refused(digits):
         ([], [], "at least one network, got none"),
         ([network, other], [one, one], "one shape, dtype and device, got 64-8-10 .*; 64-9-10"),
         ([network, nnce.MLP((64, 9, 10)).double()], [one, one], "in torch.float32 .*float64"),
-        ([network, network], [one, one], "one is there twice"),
+        ([network, network], [one, one], "one occurs twice"),
         ([network], [one, one], "each of the 1 networks, got 2"),
         ([network], [one._replace(loss="hinge")], "'quadratic' or 'cross-entropy', got 'hinge'"),
         ([network], [one._replace(lr=float("nan"))], "expected lr > 0"),

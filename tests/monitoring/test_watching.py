@@ -795,7 +795,7 @@ def test_a_second_model_under_the_same_name_is_refused(name):
     assert held.step == 0  # its model is gone
     model = Model(ordinary)
     with watch(model, recorder, name=name):
-        with pytest.raises(ValueError, match=f"a name of its own .* with name={name!r}"):
+        with pytest.raises(ValueError, match=f"a different name .* with name={name!r}"):
             watch(Model(ordinary), recorder, name=name)
         with watch(Model(ordinary), recorder, name="another"), watch(model, Recorder(), name=name):
             pass

@@ -182,7 +182,7 @@ def test_a_drawing_has_the_form_of_the_data_set(digit, tmp_path, digits):
         (("RUN", "--index", "1", "--picture", "."), "expected a file to write, got a folder"),
         (("nowhere", "text.txt"), "No such file or directory: nowhere"),
         ((".", "text.txt"), "expected a run directory of train.py with a network.pt, got ."),
-        (("text.txt", "text.txt"), "text.txt is damaged or no network that nnce saved"),
+        (("text.txt", "text.txt"), "text.txt is damaged or not a network that nnce saved"),
     ],
 )
 def test_bad_input_is_one_sentence(predict, refused, digits_run, tmp_path, arguments, sentence):
