@@ -768,7 +768,7 @@ def sigmoid_focal_loss(
     a sum of terms of one sign, so that for y of 0 or 1 nothing cancels at any z, nor does anything
     become 0 · ∞. (Lin et al., Focal loss for dense object detection, 2017.)
 
-    >>> z, y = torch.tensor([-1.0, 200.0]), torch.tensor([1, 0])
+    >>> z, y = torch.tensor([-1.0, 200.0]), torch.tensor([1.0, 0.0])
     >>> nnce.sigmoid_focal_loss(z, y)
     tensor([  0.1755, 150.0000])
 
@@ -814,7 +814,7 @@ def sigmoid_asymmetric_loss(
     `sigmoid_focal_loss`, and the exponents. (Ridnik et al., Asymmetric loss for multi-label
     classification, 2021, whose values for COCO are the defaults.)
 
-    >>> z, y = torch.tensor([[-1.0, 200.0, -3.0]]), torch.tensor([[1, 0, 0]])
+    >>> z, y = torch.tensor([[-1.0, 200.0, -3.0]]), torch.tensor([[1.0, 0.0, 0.0]])
     >>> nnce.sigmoid_asymmetric_loss(z, y, reduction="none")
     tensor([[0.9601, 2.4400, 0.0000]])
 

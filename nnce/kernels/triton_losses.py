@@ -480,7 +480,7 @@ def _rows(z: Tensor, reduction: str) -> tuple[int, int]:
 
 def _arguments(options: Any, y: Tensor, n: int) -> tuple[Any, ...]:
     """Return the options as kernels take them: None for one that has no effect."""
-    weight, period, pos_weight, pos_period, smoothing, ignored, ignores = options
+    weight, period, pos_weight, pos_period, smoothing, ignored, ignores, _ = options
     return (
         *(weight, period if period < n else None),
         *(pos_weight, pos_period if pos_period < n else None),
