@@ -409,7 +409,7 @@ def test_a_network_that_names_more_than_tensors_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(torch, "load", None)  # is not asked
     with pytest.raises(ValueError, match="damaged or not a network that nnce saved") as refused:
         nnce.load(tmp_path / "network.pt")
-    assert "it names " in str(refused.value.__cause__)
+    assert "it contains the name " in str(refused.value.__cause__)
 
 
 def test_what_a_network_is_about_is_saved_with_it(tmp_path):

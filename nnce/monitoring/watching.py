@@ -106,7 +106,7 @@ def watch(
     every = check_size("every", every)
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "expected a model that is not compiled, because hooks do not run in compiled code; "
+            "expected a model that is not compiled, because compiled code is not logged; "
             "watch and train the original module"
         )
     if not (name is None or isinstance(name, str)):

@@ -107,7 +107,10 @@ X, Y = arrays()
         ({"x": X}, "expected arrays x and y, got x"),
         ({"images": X, "labels": Y}, "expected arrays x and y, got images, labels"),
         ({"x": X, "y": Y[:-1]}, "name for each row of x, got (60, 4, 6) and (59,)"),
-        ({"x": X, "y": np.eye(3)[Y]}, "of shape (n,), got (60, 4, 6) and (60, 3)"),
+        (
+            {"x": X, "y": np.eye(3)[Y]},
+            "y of shape (n,), a class number or name for each row of x, got (60, 4, 6) and (60, 3)",
+        ),
         ({"x": X[:0], "y": Y[:0]}, "got (0, 4, 6) and (0,)"),
         ({"x": X[:, 0, 0], "y": Y}, "expected x of shape (n, …)"),
         ({"x": np.where(X[7, 2, 3] == X, np.nan, X / 255), "y": Y}, "got nan of float64 at ["),
