@@ -181,7 +181,7 @@ def test_an_earlier_run_is_a_configuration(train, tmp_path, capsys):
         ("precious", "expected JSON, such as the results.json of a run"),
         ("[1]", "expected a JSON object of option values by name"),
         ('{"config": 3}', "expected a JSON object of option values by name"),
-        ('{"config": {"seeds": 8}}', "an option 'seeds', which this version of "),
+        ('{"config": {"seeds": 8}}', "found option 'seeds', which this version of "),
         ('{"lr": "fast"}', "found lr = 'fast', which this version of "),
         ('{"hidden": 30}', "found hidden = 30, which"),
         ('{"epochs": null}', "found epochs = None, which"),
