@@ -673,7 +673,7 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
 @contextlib.contextmanager
 def announced(description: str, *, quiet: bool = False) -> Iterator[None]:
     """Show a description on a terminal while the block runs, unless quiet."""
-    disable = None if parallel.is_first() and not quiet else True  # None: unless a terminal
+    disable = None if parallel.is_first() and not quiet else True  # None: only on a terminal
     with tqdm(desc=description, bar_format="{desc} …", disable=disable, leave=False):
         yield
 

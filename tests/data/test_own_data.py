@@ -266,7 +266,9 @@ def test_rows_that_are_not_images(tmp_path, refused, capsys):
     assert predict([run, "--index", "0"]) == 0
     capsys.readouterr()
     assert "was not trained on images: use --index" in refused(predict, run, "a.png")
-    assert "expected images for --picture" in refused(predict, run, "--index=0", "--picture=a.png")
+    assert "--picture requires a network that was trained on images" in refused(
+        predict, run, "--index=0", "--picture=a.png"
+    )
     saved(path, x=x[:, :12], y=y)  # changed since
     assert "expected 13 inputs, got 12" in refused(predict, run, "--index", "0")
 

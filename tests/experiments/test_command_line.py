@@ -541,7 +541,7 @@ def test_absurd_numbers_are_one_line(name, number, script, refused, capsys):
     ]
     assert options
     for option in options:
-        assert "expected a whole number within ±1,000,000,000,000,000, got" in refused(
+        assert "expected an integer within ±1,000,000,000,000,000, got" in refused(
             module.main, f"{option}={number}"
         )
 

@@ -52,8 +52,12 @@ def test_plan_pairs_every_loss_and_rate_with_every_seed(digits):
 @pytest.mark.parametrize(
     ("lrs", "seeds", "message"),
     [
-        ({"quadratic": [1.0], "cross-entropy": [1.0]}, 0, "at least 1 seed, a whole number, got 0"),
-        ({"quadratic": [1.0], "cross-entropy": [1.0]}, True, "at least 1 seed"),
+        (
+            {"quadratic": [1.0], "cross-entropy": [1.0]},
+            0,
+            "integer number of seeds, at least 1, got 0",
+        ),
+        ({"quadratic": [1.0], "cross-entropy": [1.0]}, True, "number of seeds, at least 1"),
         ({"quadratic": [1.0]}, 1, "at least one learning rate for loss 'cross-entropy'"),
         ({"quadratic": [1.0], "cross-entropy": [-1.0]}, 1, "positive learning rate, got -1.0"),
         ({"quadratic": [1.0], "cross-entropy": [1.0], "hinge": [1.0]}, 1, "got 'hinge'"),
@@ -172,7 +176,7 @@ def test_engines_in_the_graph_are_not_trained_side_by_side(digits):
 
 def test_networks_in_turn_are_for_as_many_epochs(digits):
     settings = [Settings(hidden=(8,), epochs=epochs) for epochs in (1, 2)]
-    with pytest.raises(ValueError, match="as many epochs"):
+    with pytest.raises(ValueError, match="same number of epochs"):
         comparison.InTurn(settings, digits)
 
 
@@ -246,7 +250,7 @@ def test_conclude_notes_what_a_reader_must_know(digits):
         "**Interrupted after epoch 1.**",  # of 30
         "The best rate for quadratic, 3, is at the edge of its grid.",
         "No usable rate for cross-entropy: all diverged.",
-        "One seed: there is no interval and no p-value; use --seeds 8.",
+        "With one seed there are no intervals and p-values; use --seeds 8.",
     ]
     assert list(findings.comparisons) == ["both 1"]
     assert findings.comparisons["both 1"].difference["last epoch"].n == 0

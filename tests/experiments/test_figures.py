@@ -27,7 +27,7 @@ def test_confusion_counts_every_example(digits):
     counts = torch.diag(digits.test.y.sum(0).long())
     counts[3, 5] = 2
     figure = figures.confusion_matrix(counts.tolist())
-    assert figure.axes[0].get_title() == "300 of 302 right"
+    assert figure.axes[0].get_title() == "300 of 302 correct"
     texts = figure.axes[0].texts
     assert sum(int(text.get_text()) for text in texts) == 302
     assert min(text.get_fontsize() for text in texts) * figure.dpi / 72 >= 12  # pixels
@@ -95,7 +95,7 @@ def test_wrong_examples_are_the_most_confident_ones(digits):
     x, y = digits.test
     z = 10 * y - 5
     none = figures.wrong_examples(digits.test, z)
-    assert none.get_suptitle() == "No example is classified wrongly"
+    assert none.get_suptitle() == "All examples are classified correctly"
     z[3] = 0.1 * z[3].roll(1)  # wrong, but not so confidently
     z[7] = z[7].roll(1)
     shown = figures.wrong_examples(data.Split(x, y), z, count=1)
@@ -138,7 +138,7 @@ def test_a_reproduced_table_is_drawn():
     for line in panel.lines:
         points.setdefault(line.get_label(), []).extend(zip(*line.get_data(), strict=True))
     assert sorted(points["ours"]) == [*((x, 0) for x in ours), (96.0, 1)]
-    assert points["ours, beyond the edge"] == [(left, 0)]
+    assert points["ours, off the scale"] == [(left, 0)]
     assert points["published"] == [(95.5, 0), (97.0, 2)]
     assert points["median"] == [(pytest.approx(95.09), 0), (96.0, 1)]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["A", "B", "C"]

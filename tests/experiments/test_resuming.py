@@ -323,12 +323,12 @@ def begun(alone, tmp_path):
         ("train", ["--train-size", "9"], "--train-size 9: the run in {} was started with 300"),
         ("train", ["--run-dir", "elsewhere"], "--run-dir elsewhere: the run in {}"),
         ("train", ["--dry-run"], "--dry-run True: the run in {} was started with False"),
-        ("train", ["--epochs", "2"], "--epochs 2: may be raised on resuming, and the run has 3"),
-        ("train", ["--epochs", "0"], "--epochs 0: may be raised on resuming"),
+        ("train", ["--epochs", "2"], "--epochs 2: may only increase on resuming; the run has 3"),
+        ("train", ["--epochs", "0"], "--epochs 0: may only increase on resuming"),
         (
             "train",
             ["--patience", "2"],
-            "--patience 2: may be raised on resuming, and the run",
+            "--patience 2: may only increase on resuming; the run",
         ),
         ("compare", ["--seeds", "3"], "--seeds 3: the run in {} was started with 2"),
         ("compare", ["--lrs", "1", "3"], "--lrs 1 3: the run in {} was started with 1"),
@@ -358,8 +358,8 @@ def test_what_the_run_was_begun_with_may_be_said_again(begun, train):
     [
         ("nowhere", "there is no such folder"),
         ("train/results.json", "there is no such folder"),
-        ("", "no run of train.py has left a checkpoint there"),
-        ("compare", "that is a run of compare.py, not of train.py"),
+        ("", "the folder has no checkpoint of train.py"),
+        ("compare", "expected a run of train.py, got one of compare.py"),
     ],
 )
 def test_where_there_is_nothing_to_resume(place, message, begun, train, refused):
@@ -373,7 +373,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, train, alone, c
     newest.write_bytes(content)
     assert train.main(["--resume", str(begun / "train")]) == 0
     err = capsys.readouterr().err
-    assert f"{newest} is damaged: its checksum is wrong; going on from {before}" in err
+    assert (
+        f"{newest} is damaged: its checksum is wrong; continuing from the previous one, {before}"
+        in err
+    )
     same_as_alone(alone["train"], begun / "train")
 
 
@@ -411,7 +414,7 @@ def test_other_circumstances_are_said(begun, train, capsys, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert train.main(["--resume", str(begun / "train")]) == 0
     err = capsys.readouterr().err
-    assert err.startswith("Resumed with torch 2.99 (was 2.") and "the bits may differ" in err
+    assert err.startswith("Resumed with torch 2.99 (was 2.") and "rounding may differ" in err
     assert train.main(["--resume", str(begun / "train")]) == 0  # said again only if it is another
     assert "Resumed with" in capsys.readouterr().err
 
@@ -439,7 +442,7 @@ def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, t
     with command_line.run_directory(run_dir, ""):
         shutil.copytree(run_dir, tmp_path / "killed")
     line = refused(train.main, "--resume", str(tmp_path / "killed"))
-    assert "it was killed before its first checkpoint: start it again as at first" in line
+    assert "killed before its first checkpoint: start it again without --resume" in line
 
 
 @pytest.mark.parametrize("name", ["train", pytest.param("compare", marks=pytest.mark.slow)])
@@ -521,7 +524,7 @@ def test_how_often_is_said_in_epochs_or_seconds(text, train):
 )
 def test_no_number_of_epochs_or_seconds(text, train, refused):
     line = refused(train.main, f"--checkpoint-every={text}")
-    assert f"expected a number of epochs, 5 say, or of seconds, 30s say, got {text!r}" in line
+    assert f"expected epochs (such as 5) or seconds (such as 30s), got {text!r}" in line
 
 
 @pytest.mark.parametrize(("every", "expected"), [("1", 4), ("2", 3), ("100", 2), ("9999s", 2)])

@@ -80,7 +80,7 @@ def test_the_screen(compare, tmp_path, capsys):
     assert answer[0].startswith("Best of 27 on validation: lr=") and "test accuracy" in answer[1]
     assert lines[3:5] == answer and answer[1] in lines[-4:]
     assert len(lines) <= 60 and max(map(len, lines)) <= 120
-    assert "7 more in results.md" in lines
+    assert "7 more rows in results.md" in lines
     page = (run_dir / "results.md").read_text()
     assert page.count("\n| ") == 1 + 27 and "Made by `scripts/compare.py" in page
     assert (run_dir / "heat-map.png").read_bytes().startswith(b"\x89PNG")
@@ -99,7 +99,7 @@ def test_diverged_combinations_are_last_and_never_chosen(compare, tmp_path):
 def test_where_all_diverge_nothing_is_chosen(compare, tmp_path, capsys):
     options = ["--sweep", "lr=1e38", "l2=0,1", "--seeds", "1", "--epochs", "2"]
     assert compare.main([*options, "--run-dir", str(tmp_path)]) == 0
-    assert "No choice: all 2 combinations diverged." in capsys.readouterr().out
+    assert "No combination chosen: all 2 diverged." in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["chosen"] is None and results["test"] is None
     assert not (tmp_path / "network.pt").exists()
@@ -161,7 +161,10 @@ def test_a_heat_map_has_each_value_in_order_and_the_others_as_chosen():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["depth=1,2"], "expected --sweep of batch-size, cosine-epochs, elastic, elastic-sigma, "),
+        (
+            ["depth=1,2"],
+            "expected --sweep over options out of batch-size, cosine-epochs, elastic, ",
+        ),
         (["epochs=1,2"], "got 'epochs'"),
         (["lr=fast"], "argument --lr: invalid float value: 'fast'"),
         (["lr=0,1"], "expected a positive learning rate, got 0.0"),
@@ -170,9 +173,9 @@ def test_a_heat_map_has_each_value_in_order_and_the_others_as_chosen():
         (["hidden=3-x"], "argument --hidden: invalid int value: 'x'"),
         (["hidden=0"], "expected positive hidden sizes, got (0,)"),
         (["init=tiny"], "or a positive standard deviation, got 'tiny'"),
-        (["lr"], "expected each name in --sweep once, as NAME=V,V, got 'lr'"),
-        (["lr=1,"], "expected each name in --sweep once, as NAME=V,V, got 'lr=1,'"),
-        (["lr=1", "lr=2"], "expected each name in --sweep once, as NAME=V,V, got 'lr=2'"),
+        (["lr"], "expected each option in --sweep once, as NAME=V,V, got 'lr'"),
+        (["lr=1,"], "expected each option in --sweep once, as NAME=V,V, got 'lr=1,'"),
+        (["lr=1", "lr=2"], "expected each option in --sweep once, as NAME=V,V, got 'lr=2'"),
         (["hidden=10,1000000000000"], "would need"),
         (["lr=1", "--lrs", "3"], "expected --sweep or --lrs, got both"),
         (["lr=1", "--seeds", "0"], "expected 1 to 1,000 --seeds, got 0"),

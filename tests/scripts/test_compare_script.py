@@ -50,7 +50,7 @@ def test_each_part_of_the_end_is_shown_on_a_terminal(compare, tmp_path, monkeypa
     shown = capsys.readouterr().err
     for part in (
         *("2 networks together", "control, by autograd", "comparing all engines with autograd …"),
-        *("learning curves …", "pictures for TensorBoard …"),
+        *("plotting learning curves …", "plotting images for TensorBoard …"),
     ):
         assert part in shown
 
@@ -238,7 +238,7 @@ def test_custom_scalars_are_three_groups_of_margin_charts(finished):
     assert all(layout == layouts[0] for layout in layouts)  # TensorBoard merges equal ones
     well, fast, slow = layouts[0].category
     assert "How well" in well.title and "How fast" in fast.title and "slowdown" in slow.title
-    assert any("the quadratic loss has left" in chart.title for chart in slow.chart)
+    assert any("ratio of dz, quadratic to cross-entropy" in chart.title for chart in slow.chart)
     values = []
     for category in (well, fast, slow):
         for chart in category.chart:
@@ -280,8 +280,8 @@ def test_one_seed_says_that_there_is_no_interval(compare, tmp_path, capsys):
     options = ["--seeds", "1", "--lrs", "quadratic=3", "cross-entropy=0.5", "--epochs", "1"]
     assert compare.main([*options, "--control-seeds", "0", "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "One seed: there is no interval and no p-value" in out
-    assert "one seed, so no interval: use --seeds 8" in out
+    assert "With one seed there are no intervals and p-values" in out
+    assert "no interval from one seed: use --seeds 8" in out
     assert "(" not in out.splitlines()[9] and "nan" not in out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["test accuracy, last epoch, low"] for row in results["rows"]] == [None, None]
@@ -383,7 +383,10 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
     ("options", "message"),
     [
         (["--seeds", "1000000000"], "14,000,000,000 networks of sizes 64-30-10 would need"),
-        (["--seeds", "0", "--control-seeds", "0"], "at least 1 seed, a whole number, got 0"),
+        (
+            ["--seeds", "0", "--control-seeds", "0"],
+            "expected an integer number of seeds, at least 1, got 0",
+        ),
         (["--control-seeds", "9"], "0 to 8 --control-seeds, at most --seeds, got 9"),
         (["--lrs", "fast"], "expected numbers in --lrs, got 'fast'"),
         (["--lrs", "hinge=1"], "--lrs for 'quadratic' or 'cross-entropy', got 'hinge=1'"),

@@ -90,7 +90,7 @@ def test_each_part_is_shown_on_a_terminal(slowdown, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert slowdown.main(["--epochs", "5", "--run-dir", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().err
-    assert all(part in shown for part in ("training: ", "logging: ", "picture …"))
+    assert all(part in shown for part in ("training: ", "logging: ", "plotting …"))
     assert "/9 [" in shown
 
 

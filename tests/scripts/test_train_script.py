@@ -178,13 +178,13 @@ def test_an_earlier_run_is_a_configuration(train, tmp_path, capsys):
     ("content", "message"),
     [
         (None, "No such file or directory"),
-        ("precious", "expected JSON, as in the results.json of a run"),
-        ("[1]", "expected an object of options by name"),
-        ('{"config": 3}', "expected an object of options by name"),
-        ('{"config": {"seeds": 8}}', "an option 'seeds', which this version of "),
-        ('{"lr": "fast"}', "it has lr = 'fast', which this version of "),
-        ('{"hidden": 30}', "it has hidden = 30, which"),
-        ('{"epochs": null}', "it has epochs = None, which"),
+        ("precious", "expected JSON, such as the results.json of a run"),
+        ("[1]", "expected a JSON object of option values by name"),
+        ('{"config": 3}', "expected a JSON object of option values by name"),
+        ('{"config": {"seeds": 8}}', "found option 'seeds', which this version of "),
+        ('{"lr": "fast"}', "found lr = 'fast', which this version of "),
+        ('{"hidden": 30}', "found hidden = 30, which"),
+        ('{"epochs": null}', "found epochs = None, which"),
         ('{"patience": 0}', "expected --patience of at least 1 epoch, got 0"),
     ],
 )
@@ -207,7 +207,7 @@ def test_dry_run_leaves_nothing_behind(train, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "nothing was kept" in out and "nnce.load" not in out
+    assert "kept no files" in out and "nnce.load" not in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,7 +252,10 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--optimizer", "adam", "--momentum", "0.9"], "no momentum for optimizer 'adam'"),
         (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, but cpu has"),
         (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
-        (["--name", "a/b"], "expected a letter or digit and at most 59 more or . _ + -, got 'a/b'"),
+        (
+            ["--name", "a/b"],
+            "expected a letter or digit, then at most 59 letters, digits or . _ + -, got 'a/b'",
+        ),
         (["--name", "mine", "--run-dir", "there"], "expected --run-dir or --name, got both"),
     ],
 )

@@ -246,7 +246,9 @@ def test_a_job_that_has_lost_a_process_says_how_to_go_on(of_a_job, tmp_path, mon
             command_line.keep(path)
             raise gone
         sentence, *how = str(failed.value).splitlines()
-        assert re.match(r"process 0 has lost another one: .*Connection closed by peer", sentence)
+        assert re.match(
+            r"process 0 lost its connection to another one: .*Connection closed by peer", sentence
+        )
         assert f"finished results are kept in {run_dir}" in sentence
         commands[restarts] = how
     assert commands["1"] == []
