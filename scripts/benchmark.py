@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
 
 
 def complaint(row: dict[str, Any]) -> str | None:
-    """Describe the error in a contender's result; None if there is none."""
+    """Describe the error in a contender's result; None without one."""
     is_wrong = row["outcome"] in ("wrong", "failed")
     return f"{row['outcome'].upper()}: {row['note']}" if is_wrong else None
 

@@ -527,7 +527,7 @@ class _Signals:
                 raise KeyboardInterrupt
 
     def waiting(self) -> int:
-        """The number of a signal that is pending until the end of a block; 0 if there is none."""
+        """The number of a signal that is pending until the end of a block; 0 without one."""
         return self.first or 0 if self._waiting else 0
 
     def raise_pending(self) -> None:

@@ -171,7 +171,7 @@ def _as_typed(value: object) -> str:
 
 
 def _read(run_dir: Path, script: str) -> dict[str, Any]:
-    """Read the latest checkpoint of a run; raises ValueError if there is none to resume from."""
+    """Read the latest checkpoint of a run; raises ValueError if nothing can be resumed."""
     try:
         if not run_dir.is_dir():
             raise ValueError("there is no such folder")

@@ -206,7 +206,7 @@ class Measured(NamedTuple):
     right_at_infinity: bool = True
     """Whether z = ±∞ gives the limit, and NaN gives NaN."""
     wrong: str = ""
-    """The y and z of smallest |z| with a relative error above 1 %; empty if there is none."""
+    """The y and z of smallest |z| with a relative error above 1 %; empty without one."""
 
 
 class Curve(NamedTuple):
