@@ -783,6 +783,12 @@ class _ByDifferences:
         own = functools.partial(self._own, "second")
         dense = _Evidence(line, by_x, floor, self.ours.place, self._largest(by_x), own)
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
+        tiny = undecided[by_x[undecided].abs() <= _REORDERED / _ROUNDING * floor[undecided]]
+        # Where the values depend on none of these elements, their derivatives are 0.
+        if len(tiny) and self._of_f(self._along(tiny, apart=True)).line.independent():
+            undecided = undecided[~torch.isin(undecided, tiny)]
+            if not len(undecided):
+                found = _independent(len(tiny), self.ours.place(int(tiny[0])))
         if found.verdict != "cannot tell":
             return self._counted(found, n)
         if len(undecided) > self.count:
@@ -833,8 +839,7 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
                 findings.append(_judge_one(piece.of(right.nonzero().flatten()), few, many, rtol)[0])
             zeros = (~right & (piece.computed == 0)).nonzero().flatten()
             if len(zeros) > 1 and piece.line.of(zeros).independent():
-                where = f"{len(zeros)} elements, {piece.names(int(zeros[0]))} among them"
-                findings.append(Finding("right", 0.0, f"the values do not depend on {where}"))
+                findings.append(_independent(len(zeros), piece.names(int(zeros[0]))))
                 right[zeros] = True
             if not right.all():
                 rest += piece.of((~right).nonzero().flatten()).each()
@@ -846,6 +851,10 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
     undecided = [finding for finding in findings if finding.verdict == "cannot tell"]
     worst = undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
     return worst._replace(resolution=max(finding.resolution for finding in findings))
+
+
+def _independent(count: int, place: str) -> Finding:
+    return Finding("right", 0.0, f"the values do not depend on {count} elements, such as {place}")
 
 
 def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
