@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from nnce.checks._numerical import EPS
 from nnce.checks._subject import Subject, sentence
 from nnce.checks._torch_private import (
     NO_DERIVATIVE,
@@ -87,6 +88,13 @@ class Derivatives:
             if moves(compute, 2.0**-11) and not moves(compute, 2.0**-39):
                 return torch.float32
         return torch.float64
+
+    def exact(self, drawn: Tensor) -> Tensor:
+        """Drawn numbers, of eight bits where the function computes in low precision.
+
+        Rounding a number that stays the same would add an error that no scatter shows.
+        """
+        return drawn if self.unit == EPS else drawn.bfloat16().to(drawn)
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The inputs whose elements a vector like x concatenates."""
