@@ -9,6 +9,8 @@ from torch.autograd import Function, gradcheck, gradgradcheck
 from zoo import LOW, ZOO, SinOnce
 
 import nnce
+from nnce.checks._derivatives import Derivatives
+from nnce.checks._subject import Subject
 
 # How many elements the functions of the zoo are tried with.
 SOME_SIZES = (1, 6, 33)
@@ -16,6 +18,10 @@ SIZES = (1, 2, 3, 5, 7, 10, 16, 33, 64, 65)
 SIZES += (100, 200, 300, 500, 800, 1000, 1500, 2000, 3000, 5000)
 UNDECIDED = {
     "relu at its kink": "a kink",
+    **{
+        f"{dtype} both ways: layer norm": "second derivatives that change within a few units of x"
+        for dtype in ("float16", "bfloat16")
+    },
 }
 """Right functions of which it cannot tell, and why."""
 
@@ -665,3 +671,11 @@ def test_saturation_stays_undecided_with_any_backward(z):
                 return 0 * upstream
 
         assert not nnce.check_gradients(Zero.apply, column(*z)).right
+
+
+def test_a_gradient_that_is_rounding_noise_is_not_taken_for_half_precision():
+    """Under an upstream gradient of ones, that of a normalization has but a few bits."""
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for function in (lambda x: torch.nn.functional.layer_norm(x, (3,)), lambda x: x.softmax(-1)):
+        subject = Subject(function, (x,), "the function")
+        assert Derivatives(subject).dtype == torch.float64
