@@ -1053,7 +1053,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             right=True,
         )
         add(
-            f"{str(dtype)[6:]}: {function.__name__} away from its kinks",
+            f"{str(dtype)[6:]}: {function.__name__} both ways, away from its kinks",
             low(function, dtype),
             away(-1, 0, 1, 6),
             right=True,
