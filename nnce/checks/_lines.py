@@ -31,15 +31,39 @@ _GRID = tuple(4.0**k for k in range(-8, 4))
 _SPARSE_GRID = {1.0: (61.7, 2.0**-9), -1.0: (61.7, 4.3)}
 # An edge is located to this share of x; beyond it is a little further.
 _EDGE, _BEYOND, _FAR_BEYOND = 2.0**-32, 2.0**-20, 2.0**-14
-# In a lower precision, it is located to this many units in the last place.
-_EDGE_UNITS, _BEYOND_UNITS = 16, 2.0**17
 # Near 0 these are shares of this much.
 _LEAST = 2.0**-10
 # At an edge that is not a jump a value has moved by at most these few units in its last place. A
 # little beyond it, one that fades out has moved by fewer than many.
 _FEW, _MANY = 4.0, 16.0
+# Units of float32 are smaller, and those of half precision larger.
+_SINGLE = 2.0**-16
 # Beyond a kink a value moves by this many times as much as at it; up a staircase by fewer.
 _STEEP = 512.0
+
+
+class _Edge(NamedTuple):
+    """How to tell where a plateau ends in a kink from where it fades out."""
+
+    share: float
+    """An edge is located to this share of x."""
+    beyond: float
+    """A little beyond it is this share of x."""
+    many: float
+    """Units by which values have moved there, where it ends in a kink."""
+    steep: float
+    """As `_STEEP`."""
+
+
+def _edge_in(unit: float) -> _Edge:
+    """The same in a precision: half precision has but 32 units in a quarter of x."""
+    if unit == EPS:
+        return _Edge(_EDGE, _BEYOND, _MANY, _STEEP)
+    if unit < _SINGLE:
+        return _Edge(16 * unit, 2.0**17 * unit, _MANY, _STEEP)
+    return _Edge(unit, 32 * unit, 8.0, 8.0)
+
+
 # Values that scatter by rounding move by up to this many units in their last place.
 _SCATTER = 64.0
 # What is below the smallest number of float32 counts as having faded to 0.
@@ -270,24 +294,23 @@ class Line:
 
     def _edge(self, inside: Tensor, outside: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         """Whether the edge between two steps is a kink or a jump, or one that fades out."""
-        edge, beyond, unit = _EDGE, _BEYOND, self.precision.coarsest()
-        if unit > EPS:
-            edge, beyond = _EDGE_UNITS * unit, _BEYOND_UNITS * unit
-        outside = self._bisect(inside, outside, edge, exact)
+        unit = self.precision.coarsest()
+        share, beyond, many, steep = _edge_in(unit)
+        outside = self._bisect(inside, outside, share, exact)
         past = outside + outside.sign() * beyond * self._scale(outside)
         moved, further = (self._amount(step, exact) * EPS / unit for step in (outside, past))
-        unit = unit if exact else _SCATTER * unit
+        relative = unit if exact else _SCATTER * unit
         continuous = moved <= _FEW
-        kink = further >= torch.where(continuous, _MANY, _STEEP * moved)
+        kink = further >= torch.where(continuous, many, steep * moved)
         # The next steps of a staircase are as long as this one.
         if unit > EPS:
-            kink &= further >= _STEEP * torch.clamp(past / outside - 1, min=1.0)
+            kink &= further >= steep * torch.clamp(past / outside - 1, min=1.0)
         else:  # where two parabolas meet, values begin to move slowly
             past = outside + outside.sign() * _FAR_BEYOND * self._scale(outside)
             far = self._amount(past, exact)
             kink |= continuous & (far >= _MANY + _STEEP * (past / outside - 1))
-        jump = moved * unit >= COARSEST_JUMP
-        return kink | jump, continuous & (further < _MANY) & ~kink
+        jump = ~continuous & (moved * relative >= COARSEST_JUMP)
+        return kink | jump, continuous & (further < many) & ~kink
 
     def _bisect(self, inside: Tensor, outside: Tensor, edge: float, exact: bool) -> Tensor:
         """The first step at which a value has moved, to a share of x."""

@@ -156,6 +156,8 @@ class Fit(NamedTuple):
     slope_uncertainty: Tensor
     scatter: Tensor
     """The largest distance of a value from the curve."""
+    typical: Tensor
+    """The median distance."""
 
 
 class _Design(NamedTuple):
@@ -200,23 +202,23 @@ def fit(values: Tensor, unit: float) -> Fit:
         chosen = values[inside.to(values.device)]
         high, low = (_polynomial(chosen, unit, design) for design in designs)
         row = [high[0], 2 * high[1] + (high[0] - low[0]).abs(), high[2] / radius]
-        found.append([*row, (2 * high[3] + (high[2] - low[2]).abs()) / radius, high[4]])
-    value, off_value, slope, off_slope, scatter = (torch.stack(t) for t in zip(*found, strict=True))
+        found.append([*row, (2 * high[3] + (high[2] - low[2]).abs()) / radius, *high[4:]])
+    value, off_value, slope, off_slope, *scatter = (
+        torch.stack(t) for t in zip(*found, strict=True)
+    )
 
     def best(table: Tensor, off: Tensor, *others: Tensor) -> list[Tensor]:
         width, row = _most_certain(table, _WIDE * off)
         picked = [t.gather(0, row.clamp(min=0).unsqueeze(0)).squeeze(0) for t in (table, *others)]
         return [*(torch.where(row >= 0, t, math.nan) for t in picked), width / _WIDE]
 
-    value, scatter, off = best(value, off_value, scatter)
+    value, largest, typical, off = best(value, off_value, *scatter)
     slope, off_slope = best(slope, off_slope)
-    return Fit(value, off, slope, off_slope, scatter)
+    return Fit(value, off, slope, off_slope, largest, typical)
 
 
-def _polynomial(
-    values: Tensor, unit: float, design: _Design
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Value and slope at 0, each with its standard error, and the largest residual.
+def _polynomial(values: Tensor, unit: float, design: _Design) -> tuple[Tensor, ...]:
+    """Value and slope at 0, each with its standard error; the largest and the median residual.
 
     Neighbors on one step of a staircase are off by the same and count as one. Values that hardly
     ever change are known to within their range, and slopes to within what that hides.
@@ -233,7 +235,8 @@ def _polynomial(
     error, few = inverse.norm(dim=1), changes < _FIT_CHANGES
     off_value = torch.where(few, span, error[0] * sigma)
     off_slope = torch.where(few, hidden, error[1] * sigma)
-    return coefficients[0], off_value, coefficients[1], off_slope, off.abs().amax(0)
+    size = off.abs()
+    return coefficients[0], off_value, coefficients[1], off_slope, size.amax(0), size.median(0)[0]
 
 
 def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,14 @@ _COMPUTE: dict[str, Callable[[Derivatives, Tensor, Tensor], Tensor]] = {
     "second": lambda ours, upstream, along: ours.second_as_one(upstream, along),
 }
 
+# A derivative scatters by at most this many times as much as rounding explains.
+_MOST = 16.0
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.nan_to_num(0.0, 0.0, 0.0).abs().max())
+
 
 class Resolution:
     """Smooth curves through what a function computes along a direction."""
@@ -33,7 +41,19 @@ class Resolution:
 
     def scatter(self, name: str) -> Tensor:
         """How far rounding moves each element; 0 where there is no smooth curve."""
-        return self.of(name).scatter.nan_to_num(0.0, 0.0, 0.0)
+        scatter = self.of(name).scatter.nan_to_num(0.0, 0.0, 0.0)
+        return scatter if name == "value" else scatter.clamp(max=_MOST * self.rounded(name))
+
+    def rounded(self, name: str) -> float:
+        """How far a derivative moves where it is rounded by a unit, and x by what moves values."""
+        values, curve = self.of("value"), self.of(name)
+        of_x = _largest(values.typical) / max(_largest(values.slope), _TINY)
+        return (self.ours.unit + of_x) * (_largest(curve.value) + _largest(curve.slope))
+
+    def noise(self, name: str) -> float:
+        """How far a derivative scatters if that is much more than rounding explains; else 0."""
+        typical = _largest(self.of(name).typical)
+        return typical if typical > _MOST * self.rounded(name) else 0.0
 
     def _computed(self, name: str, step: Tensor) -> Tensor:
         moved = self.ours.at(self.ours.x + step * self.along)

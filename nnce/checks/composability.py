@@ -186,6 +186,7 @@ class _Case:
         fixed = len(self.inputs) < len(inputs)
         self.examples = None if examples is None or fixed else tuple(map(bool, examples))
         value = self.subject.observe()
+        self.shape = value.shape
         self.has_reference = reference is not None
         self._plain = self.subject
         if reference is not None:
@@ -560,6 +561,7 @@ def _strides(case: _Case) -> None:
     layouts: dict[str, Callable[[Tensor], Tensor]] = {
         "not contiguous": lambda t: torch.stack([t, -t], dim=-1)[..., 0],
         "columns first": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        "at an offset": lambda t: torch.cat([-t.flatten(), t.flatten()])[t.numel() :].view(t.shape),
         "stride 0": lambda t: t[:1].expand(t.shape) if t.dim() else t,
     }
     for name, change in layouts.items():
@@ -612,11 +614,12 @@ def _untouched(case: _Case) -> None:
     arguments = case.subject.fresh()
     history = [_history(value) for value in arguments]
     output = case.subject.function(*arguments)
+    kept = [_history(value) is then for value, then in zip(arguments, history, strict=True)]
 
     def compare(when: str) -> None:
-        triples = zip(arguments, case.subject.arguments, history, strict=True)
-        for i, (got, expected, before) in enumerate(triples):
-            if isinstance(got, Tensor) and _history(got) is before:
+        triples = zip(arguments, case.subject.arguments, kept, strict=True)
+        for i, (got, expected, should_be) in enumerate(triples):
+            if should_be and isinstance(got, Tensor):
                 _same(f"input {i} {when}", got, expected)
 
     compare("after the call")
@@ -627,6 +630,10 @@ def _untouched(case: _Case) -> None:
     torch.autograd.grad(output, roots, upstream, allow_unused=True)
     _same("upstream gradient after the backward", upstream, before)
     compare("after the backward")
+    arguments = [copied(value) for value in case.subject.arguments]
+    with torch.no_grad():
+        case.subject.function(*arguments)
+    compare("after a call under no_grad")
 
 
 def _checkpoint(case: _Case) -> None:
@@ -647,23 +654,34 @@ def _inference_mode(case: _Case) -> None:
 
 
 def _frozen(case: _Case) -> None:
-    """Whoever does not ask for a gradient gets none, and the others' are the same."""
+    """Inputs without requires_grad get no gradient, and the others' are the same.
+
+    Each input alone requires a gradient, and all but one do.
+    """
     expected = case.gradients()
-    for wanted in case.argnums:
-        leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(case.inputs)]
+    alone = [(i,) for i in case.argnums]
+    but_one = [tuple(k for k in case.argnums if k != i) for i in case.argnums]
+    for wanted in dict.fromkeys([*alone, *but_one]) if len(alone) > 1 else alone:
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(case.inputs)]
         output = case.number(*leaves)
+        names = " and ".join(map(str, wanted))
         if not output.requires_grad:
-            if expected[wanted].any():
-                raise _Differs(f"input {wanted} alone has no gradient")
+            if any(expected[i].any() for i in wanted):
+                raise _Differs(f"input {names} alone has no gradient")
             continue
         output.backward()
-        got = _zeros_for_none([leaves[wanted].grad], [leaves[wanted]])
-        _same(f"gradient of input {wanted} alone", got, (expected[wanted],))
+        for i in wanted:
+            got = _zeros_for_none([leaves[i].grad], [leaves[i]])
+            alone_or = "alone" if len(wanted) == 1 else f"where {names} require one"
+            _same(f"gradient of input {i} {alone_or}", got, (expected[i],))
 
 
 def _meta(case: _Case) -> None:
     inputs = [t.to("meta").requires_grad_() for t in case.inputs]
-    gradients = torch.autograd.grad(case.number(*inputs), inputs, allow_unused=True)
+    output = case.call(*inputs)
+    if output.shape != case.shape:
+        raise _Differs(f"output: expected shape {tuple(case.shape)}, got {tuple(output.shape)}")
+    gradients = torch.autograd.grad(_one_number(output), inputs, allow_unused=True)
     for number, (g, t) in enumerate(zip(gradients, inputs, strict=True)):
         if g is not None and g.shape != t.shape:
             raise _Differs(

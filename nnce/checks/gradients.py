@@ -160,7 +160,8 @@ def check_gradients(
     Values are taken to be right to some units in the last place of float64. Where a function
     computes in float32, float16 or bfloat16, polynomials are fitted to some hundred values, and to
     as many gradients. How far these scatter is the function's resolution: it is right if it differs
-    by no more, and the first line of the report states that share of the largest derivative. Where
+    by no more, and the first line of the report states that share of the largest derivative. A
+    gradient that scatters much more than rounding explains is not right. Where
     a function is a staircase of its own, and where x is beyond 10^14 or nearer to a pole than
     10^-14, what it computes has other derivatives than what it means, and it may be called wrong; a
     reference decides.
@@ -214,7 +215,7 @@ def _check(
     ours = Derivatives(subject)
     value = ours.value()
     draw = _Draw(seed)
-    upstream = draw.like(value)
+    upstream = ours.exact(draw.like(value))
     try:
         first = ours.first(upstream)
         if reference is None:
@@ -296,7 +297,7 @@ def _along_random(
     ours: Derivatives, upstream: Tensor, draw: _Draw
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A direction, and along it the tangent and the second derivatives that there are."""
-    along = draw.like(ours.x)
+    along = ours.exact(draw.like(ours.x))
 
     def unless_missing(compute: Callable[[], Tensor]) -> Tensor | None:
         try:
@@ -539,7 +540,7 @@ class _ByDifferences:
         self.cells = value.numel() if self.alone else 1
         self.probed = len(ours.x) if self.alone else min(len(ours.x), count)
         self.largest = self._largest(first)
-        self.everywhere = Direction(draw.like(ours.x) * self.size, None)
+        self.everywhere = Direction(ours.exact(draw.like(ours.x) * self.size), None)
         self.resolution = Resolution(ours, upstream, self.everywhere.v)
         self._units: dict[bool, float] = {}
         self.tangent: Tensor | None = None
@@ -551,12 +552,24 @@ class _ByDifferences:
         first = self._judge(of_first)
         if first.verdict == "right" and not self.alone and self.ours.unit > EPS:
             first = self._steepest(first)
+        first = self._unless_noisy("first", first)
         return Report(
             value=Finding("cannot tell", math.nan, "there is no reference to compare it with"),
             first=first,
             forward_mode=_or_wrong(self.ours, lambda: self._forward_mode(first, of_first)),
-            second=_or_unsupported(lambda: self._second(first)),
+            second=_or_unsupported(lambda: self._unless_noisy("second", self._second(first))),
         )
+
+    def _unless_noisy(self, of: str, found: Finding) -> Finding:
+        """Noise in a derivative would hide errors."""
+        if found.verdict != "right" or self.ours.unit == EPS:
+            return found
+        noise = self.resolution.noise(of)
+        if not noise:
+            return found
+        times = noise / self.resolution.rounded(of)
+        detail = f"it scatters by {noise:.1e}, {times:.0f} times as much as rounding explains"
+        return found._replace(verdict="cannot tell", error=math.nan, detail=detail)
 
     def _steepest(self, first: Finding) -> Finding:
         """Values in low precision show an error best where all elements move them the same way."""
@@ -783,6 +796,12 @@ class _ByDifferences:
         own = functools.partial(self._own, "second")
         dense = _Evidence(line, by_x, floor, self.ours.place, self._largest(by_x), own)
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
+        tiny = undecided[by_x[undecided].abs() <= _REORDERED / _ROUNDING * floor[undecided]]
+        # Where the values depend on none of these elements, their derivatives are 0.
+        if len(tiny) and self._of_f(self._along(tiny, apart=True)).line.independent():
+            undecided = undecided[~torch.isin(undecided, tiny)]
+            if not len(undecided):
+                found = _independent(len(tiny), self.ours.place(int(tiny[0])))
         if found.verdict != "cannot tell":
             return self._counted(found, n)
         if len(undecided) > self.count:
@@ -833,8 +852,7 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
                 findings.append(_judge_one(piece.of(right.nonzero().flatten()), few, many, rtol)[0])
             zeros = (~right & (piece.computed == 0)).nonzero().flatten()
             if len(zeros) > 1 and piece.line.of(zeros).independent():
-                where = f"{len(zeros)} elements, {piece.names(int(zeros[0]))} among them"
-                findings.append(Finding("right", 0.0, f"the values do not depend on {where}"))
+                findings.append(_independent(len(zeros), piece.names(int(zeros[0]))))
                 right[zeros] = True
             if not right.all():
                 rest += piece.of((~right).nonzero().flatten()).each()
@@ -846,6 +864,10 @@ def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) 
     undecided = [finding for finding in findings if finding.verdict == "cannot tell"]
     worst = undecided[0] if undecided else max(findings, key=lambda finding: finding.error)
     return worst._replace(resolution=max(finding.resolution for finding in findings))
+
+
+def _independent(count: int, place: str) -> Finding:
+    return Finding("right", 0.0, f"the values do not depend on {count} elements, such as {place}")
 
 
 def _relative(computed: Tensor, derivative: Tensor) -> Tensor:

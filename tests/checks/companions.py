@@ -507,3 +507,187 @@ add(
     lambda z: z * z if z.shape[0] > 3 else z * z * 1.0,
     wrong="compile, dynamic shapes",
 )
+
+
+# ------------------------------------------------------------------------ found by a second search
+
+
+class Bias(Function):
+    """z w + b; the gradient with respect to w is changed by `off`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, w, b):
+        return z * w + b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def off(needs):
+        return 1
+
+    @classmethod
+    def backward(cls, ctx, u):
+        z, w = ctx.saved_tensors
+        return u * w, u * z * cls.off(ctx.needs_input_grad), u
+
+
+class BiasFrozen(Bias):
+    @staticmethod
+    def off(needs):
+        return 2 if needs == (True, True, False) else 1
+
+
+class Unmaterialized(product()):
+    """Gradients and tangents that are None stay None."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, da, db):
+        a, b = ctx.saved_tensors
+        return (0 if da is None else da * b) + (0 if db is None else a * db)
+
+
+def saves_output(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    ctx.save_for_forward(output)
+
+
+OUTPUT = {
+    "setup_context": saves_output,
+    "backward": lambda ctx, u: u * z_of(ctx),
+    "jvp": lambda ctx, dz: dz * z_of(ctx),
+}
+
+
+def reversed_sum(u):
+    return u.flip(-1).cumsum(-1).flip(-1)
+
+
+add("exp: saves its output", elementwise(torch.exp, None, **OUTPUT).apply)
+add("product: gradients that may be None", Unmaterialized.apply, Z, W)
+add("z w + b", Bias.apply, Z, W, Z.cos())
+add(
+    "cumulative sum",
+    elementwise(
+        lambda z: z.cumsum(-1),
+        None,
+        backward=lambda ctx, u: reversed_sum(u),
+        jvp=lambda ctx, dz: dz.cumsum(-1),
+    ).apply,
+)
+add(
+    "a view of the input",
+    elementwise(lambda z: z.mT, None, backward=lambda ctx, u: u.mT, jvp=None).apply,
+)
+
+add(
+    "frozen inputs: twice if the third alone is frozen",
+    BiasFrozen.apply,
+    Z,
+    W,
+    Z.cos(),
+    wrong="frozen inputs",
+)
+
+
+def from_start(t):
+    """Reads the memory of a tensor from its start, whatever its offset."""
+    return t.as_strided(t.shape, t.stride(), 0)
+
+
+wrong(
+    "the offset ignored",
+    "strides",
+    jvp=None,
+    generate_vmap_rule=None,
+    backward=lambda ctx, u: 2 * from_start(z_of(ctx)) * u,
+)
+wrong(
+    "over the dimension that vmap adds",
+    "func.vmap",
+    jvp=None,
+    forward=lambda z: z - z.mean(0),
+    vmap=lambda info, dims, z: (z - z.mean(0), dims[0]),
+    backward=lambda ctx, u: u - u.mean(0),
+)
+
+
+class Swish(Function):
+    """z σ(z), which saves σ(z): of that no derivative is taken."""
+
+    @staticmethod
+    def forward(ctx, z):
+        a = z.sigmoid()
+        ctx.save_for_backward(z, a)
+        return z * a
+
+    @staticmethod
+    def backward(ctx, u):
+        z, a = ctx.saved_tensors
+        return u * (a + z * a * (1 - a))
+
+
+add("double backward: an intermediate number saved", Swish.apply, wrong="double backward")
+
+
+class HalfTangent(Function):
+    """2 z u, with half a jvp, for a backward: only forward mode over backward sees it."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(lambda z, u: 2 * z * u)
+    backward = staticmethod(Gradient.backward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, dz, du):
+        z, u = ctx.saved_tensors
+        return dz * u + 2 * z * du
+
+
+wrong(
+    "half a jvp in the backward",
+    "func.hessian",
+    backward=lambda ctx, u: HalfTangent.apply(z_of(ctx), u),
+)
+
+
+def notes_autocast(ctx, inputs, output):
+    ctx.autocast = torch.is_autocast_enabled("cpu")
+    ctx.save_for_backward(*inputs)
+
+
+wrong(
+    "half the gradient",
+    "autocast (CPU)",
+    jvp=None,
+    setup_context=notes_autocast,
+    backward=lambda ctx, u: z_of(ctx) * u * (1 if ctx.autocast else 2),
+)
+add(
+    "meta device: another shape",
+    lambda z: (z * z).sum(0) if z.is_meta else z * z,
+    wrong="meta device",
+)
+add(
+    "inputs untouched: in place without gradients",
+    lambda z: z * z if torch.is_grad_enabled() else z.mul_(z),
+    wrong=FEATURE,
+)
+add(
+    "export: another power",
+    lambda z: z**3 if torch.compiler.is_exporting() else z**2,
+    wrong="export",
+)

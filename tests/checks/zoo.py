@@ -26,6 +26,8 @@ class Animal(NamedTuple):
 
 
 ZOO: list[Animal] = []
+LOW: list[Animal] = []
+"""Those that compute in low precision, forward and backward."""
 
 
 def normal(n, generator, scale=1.0):
@@ -931,6 +933,8 @@ wrong(
 
 # --------------------------------------------------------- low precision, forward and backward
 
+_before = len(ZOO)
+
 
 def low(f, dtype):
     """The same function in another dtype; autograd differentiates it in that dtype."""
@@ -1022,6 +1026,55 @@ class HalfByNumpyOff(HalfByNumpy):
 
 add("float16: by NumPy", HalfByNumpy.apply, right=True)
 add("float16: by NumPy, off by 0.03", HalfByNumpyOff.apply, right=False)
+
+
+def noisy(f, dtype, size):
+    """A function in another dtype, whose gradient is right but for noise that changes with x."""
+    g = low(f, dtype)
+
+    def rule(ctx, z, u):
+        return torch.func.vjp(g, z)[1](u)[0] * (1 + size * (1e9 * z).sin())
+
+    wrong(f"{str(dtype)[6:]}: a gradient with noise of {size}", g, rule)
+
+
+noisy(torch.sin, torch.float32, 1e-3)
+noisy(lambda z: z.tanh().mean(), torch.float32, 0.1)
+noisy(torch.exp, torch.float16, 0.3)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for function in (F.hardtanh, F.relu6):
+        add(
+            f"{str(dtype)[6:]}: {function.__name__} on its plateaus",
+            low(function, dtype),
+            lambda n, g: (
+                (7 + 2 * torch.rand(n, generator=g, dtype=torch.float64))
+                * (1 - 2 * (torch.arange(n) % 2))
+            ),
+            right=True,
+        )
+        add(
+            f"{str(dtype)[6:]}: {function.__name__} both ways, away from its kinks",
+            low(function, dtype),
+            away(-1, 0, 1, 6),
+            right=True,
+        )
+low_but(
+    "float16: 0.1 on a plateau",
+    F.hardtanh,
+    torch.float16,
+    lambda g: g + 0.1,
+    lambda n, g: 2 + positive(n, g),
+)
+for dtype in (torch.float16, torch.bfloat16):
+    for function, least in ((torch.sigmoid, 5.0), (torch.tanh, 2.5), (torch.erf, 1.7)):
+        # From where values still move to where they do not.
+        wrong(
+            f"{str(dtype)[6:]}: 0 in the saturation of {function.__name__}",
+            low(function, dtype),
+            lambda ctx, z, u: 0 * u * z,
+            lambda n, g, least=least: least * (1 + torch.rand(n, generator=g).double()),
+        )
+LOW += ZOO[_before:]
 
 
 # ------------------------------------------------------------------------ found by a third search
