@@ -181,7 +181,8 @@ def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
             *_not_measured(found["rows"]),
             method.strip(),
             f"Measured on {found['date']}, {found['machine']}, {versions}, "
-            f"{found['config']['repetitions']} turns: [`{name}.json`](benchmarks/{name}.json).",
+            f"{found['config']['repetitions']} turns: [`{name}.json`](benchmarks/{name}.json). "
+            f"{found.get('remark', '')}".rstrip(),
         ]
     return "\n\n".join(parts) + "\n"
 
