@@ -36,10 +36,10 @@ def page(readme: str, repository: str, version: str) -> str:
     # Code blocks are left as they are.
     parts = re.split(r"(```.*?```)", readme, flags=re.DOTALL)
     relative = re.compile(r"(!?)\[([^][]*(?:\[[^][]*\][^][]*)*)\]\((?!https?://|#)([^)\s]+)\)")
-    parts[::2] = [relative.sub(link, part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"\n{3,}", "\n\n", relative.sub(link, part)) for part in parts[::2]]
     workflow = f"{repository}/actions/workflows/ci.yml"
     badges = f"[![Tests]({workflow}/badge.svg)]({workflow})\n\n" if repository else ""
-    return badges + re.sub(r"\n{3,}", "\n\n", "".join(parts))
+    return badges + "".join(parts)
 
 
 class Metadata(MetadataHookInterface):

@@ -83,6 +83,10 @@ def _check_range(name: str, value: object, inside: bool, expected: str) -> float
     return float(value)
 
 
+# A gamma beyond float32's range would make 0 · ∞ of the powers.
+_LARGEST_GAMMA = 1e6
+
+
 def check_focus(
     gammas: dict[str, float], margin: float, alpha: float | None
 ) -> tuple[float, float, float, float | None]:
@@ -95,13 +99,13 @@ def check_focus(
 
     Raises:
         TypeError: one is not a number.
-        ValueError: a gamma is negative or infinite, margin is outside [0, 1), or alpha is outside
-            [0, 1].
+        ValueError: a gamma is negative or above 1,000,000, margin is outside [0, 1), or alpha is
+            outside [0, 1].
     """
     found = []
     for name, gamma in gammas.items():
-        inside = is_number(gamma) and 0 <= gamma < float("inf")
-        found.append(_check_range(name, gamma, inside, "of at least 0"))
+        inside = is_number(gamma) and 0 <= gamma <= _LARGEST_GAMMA
+        found.append(_check_range(name, gamma, inside, "from 0 to 1,000,000"))
     inside = is_number(margin) and 0 <= margin < 1
     margin = _check_range("margin", margin, inside, "in [0, 1)")
     if alpha is not None:

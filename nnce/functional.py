@@ -1150,6 +1150,8 @@ def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) 
 def _check_real(z: Tensor, others: dict[str, Tensor | None]) -> None:
     """Raise unless they are dense tensors on one device, z floating-point, the others real."""
     check_alike({"input": z})
+    if "target" in others and not isinstance(others["target"], Tensor):
+        raise TypeError(f"expected target to be a tensor, got {type(others['target']).__name__}")
     for name, tensor in others.items():
         if tensor is None:
             continue

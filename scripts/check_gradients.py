@@ -1,7 +1,5 @@
 """Compare hand-written gradients with exact values and PyTorch, for all z and dtypes."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     import startup  # noqa: F401  must be first
 
@@ -122,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def measure_everywhere(device: torch.device) -> tuple[list[Measured], Figure]:
+def measure_everywhere(device: torch.device) -> tuple[list[Measured], "Figure"]:
     """Measure all dtypes on the CPU and on the device; plot the atlas of the CPU."""
     places = dict.fromkeys(["cpu", device.type])
     measured, curves = [], []

@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
         "--optimizer",
         choices=training.OPTIMIZERS,
         default="sgd",
-        help="optimizer; adam requires --engine functions or autograd",
+        help="optimizer; adam selects --engine functions unless autograd is given",
     )
     textbook = ", ".join(f"{rules.textbook_lr} for {loss}" for loss, rules in LOSSES.items())
     parser.add_argument(

@@ -300,3 +300,8 @@ def test_compile_and_torch_func(way):
     (wanted,) = torch.autograd.grad(mean(z), z)
     torch.testing.assert_close(torch.autograd.grad(compiled(z), z)[0], wanted)
     torch.testing.assert_close(torch.func.grad(mean)(z.detach()), wanted)
+
+
+def test_a_target_that_is_not_a_tensor_is_a_type_error():
+    with pytest.raises(TypeError, match="expected target to be a tensor, got NoneType"):
+        nnce.BCEWithLogitsLoss()(torch.zeros(3), None)

@@ -92,6 +92,11 @@ def _archive(path: Path) -> tuple[Tensor, Tensor, list[str]]:
 def _inputs(x: Any, path: Path) -> Tensor:
     """Convert an array to a tensor of numbers in [0, 1]."""
     if x.dtype == "uint8":
+        if x.size and x.max() == 1:
+            raise DataError(
+                f"{path}: expected bytes from 0 to 255 in x, got none above 1: convert inputs of 0 "
+                "and 1 to bool or float32"
+            )
         return torch.from_numpy(x) / 255
     wrong = ~((x >= 0) & (x <= 1))  # NaN is neither
     if wrong.any():

@@ -119,9 +119,7 @@ class ArgumentParser(argparse.ArgumentParser):
         config = {name: value for name, value in config.items() if name not in skip}
         for name, value in config.items():
             if name not in actions:
-                self.error(
-                    f"{source} option {name!r}, which this version of {self.prog} does not have"
-                )
+                self.error(f"{source} option {name!r}, which {self.prog} does not have")
             if not self._is_valid(actions[name], value):
                 shown = textwrap.shorten(repr(value), 100)
                 self.error(
@@ -141,6 +139,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return bool(several) and all(self._is_valid_once(action, one) for one in several)
 
     def _is_valid_once(self, action: argparse.Action, value: object) -> bool:
+        if isinstance(value, list) and action.nargs is None:
+            return False  # which argparse would convert element by element
         texts = list(map(str, value)) if isinstance(value, list) else [str(value)]
         try:
             given = self._get_values(action, texts)

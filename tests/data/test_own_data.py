@@ -115,6 +115,7 @@ X, Y = arrays()
         ({"x": X[:, 0, 0], "y": Y}, "expected x of shape (n, …)"),
         ({"x": np.where(X[7, 2, 3] == X, np.nan, X / 255), "y": Y}, "got nan of float64 at ["),
         ({"x": np.where(X > 0, np.inf, 0), "y": Y}, "expected x in [0, 1], or bytes (uint8)"),
+        ({"x": (X > 99).astype(np.uint8), "y": Y}, "convert inputs of 0 and 1 to bool or float32"),
         ({"x": X.astype(int), "y": Y}, "int64 at [0, 0, 0]: scale it first"),
         ({"x": X.astype(str), "y": Y}, "expected numbers in x, and whole numbers or names in y"),
         ({"x": X, "y": Y + 0.5}, "whole numbers or names in y, got uint8 and float64"),

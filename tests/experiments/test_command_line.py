@@ -325,7 +325,9 @@ def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_
     )
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
     recorded = results(run_dir)
-    assert len(recorded["epochs"]) == epochs and recorded["interrupted"] == (epochs < 4)
+    # An error in TensorBoard's thread is noticed before the epoch is recorded or right after it.
+    found = range(epochs, epochs + 2) if "RecordWriter" in change else [epochs]
+    assert len(recorded["epochs"]) in found and recorded["interrupted"] == (epochs < 4)
 
 
 @pytest.mark.slow
