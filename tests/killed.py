@@ -30,7 +30,10 @@ POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A signal may also come before there is anything that listens, or when all is done.
 STOPPED = {128 + number for number in POLITE} | {-number for number in POLITE}
 _MEMORY = ("memory", "answer")
-TIMES = ("minutes", "seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir")
+TIMES = (
+    *("minutes", "seconds", "seconds_of", "training_seconds", "seconds a network", "run_dir"),
+    *("date", "commit", "git"),  # a file of the checkout may be written while a test runs
+)
 
 
 def loaded(name):

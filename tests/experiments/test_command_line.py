@@ -304,7 +304,7 @@ def full_after(whole, calls):
         [
             # While logging, at epoch 2: in TensorBoard's thread, and when the network is saved.
             ("records.RecordWriter.write = full_after(records.RecordWriter.write, 11)", 2),
-            ("import nnce; nnce.save = full_after(nnce.save, 2)", 2),
+            ("import nnce; nnce.save = full_after(nnce.save, 4)", 2),
             (
                 "import nnce.training.checkpoints as c\n"
                 "c.write_checkpoint = full_after(c.write_checkpoint, 2)",
@@ -340,7 +340,7 @@ def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     assert "finished results are kept in" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
     names = {re.split("[.-]", path.name)[0] for path in run_dir.iterdir()}
-    assert names == {"network", "events", "checkpoint"}
+    assert names == {"network", "best", "epochs", "events", "checkpoint"}
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):

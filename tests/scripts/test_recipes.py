@@ -18,11 +18,11 @@ PAGE = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
 # The sentences that each recipe prints.
 SENTENCES = {
     "lightning_digits": r"accuracy 9\d\.\d% after 6 epochs; .* are bit-identical\.",
-    "open_clip_pairs": r"at most \de-0[6-9] .*\n.*: \d\d? MB with nnce, 1,\d{3} MB with",
+    "open_clip_pairs": r"agree to \de-0[6-9] .*\n.*: \d\d? MB with nnce, 1,\d{3} MB with",
     "skorch_search": r"Best of 4 by cross-validation: .* test accuracy 9\d\.\d%\.",
     "timm_classifier": r"accuracy [89]\d\.\d% .* BinaryCrossEntropy \([89]\d\.\d%\); .* \de-\d\d\."
     r"\n.*accuracy [89]\d\.\d% .* AsymmetricLossMultiLabel \([89]\d\.\d%\); .* \de-\d\d\.",
-    "transformers_trainer": r"than \de-0[5-9] .*\n.*\n?.* out of 10,000 .* [6-9]\d% are right\.",
+    "transformers_trainer": r"at most \de-0[5-9]\.\n(.*\n)*[6-9]\d% of the \d+ top-ranked labels out of 10,000 are right\.",
 }
 
 pytestmark = [
