@@ -64,8 +64,8 @@ def test_the_speed_on_the_front_page_is_the_benchmarks():
     assert (
         f"{large['ratio']:.1f} ({large['ratio_least']:.1f} to {large['ratio_most']:.1f}) times as "
         f"fast as the built-in at [1024, 1000] in float32, and {compiled['ratio']:.1f} times as "
-        f"fast as `torch.compile` of it; at [32, 10] it has {small:.2f} of its speed, without Numba "
-        f"{no_numba:.2f} at [1024, 1000]."
+        f"fast as `torch.compile` of it; at [32, 10] it has {small:.2f} of its speed, without "
+        f"Numba {no_numba:.2f} at [1024, 1000]."
     ) in README
 
 
