@@ -777,7 +777,7 @@ def sigmoid_focal_loss(
         y: targets, as for `sigmoid_quadratic`.
         alpha: weight of positive targets, in [0, 1]; that of negative ones is 1 − alpha. None or −1
             for neither.
-        gamma: at least 0; at 0 the loss is the cross-entropy times α_t.
+        gamma: from 0 to 10⁶; at 0 the loss is the cross-entropy times α_t.
         weight, ignore_index: as for `sigmoid_cross_entropy`.
         reduction: as for `sigmoid_quadratic`, but "none" by default, as in torchvision.
 
@@ -821,7 +821,7 @@ def sigmoid_asymmetric_loss(
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets, as for `sigmoid_quadratic`.
-        gamma_positive, gamma_negative: exponents of the two kinds of target, at least 0.
+        gamma_positive, gamma_negative: exponents of the two kinds of target, from 0 to 10⁶.
         margin: m in [0, 1), subtracted from σ(z) for negative targets; `clip` elsewhere.
         weight, ignore_index: as for `sigmoid_cross_entropy`.
         reduction: as for `sigmoid_quadratic`.

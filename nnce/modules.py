@@ -397,7 +397,7 @@ class SigmoidFocalLoss(nn.Module):
     Args:
         reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
         alpha: weight of positive targets in [0, 1], or None or −1 for no weights.
-        gamma: exponent of at least 0.
+        gamma: exponent, from 0 to 10⁶.
         weight: multiplies C; at least 0, of a shape that broadcasts to z's; a buffer.
         ignore_index: an integer other than 0 and 1: components with this target do not count.
 
