@@ -1,4 +1,4 @@
-"""Losses over very many labels, in memory that does not grow with their number.
+"""Losses for very many labels, in memory that does not grow with the number of labels.
 
 May import the notes' files and `kernels`.
 """
