@@ -1,12 +1,12 @@
-"""Blocks of labels, walked one by one: what a linear layer and its cross-entropy make of each.
+"""Value and gradients of a linear layer with cross-entropy, one block of labels at a time.
 
-Because dC/dz is a − y (equation 5), component by component, no sum ties the labels together as
-softmax does: the weighted inputs z of a block of labels, the value, the delta, and the delta's two
-products (equations 6 and 7) are computed and used up at once. The z of all labels never exist.
+Because dC/dz is a − y for each component (equation 5), the labels are independent, unlike in
+softmax. The weighted inputs z of a block of labels, the value, the delta, and the delta's two
+products (equations 6 and 7) are computed together and then discarded. The full z is never stored.
 
     z = x Wᵀ + b        [n, block]      (1)
-    C = −Σ [y ln a + (1−y) ln(1−a)]     (3)   a number for each example
-    dz = a − y                          (5)   in the place of z
+    C = −Σ [y ln a + (1−y) ln(1−a)]     (3)   one number per example
+    dz = a − y                          (5)   overwrites z
     dW, db += dzᵀ x, Σ dz               (6)
     dx += dz W                          (7)
 
@@ -29,7 +29,7 @@ from nnce.labels.positives import Targets
 
 
 class _Room:
-    """Memory for three chunks, used again and again."""
+    """Reusable memory for three chunks."""
 
     def __init__(self, elements: int, like: Tensor) -> None:
         self._memory = like.new_empty(3, elements)
@@ -40,12 +40,13 @@ class _Room:
 
 
 def _log1p_of_exp_of_minus_abs(z: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
-    """ln(1 + e^(−|z|)), and memory to spare.
+    """Compute ln(1 + e^(−|z|)); return it with a spare buffer.
 
-    ln(1 + t) = t · ln(u)/(u − 1) with u = 1 + t rounded, in which what u has lost cancels (Kahan;
-    Higham, Accuracy and Stability of Numerical Algorithms, 2002, §1.14.1): some units in the last
-    place, in a tenth of the time of PyTorch's log1p on a CPU in float32, which is four fifths of
-    all that is done to z. Where u is 1 the quotient is 1, and that of the next number is as good.
+    ln(1 + t) = t · ln(u)/(u − 1) with u = 1 + t rounded; the rounding error of u cancels (Kahan;
+    Higham, Accuracy and Stability of Numerical Algorithms, 2002, §1.14.1). The result is accurate
+    to a few units in the last place and takes a tenth of the time of PyTorch's log1p in float32 on
+    a CPU, which would be four fifths of the time spent on z. For u = 1 the quotient is 1, and so u
+    is clamped to the next larger number, whose quotient is just as accurate.
     """
     t, u, ln = room.like(z)
     torch.abs(z, out=t).neg_().exp_()
@@ -55,27 +56,27 @@ def _log1p_of_exp_of_minus_abs(z: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
 
 
 class Options(NamedTuple):
-    """What there is for each label."""
+    """Per-label options."""
 
     b: Tensor | None
     """The layer's biases, [labels]."""
     weight: Tensor | None
     """Multiplies C, [labels]."""
     pos_weight: Tensor | None
-    """Multiplies the term of y, [labels]."""
+    """Multiplies the y term of C, [labels]."""
     label_smoothing: float
     focus: rules.Focus | None = None
-    """Makes the cross-entropy a focal loss, without pos_weight and label_smoothing."""
+    """Selects a focal loss, which excludes pos_weight and label_smoothing."""
 
     def of(self, labels: slice, dtype: torch.dtype) -> "Options":
-        """Those of some labels."""
+        """Return the options of a slice of labels."""
         b, weight, pos_weight = (None if t is None else t[labels].to(dtype) for t in self[:3])
         return self._replace(b=b, weight=weight, pos_weight=pos_weight)
 
     def value_and_dz(
         self, z: Tensor, y: Tensor, pos_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """C and dC/dz of some elements, without weight; by equations 3 and 5 or of a focal loss."""
+        """C and dC/dz per element, without weight: equations 3 and 5, or the focal loss."""
         if self.focus is not None:
             wide, y = z.double(), y.double()
             C, dz = rules.focal(wide, y, self.focus), rules.dz_focal(wide, y, self.focus)
@@ -92,16 +93,16 @@ class Options(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """How the rows of a block are gone through, and what is wanted of them.
+    """How to process the rows of a block, and which results to compute.
 
-    A compiled pass computes both for all rows at once.
+    A compiled pass always computes both results, for all rows at once.
     """
 
     room: _Room
     chunk: int
-    """Rows at a time."""
+    """Number of rows at a time."""
     factor: Tensor
-    """Multiplies dz, a number for each example, [rows, 1]."""
+    """Multiplies dz, one number per example, [rows, 1]."""
     wants_value: bool
     wants_dz: bool
 
@@ -114,11 +115,11 @@ def _use_up(
     factor: Tensor,
     how: _Rows,
 ) -> Tensor | None:
-    """C per component, in the room's memory; z becomes dC/dz in place.
+    """Compute C per component, in the memory of how.room, and overwrite z with dC/dz.
 
     C = negative · softplus(z) + positive · softplus(−z) and dC/dz = negative · σ(z) − positive ·
-    σ(−z): equations 3 and 5 with 1 − y and y, each with its weights. A positive of None is 0, and a
-    negative of None is 1.
+    σ(−z): equations 3 and 5, where negative and positive are 1 − y and y times their weights.
+    positive=None means 0, and negative=None means 1.
     """
     if options.focus is not None:
         y = torch.zeros_like(z) if positive is None else positive
@@ -155,7 +156,7 @@ def _weighted(weight: Any, term: Tensor) -> Tensor:
 def _block_of_zeros(
     z: Tensor, rows: Tensor, labels: Tensor, options: Options, how: _Rows
 ) -> Tensor | None:
-    """Σ C of targets of 0, without that of the elements listed; z becomes dC/dz."""
+    """Σ C for targets of 0, excluding the listed elements; z is overwritten with dC/dz."""
     _, weight, pos_weight, s, focus = options
     if not s and fused.has_joint(z, None):
         z[rows, labels] = -math.inf  # where C is 0
@@ -187,10 +188,11 @@ def _block_of_list(
     options: Options,
     how: _Rows,
 ) -> Tensor | None:
-    """Σ C over a block's labels, a number for each example in float64; z becomes dC/dz.
+    """Σ C over a block's labels for listed targets; z is overwritten with dC/dz.
 
-    All targets are 0 but those of a list: rows, in order, and labels within the block, values.
-    counts is 0 where a target has been counted already.
+    The result is one number per example, in float64. Targets are 0 except for those in the list:
+    sorted rows, labels relative to the block, and values. counts is 0 for repeated targets, which
+    have already been counted.
     """
     weight, pos_weight = options.weight, options.pos_weight
     at = (rows, labels)
@@ -211,10 +213,10 @@ def _block_of_list(
 
 
 def _block_of_dense(z: Tensor, y: Tensor, options: Options, how: _Rows) -> Tensor | None:
-    """The same for the targets of a whole block, y of z's shape."""
+    """Σ C over a block's labels for dense targets, y of z's shape; z is overwritten with dC/dz."""
     s = options.label_smoothing
     if y.is_floating_point() and y.itemsize == 1:
-        y = y.bfloat16()  # exact, and a dtype that the compiled pass reads
+        y = y.bfloat16()  # exact, and supported by the compiled pass
     if fused.has_joint(z, y):
         return fused.joint(
             z, y, how.factor[:, 0], fused.Options(*options[1:4], None, options.focus)
@@ -311,7 +313,7 @@ def walk(
 
 
 def _results(x: Tensor, W: Tensor, dtype: torch.dtype, wants: Wants) -> Walk:
-    """Memory for the results, with zeros for what is added up."""
+    """Allocate the results, zeroed where they are accumulated."""
     return Walk(
         x.new_zeros(len(x), dtype=torch.float64) if wants.value else None,
         x.new_zeros(x.shape, dtype=dtype) if wants.dx else None,
@@ -327,7 +329,7 @@ def has_unit(W: Tensor, wants: Wants) -> bool:
 
 
 class _Memory:
-    """Memory for one block, used again and again."""
+    """Reusable memory for one block."""
 
     def __init__(
         self,
@@ -337,19 +339,19 @@ class _Memory:
         product_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """dtype: of z, and of products unless product_dtype differs."""
+        """dtype is that of z; product_dtype is that of the matrix products."""
         self._z = torch.empty(rows * width, dtype=dtype, device=device)
         self._half = None
         if dtype != product_dtype:
             self._half = torch.empty_like(self._z, dtype=product_dtype)
-        # A chunk that fits a CPU's cache goes through all steps at once; on CUDA a call costs as
-        # much.
+        # On a CPU, a chunk that fits the cache goes through all steps at once. On CUDA, chunks
+        # would only add calls.
         numbers = self._z.numel()
         self.elements = numbers if self._z.is_cuda else min(numbers, max(_CHUNK, width))
         self.room = _Room(self.elements, self._z)
 
     def of(self, rows: int, width: int) -> tuple[Tensor, Tensor | None]:
-        """Memory for z, and for a copy of it in the products' dtype where that differs."""
+        """Memory for z, and for a copy in the products' dtype if that differs (otherwise None)."""
         z, half = (
             None if memory is None else memory[: rows * width].view(rows, width)
             for memory in (self._z, self._half)
@@ -358,7 +360,7 @@ class _Memory:
 
 
 def _z(x: Tensor, W: Tensor, b: Tensor | None, z: Tensor, half: Tensor | None) -> None:
-    """Equation 1, into z."""
+    """Write x Wᵀ + b (equation 1) to z."""
     if half is not None:
         z.copy_(torch.mm(x, W.mT, out=half))
         if b is not None:
@@ -370,11 +372,11 @@ def _z(x: Tensor, W: Tensor, b: Tensor | None, z: Tensor, half: Tensor | None) -
 
 
 def _dz(z: Tensor, half: Tensor | None, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The factor dz of the products, and its unit, None for 1; z is overwritten.
+    """Convert dz to the products' dtype; return it with its unit, None for 1. z is overwritten.
 
-    float16 ranges from 6e-8 to 65,504. The unit is the power of two in which neither dz nor its
-    products exceed 2¹⁵, by |Σ dz W| ≤ Σ |dz| max |W|, so that only numbers that are negligible next
-    to these bounds are rounded to 0.
+    float16 ranges from 6e-8 to 65,504. The unit is a power of two such that, divided by it, neither
+    dz nor its products exceed 2¹⁵, by the bound |Σ dz W| ≤ Σ |dz| max |W|. Only numbers that are
+    negligible compared with these bounds are then rounded to 0.
     """
     if half is None:
         return z, None
@@ -390,7 +392,7 @@ def _dz(z: Tensor, half: Tensor | None, x: Tensor, W: Tensor) -> tuple[Tensor, T
 
 
 def _unit(largest: Tensor) -> Tensor:
-    """The power of two in which a number is from 2¹⁴ to 2¹⁵; 1 for infinity and NaN."""
+    """The power of two that divides a number into [2¹⁴, 2¹⁵]; 1 for infinity and NaN."""
     largest = largest.nan_to_num(nan=2.0**14, posinf=2.0**14).clamp(min=2.0**-80)
     return largest / torch.frexp(largest).mantissa / 2**15
 
@@ -398,7 +400,7 @@ def _unit(largest: Tensor) -> Tensor:
 def _add_product(
     total: Tensor, a: Tensor, b: Tensor, unit: Tensor | None, *, first: bool = False
 ) -> None:
-    """Add unit · a b to total, which holds nothing yet if first."""
+    """Add unit · a b to total; if first, overwrite total, which is still uninitialized."""
     if total.dtype == a.dtype:
         if first:
             torch.mm(a, b, out=total)
@@ -413,21 +415,21 @@ def _add_product(
 
 
 class _RowsOfdW:
-    """dW of a block of labels, added up over the blocks of examples."""
+    """The rows of dW for a block of labels, summed over the blocks of examples."""
 
     def __init__(self, made: Walk, labels: slice, many: bool, product_dtype: torch.dtype) -> None:
-        """many: whether there is more than one block of examples."""
+        """many is True if there is more than one block of examples."""
         self._rows = None if made.dW is None else made.dW[labels]
         self._unit = None if made.dW_unit is None else made.dW_unit[labels]
         self._sum, self._empty = self._rows, True
         wide = torch.promote_types(product_dtype, torch.float32)
-        # In half precision, a single product is stored as it is; a sum needs float32.
+        # In half precision, a single product is stored directly; a sum needs float32.
         kept = (wide,) if many else (wide, product_dtype)
         if self._rows is not None and self._rows.dtype not in kept:
             self._sum = torch.empty_like(self._rows, dtype=wide)
 
     def add(self, dz: Tensor, x: Tensor, unit: Tensor | None) -> None:
-        """Add a product of a block of examples; unit is that of dz."""
+        """Add the product dzᵀ x of a block of examples; unit is that of dz."""
         if self._sum is None:
             return
         _add_product(self._sum, dz.mT, x, unit, first=self._empty)
@@ -436,7 +438,7 @@ class _RowsOfdW:
         self._empty = False
 
     def finish(self) -> None:
-        """Round a sum to dW's dtype."""
+        """Round the sum to dW's dtype."""
         if self._rows is None or self._sum is None or self._sum is self._rows or self._empty:
             return
         if self._unit is not None and self._sum.numel():
@@ -453,7 +455,7 @@ def multiplied(
 ) -> Tensor:
     """gradient · dC, computed in float32 at least and rounded to dtype once.
 
-    A dC of None is 1. unit is that of each row.
+    dC=None means 1. unit, if given, has one number per row, which multiplies that row.
     """
     product = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     if unit is not None:
@@ -466,7 +468,7 @@ def multiplied(
 def multiply_inplace(
     gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None = None
 ) -> Tensor:
-    """`multiplied`, in the gradient's own memory where dtype is the gradient's."""
+    """Like `multiplied`, but in place if dtype is the gradient's."""
     if gradient.dtype == torch.promote_types(gradient.dtype, torch.float32):
         return (gradient if dC is None else gradient.mul_(dC.to(gradient.dtype))).to(dtype)
     if dC is None and unit is None:
@@ -488,18 +490,19 @@ def _rows_of_a_chunk(matrix: Tensor) -> int:
 
 
 _CHUNK = 2**18
-"""Numbers in a chunk: with three more of its size it fits a core's cache of the second level."""
+"""Numbers per chunk. Four chunks of this size fit in a core's level-2 cache."""
 
 
 def examples_at_a_time(n: int) -> int:
-    """In equal parts of some thousand: what the matrix products like."""
+    """Equal chunks of about 1,000 examples, a good size for matmul."""
     return max(1, math.ceil(n / math.ceil(n / 1024))) if n else 1
 
 
 def default_block(n: int, num_labels: int, features: int, dtype: torch.dtype) -> int:
-    """The number of labels whose memory fits the larger of 16 MB and a twentieth of the parameters.
+    """The number of labels per block.
 
-    dtype is that of the products.
+    A block takes at most 16 MB or a twentieth of the parameters' memory, whichever is larger. dtype
+    is that of the products.
     """
     wide = torch.promote_types(dtype, torch.float32).itemsize
     limit = max(2**24, num_labels * features // 20 * wide)
@@ -508,7 +511,7 @@ def default_block(n: int, num_labels: int, features: int, dtype: torch.dtype) ->
 
 
 def _bytes_of_a_label(n: int, features: int, product_dtype: torch.dtype) -> int:
-    """Bytes of z and of the parameters' and products' copies in half precision, for one label."""
+    """Bytes per label: z and, in half precision, copies of the parameters and products."""
     wide = torch.promote_types(product_dtype, torch.float32).itemsize
     rows = min(n, examples_at_a_time(n))
     if wide == product_dtype.itemsize:
@@ -523,10 +526,10 @@ def memory(
     dtype: torch.dtype = torch.float32,
     product_dtype: torch.dtype | None = None,
 ) -> int:
-    """Bytes that a loss takes beyond inputs, parameters and their gradients, on a CPU.
+    """Bytes that a loss needs on a CPU in addition to inputs, parameters and their gradients.
 
-    dtype is that of input and parameters; product_dtype, by default the same, is autocast's. Not
-    counted are a sorted copy of the target's list, and a few chunks of 2¹⁸ numbers for label
+    dtype is that of input and parameters; product_dtype, by default the same, is autocast's. A
+    sorted copy of the list of targets is not counted, nor are a few chunks of 2¹⁸ numbers for label
     weights, label smoothing and dense targets.
     """
     product_dtype = product_dtype or dtype
@@ -537,9 +540,9 @@ def memory(
     chunks = 0 if fused.uses_numba() else 3 * min(numbers, max(_CHUNK, block))
     total = wide * (numbers + chunks) + n * (16 + wide)
     of_dx = max(wide - dtype.itemsize, 0) * n * features  # in float32 until dC is known
-    if size == wide:  # and MKL's packed factors, which it keeps
+    if size == wide:  # plus MKL's packed factors, which stay allocated
         return total + of_dx + wide * (3 * rows * features // 2 + 400_000)
-    total += size * numbers + 4 * _CHUNK  # the products' factor, and a chunk that is converted
+    total += size * numbers + 4 * _CHUNK  # the products' factor, and one converted chunk
     if dtype != product_dtype:
         total += size * features * (n + block)
     if n > rows and dtype.itemsize < wide:
@@ -556,13 +559,13 @@ _Listed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def _listed(
     targets: Targets, n: int, num_labels: int, block: int, examples: int
 ) -> Iterator[_Listed]:
-    """For each block of labels and within it of examples, in order: `_block_of_list`'s list."""
+    """Yield `_block_of_list`'s list for each block of labels and, within it, of examples."""
     if targets.rows is None or targets.labels is None:
         return
     rows, labels, values = targets.rows, targets.labels, targets.values
     parts = max(1, math.ceil(n / examples))
     blocks = math.ceil(num_labels / block)
-    # One number to sort by: block of labels, block of examples, example, label.
+    # Sort key: block of labels, block of examples, example, label.
     size = block * examples
     number = (labels // block) * parts + rows // examples
     key = number * size + (rows % examples) * block + labels % block
@@ -574,7 +577,7 @@ def _listed(
     if not targets.once and len(key):
         counts = torch.cat([key.new_ones(1, dtype=torch.bool), key[1:] != key[:-1]])
     starts = torch.arange(blocks * parts + 1, device=key.device) * size
-    ends = torch.searchsorted(key, starts).tolist()  # on CUDA the one place where it waits
+    ends = torch.searchsorted(key, starts).tolist()  # the only synchronization on CUDA
     for begin, end in pairwise(ends):
         part = slice(begin, end)
         yield (
