@@ -1,4 +1,4 @@
-"""A linear layer and its cross-entropy over very many labels, in flat memory."""
+"""A linear layer and its cross-entropy over very many labels, in bounded memory."""
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -39,56 +39,56 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     group: "ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
-    """C of `sigmoid_cross_entropy(linear(x, W, b), y)`, whose z never exist as a whole.
+    """Compute `sigmoid_cross_entropy(linear(x, W, b), y)` without storing all of z.
 
     z = x Wᵀ + b (equation 1), C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (3) and dz = (1−y) σ(z) −
-    y σ(−z) (5), of which the gradients by x, W and b are made (6, 7): three matrix products of n ×
-    features × labels, and a fourth for "none" and for a second backward over a retained graph.
-    Beyond the inputs and their gradients it takes the memory of one block. There are no second
-    derivatives, no forward mode and no vmap: each is refused.
+    y σ(−z) (5), from which the gradients with respect to x, W and b are computed (6, 7). This takes
+    three matrix products of n × features × labels; "none", and a second backward over a retained
+    graph, take a fourth. In addition to the inputs and their gradients, it needs the memory of one
+    block. Second derivatives, forward mode and vmap are not supported and raise.
 
     Args:
         input: x, [n, features].
         linear_weight: W, [labels, features].
         target: y, one of
-            - whole numbers [n] or [n, k]: the labels of each example, −1 for none. One that stands
-              twice counts once.
+            - integers [n] or [n, k]: the label numbers of each example; −1 is ignored. Repeated
+              labels count once.
             - `Positives`, or a `torch.sparse_csr` or `sparse_coo` tensor [n, labels]: any number of
-              labels for each example, and soft targets. All that is not there is 0.
+              labels per example, optionally with soft targets. Unlisted targets are 0.
             - floating-point or boolean [n, labels]: every target.
         linear_bias: b, [labels], or None for no bias.
-        weight: multiplies C label by label; [labels], or of a shape that broadcasts to it.
-        example_weight: multiplies C example by example; [n].
-        pos_weight: multiplies the term of y; as weight. There is no gradient by targets or by any
-            of these three.
+        weight: multiplies C per label; [labels], or a shape that broadcasts to it.
+        example_weight: multiplies C per example; [n].
+        pos_weight: multiplies the y term of C; shape as for weight. Targets and these three weights
+            have no gradients.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        reduction: "batchmean" divides the sum by n, "mean" by n × labels; "sum"; "none" is summed
-            over the labels, one number for each example, unlike `sigmoid_cross_entropy`'s.
-            Weights multiply, and do not count for a mean.
-        block: how many labels at a time; by default as many as fit the larger of 16 MB and a
-            twentieth of the parameters. Examples are taken by the thousand.
-        group: processes over which the labels are sharded in the order of the ranks, each with its
-            own rows of linear_weight, linear_bias, weight and pos_weight, and all with the same
-            input, target (label numbers and widths are those of all labels), example_weight and
-            upstream gradient. Each gets the whole value, its own rows' gradients, which are to stay
-            outside `DistributedDataParallel`, and the input's whole gradient. Where the input was
-            computed by every process alike, or gathered by `torch.distributed.nn.all_gather`, whose
-            backward adds up, DDP's averaging gives the gradient of one process; where each process
-            puts its own part into a gathered tensor without gradients, multiply by the world's
-            size.
-        check_values: whether to look at label numbers, targets and weights; by default on a CPU
-            only. On CUDA it is a device-side assertion, which does not wait.
+        reduction: "batchmean" divides the sum by n, "mean" by n × labels; "sum"; "none" sums over
+            the labels and returns one number per example, unlike in `sigmoid_cross_entropy`.
+            Weights do not change the divisor of a mean.
+        block: number of labels at a time; by default as many as fit in the larger of 16 MB and a
+            twentieth of the parameters. Examples are processed about 1,000 at a time.
+        group: processes over which the labels are sharded in rank order. Each passes its own rows
+            of linear_weight, linear_bias, weight and pos_weight; all pass the same input, target
+            (with the numbers and width of all labels), example_weight and upstream gradient. Each
+            gets the total value, the gradients of its own rows, which must stay outside
+            `DistributedDataParallel`, and the complete gradient of the input. DDP's averaging then
+            gives the single-process gradient if every process computed the same input, or if the
+            input was gathered by `torch.distributed.nn.all_gather`, whose backward sums. If each
+            process instead puts its own part into a tensor gathered without gradients, multiply by
+            the world size.
+        check_values: whether to check label numbers, targets and weights; by default only on a CPU.
+            On CUDA the check is a device-side assertion, which does not synchronize.
 
     Returns:
-        C: one number, or [n] for "none"; float32 at least, also under autocast, which does the
-        products in its dtype.
+        C: a scalar, or [n] for "none"; float32 at least, even under autocast, which only affects
+        the dtype of the products.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or devices do not fit, an option makes no sense, a target or weight asks
-            for a gradient, a label is out of range, a target is not in [0, 1], or a weight is
+        ValueError: shapes or devices do not match, an option is invalid, a target or weight
+            requires a gradient, a label is out of range, a target is not in [0, 1], or a weight is
             negative.
-        RuntimeError: in a second derivative.
+        RuntimeError: a second derivative is computed.
 
     Source: equations 1, 3, 5, 6 and 7 of the notes.
 
@@ -124,7 +124,7 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
     group: "ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
-    """C of `sigmoid_focal_loss(linear(x, W, b), y)`, whose z never exist as a whole.
+    """Compute `sigmoid_focal_loss(linear(x, W, b), y)` without storing all of z.
 
     C = Σ α_t (1 − p_t)^γ · cross-entropy, z = x Wᵀ + b; see `sigmoid_focal_loss`.
 
@@ -170,7 +170,7 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
     group: "ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
-    """C of `sigmoid_asymmetric_loss(linear(x, W, b), y)`, whose z never exist as a whole.
+    """Compute `sigmoid_asymmetric_loss(linear(x, W, b), y)` without storing all of z.
 
     C = −Σ [y (1−a)^γ₊ ln a + (1−y) p^γ₋ ln(1−p)], p = max(a − margin, 0), z = x Wᵀ + b; see
     `sigmoid_asymmetric_loss`.
@@ -205,7 +205,7 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
 
 
 class _Options(NamedTuple):
-    """Arguments of the losses here, but for the tensors of the layer and the target."""
+    """Arguments of the losses, except for the tensors of the layer and the target."""
 
     weight: Tensor | None
     example_weight: Tensor | None
@@ -233,7 +233,7 @@ def _walked_loss(
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = shard(own_labels, input, group)
     targets = targets_of(target, n, num_labels, input.device)
-    if group is not None and targets.dense is not None:  # lists keep the numbers of all labels
+    if group is not None and targets.dense is not None:  # lists keep global label numbers
         targets = targets._replace(dense=targets.dense[:, offset : offset + own_labels])
     weight = check_weight("weight", weight, own_labels, input.device)
     pos_weight = check_weight("pos_weight", pos_weight, own_labels, input.device)
@@ -271,7 +271,7 @@ def check_layer(
     b: Tensor | None,
     names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
 ) -> torch.dtype:
-    """Hold x, W and b to one another; the dtype of the products."""
+    """Check that x, W and b match; return the dtype of the products."""
     low = (torch.float32, torch.bfloat16, torch.float16)
     product_dtype = autocast_dtype(x)
     under_autocast = product_dtype is not None and x.dtype in low
@@ -304,7 +304,7 @@ def check_layer(
 def check_weight(
     name: str, weight: Tensor | None, size: int, device: torch.device, like: str = "input"
 ) -> Tensor | None:
-    """Return a weight that broadcasts to its labels or examples, expanded; raise otherwise."""
+    """Return a weight expanded to its labels or examples; raise if it does not broadcast."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
@@ -323,7 +323,7 @@ def check_weight(
 
 
 def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int, int]:
-    """The number of the first label here, and of all of them."""
+    """Return the number of this process's first label, and the total number of labels."""
     if group is None:
         return 0, own_labels
     sizes = gathered_sizes(own_labels, x, group)
@@ -331,10 +331,10 @@ def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int
 
 
 def gathered_sizes(own: int, x: Tensor, group: "ProcessGroup") -> list[int]:
-    """A number of each process, in the order of the ranks; x says on which device.
+    """Gather one number per process, in rank order, using x's device.
 
     Raises:
-        TypeError: group is no process group.
+        TypeError: group is not a process group.
     """
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"expected group to be a process group, got {type(group).__name__}")
