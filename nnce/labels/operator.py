@@ -1,4 +1,4 @@
-"""The loss of many labels as a registered operator, for torch.compile and torch.export."""
+"""The loss over many labels as a registered operator, for torch.compile and torch.export."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -12,14 +12,14 @@ from nnce.labels.blocks import Options, Wants, has_unit
 from nnce.labels.function import BlockByBlock, Kind, Task, refuse_tangents
 from nnce.labels.positives import Targets
 
-# Under torch.compile and torch.export the loss is one operator, which they do not look into. Its
-# kernel for autograd computes the gradients through a second operator, since a compiled graph keeps
-# the calls that this kernel makes.
+# Under torch.compile and torch.export the loss is one opaque operator. Its autograd kernel computes
+# the gradients through a second operator, because a compiled graph records the calls of this
+# kernel.
 
 _library = torch.library.Library("nnce", "FRAGMENT")
 OPERATOR = "linear_sigmoid_cross_entropy"
 _WALK = "_linear_sigmoid_cross_entropy_walk"
-VERSION = 2  # of the signature: a file exported with another one would be read argument by argument
+VERSION = 2  # of the signature: arguments in exported files are positional
 _OPERANDS = """
     Tensor x, Tensor W, Tensor? b, Tensor? dense, Tensor? rows, Tensor? labels, Tensor? values,
     bool once, Tensor? weight, Tensor? pos_weight, float label_smoothing, Tensor? example_weight,
@@ -34,7 +34,7 @@ for _signature in (
 
 
 class Operands(NamedTuple):
-    """The operators' arguments after x, W and b, in their order: a `Task` of one process."""
+    """The operators' arguments after x, W and b, in order: a `Task` of a single process."""
 
     dense: Tensor | None
     rows: Tensor | None
@@ -50,15 +50,15 @@ class Operands(NamedTuple):
     product_dtype: torch.dtype
     check_values: bool | None
     version: int = 0
-    """1 more with a focus, which an older nnce would not read."""
+    """VERSION, plus 1 with a focus, which an older nnce would ignore."""
     focus: Sequence[float] | None = None
     """Both gammas, margin, and alpha or −1; None for the cross-entropy."""
 
     def task(self, num_labels: int) -> Task:
-        """The `Task` that computes it.
+        """Return the equivalent `Task`.
 
         Raises:
-            RuntimeError: the call comes from a file that another version of nnce has exported.
+            RuntimeError: the call comes from a file exported by a different version of nnce.
         """
         expected = VERSION + (self.focus is not None)
         if self.version != expected:
@@ -73,7 +73,7 @@ class Operands(NamedTuple):
         return Task(targets, options, *self[8:13], None, 0, num_labels)
 
     def check(self) -> None:
-        """Nothing: the operator itself looks at the values."""
+        """Do nothing: the operator itself checks the values."""
 
     def constants(self) -> list[Tensor]:
         """The targets and weights."""
@@ -82,7 +82,7 @@ class Operands(NamedTuple):
     def run(
         self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """`Task.run` as an operator."""
+        """Call `Task.run` as an operator."""
         found = getattr(torch.ops.nnce, _WALK)(x, W, b, *self, upstream, *wants)
         there = (*wants, has_unit(W, Wants(*wants)))
         return tuple(t if is_there else None for t, is_there in zip(found, there, strict=True))
@@ -90,7 +90,7 @@ class Operands(NamedTuple):
     def gradient_kinds(
         self, x: Tensor, W: Tensor, b: Tensor | None, wants: Sequence[bool]
     ) -> list[Kind | None]:
-        """`Task.gradient_kinds`."""
+        """Return `Task.gradient_kinds`."""
         return self.task(W.shape[0]).gradient_kinds(x, W, b, wants)
 
 
