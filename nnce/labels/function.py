@@ -1,8 +1,8 @@
-"""The loss of many labels as an autograd Function: gradients are made in the forward.
+"""The loss over many labels as an autograd Function that computes gradients in the forward.
 
-They are made for an upstream gradient of 1, by walking the labels block by block. The backward
-scales them in place, once; a second backward, and one whose upstream gradient is not the same for
-all examples, walks the blocks again.
+The forward walks the labels block by block and computes the gradients for an upstream gradient of
+1. The backward scales them in place, once. A second backward, or one whose upstream gradient varies
+between examples, walks the blocks again.
 """
 
 import math
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # not every build of PyTorch has it
 
 
 class Task(NamedTuple):
-    """Everything but x, W and b."""
+    """All arguments of the loss except x, W and b."""
 
     targets: Targets
     options: Options
@@ -47,14 +47,14 @@ class Task(NamedTuple):
     offset: int
     """The number of this process's first label."""
     num_labels: int
-    """Of all processes."""
+    """The number of labels of all processes."""
 
     def check(self) -> None:
-        """Look at the values: on a CPU always, on CUDA only if asked, without waiting.
+        """Check values: on a CPU by default, on CUDA only on request and asynchronously.
 
         Raises:
-            ValueError: a label is out of range, a target not in [0, 1] or a weight negative. (On
-                CUDA a RuntimeError, some time later.)
+            ValueError: a label is out of range, a target is not in [0, 1] or a weight is negative.
+                (On CUDA, a RuntimeError at a later call.)
         """
         self._check_all(
             self.targets.labels,
@@ -89,8 +89,8 @@ class Task(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """C, the gradients with respect to x, W and b, and the unit of dW.
 
-        For an upstream gradient of C, or of 1. `multiplied` rounds the gradients to the dtypes of
-        the inputs.
+        The gradients are for the given upstream gradient of C, or for 1 if it is None; `multiplied`
+        rounds them to the dtypes of the inputs.
         """
         factor = self.factor(x, upstream)
         block = self.block or default_block(len(x), len(W), x.shape[1], self.product_dtype)
@@ -113,7 +113,7 @@ class Task(NamedTuple):
     def gradient_kinds(
         self, x: Tensor, W: Tensor, b: Tensor | None, wants: Sequence[bool]
     ) -> "list[Kind | None]":
-        """The kinds of dx, dW, db and the unit of dW that `run` returns."""
+        """Shapes and dtypes of dx, dW, db and the unit of dW that `run` returns."""
         _, wants_dx, wants_dW, wants_db = wants
         return [
             (x.shape, self.value_dtype) if wants_dx else None,
@@ -133,7 +133,7 @@ class Task(NamedTuple):
     def factor(
         self, x: Tensor, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64
     ) -> Tensor:
-        """What multiplies dC/dz of each example, [n]."""
+        """The factor of dC/dz for each example, [n]."""
         denominator = self._denominator(len(x))
         factor = x.new_full((len(x),), 1 / denominator if denominator else math.inf, dtype=dtype)
         if upstream is not None:
@@ -141,7 +141,7 @@ class Task(NamedTuple):
         return factor if self.example_weight is None else factor * self.example_weight
 
     def reduced(self, C: Tensor) -> Tensor:
-        """C of all examples, or of each, from the sums over their labels."""
+        """Reduce the per-example sums over labels to C."""
         n = len(C)
         if self.example_weight is not None:
             C = rules.weighted(self.example_weight, C)
@@ -151,21 +151,22 @@ class Task(NamedTuple):
 
     @property
     def value_dtype(self) -> torch.dtype:
-        """Of C: float32 at least."""
+        """The dtype of C: float32 at least."""
         return torch.promote_types(self.product_dtype, torch.float32)
 
 
 def _extremes(values: Tensor) -> Tensor:
-    """The least and the largest value, or NaN if there is one.
+    """The smallest and largest values of each chunk, or NaN if a chunk contains one.
 
-    By parts, because aminmax copies a tensor that is not contiguous; it does not know float8.
+    Chunks, because aminmax copies a non-contiguous tensor; float8 is converted, because aminmax
+    does not support it.
     """
     parts = [(t if t.itemsize > 1 else t.half()).aminmax() for t in values.chunk(64)]
     return torch.stack([end for part in parts for end in part])
 
 
 class _Once(Function):
-    """The identity, whose derivative is refused: a gradient that has none."""
+    """The identity with a derivative that raises, for gradients without second derivatives."""
 
     generate_vmap_rule = True
 
@@ -195,7 +196,7 @@ class BlockByBlock(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        """C and the gradients."""
+        """Compute C and the gradients."""
         *inputs, task, wants = arguments
         task.check()
         value_only = (True, *(False for _ in inputs))
@@ -208,10 +209,10 @@ class BlockByBlock(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep what the backward needs."""
+        """Save the tensors that the backward needs."""
         *tensors, ctx.task, _ = inputs
         made = () if ctx.task.reduction == "none" else output[1:]
-        # A checkpoint hands the recomputation's gradients to the backward as saved tensors.
+        # Under a checkpoint, the backward gets the recomputed gradients as saved tensors.
         checkpointed = checkpoint_stage() is not None
         ctx.save_for_backward(*tensors, *(made if checkpointed else ()))
         ctx.made = [] if checkpointed or not made else [made]
@@ -221,12 +222,12 @@ class BlockByBlock(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        """The gradients, scaled by the upstream gradient of C."""
+        """Return the gradients, scaled by the upstream gradient of C."""
         return *_consume_gradients(ctx, upstream[0]), None, None
 
 
 SMALL = 1024
-"""Largest number of labels whose logits are computed as a whole."""
+"""Largest number of labels for which all logits are computed at once."""
 
 
 class AtOnce(Function):
@@ -234,7 +235,7 @@ class AtOnce(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, task: Task) -> Tensor:
-        """C; dC/dz for an upstream gradient of 1 is kept in the place of z."""
+        """Compute C, and overwrite z with dC/dz for an upstream gradient of 1."""
         task.check()
         z = rules.linear(x, W, b)
         factor = task.factor(x, dtype=x.dtype)
@@ -245,7 +246,7 @@ class AtOnce(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        """The gradients, from dz scaled by the upstream gradient of C."""
+        """Compute the gradients from dz scaled by the upstream gradient of C."""
         (dC,) = upstream
         x, W, dz, *b = ctx.saved_tensors
         wants_dx, wants_dW, wants_db, _ = ctx.needs_input_grad
@@ -263,7 +264,7 @@ apply_at_once = _torch_private.single_level_apply(AtOnce)
 
 
 def suits_at_once(x: Tensor, W: Tensor, b: Tensor | None, task: Task) -> bool:
-    """Whether the labels are few, and a fused pass computes the loss."""
+    """Whether there are few labels and a fused pass can compute the loss."""
     return (
         len(W) <= SMALL
         and task.block is None
@@ -276,11 +277,11 @@ def suits_at_once(x: Tensor, W: Tensor, b: Tensor | None, task: Task) -> bool:
 
 
 Kind = tuple[Sequence[int], torch.dtype]
-"""Shape and dtype of a tensor that the forward makes for the backward."""
+"""Shape and dtype of a tensor that the forward computes for the backward."""
 
 
 def _placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | None]:
-    """Tensors of these kinds, without their memory, for a checkpoint to compare with."""
+    """Expanded scalars of these kinds, for a checkpoint to compare metadata with."""
     return [
         None if kind is None else like.new_empty((), dtype=kind[1]).expand(kind[0])
         for kind in kinds
@@ -288,11 +289,11 @@ def _placeholders(like: Tensor, kinds: Sequence[Kind | None]) -> list[Tensor | N
 
 
 def _consume_gradients(ctx: Any, dC: Tensor | None) -> list[Tensor | None]:
-    """The gradients made in the forward, scaled, the first time; else those of a second walk."""
+    """Scale the gradients from the forward, once; after that, compute them in a new walk."""
     needed = ctx.needs_input_grad[:-2]
     if dC is None:
         return [None for _ in needed]
-    saved = ctx.saved_tensors  # read once: hooks unpack at each read, and a checkpoint raises
+    saved = ctx.saved_tensors  # read once: hooks unpack at each read, and checkpoint's raise
     inputs, recomputed = saved[: len(needed)], saved[len(needed) :]
     if not ctx.made and any(version(t) != before for t, before in ctx.versions):
         raise RuntimeError(
@@ -311,27 +312,27 @@ def _consume_gradients(ctx: Any, dC: Tensor | None) -> list[Tensor | None]:
             None if gradient is None or not wanted else _scaled(gradient, like.dtype, upstream, of)
             for gradient, like, wanted, of in zip(made, inputs, needed, units, strict=False)
         ]
-        del made, recomputed, saved  # the optimizer's .grad takes over what nothing else refers to
+        del made, recomputed, saved  # without other references, the memory becomes .grad
     return _refusing_derivatives(gradients, dC, inputs)
 
 
 def _refusing_derivatives(
     gradients: list[Tensor | None], dC: Tensor, inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients whose derivatives are refused, where they would be computed."""
+    """With grad mode enabled, wrap the gradients so that their derivatives raise."""
     if not torch.is_grad_enabled():
         return gradients
     return [None if t is None else _Once.apply(t, dC, *inputs) for t in gradients]
 
 
 def _scaled(gradient: Tensor, dtype: torch.dtype, dC: Tensor | None, unit: Tensor | None) -> Tensor:
-    # In place, but for torch.func, whose gradients may be batched.
+    # In place, except under torch.func, where gradients may be batched.
     batched = is_functorch_tensor(gradient) or (dC is not None and is_functorch_tensor(dC))
     return (multiplied if batched else multiply_inplace)(gradient, dtype, dC, unit)
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError if one is differentiated in forward mode."""
+    """Raise NotImplementedError if a tensor has a forward-mode tangent."""
     for t in tensors:
         if t is not None and forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(
