@@ -1,7 +1,7 @@
-"""All pairs of two embeddings: the SigLIP loss, in memory linear in their number.
+"""The SigLIP loss over all pairs of two sets of embeddings, in memory linear in their number.
 
-The rows of y are to those of x what labels are to examples, so the same walk goes over them; over
-many processes they go around as a ring.
+Rows of x are treated as examples and rows of y as labels, so the same walk computes the loss. With
+several processes, the rows of y are passed around a ring.
 """
 
 from collections.abc import Sequence
@@ -40,34 +40,34 @@ def pair_sigmoid_cross_entropy(
     block: int | None = None,
     group: "ProcessGroup | None" = None,
 ) -> Tensor:
-    """The cross-entropy over all n × n pairs of two embeddings, of which the diagonal is positive.
+    """Cross-entropy over all n × n pairs of embeddings, with positives on the diagonal.
 
-    z = scale · x yᵀ + bias, target 1 on the diagonal and 0 elsewhere: the SigLIP loss, what
-    open_clip's `SigLipLoss.forward` computes of (image_features, text_features, logit_scale,
-    logit_bias) with labels ±1. The y are walked as labels are, so that forward and backward take
-    memory linear in n. (Zhai et al., Sigmoid loss for language image pre-training, 2023.)
+    z = scale · x yᵀ + bias, with target 1 on the diagonal and 0 elsewhere. This is the SigLIP loss,
+    as computed by open_clip's `SigLipLoss.forward` from (image_features, text_features,
+    logit_scale, logit_bias) with labels ±1. The rows of y are processed in blocks, so forward and
+    backward need memory linear in n.
 
     Args:
         x, y: embeddings, [n, features] each; row i of x belongs to row i of y.
-        scale: multiplies the products, one number (SigLIP learns its logarithm).
-        bias: is added to them, one number, or None for 0.
-        reduction: "batchmean" divides the sum by n, "mean" by n²; "sum"; "none" is summed over y,
-            one number for each x.
-        block: how many y at a time, as for `linear_sigmoid_cross_entropy`.
-        group: processes that each have their own n pairs, not necessarily as many; all with the
-            same scale, bias and upstream gradient. The y go around as a ring, with their gradients.
-            Each process gets the value of all pairs ("none": of its own x), the gradients of its
-            own x and y, and those of scale and bias whole. `DistributedDataParallel` takes a mean
-            over processes, and so their gradients, x's and y's through the model as well, have to
-            be multiplied by the world's size, but for those of scale and bias.
+        scale: factor of the products, one number (SigLIP learns its logarithm).
+        bias: term added to the scaled products, one number, or None for 0.
+        reduction: "batchmean" divides the sum by n, "mean" by n²; "sum"; "none" sums over y and
+            returns one number per row of x.
+        block: number of rows of y at a time, as for `linear_sigmoid_cross_entropy`.
+        group: processes that each have their own pairs, whose number may differ; all pass the same
+            scale, bias and upstream gradient. The y and their gradients are passed around a ring.
+            Each process gets the value over all pairs ("none": of its own x), the gradients of its
+            own x and y, and the complete gradients of scale and bias. `DistributedDataParallel`
+            averages over processes, so multiply the gradients of the model's parameters, except
+            scale and bias, by the world size.
 
     Returns:
-        C: one number, or [n] for "none".
+        C: a scalar, or [n] for "none".
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or devices do not fit, or an option makes no sense.
-        RuntimeError: in a second derivative.
+        ValueError: shapes or devices do not match, or an option is invalid.
+        RuntimeError: a second derivative is computed.
 
     Source: X. Zhai et al., Sigmoid loss for language image pre-training, ICCV 2023.
 
@@ -83,7 +83,7 @@ def pair_sigmoid_cross_entropy(
     by = _one_number("scale", scale, x)
     b = None if bias is None else _one_number("bias", bias, x)
     if group is None:
-        # In half precision, scale and bias and their gradients stay in float32, as under autocast.
+        # In half precision, scale, bias and their gradients stay in float32, as under autocast.
         dtype = torch.promote_types(product_dtype, torch.float32)
         half = dtype != product_dtype and not x.is_meta
         dtype = dtype if half else x.dtype
@@ -121,11 +121,11 @@ def _one_number(name: str, value: object, like: Tensor) -> Tensor:
 
 
 class _Ring(NamedTuple):
-    """The processes around which y goes, and what is to be computed."""
+    """The ring of processes that exchange y, and the options of the loss."""
 
     group: "ProcessGroup"
     sizes: list[int]
-    """The number of pairs of each."""
+    """The number of pairs of each process."""
     reduction: Reduction
     block: int | None
     product_dtype: torch.dtype
@@ -141,7 +141,8 @@ class _Ring(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """C and the gradients with respect to x, y, scale and bias, in float32 at least.
 
-        For an upstream gradient of C or of 1. The last item, None, is the unit of dW.
+        The gradients are for the given upstream gradient of C, or for 1 if it is None. The last
+        item, None, is the unit of dW.
         """
         wants_value, wants_x, wants_y, wants_scale, wants_bias = wants
         rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
@@ -200,21 +201,21 @@ class _Ring(NamedTuple):
     def gradient_kinds(
         self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, wants: Sequence[bool]
     ) -> list[Kind | None]:
-        """The kinds of what `run` returns after C."""
+        """Shapes and dtypes of the items that `run` returns after C."""
         dtype = torch.promote_types(self.product_dtype, torch.float32)
         kinds = ((x.shape, dtype), (y.shape, dtype), ((), torch.float64), ((), torch.float64))
         wanted = zip(kinds, wants[1:], strict=True)
         return [*(kind if is_wanted else None for kind, is_wanted in wanted), None]
 
     def check(self) -> None:
-        """Nothing: there are no targets and weights."""
+        """Do nothing: there are no targets or weights to check."""
 
     def constants(self) -> list[Tensor]:
-        """No targets and weights."""
+        """Return an empty list: there are no targets or weights."""
         return []
 
     def _pass_on(self, tensor: Tensor, owner: int) -> Tensor:
-        """Give a tensor to the next process and take the one before's, whose owner is before."""
+        """Send a tensor to the next rank and return the previous rank's, of owner − 1."""
         rank, world = torch.distributed.get_rank(self.group), len(self.sizes)
         if world == 1:
             return tensor
