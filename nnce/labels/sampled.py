@@ -1,4 +1,4 @@
-"""The cross-entropy of positive labels and some sampled negative ones."""
+"""Cross-entropy over positive labels and sampled negative labels."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from nnce.labels.linear import check_layer, check_weight
 
 
 class _GatherBias(Function):
-    """b[rows], whose gradient is a `torch.sparse` tensor of those alone."""
+    """Gather b[rows], with a `torch.sparse` gradient that contains only these rows."""
 
     @staticmethod
     def forward(b: Tensor, rows: Tensor) -> Tensor:
@@ -42,32 +42,32 @@ def sampled_sigmoid_cross_entropy(
     sparse: bool = False,
     reduction: Reduction = "batchmean",
 ) -> Tensor:
-    """The cross-entropy of each example's positive labels and of some negative ones.
+    """Cross-entropy over each example's positive labels and sampled negative labels.
 
-    C = Σ softplus(−z) over the positives + Σ softplus(z) over the negatives, z = W x + b − ln q, of
-    the rows of W that are named and of no others. With ln q of the distribution that the negatives
-    were drawn from, z without it estimates the log-odds of all labels (Mikolov et al.,
-    2013; Jean et al., 2015). A negative that is a positive of the example too counts as both.
+    C = Σ softplus(−z) over the positives + Σ softplus(z) over the negatives, z = W x + b − ln q,
+    using only the rows of W for these labels. If q is the distribution from which the negatives
+    were drawn, W x + b estimates the log-odds of all labels (Mikolov et al., 2013; Jean et al.,
+    2015). A label listed as both positive and negative counts as both.
 
     Args:
         input: x, [n, features].
         linear_weight: W, [labels, features].
-        positives: label numbers [n] or [n, k], −1 for none.
-        negatives: label numbers, [m] for all examples or [n, m] for each; −1 for none.
+        positives: label numbers, [n] or [n, k]; −1 is ignored.
+        negatives: label numbers, [m] shared by all examples, or [n, m]; −1 is ignored.
         linear_bias: b, [labels], or None for no bias.
-        log_q: ln q of each label, [labels], or None for 0; no gradient is computed by it.
-        sparse: whether the gradients of W and b are `torch.sparse` ones, of the rows named alone,
-            as those of `torch.nn.Embedding`; else they are as large as W and b.
-        reduction: "batchmean" divides the sum by n, "mean" by the number of labels that were named;
-            "sum"; "none" is summed over the labels, one number for each example.
+        log_q: ln q of each label, [labels], or None for 0; it has no gradient.
+        sparse: whether the gradients of W and b are `torch.sparse` tensors of the rows used, as in
+            `torch.nn.Embedding`; otherwise they are as large as W and b.
+        reduction: "batchmean" divides the sum by n, "mean" by the number of labels listed, without
+            −1; "sum"; "none" sums over the labels and returns one number per example.
 
     Returns:
-        C: one number, or [n] for "none"; float32 at least. [n, m] negatives take n × m × features
-            of memory.
+        C: a scalar, or [n] for "none"; float32 at least. Negatives of shape [n, m] need memory for
+            n × m × features numbers.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or devices do not fit, log_q asks for a gradient, or, on a CPU, a label
+        ValueError: shapes or devices do not match, log_q requires a gradient, or, on a CPU, a label
             is out of range.
 
     Source: T. Mikolov et al., Distributed representations of words and phrases, 2013 (negative
@@ -105,7 +105,7 @@ def sampled_sigmoid_cross_entropy(
         rows = labels.clamp(min=0)
         W = embedding(rows, linear_weight, sparse=sparse)
         z = linear(input, W) if labels.dim() == 1 else (W @ input[:, :, None])[:, :, 0]
-        z = z.to(wide)  # float16 ends at 65,504, and sums are soon above it
+        z = z.to(wide)  # sums easily exceed the largest float16, 65,504
         if linear_bias is not None:
             z = z + (_GatherBias.apply(linear_bias, rows) if sparse else linear_bias.to(wide)[rows])
         return z if log_q is None else z - log_q[rows]
