@@ -1,4 +1,4 @@
-"""A linear layer and its cross-entropy as a module, with its largest logits."""
+"""A linear layer and its cross-entropy as a module, with top-k prediction."""
 
 import math
 from typing import TYPE_CHECKING, Any, cast
@@ -33,33 +33,33 @@ if TYPE_CHECKING:  # not every build of PyTorch has it
 
 
 class LinearSigmoidCrossEntropyLoss(nn.Module):
-    """A last layer for many labels and its loss: `linear_sigmoid_cross_entropy`.
+    """Output layer for many labels with its loss, `linear_sigmoid_cross_entropy`.
 
-    z = x Wᵀ + b (equation 1) and C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (3), in the memory of one
-    block of labels.
+    z = x Wᵀ + b (equation 1) and C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (3), using the memory of
+    one block of labels.
 
     Args:
-        in_features: features of an example, at least 1.
-        num_labels: at least 1; with a group, of this process's own.
-        bias: whether there is a bias b.
-        prior: share of positives, in (0, 1); b starts from ln(prior / (1 − prior)), because with
+        in_features: number of features per example, at least 1.
+        num_labels: number of labels, at least 1; with a group, those of this process only.
+        bias: whether to add a bias b.
+        prior: fraction of positives, in (0, 1); b starts at ln(prior / (1 − prior)), because with
             many labels the first steps would otherwise only learn that nearly all targets are 0.
-            None: b starts from 0. (Source: Lin et al., Focal loss for dense object detection, 2017,
+            None: b starts at 0. (Source: Lin et al., Focal loss for dense object detection, 2017,
             §3.3.)
-        weight, pos_weight: of the loss, [num_labels]; buffers `label_weight` and `pos_weight`,
-            since `weight` is the layer's.
+        weight, pos_weight: weights of the loss, [num_labels]; stored as buffers `label_weight` and
+            `pos_weight`, because `weight` is the layer's W.
         label_smoothing, reduction, block, group: as for `linear_sigmoid_cross_entropy`.
         generator: source of the random numbers; None for PyTorch's global generator.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
     The parameters are `weight` W [num_labels, in_features], from N(0, 1/in_features), and `bias` b
-    [num_labels], or None, named as those of `torch.nn.Linear`, whose `state_dict` it loads.
+    [num_labels], or None; a `state_dict` of `torch.nn.Linear`, with the same names, can be loaded.
 
     Shape: x [n, in_features] and a target as for `linear_sigmoid_cross_entropy` -> a scalar, or [n]
     for "none".
 
     Raises:
-        TypeError, ValueError: sizes or options make no sense, or a weight is negative.
+        TypeError, ValueError: a size or option is invalid, or a weight is negative.
 
     >>> last = nnce.LinearSigmoidCrossEntropyLoss(64, 1000, prior=2 / 1000)
     >>> last(torch.randn(8, 64), torch.randint(1000, (8, 2))).backward()  # two labels each
@@ -116,7 +116,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights, and set the biases."""
+        """Draw new weights and reset the biases."""
         prior = 0.5 if self.prior is None else self.prior
         with torch.no_grad():
             self.weight.normal_(0, self.in_features**-0.5, generator=generator)
@@ -126,7 +126,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Keep the weights of labels that a state_dict lacks, such as a `torch.nn.Linear`'s."""
+        """Keep label weights missing from a state_dict, such as a `torch.nn.Linear`'s."""
         for name in ("label_weight", "pos_weight"):
             if getattr(self, name) is not None:
                 state_dict.setdefault(prefix + name, getattr(self, name))
@@ -135,7 +135,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
     def forward(
         self, input: Tensor, target: Target, example_weight: Tensor | None = None
     ) -> Tensor:
-        """C of the examples and their targets."""
+        """Compute C for the examples and their targets."""
         return linear_sigmoid_cross_entropy(
             input,
             self.weight,
@@ -151,15 +151,15 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         )
 
     def logits(self, input: Tensor) -> Tensor:
-        """z of every label of this process, [n, num_labels]: as much memory as that takes."""
+        """Compute z for all labels of this process, [n, num_labels], stored in full."""
         return linear(input, *self._whole())
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k labels of the largest z for each example, and their z: (z, labels), [n, k] each.
+        """Return the k largest z of each example and their labels: (z, labels), [n, k] each.
 
-        Block by block, without gradients: by z from the largest, and of equal ones the lower label
-        first. NaN counts as larger than all else, as in `torch.topk`. With a group the labels are
-        those of all processes, and every one of them gets the result.
+        Computed block by block, without gradients, in descending order of z; ties are ordered by
+        label. NaN is treated as the largest value, as in `torch.topk`. With a group, the labels are
+        those of all processes, and every process gets the result.
 
         Raises:
             ValueError: k is not from 1 to the number of labels.
@@ -182,11 +182,11 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
             return _merged(z, labels, k, self.group)
 
     def _whole(self) -> tuple[Tensor, Tensor | None]:
-        """W and b, gathered where `fully_shard` left each process with a part of them."""
+        """Return W and b, gathered if `fully_shard` has sharded them."""
         return _gathered(self.weight), None if self.bias is None else _gathered(self.bias)
 
     def extra_repr(self) -> str:
-        """The sizes, and the options that are not the usual ones."""
+        """Describe the sizes and the non-default options."""
         return (
             f"in_features={self.in_features}, num_labels={self.num_labels}, "
             f"bias={self.bias is not None}, {options_of(self)}"
@@ -194,7 +194,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    """The whole of a `DTensor`, whose gradient is the processes' mean as after a forward."""
+    """Return a full `DTensor`; its gradient is averaged over processes, as by `fully_shard`."""
     if not hasattr(parameter, "full_tensor"):
         return parameter
     from torch.distributed.tensor import DTensor, Partial  # not in every build of PyTorch
@@ -220,7 +220,7 @@ def _topk(
         if b is not None:
             z += b[labels]
         values, at = _first_of_the_largest(z, min(k, z.shape[1]))
-        # What came before has the lower labels: a stable sort keeps it in front.
+        # Earlier blocks have lower labels: a stable sort keeps them first.
         z_best, order = torch.cat([z_best, values], 1).sort(dim=1, descending=True, stable=True)
         best = torch.cat([best, at + first], 1).gather(1, order)
         z_best, best = z_best[:, :k], best[:, :k]
@@ -228,9 +228,9 @@ def _topk(
 
 
 def _first_of_the_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk` of each row, but of equal numbers the first ones, and in order."""
+    """Like `torch.topk` for each row, but ties are taken and ordered by position."""
     values, at = z.topk(min(k + 1, z.shape[1]), 1)
-    # The last and the first that is left out are alike: topk may have taken either.
+    # The k-th and (k+1)-th values are equal: topk may have taken either.
     last, next_one = values[:, k - 1], values[:, -1]
     tied = (last == next_one) | (last.isnan() & next_one.isnan())
     values, at = values[:, :k].contiguous(), at[:, :k].contiguous()
@@ -243,7 +243,7 @@ def _first_of_the_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _merged(z: Tensor, labels: Tensor, k: int, group: "ProcessGroup") -> tuple[Tensor, Tensor]:
-    """The best of all processes, of each one's best."""
+    """Merge the top k of each process into the top k overall."""
     sizes = gathered_sizes(z.shape[1], z, group)
     everyone = [z.new_empty(len(z), size) for size in sizes]
     theirs = [labels.new_empty(len(z), size) for size in sizes]
