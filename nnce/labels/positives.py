@@ -1,7 +1,7 @@
-"""The targets of many labels: which labels of each example are positive.
+"""Targets for many labels: the positive labels of each example.
 
-A dense target is as large as the logits. Of a million labels an example has a handful, and a list
-of these says as much: label numbers, compressed sparse rows, or pairs of example and label.
+A dense target is as large as the logits. An example has only a few of a million labels, so a list
+is enough: label numbers, compressed sparse rows, or pairs of example and label.
 """
 
 import itertools
@@ -24,18 +24,19 @@ from nnce._arguments import (
 
 
 class Positives:
-    """The positive labels of n examples, as compressed sparse rows: any number for each.
+    """The positive labels of n examples, any number for each, as compressed sparse rows.
 
-    A data set of n examples: an index, a slice, indices or a mask select some of them, and
-    `torch.utils.data.DataLoader` joins them to a mini-batch.
+    Usable as a data set of n examples: an index, a slice, indices or a mask select examples, and
+    `torch.utils.data.DataLoader` joins them into a mini-batch.
 
     Args:
-        crow: where each example's labels begin in col, and at last where they end, [n + 1].
-        col: label numbers from 0, [crow[-1]], each at most once in an example.
-        values: their targets in [0, 1], [crow[-1]]; None for 1.
+        crow: offset of each example's first label in col, followed by the length of col, [n + 1].
+        col: label numbers from 0, [crow[-1]], each at most once per example.
+        values: targets of these labels in [0, 1], [crow[-1]]; None for 1.
 
     Raises:
-        TypeError: crow or col is not a tensor of integers, or values not a floating-point tensor.
+        TypeError: crow or col is not a tensor of integers, or values is not a
+            floating-point tensor.
         ValueError: shapes or devices do not match, a number is negative or occurs twice in one
             example, or a value is not in [0, 1].
 
@@ -47,7 +48,7 @@ class Positives:
     """
 
     def __init__(self, crow: Tensor, col: Tensor, values: Tensor | None = None) -> None:
-        """Check and keep them. (The check waits for a CUDA device.)"""
+        """Check and store the tensors. (On CUDA, the check synchronizes.)"""
         for name, tensor in (("crow", crow), ("col", col)):
             check_whole(name, tensor)
             check_dense(name, tensor)
@@ -86,10 +87,10 @@ class Positives:
 
     @classmethod
     def from_lists(cls, labels: Iterable[Iterable[int]]) -> "Positives":
-        """From the label numbers of each example, in lists, arrays or tensors of integers.
+        """Create from the label numbers of each example: lists, arrays or tensors of integers.
 
         Raises:
-            TypeError: they are not lists of integers.
+            TypeError: labels is not a list of lists of integers.
             ValueError: as for the class.
         """
         examples = [_integers(each, number) for number, each in enumerate(_listed(labels))]
@@ -101,11 +102,12 @@ class Positives:
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> "Positives":
-        """From a SciPy sparse matrix or array [n, labels], whose values are the targets.
+        """Create from a SciPy sparse matrix or array [n, labels] of targets.
 
         Raises:
-            TypeError: it is not one, or its values are not real numbers of at most 64 bits.
-            ValueError: it is not two-dimensional, or as for the class.
+            TypeError: matrix is not a SciPy sparse matrix, or its values are not real
+                numbers of at most 64 bits.
+            ValueError: matrix is not two-dimensional, or as for the class.
         """
         if not hasattr(matrix, "tocsr"):
             raise TypeError(f"expected a SciPy sparse matrix, got {type(matrix).__name__}")
@@ -126,17 +128,17 @@ class Positives:
     def from_coo(
         cls, rows: Tensor, labels: Tensor, n: int, values: Tensor | None = None
     ) -> "Positives":
-        """From the number of the example and the label of each positive, in any order.
+        """Create from the example number and label number of each positive, in any order.
 
         Args:
-            rows: numbers of examples from 0 to n − 1, of one dimension.
+            rows: example numbers from 0 to n − 1, one-dimensional.
             labels: label numbers, of rows' shape.
-            n: how many examples there are.
+            n: number of examples.
             values: targets in [0, 1], of rows' shape; None for 1.
 
         Raises:
-            TypeError: rows or labels is not a tensor of integers, n not an integer, or values not a
-                floating-point tensor.
+            TypeError: rows or labels is not a tensor of integers, n is not an integer, or values is
+                not a floating-point tensor.
             ValueError: as for the class.
         """
         for name, tensor in (("rows", rows), ("labels", labels)):
@@ -163,11 +165,11 @@ class Positives:
         return len(self.crow) - 1
 
     def __getitem__(self, examples: "int | slice | Tensor | Sequence[int]") -> "Positives":
-        """The positives of some examples: an index, a slice, indices, or a mask [n].
+        """Select examples by an index, a slice, indices, or a mask [n].
 
         Raises:
-            TypeError: an index is not an integer, and not a mask.
-            IndexError: there is no such example, or indices or a mask of another shape.
+            TypeError: an index is neither an integer nor a mask.
+            IndexError: an index is out of range, or indices or a mask have the wrong shape.
         """
         chosen = self._chosen(examples)
         begin, counts = self.crow[chosen], self.crow.diff()[chosen]
@@ -178,10 +180,10 @@ class Positives:
         return self._trusted(crow, self.col[at], values)
 
     def _chosen(self, examples: object) -> Tensor:
-        """The numbers from 0 of the examples that an index selects, [chosen]."""
+        """Return the numbers, from 0, of the examples that an index selects, [chosen]."""
         device = self.crow.device
         if isinstance(examples, slice):
-            chosen = range(*examples.indices(len(self)))  # torch slices only forward
+            chosen = range(*examples.indices(len(self)))  # torch does not support negative steps
             return torch.arange(len(chosen), device=device) * chosen.step + chosen.start
         if is_integer(examples):
             index = torch.tensor(int(examples), device=device)
@@ -215,13 +217,13 @@ class Positives:
         return index.where(index >= 0, index + len(self))
 
     def rows(self) -> Tensor:
-        """The number of the example of each positive, as long as col."""
+        """Return the example number of each positive, of col's shape."""
         counts = self.crow.diff()
         rows = torch.arange(len(self), device=counts.device)
         return rows.repeat_interleave(counts, output_size=len(self.col))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Positives":
-        """On another device."""
+        """Return a copy on the given device."""
         crow, col, values = (
             None if t is None else t.to(device, non_blocking=non_blocking)
             for t in (self.crow, self.col, self.values)
@@ -229,7 +231,7 @@ class Positives:
         return self._trusted(cast(Tensor, crow), cast(Tensor, col), values)
 
     def to_dense(self, num_labels: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The targets as a tensor [n, num_labels]."""
+        """Return the targets as a tensor [n, num_labels]."""
         dense = torch.zeros(len(self), num_labels, dtype=dtype, device=self.col.device)
         dense[self.rows(), self.col] = 1 if self.values is None else self.values.to(dense.dtype)
         return dense
@@ -240,7 +242,7 @@ class Positives:
 
 
 def _collate(batch: Sequence[Positives], *, collate_fn_map: object = None) -> Positives:
-    """The examples of all parts of a batch, one part after the other."""
+    """Concatenate the examples of all parts of a batch."""
     begins = itertools.accumulate((len(part.col) for part in batch), initial=0)
     crows = [part.crow[1:] + begin for part, begin in zip(batch, begins, strict=False)]
     values = None
@@ -261,23 +263,23 @@ Target = Tensor | Positives
 
 
 class Targets(NamedTuple):
-    """All kinds of targets as two: dense, or a list of those that are not 0."""
+    """Targets of any kind, normalized to a dense tensor or a list of nonzero targets."""
 
     dense: Tensor | None
     """[n, labels]."""
     rows: Tensor | None
     labels: Tensor | None
-    """Example and label of each target of the list; a negative label stands for none."""
+    """Example and label of each listed target; negative labels are ignored."""
     values: Tensor | None
-    """The targets of the list; None for 1."""
+    """The listed targets; None for 1."""
     once: bool
-    """Whether no label stands twice in one example."""
+    """Whether each label occurs at most once per example."""
 
     def dense_for(self, n: int, num_labels: int) -> Tensor:
-        """All targets, [n, num_labels]; its rows may lie apart."""
+        """Return all targets, [n, num_labels]; the tensor may be non-contiguous."""
         if self.dense is not None:
             return self.dense
-        # A column more, the last one, for −1.
+        # One extra column, the last, for label −1.
         if self.values is None:
             dense = torch.zeros(n, num_labels + 1, dtype=torch.uint8)
             dense[self.rows, self.labels] = 1
@@ -288,11 +290,11 @@ class Targets(NamedTuple):
 
 
 def targets_of(target: object, n: int, num_labels: int, device: torch.device) -> Targets:
-    """Read any kind of target for n examples and num_labels labels.
+    """Convert any kind of target for n examples and num_labels labels.
 
     Raises:
-        TypeError: it is not a target of any kind.
-        ValueError: its shape or device does not fit, or it asks for a gradient.
+        TypeError: target is not of a supported type.
+        ValueError: its shape or device does not match, or it requires a gradient.
     """
     if isinstance(target, Tensor) and target.requires_grad:
         raise ValueError("expected a target that needs no gradient: none is computed by it")
@@ -301,7 +303,7 @@ def targets_of(target: object, n: int, num_labels: int, device: torch.device) ->
             raise ValueError(
                 f"expected a sparse target of shape {(n, num_labels)}, got {shape_of(target)}"
             )
-        hybrid = target.dense_dim() > 0  # whole rows of targets: a list would be longer
+        hybrid = target.dense_dim() > 0  # dense rows: a list would be larger
         target = _soft(target.to_dense()) if hybrid else _positives(target)
     if isinstance(target, Positives):
         if len(target) != n:
@@ -319,7 +321,7 @@ def targets_of(target: object, n: int, num_labels: int, device: torch.device) ->
 
 
 def _targets_of_dense(target: Tensor, n: int, num_labels: int) -> Targets:
-    """Targets of a dense tensor: the targets of all labels, or label numbers."""
+    """Convert a dense tensor that contains the targets of all labels, or label numbers."""
     if target.layout != torch.strided:
         raise TypeError(f"expected a dense, CSR or COO target, got {target.layout}")
     if target.dtype.is_complex:
@@ -347,7 +349,7 @@ def _targets_of_dense(target: Tensor, n: int, num_labels: int) -> Targets:
 
 
 def _positives(target: Tensor) -> Positives:
-    """Of a torch.sparse tensor. On CUDA it is trusted, since a look would wait."""
+    """Convert a torch.sparse tensor; on CUDA without checks, which would synchronize."""
     if target.layout == torch.sparse_coo:
         (rows, labels), values = _torch_private.uncoalesced(target)
         values = _soft(values)
@@ -356,7 +358,7 @@ def _positives(target: Tensor) -> Positives:
         order = rows.argsort(stable=True)
         crow = _starts(rows, target.shape[0])
         return Positives._trusted(crow, labels[order], values[order])
-    # Copies, since torch.compile, which continues after a graph break, cannot take views of them.
+    # Copies, because torch.compile cannot handle views of them after a graph break.
     crow, col = (
         t.to(torch.int64, copy=True) for t in (target.crow_indices(), target.col_indices())
     )
@@ -365,7 +367,7 @@ def _positives(target: Tensor) -> Positives:
 
 
 def _starts(rows: Tensor, n: int) -> Tensor:
-    """crow of the numbers of the examples, in any order."""
+    """Compute crow from example numbers in any order."""
     counts = torch.bincount(rows.long(), minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
@@ -375,7 +377,7 @@ def _soft(values: Tensor) -> Tensor:
 
 
 def _check_values(values: object, like: Tensor, name: str) -> None:
-    """Raise unless values are None or targets in [0, 1], one for each element of `like`."""
+    """Raise unless values is None or has a target in [0, 1] for each element of `like`."""
     if values is None:
         return
     if not (isinstance(values, Tensor) and values.is_floating_point()):
@@ -394,7 +396,7 @@ def _check_values(values: object, like: Tensor, name: str) -> None:
 
 
 def _listed(labels: object) -> list[object]:
-    """The elements of an iterable other than text, in a list; arrays' as Python's numbers."""
+    """Convert an iterable other than text to a list; arrays give Python numbers."""
     if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
         kind = type(labels).__name__
         raise TypeError(f"expected a list of label numbers for each example, got {kind}")
@@ -403,9 +405,9 @@ def _listed(labels: object) -> list[object]:
 
 
 def _integers(labels: object, example: int) -> list[int]:
-    """The label numbers of one example as integers of Python."""
+    """Convert the label numbers of one example to Python integers."""
     found = _listed(labels)
-    if set(map(type, found)) <= {int}:  # at once: there may be millions
+    if set(map(type, found)) <= {int}:  # fast path: there may be millions
         return cast(list[int], found)
     numbers = []
     for label in found:
