@@ -223,7 +223,7 @@ class Positives:
         return rows.repeat_interleave(counts, output_size=len(self.col))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Positives":
-        """Return a copy on the given device."""
+        """Return the positives on the given device."""
         crow, col, values = (
             None if t is None else t.to(device, non_blocking=non_blocking)
             for t in (self.crow, self.col, self.values)
