@@ -65,16 +65,16 @@ def check_init(init: Init) -> Init:
 class Linear(nn.Linear):
     """z = W a_prev + b (equation 1), differentiated by hand (equations 6 and 7).
 
-    A subclass of `torch.nn.Linear` with the initialization of the textbook (see Source). It is drawn
-    in float64 on the generator's device, so that a seed gives the same network in every dtype and
-    on every device.
+    A subclass of `torch.nn.Linear` with the initialization of the textbook (see Source). It is
+    drawn in float64 on the generator's device, so that a seed gives the same network in every dtype
+    and on every device.
 
     Args:
         in_features: n_in, at least 1.
         out_features: n_out, at least 1.
         bias: whether there is a bias b.
-        init: "scaled" for weights from N(0, 1/n_in) or "large" for weights from N(0, 1), with biases
-            from N(0, 1); or a number for weights and biases from N(0, init²).
+        init: "scaled" for weights from N(0, 1/n_in) or "large" for weights from N(0, 1), with
+            biases from N(0, 1); or a number for weights and biases from N(0, init²).
         generator: source of the random numbers; None for PyTorch's global generator.
         device, dtype: of the parameters.
 
@@ -198,7 +198,7 @@ class MLP(nn.Sequential):
     """
 
     about: Mapping[str, Any] = MappingProxyType({})
-    """JSON values that `nnce.save` stores with the parameters. `nnce.training` sets them to those of
+    """JSON values that `nnce.save` stores with the parameters. `nnce.training` copies them from
     the data set: see `nnce.data.Dataset.about`."""
 
     def __init__(
@@ -234,8 +234,8 @@ class MLP(nn.Sequential):
         """The layers with parameters, from first to last.
 
         Raises:
-            ValueError: the layers no longer match `sizes`, a layer was reparametrized or pruned, so that
-                its weight or bias is not its own parameter, or a forward was replaced.
+            ValueError: the layers no longer match `sizes`, a layer was reparametrized or pruned, so
+                that its weight or bias is not its own parameter, or a forward was replaced.
         """
         linears = [layer for layer in self if isinstance(layer, Linear)]
         sizes = [(layer.in_features, layer.out_features) for layer in linears]
@@ -275,7 +275,7 @@ class MLP(nn.Sequential):
 
 
 class SigmoidQuadraticLoss(nn.Module):
-    """C = ½ ‖σ(z) − y‖², the first error function of the notes: `nnce.functional.sigmoid_quadratic`.
+    """C = ½ ‖σ(z) − y‖², the notes' first loss: `nnce.functional.sigmoid_quadratic`.
 
     Args:
         reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
