@@ -399,7 +399,7 @@ _PLAIN: dict[type[Function], Callable[..., Tensor]] = {
 
 
 def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
-    """Whether an operation on these tensors would only run PyTorch's kernels in this context.
+    """Whether an operation on these tensors would run only PyTorch's kernels here.
 
     False under compile, export and trace, inside transforms of `torch.func` and forward-mode
     levels, in dispatch modes, under autocast, and for subclasses, fake and batched tensors,
