@@ -1,8 +1,8 @@
-"""Argument checks shared by the whole package: numbers, tensors, devices and options of losses.
+"""Argument checks for the whole package: numbers, tensors, devices and options of losses.
 
-Imports nothing of nnce. A check raises TypeError for a non-tensor or a wrong dtype and ValueError
-for shapes, devices and values. Checks of numbers accept those of other libraries, such as NumPy,
-and return Python's.
+Imports no other module of nnce. Checks raise TypeError for a non-tensor or a wrong dtype and
+ValueError for shapes, devices and values. Checks of numbers also accept those of other libraries,
+such as NumPy, and return Python numbers.
 """
 
 import numbers
@@ -13,43 +13,43 @@ from torch import Tensor
 
 # -------------------------------------------------------------------------------------- numbers
 
-# Python's own types first, one isinstance for each kind: PyTorch 2.6's dynamo does not follow
-# `int | float`, and so does not reach the abstract types.
+# Python's own types first, each in its own isinstance: dynamo in PyTorch 2.6 does not support
+# `int | float` or the abstract types; this way it never evaluates the latter.
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer, of Python or another library, and not a bool."""
+    """Whether value is an integer, of Python or another library, and not a bool."""
     if isinstance(value, bool):
         return False
     return isinstance(value, int) or isinstance(value, numbers.Integral)  # noqa: SIM101
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a real number, of Python or another library, and not a bool."""
+    """Whether value is a real number, of Python or another library, and not a bool."""
     if isinstance(value, bool):
         return False
     return isinstance(value, (int, float)) or isinstance(value, numbers.Real)  # noqa: SIM101
 
 
 def is_size(value: object) -> TypeGuard[int]:
-    """Whether it is an integer of at least 1."""
+    """Whether value is an integer of at least 1."""
     return is_integer(value) and value >= 1
 
 
 def plain(value: float) -> int | float:
-    """The same number as a Python int or float, to keep, save and show."""
+    """Convert a number to a Python int or float, to store, save and print."""
     return int(value) if is_integer(value) else float(value)
 
 
 def check_size(name: str, value: object) -> int:
-    """Return an integer of at least 1 as Python's; raise ValueError for anything else."""
+    """Return an integer of at least 1 as a Python int; raise ValueError for anything else."""
     if not is_size(value):
         raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
     return int(value)
 
 
 def check_block(block: int | None) -> int | None:
-    """Return None, or a number of labels as `check_size` does."""
+    """Return None, or a number of labels checked by `check_size`."""
     return None if block is None else check_size("block", block)
 
 
@@ -65,7 +65,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_label_smoothing(label_smoothing: float) -> int | float:
-    """Return it as a number of Python; TypeError for a non-number, ValueError outside [0, 1)."""
+    """Return a Python number; TypeError for a non-number, ValueError outside [0, 1)."""
     if not is_number(label_smoothing):
         kind = type(label_smoothing).__name__
         raise TypeError(f"expected label_smoothing to be a number, got {kind}")
@@ -83,7 +83,7 @@ def _check_range(name: str, value: object, inside: bool, expected: str) -> float
     return float(value)
 
 
-# A gamma beyond float32's range would make 0 · ∞ of the powers.
+# A gamma beyond float32's range would give 0 · ∞ in the powers.
 _LARGEST_GAMMA = 1e6
 
 
@@ -95,10 +95,10 @@ def check_focus(
     An alpha of −1 becomes None.
 
     Args:
-        gammas: by their names, of positive and of negative targets, or one for both.
+        gammas: by name, those of positive and negative targets, or one for both.
 
     Raises:
-        TypeError: one is not a number.
+        TypeError: an option is not a number.
         ValueError: a gamma is negative or above 1,000,000, margin is outside [0, 1), or alpha is
             outside [0, 1].
     """
@@ -115,7 +115,7 @@ def check_focus(
 
 
 def check_ignore_index(ignore_index: int | None) -> int | None:
-    """Return None or an integer as Python's; TypeError for others, ValueError for 0 and 1."""
+    """Return None or a Python int; TypeError for other types, ValueError for 0 and 1."""
     if ignore_index is None:
         return None
     if not is_integer(ignore_index):
@@ -130,33 +130,33 @@ def check_ignore_index(ignore_index: int | None) -> int | None:
 
 
 def shape_of(tensor: Tensor) -> str:
-    """The shape as it stands in a sentence: (32, 10)."""
+    """Format the shape for an error message: (32, 10)."""
     return str(tuple(tensor.shape))
 
 
 def some_of(tensor: Tensor) -> str:
-    """The first four values as they stand in a sentence: [1, 2, 3, 4, …]."""
+    """Format the first four values for an error message: [1, 2, 3, 4, …]."""
     values = tensor.flatten()[:4].tolist()
     return f"{values}"[:-1] + (", …]" if tensor.numel() > 4 else "]")
 
 
 def in_unit_interval(tensor: Tensor) -> Tensor:
-    """Where the values are in [0, 1]; NaN is not."""
+    """Mask of the values in [0, 1], which excludes NaN."""
     return (tensor >= 0) & (tensor <= 1)
 
 
 def check_alike(
     required: dict[str, Tensor], optional: dict[str, Tensor | None] | None = None
 ) -> None:
-    """Raise unless all are dense tensors of the first one's floating-point dtype and device.
+    """Raise unless all are dense tensors with the floating-point dtype and device of the first.
 
     Args:
-        required: tensors by the names that the sentences give them.
-        optional: more of them; None is skipped.
+        required: tensors by their names in error messages.
+        optional: further tensors; None is skipped.
 
     Raises:
-        TypeError: one is not a tensor, or sparse or quantized, the first is not floating-point, or
-            the dtypes differ.
+        TypeError: an argument is not a tensor, or is sparse or quantized, the first is not
+            floating-point, or the dtypes differ.
         ValueError: the devices differ.
     """
     given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
@@ -180,7 +180,7 @@ def check_alike(
 
 def check_dense(name: str, tensor: Tensor) -> None:
     """Raise TypeError for a sparse or quantized tensor."""
-    if torch.compiler.is_compiling():  # dynamo does not know these questions
+    if torch.compiler.is_compiling():  # dynamo does not support these checks
         return
     if tensor.layout != torch.strided:
         raise TypeError(
@@ -193,13 +193,13 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, *, like: str) -> None:
-    """Raise ValueError unless the tensor is on the device, which is that of the argument `like`."""
+    """Raise ValueError unless the tensor is on the device, that of the argument named `like`."""
     if tensor.device != device:
         raise ValueError(f"expected {name} on device {device} like {like}, got {tensor.device}")
 
 
 def check_whole(name: str, tensor: object) -> None:
-    """Raise TypeError unless it is a tensor of integers."""
+    """Raise TypeError unless the argument is a tensor of integers."""
     kind = getattr(tensor, "dtype", type(tensor).__name__)
     if not isinstance(tensor, Tensor) or tensor.dtype not in (
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),

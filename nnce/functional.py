@@ -1,23 +1,23 @@
 """The rules as `torch.autograd.Function`s, and the public functions that check and apply them.
 
-A Function's forward is a rule of `nnce.rules` and its backward is another, both with the number of
-the equation. A backward that needs σ uses this module's own `sigmoid`, so that derivatives of any
-order are taken by the rules and stay exact where a rounds to 0 or 1. Only inputs are saved for the
+Forward and backward of each Function call rules of `nnce.rules`, which give the numbers of the
+equations. A backward that needs σ uses this module's own `sigmoid`, so that derivatives of any
+order follow the rules and stay exact where a rounds to 0 or 1. Only inputs are saved for the
 backward: a saved intermediate would give silently wrong second derivatives.
 
-Each Function comes twice: with a `jvp`, for forward-mode derivatives and what `torch.func` makes of
-them, and without, because `torch.compile` refuses a Function that has one. Where forward mode runs
-inside forward mode no Function will do: PyTorch switches the outer one off while it calls a `jvp`,
-whose result would silently lack a term. There the rules are differentiated as plain code. `_apply`
-chooses.
+Each Function has two versions: one with a `jvp`, for forward-mode derivatives and the transforms of
+`torch.func` that use them, and one without, because `torch.compile` rejects a Function with a
+`jvp`. Neither works for nested forward mode: PyTorch disables the outer level while it calls a
+`jvp`, so the result would silently lack a term. There the rules are differentiated as plain code.
+`_apply` chooses the version.
 
-In plain eager code (`is_plain`) none of that is needed, and most of a small training step would go
-into it. There the Functions of the third kind are used: they save what the others save, but call
-the fused kernels, and build a backward that can be differentiated only if `create_graph` is set.
+Plain eager code (`is_plain`) needs none of this, and the overhead would dominate a small training
+step. It uses a third version, which saves the same inputs but calls the fused kernels, and builds
+a differentiable backward only if `create_graph` is set.
 
-The public functions check shape, dtype and device, never values: a check on values would make CUDA
-wait and break `torch.compile` and `torch.func`. Values are checked where data enters, in
-`nnce.data`.
+The public functions check shape, dtype and device, never values: a check on values would
+synchronize CUDA and break `torch.compile` and `torch.func`. `nnce.data` checks values when data is
+loaded.
 """
 
 import inspect
@@ -63,7 +63,7 @@ __all__ = [
 
 
 Reduction = Literal["none", "sum", "mean", "batchmean"]
-"""How the values of the components become a loss.
+"""How the losses of the components are reduced.
 
 >>> nnce.functional.Reduction.__args__
 ('none', 'sum', 'mean', 'batchmean')
@@ -75,15 +75,15 @@ _F = TypeVar("_F", bound=type[Function])
 
 
 def _with_signature(function: _F) -> _F:
-    # Function.apply asks inspect.signature about forward at every call, which took a sixth of a
-    # training step; the answer is the same each time, and inspect looks for it here first.
+    # Function.apply calls inspect.signature(forward) every time, which took a sixth of a training
+    # step. inspect uses __signature__ if it is set.
     forward: Any = function.forward
     forward.__signature__ = inspect.signature(forward)
     return function
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep them for backward and jvp; nothing that was made of them, which has no derivatives."""
+    """Save the inputs for backward and jvp; a saved intermediate would have no derivatives."""
     ctx.save_for_backward(*inputs)
     ctx.save_for_forward(*inputs)
 
@@ -111,14 +111,14 @@ class LinearFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep a_prev and W."""
+        """Save a_prev and W."""
         a_prev, W, _ = inputs
         ctx.save_for_backward(a_prev, W)
         ctx.save_for_forward(a_prev, W)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients by a_prev (7), W and b (6), each only if it is asked for."""
+        """Gradients with respect to a_prev (7), W and b (6); None where not needed."""
         (dz,) = upstream
         a_prev, W = ctx.saved_tensors
         wants_a_prev, wants_W, wants_b = ctx.needs_input_grad
@@ -230,7 +230,7 @@ class SigmoidCrossEntropyFunction(Function):
 
 @_with_signature
 class SigmoidFocalFunction(Function):
-    """A focal loss forward, and its derivatives backward, per component; of `rules.Focus`.
+    """The focal loss of `rules.Focus` forward and its derivatives backward, per component.
 
     C = α_t q^γ_t L and dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z, y and C of one shape. Arguments are
     not checked: `sigmoid_focal_loss` does that.
@@ -245,7 +245,7 @@ class SigmoidFocalFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # each option an argument: dynamo does not know *args here
+    def forward(  # separate arguments: dynamo does not support *args here
         z: Tensor,
         y: Tensor,
         gamma_positive: float,
@@ -258,7 +258,7 @@ class SigmoidFocalFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep z and y."""
+        """Save z and y."""
         z, y, *focus = inputs
         _keep_inputs(ctx, (z, y), output)
         ctx.focus = rules.Focus(*focus)
@@ -281,7 +281,7 @@ def _softplus(z: Tensor) -> Tensor:
 
 
 def _minus_ln_a(z: Tensor) -> Tensor:
-    """−ln σ(z), by the cross-entropy with y = 1, whose own derivatives are the rules'."""
+    """−ln σ(z) as the cross-entropy with y = 1, which is differentiated by the rules."""
     return _apply(SigmoidCrossEntropyFunction, z, torch.ones_like(z), None)
 
 
@@ -292,11 +292,11 @@ def _cross_entropy_dy(z: Tensor, pos_weight: Tensor | None) -> Tensor:
     return rules.weighted(pos_weight, _minus_ln_a(z)) - _minus_ln_a(-z)
 
 
-# ---------------------------------------------------- the same with forward-mode derivatives
+# --------------------------------------------------- Functions with forward-mode derivatives
 
 
 class LinearWithJvp(LinearFunction):
-    """`LinearFunction` with its derivative along tangents (written dX here, for any X)."""
+    """`LinearFunction` with its derivative along tangents (dX is the tangent of X)."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
@@ -348,7 +348,7 @@ class SigmoidFocalWithJvp(SigmoidFocalFunction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """The sum of the two derivatives."""
+        """dC = dC/dz dz + dC/dy dy."""
         dz, dy, *_ = tangents
         z, y = ctx.saved_tensors
         dC = rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) * dz
@@ -364,7 +364,7 @@ _WITH_JVP: dict[type[Function], type[Function]] = {
 }
 
 
-# ------------------------------------------------- the same for forward mode inside forward mode
+# ------------------------------------------------------ plain code for nested forward mode
 
 
 def _exp_of_minus_abs(z: Tensor) -> Tensor:
@@ -372,13 +372,13 @@ def _exp_of_minus_abs(z: Tensor) -> Tensor:
 
 
 def _plain_sigmoid(z: Tensor) -> Tensor:
-    """σ(z) of operations whose own derivatives, of any order, do not vanish in saturation."""
+    """σ(z) by operations whose derivatives of any order do not vanish in saturation."""
     e = _exp_of_minus_abs(z)
     return torch.where(z > 0, 1 / (1 + e), e / (1 + e))
 
 
 def _plain_softplus(z: Tensor) -> Tensor:
-    """softplus(z), likewise."""
+    """softplus(z) by operations whose derivatives of any order do not vanish in saturation."""
     return torch.where(z > 0, z, 0.0) + _exp_of_minus_abs(z).log1p()
 
 
@@ -395,20 +395,20 @@ _PLAIN: dict[type[Function], Callable[..., Tensor]] = {
 }
 
 
-# -------------------------------------------------------------------- the same in plain eager code
+# ---------------------------------------------------------------- Functions for plain eager code
 
 
 def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
-    """Whether PyTorch's kernels, and nothing else, would run on these tensors here and now.
+    """Whether an operation on these tensors would run only PyTorch's kernels here.
 
     False under compile, export and trace, inside transforms of `torch.func` and forward-mode
     levels, in dispatch modes, under autocast, and for subclasses, fake and batched tensors,
-    negative views and every backend but CPU and CUDA. A backward must ask again: it may run in a
-    context of its own, with an upstream gradient of another kind.
+    negative views and every backend except CPU and CUDA. A backward must check again: its context
+    and the type of its upstream gradient may differ.
 
     Args:
         tensors: arguments; an object that is not a tensor is not plain.
-        optional: more of them, of which None is skipped.
+        optional: further arguments; None is skipped.
     """
     if torch.compiler.is_compiling():
         return False
@@ -433,13 +433,13 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
     """Whether a backward is plain, given its upstream gradient and its saved tensors.
 
-    It is not if its result is to be differentiated (`create_graph`).
+    It is not plain if its result will be differentiated (`create_graph`).
     """
     return not torch.is_grad_enabled() and is_plain(*tensors, optional=optional)
 
 
 class _EagerLinear(LinearFunction):
-    """`LinearFunction`, whose backward consists of PyTorch's operations in every context."""
+    """`LinearFunction` for plain eager code; its backward uses PyTorch's operations throughout."""
 
     @staticmethod
     def forward(ctx: Any, a_prev: Tensor, W: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -451,7 +451,7 @@ class _EagerLinear(LinearFunction):
 
 
 class _EagerSigmoid(SigmoidFunction):
-    """`SigmoidFunction` with one pass in the backward."""
+    """`SigmoidFunction` with a single-pass backward."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
@@ -472,20 +472,20 @@ class _EagerSigmoid(SigmoidFunction):
 
 
 class _Settings(NamedTuple):
-    """Arguments of a loss that are not tensors."""
+    """Non-tensor arguments of a loss."""
 
     loss: Loss
     reduction: Reduction
     label_smoothing: float = 0
     ignore_index: int | None = None
     promotes: bool = False
-    """Whether dtypes may differ, as they may for PyTorch's function."""
+    """Whether dtypes may differ, as in PyTorch's function."""
     focus: rules.Focus | None = None
     """Makes the cross-entropy a focal loss."""
 
 
 class _EagerSigmoidLoss(Function):
-    """A whole loss, reduction included: a pass for its value, and one for dC/dz."""
+    """A loss including its reduction: one pass for the value, one for dC/dz."""
 
     @staticmethod
     def forward(
@@ -535,7 +535,7 @@ def _differentiable_dz(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    """dC/dz by PyTorch's operations and `sigmoid`, which can be differentiated and transformed."""
+    """dC/dz by differentiable operations: PyTorch's and `sigmoid`."""
     loss, reduction, smoothing, *_, focus = settings
     dtype = z.dtype
     z, y, weight, pos_weight, counts = _operands(z, y, y, weight, pos_weight, settings)
@@ -570,7 +570,7 @@ def linear(a_prev: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """z = W a_prev + b (equation 1), differentiated by equations 6 and 7.
 
     Args:
-        a_prev: activations of the layer before, [..., n_in].
+        a_prev: activations of the previous layer, [..., n_in].
         W: weights, [n_out, n_in].
         b: biases, [n_out], or None for no bias.
 
@@ -615,7 +615,7 @@ def _fits_linear(a_prev: Tensor, W: Tensor, b: Tensor | None) -> bool:
         and (b is None or (b.dtype is dtype and b.shape == shape[:1]))
     ):
         return False
-    if W.is_cpu:  # in half the time of a comparison of devices
+    if W.is_cpu:  # takes half the time of comparing devices
         return a_prev.is_cpu and (b is None or b.is_cpu)
     return a_prev.device == W.device and (b is None or b.device == W.device)
 
@@ -624,7 +624,7 @@ def sigmoid(z: Tensor) -> Tensor:
     """a = σ(z) = 1 / (1 + e^(−z)) (equation 1), differentiated by equation 8 from z.
 
     The derivative is computed as σ(z) σ(−z), which unlike a (1−a) does not vanish where a rounds to
-    1; the same is true of higher derivatives.
+    1. Higher derivatives do not vanish there either.
 
     Args:
         z: any shape, floating-point.
@@ -657,16 +657,15 @@ def sigmoid_quadratic(
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets in [0, 1], of z's shape and device, in z's dtype; or integers or booleans, 0 and
-            1, with respect to which there is no gradient. Values are not checked here;
-            `nnce.data.check` does that.
+            1, which get no gradient. Values are not checked here; `nnce.data.check` does that.
         ignore_index: a target other than 0 and 1, such as −100: components with this target
-            contribute neither loss nor gradient, whatever z is, NaN and infinities included, and
-            are not counted in a mean.
-        reduction: "none" for one value per component; "sum" over all of them; "mean" over all that
-            count, PyTorch's mean; "batchmean", the notes' C: the sum over the components, averaged
-            over the examples that have a component that counts. The number of examples is the
-            product of all dimensions but the last (1 for a one-dimensional z). The sum of no
-            components is 0, and its means are NaN.
+            contribute neither loss nor gradient, even if z is NaN or infinite, and are not counted
+            in a mean.
+        reduction: "none" for one value per component; "sum" over all components; "mean" over all
+            components not ignored, as in PyTorch; "batchmean", C in the notes: the sum over the
+            components, averaged over the examples with at least one component not ignored. The
+            number of examples is the product of all dimensions except the last (1 for a
+            one-dimensional z). If every component is ignored, the sum is 0 and the means are NaN.
 
     Returns:
         C, at least 0: z's shape for "none", else a scalar.
@@ -696,30 +695,30 @@ def sigmoid_cross_entropy(
     *,
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
-    label_smoothing: float = 0,  # not 0.0, at which dynamic torch.compile begins anew
+    label_smoothing: float = 0,  # with 0.0, dynamic torch.compile would recompile
     ignore_index: int | None = None,
     reduction: Reduction = "batchmean",
 ) -> Tensor:
     """The cross-entropy of σ(z): C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (equation 3).
 
     Differentiated by equation 5, dC/dz = σ(z) − y, computed as (1−y) σ(z) − y σ(−z), which for y of
-    0 or 1 keeps its relative precision where σ(z) − y rounds to 0. For y strictly between, the
-    error is a few units in the last place of the two terms, which cancel where σ(z) is close to y,
-    and the smallest value of C is not 0 but the entropy of y.
+    0 or 1 keeps its relative precision where σ(z) − y rounds to 0. For 0 < y < 1, the error is a
+    few units in the last place of the two terms, which cancel where σ(z) is close to y, and the
+    minimum of C is the entropy of y, not 0.
 
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets, as for `sigmoid_quadratic`.
         weight: multiplies C component by component; of a shape that broadcasts to z's. Components
-            with weight 0 contribute neither loss nor gradient, at an infinite z as well.
-        pos_weight: multiplies the term of y, so that positive targets count this much more than
-            negative ones; of a shape that broadcasts to z's, [components] for one each.
+            with weight 0 contribute neither loss nor gradient, even if z is infinite.
+        pos_weight: multiplies the term of y: the weight of positive targets relative to negative
+            ones; of a shape that broadcasts to z's, [components] for one per component.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2, as for two classes in
-            `torch.nn.CrossEntropyLoss`. C is linear in y, so it is (1−s) C + s C(½), and dC/dz does
-            not lose the digits that 1 − y would.
+            `torch.nn.CrossEntropyLoss`. Computed as (1−s) C + s C(½), since C is linear in y, which
+            avoids rounding 1 − y in dC/dz.
         ignore_index: as for `sigmoid_quadratic`.
-        reduction: as for `sigmoid_quadratic`; weights multiply, and do not change the divisor of a
-            mean. With "mean", weights and options mean the same as in
+        reduction: as for `sigmoid_quadratic`; weights do not change the divisor of a mean. With
+            "mean", weights and options have the same meaning as in
             `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Returns:
@@ -761,12 +760,13 @@ def sigmoid_focal_loss(
     ignore_index: int | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
-    """The focal loss of σ(z): C = α_t (1 − p_t)^γ · cross-entropy, of `torchvision.ops`, exact.
+    """The focal loss of σ(z): C = α_t (1 − p_t)^γ · cross-entropy. As in `torchvision.ops`, exact.
 
-    1 − p_t = (1−y) σ(z) + y σ(−z), how far σ(z) is from y, and α_t = (1−y) (1−alpha) + y alpha. For
-    y = 1, C = alpha σ(−z)^γ softplus(−z) and dC/dz = −alpha σ(−z)^γ (σ(−z) + γ σ(z) softplus(−z)):
-    a sum of terms of one sign, so that for y of 0 or 1 nothing cancels at any z, nor does anything
-    become 0 · ∞. (Lin et al., Focal loss for dense object detection, 2017.)
+    1 − p_t = (1−y) σ(z) + y σ(−z), the distance of σ(z) from a y of 0 or 1, and
+    α_t = (1−y) (1−alpha) + y alpha. For y = 1,
+    C = alpha σ(−z)^γ softplus(−z) and dC/dz = −alpha σ(−z)^γ (σ(−z) + γ σ(z) softplus(−z)): terms
+    of one sign, so that for y of 0 or 1 there is no cancellation and no 0 · ∞ at any z. (Lin et
+    al., Focal loss for dense object detection, 2017.)
 
     >>> z, y = torch.tensor([-1.0, 200.0]), torch.tensor([1.0, 0.0])
     >>> nnce.sigmoid_focal_loss(z, y)
@@ -775,14 +775,14 @@ def sigmoid_focal_loss(
     Args:
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets, as for `sigmoid_quadratic`.
-        alpha: weight of positive targets, in [0, 1]; that of negative ones is 1 − alpha. None or −1
-            for neither.
+        alpha: weight of positive targets, in [0, 1]; negative targets have weight 1 − alpha. None
+            or −1 for no weights.
         gamma: from 0 to 10⁶; at 0 the loss is the cross-entropy times α_t.
         weight, ignore_index: as for `sigmoid_cross_entropy`.
         reduction: as for `sigmoid_quadratic`, but "none" by default, as in torchvision.
 
     Returns:
-        C: z's shape for "none", else one number.
+        C: z's shape for "none", else a scalar.
 
     Raises:
         TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
@@ -805,14 +805,14 @@ def sigmoid_asymmetric_loss(
     ignore_index: int | None = None,
     reduction: Reduction = "batchmean",
 ) -> Tensor:
-    """The asymmetric loss of σ(z), a focal loss with different exponents, and a margin.
+    """The asymmetric loss of σ(z): a focal loss with two exponents and a margin.
 
     C = −σ(−z)^gamma_positive ln σ(z) for y = 1, and −p^gamma_negative ln(1 − p) for y = 0, where
     p = max(σ(z) − margin, 0): a negative target whose σ(z) is at most the margin contributes
-    neither loss nor gradient. At this kink the derivative is that from the left, 0, which with
-    gamma_negative > 0 is that from the right, too. Soft targets mix σ(−z) and p as in
+    neither loss nor gradient. Where σ(z) equals the margin, the derivative is the left one, 0; for
+    gamma_negative > 0 the right one is also 0. Soft targets mix σ(−z) and p as in
     `sigmoid_focal_loss`, and the exponents. (Ridnik et al., Asymmetric loss for multi-label
-    classification, 2021, whose values for COCO are the defaults.)
+    classification, 2021; the defaults are their values for COCO.)
 
     >>> z, y = torch.tensor([[-1.0, 200.0, -3.0]]), torch.tensor([[1.0, 0.0, 0.0]])
     >>> nnce.sigmoid_asymmetric_loss(z, y, reduction="none")
@@ -822,12 +822,12 @@ def sigmoid_asymmetric_loss(
         z: weighted inputs of the last layer (logits), [..., components].
         y: targets, as for `sigmoid_quadratic`.
         gamma_positive, gamma_negative: exponents of the two kinds of target, from 0 to 10⁶.
-        margin: m in [0, 1), subtracted from σ(z) for negative targets; `clip` elsewhere.
+        margin: m in [0, 1), subtracted from σ(z) for negative targets; called `clip` in other code.
         weight, ignore_index: as for `sigmoid_cross_entropy`.
         reduction: as for `sigmoid_quadratic`.
 
     Returns:
-        C: z's shape for "none", else one number.
+        C: z's shape for "none", else a scalar.
 
     Raises:
         TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
@@ -871,28 +871,29 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
     label_smoothing: float = 0,
     ignore_index: int | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.binary_cross_entropy_with_logits`, by equations 3 and 5.
+    """`torch.nn.functional.binary_cross_entropy_with_logits`, computed by equations 3 and 5.
 
     C = −[y ln σ(z) + (1−y) ln(1 − σ(z))] and dC/dz = σ(z) − y. It accepts the arguments of
-    PyTorch's function and returns C in the same dtype, the target's, but computes it in float32 at
-    least. It is exact where PyTorch's is not: C is 0 at z = ∞ with y = 1, where PyTorch's is NaN,
-    and a mean of float16 is finite though the sum is not.
+    PyTorch's function and returns C in the same dtype, that of the target, but computes in at least
+    float32. It is exact where PyTorch's function is not: C is 0 at z = ∞ with y = 1, where PyTorch
+    returns NaN, and a float16 mean is finite even if the sum overflows.
 
     Args:
         input: z, the logits, of any shape; floating-point.
-        target: y, of z's shape and device, of any floating-point dtype; or, unlike PyTorch's,
+        target: y, of z's shape and device, of any floating-point dtype; or, unlike in PyTorch,
             integers or booleans.
         weight: multiplies C; of a shape that broadcasts to z's. It may be negative.
         size_average, reduce: deprecated as in PyTorch; they take precedence over reduction.
-        reduction: "none", "sum" or "mean" over all elements, whatever the shape. (The default of
-            `sigmoid_cross_entropy`, "batchmean", divides by fewer: z [N] by 1, not N.)
-        pos_weight: multiplies the term of y; as weight, and of any real dtype.
+        reduction: "none", "sum" or "mean" over all elements, for any shape. (The default of
+            `sigmoid_cross_entropy`, "batchmean", has a smaller divisor: 1, not N, for z [N].)
+        pos_weight: multiplies the term of y; of a shape that broadcasts to z's and any real dtype.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
         ignore_index: an integer other than 0 and 1: elements with this target contribute neither
             loss nor gradient, and are not counted in the mean.
 
     Returns:
-        C, z's shape for "none", else a scalar; in the target's dtype, or z's for integers.
+        C, z's shape for "none", else a scalar; in the target's dtype, or z's for integer or
+            boolean targets.
 
     Raises:
         TypeError: an argument is not a tensor or has an unsupported dtype, label_smoothing is not a
@@ -927,12 +928,12 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
 
 
 def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype of C, that of PyTorch's function."""
+    """The dtype of C, as in PyTorch's function."""
     return y.dtype if y.dtype.is_floating_point else z.dtype
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    """The reduction that PyTorch's two deprecated arguments mean."""
+    """The reduction selected by PyTorch's two deprecated arguments."""
     mean, summed = size_average is None or size_average, reduce is None or reduce
     reduction = ("mean" if mean else "sum") if summed else "none"
     warnings.warn(
@@ -947,18 +948,18 @@ LOSS_FUNCTIONS: dict[Loss, Callable[..., Tensor]] = {
     "quadratic": sigmoid_quadratic,
     "cross-entropy": sigmoid_cross_entropy,
 }
-"""The function of each loss, by its name.
+"""Loss functions by name.
 
 >>> nnce.functional.LOSS_FUNCTIONS["quadratic"] is nnce.sigmoid_quadratic
 True
 """
 
 
-# ---------------------------------------------------------------------------------- the inside
+# ----------------------------------------------------------------------------------- internals
 
 
 def _python_numbers(label_smoothing: float, ignore_index: int | None) -> tuple[float, int | None]:
-    """Convert numbers of other libraries, which the kernels do not take; raise for others."""
+    """Convert NumPy's and other libraries' numbers to Python's; raise for non-numbers."""
     if type(label_smoothing) not in (int, float):
         label_smoothing = check_label_smoothing(label_smoothing)
     if ignore_index is not None and type(ignore_index) is not int:
@@ -973,12 +974,12 @@ def _fits_loss(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> bool:
-    """Whether all checks would pass, and the kernels compute the loss and all its gradients.
+    """Whether all checks would pass and the kernels support the loss and its gradients.
 
-    They compute none with respect to y and weights, and work in the dtype of z.
+    The kernels compute no gradients with respect to y or weights, and work in z's dtype.
     """
     _, reduction, smoothing, ignore_index, any_dtype, focus = settings
-    if focus is not None and not z.is_cpu:  # Triton has no such kernels
+    if focus is not None and not z.is_cpu:  # the Triton kernels do not support focal losses
         return False
     if not (fused.fits(z, y) and reduction in ("mean", "batchmean", "sum", "none")):
         return False
@@ -1012,10 +1013,10 @@ def _composed_loss(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    """C by a Function per component and PyTorch's operations, for every context.
+    """C by a Function per component and PyTorch's operations; works in every context.
 
     Args:
-        wide_y: y as it is computed with; y itself tells what to ignore.
+        wide_y: y in the dtype to compute in; y itself is compared with ignore_index.
     """
     loss, reduction, smoothing, *_, focus = settings
     dtype = z.dtype
@@ -1041,12 +1042,12 @@ def _operands(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """z, y and weights in one dtype and shape, and which components count; None for all."""
+    """z, y and weights in one dtype and shape, and the mask of components that count, or None."""
     if settings.promotes:
         dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
-    if settings.focus is not None:  # a power of q is off by γ times as much as q
+    if settings.focus is not None:  # the power has γ times the relative error of q
         dtype = torch.float64 if z.dtype == torch.float32 else torch.float32
         dtype = torch.promote_types(dtype, z.dtype)
         z, wide_y, weight = _to(z, dtype), _to(wide_y, dtype), _to(weight, dtype)
@@ -1061,7 +1062,7 @@ _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 
 
 def _to(tensor: _OptionalTensor, dtype: torch.dtype) -> _OptionalTensor:
-    """Convert if necessary: dynamo's vmap stumbles over a conversion to the same dtype."""
+    """Convert if necessary: dynamo's vmap fails on a conversion to the same dtype."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -1072,7 +1073,7 @@ def _fused_loss(
     pos_weight: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    """C by one pass of a kernel."""
+    """C by a single pass of a kernel."""
     if z.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _apply_loss(z, y, weight, pos_weight, settings))
     options = _options(weight, pos_weight, settings)
@@ -1088,10 +1089,10 @@ def _apply(function: type[Function], *arguments: Tensor | float | None) -> Tenso
 
 
 def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Which components count; None for all.
+    """Mask of the components that count; None if all do.
 
-    Compared in y's own dtype, in which a half-precision target was rounded; but an integer outside
-    the range of an integer dtype, which PyTorch would wrap around, is equal to no target.
+    ignore_index is compared in y's own dtype, since a half-precision target has been rounded. An
+    index outside the range of an integer dtype, which PyTorch would wrap around, matches no target.
     """
     if ignore_index is None:
         return None
@@ -1105,9 +1106,9 @@ def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:
 
 
 def _masked(counts: Tensor | None, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """z and y in z's dtype, with zeros for what does not count: nothing comes of it, not even NaN.
+    """z and y in z's dtype, with zeros for ignored components, so that a NaN there has no effect.
 
-    `where` gives such components the derivative 0, of any order and in both modes.
+    `where` makes the derivatives of these components 0, of any order and in both modes.
     """
     y = _to(y, z.dtype)
     return (z, y) if counts is None else (z.where(counts, 0.0), y.where(counts, 0.0))
@@ -1122,13 +1123,13 @@ def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
         return C.sum()
     if counts is None and reduction == "mean":
         return C.mean()
-    # float16 ends at 65,504, and a sum, or the number of components, is soon above it.
+    # The largest float16 is 65,504; a sum or the number of components may exceed it.
     total = C.sum(dtype=torch.promote_types(C.dtype, torch.float32))
     return (total / _divisor(C, counts, reduction)).to(C.dtype)
 
 
 def _divisor(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor | int:
-    """The number of components, or of examples, that count."""
+    """The number of components or examples that count."""
     if counts is None:
         return C.numel() if reduction == "mean" else C.shape[:-1].numel()
     return counts.sum() if reduction == "mean" else counts.any(-1).sum()
@@ -1148,7 +1149,7 @@ def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) 
 
 
 def _check_real(z: Tensor, others: dict[str, Tensor | None]) -> None:
-    """Raise unless they are dense tensors on one device, z floating-point, the others real."""
+    """Raise unless all are dense tensors on one device, z floating-point and the others real."""
     check_alike({"input": z})
     if "target" in others and not isinstance(others["target"], Tensor):
         raise TypeError(f"expected target to be a tensor, got {type(others['target']).__name__}")
@@ -1188,12 +1189,12 @@ def _broadcasts(tensor: Tensor, z: Tensor) -> bool:
     return all(n in (1, m) for n, m in zip(shape, z.shape[leading:], strict=True))
 
 
-# What torch.autocast does to PyTorch's own functions, done here because a Function's forward and
-# backward must see the same dtypes. It leaves float64 alone, and so do these.
+# The casts that torch.autocast applies to PyTorch's own functions. They are done here because a
+# Function's forward and backward must see the same dtypes. Like autocast, they leave float64 as is.
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """In autocast's dtype where autocast is on, as for `torch.nn.functional.linear`."""
+    """Cast to autocast's dtype if autocast is enabled, as for `torch.nn.functional.linear`."""
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
@@ -1202,7 +1203,7 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def _float32_under_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """In float32 where autocast is on, as for PyTorch's own losses."""
+    """Cast to float32 if autocast is enabled, as for PyTorch's own losses."""
     if autocast_dtype(tensors[0]) is None:
         return tensors
     low = (torch.bfloat16, torch.float16)
@@ -1210,7 +1211,7 @@ def _float32_under_autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def autocast_dtype(tensor: Any) -> torch.dtype | None:
-    """What autocast computes in on the tensor's device; None where it is off, or for no tensor."""
+    """Autocast's dtype on the tensor's device; None if autocast is off or it is not a tensor."""
     if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
         return None
     device = tensor.device.type

@@ -1,4 +1,4 @@
-"""Layers, networks and losses as `torch.nn.Module`s: parameters and options, nothing else.
+"""Layers, networks and losses as `torch.nn.Module`s, which hold only parameters and options.
 
 The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 """
@@ -45,7 +45,7 @@ Init = Literal["scaled", "large"] | float
 0.1
 """
 INITS: tuple[str, ...] = ("scaled", "large")
-"""The initializations that have a name.
+"""Named initializations.
 
 >>> nnce.modules.INITS
 ('scaled', 'large')
@@ -65,16 +65,16 @@ def check_init(init: Init) -> Init:
 class Linear(nn.Linear):
     """z = W a_prev + b (equation 1), differentiated by hand (equations 6 and 7).
 
-    A subclass of `torch.nn.Linear` with a different initialization, the textbook's, drawn on the
-    generator's device in float64, so that a seed means the same network in every dtype and on every
-    device.
+    A subclass of `torch.nn.Linear` with the initialization of the textbook (see Source). It is
+    drawn in float64 on the generator's device, so that a seed gives the same network in every dtype
+    and on every device.
 
     Args:
         in_features: n_in, at least 1.
         out_features: n_out, at least 1.
         bias: whether there is a bias b.
-        init: "scaled" for weights from N(0, 1/n_in), "large" for weights from N(0, 1); biases are
-            from N(0, 1) in both. Or a number for both from N(0, init²).
+        init: "scaled" for weights from N(0, 1/n_in) or "large" for weights from N(0, 1), with
+            biases from N(0, 1); or a number for weights and biases from N(0, init²).
         generator: source of the random numbers; None for PyTorch's global generator.
         device, dtype: of the parameters.
 
@@ -105,7 +105,7 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # torch.nn.Linear's would draw from the global generator
+        nn.Module.__init__(self)  # torch.nn.Linear.__init__ would draw from the global generator
         if not (is_size(in_features) and is_size(out_features)):
             raise ValueError(
                 f"expected positive whole sizes, got in_features={in_features!r}, "
@@ -130,7 +130,7 @@ class Linear(nn.Linear):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw weights and biases anew, the weights first."""
+        """Redraw the weights, then the biases."""
         sd, of_biases = 1.0, 1.0
         if self.init == "scaled":
             sd = self.in_features**-0.5
@@ -142,11 +142,11 @@ class Linear(nn.Linear):
                 self.bias.copy_(_standard_normal(self.bias, generator).mul_(of_biases))
 
     def forward(self, input: Tensor) -> Tensor:
-        """z [..., out_features] of a_prev [..., in_features]."""
+        """z [..., out_features] for a_prev [..., in_features]."""
         return functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """The sizes and the start."""
+        """The sizes, bias and initialization."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, init={self.init!r}"
@@ -171,7 +171,7 @@ class Sigmoid(nn.Sigmoid):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """a in [0, 1] of z, of z's shape."""
+        """a = σ(z) in [0, 1], of z's shape."""
         return functional.sigmoid(input)
 
 
@@ -179,14 +179,13 @@ class MLP(nn.Sequential):
     """A network of sigmoid neurons: `Linear`, `Sigmoid`, `Linear`, …; returns z of the last layer.
 
     a = σ(W a_prev + b) in every layer (equation 1), but the last sigmoid is part of the loss:
-    `nnce.sigmoid(network(x))` are the activations of the last layer. The parameters have the names
-    of a `torch.nn.Sequential` of `torch.nn.Linear` and `torch.nn.Sigmoid`, so either one loads the
-    other's `state_dict`.
+    `nnce.sigmoid(network(x))` gives the activations of the last layer. Parameters are named as in a
+    `torch.nn.Sequential` of `torch.nn.Linear` and `torch.nn.Sigmoid`, so each can load the other's
+    `state_dict`.
 
     Args:
-        sizes: neurons of each layer, the input first: (784, 30, 10).
-        init, generator, device, dtype: as for `Linear`; layers are drawn from the first to the
-            last.
+        sizes: number of neurons in each layer, starting with the input: (784, 30, 10).
+        init, generator, device, dtype: as for `Linear`; layers are drawn from first to last.
 
     Shape: x [..., sizes[0]] -> z [..., sizes[-1]].
 
@@ -199,8 +198,8 @@ class MLP(nn.Sequential):
     """
 
     about: Mapping[str, Any] = MappingProxyType({})
-    """Plain values of any meaning (JSON's) that `nnce.save` keeps with the parameters. Networks of
-    `nnce.training` have their data set's: see `nnce.data.Dataset.about`."""
+    """JSON values that `nnce.save` stores with the parameters. `nnce.training` copies them from
+    the data set: see `nnce.data.Dataset.about`."""
 
     def __init__(
         self,
@@ -226,18 +225,17 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
     def __getitem__(self, index: slice | int) -> Any:
-        """One layer, or for a slice a plain `torch.nn.Sequential` of some."""
+        """One layer, or for a slice a plain `torch.nn.Sequential` of layers."""
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     def linears(self) -> list[Linear]:
-        """The layers that have parameters, from the first to the last.
+        """The layers with parameters, from first to last.
 
         Raises:
-            ValueError: the network's layers are no longer those of its sizes, or compute something
-                else: their weight or bias is no parameter of their own, since they have been
-                reparametrised or pruned, or their forward has been replaced.
+            ValueError: the layers no longer match `sizes`, a layer was reparametrized or pruned, so
+                that its weight or bias is not its own parameter, or a forward was replaced.
         """
         linears = [layer for layer in self if isinstance(layer, Linear)]
         sizes = [(layer.in_features, layer.out_features) for layer in linears]
@@ -265,7 +263,7 @@ class MLP(nn.Sequential):
         return linears
 
     def weights_and_biases(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """W [n_out, n_in] and b [n_out] of each layer, from the first to the last.
+        """W [n_out, n_in] and b [n_out] of each layer, from first to last.
 
         Raises:
             ValueError: as for `linears`, or a layer has no bias.
@@ -277,11 +275,11 @@ class MLP(nn.Sequential):
 
 
 class SigmoidQuadraticLoss(nn.Module):
-    """C = ½ ‖σ(z) − y‖², the notes' first error function: `nnce.functional.sigmoid_quadratic`.
+    """C = ½ ‖σ(z) − y‖², the notes' first loss: `nnce.functional.sigmoid_quadratic`.
 
     Args:
-        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
-        ignore_index: a target such as −100: components with this target do not count.
+        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
+        ignore_index: a target such as −100: components with this target are ignored.
 
     Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
         "none".
@@ -304,30 +302,30 @@ class SigmoidQuadraticLoss(nn.Module):
         self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """C of the weighted inputs z of the last layer and the targets y."""
+        """C for the weighted inputs z of the last layer and the targets y."""
         return functional.sigmoid_quadratic(
             z, y, ignore_index=self.ignore_index, reduction=self.reduction
         )
 
     def extra_repr(self) -> str:
-        """The options that are not the usual ones, and the reduction."""
+        """The reduction, and the options that differ from their defaults."""
         return options_of(self)
 
 
 class SigmoidCrossEntropyLoss(nn.Module):
     """C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))]: `nnce.functional.sigmoid_cross_entropy`.
 
-    The default reduction averages over the examples: all dimensions but the last. For z of shape
-    [N] or [N, C, H, W] that is not the mean of `torch.nn.BCEWithLogitsLoss`, but N times or W times
-    it. To replace that loss, use `BCEWithLogitsLoss`.
+    The default reduction averages over the examples: all dimensions except the last. For z of shape
+    [N] or [N, C, H, W] the result is N or W times the mean of `torch.nn.BCEWithLogitsLoss`. To
+    replace that loss, use `BCEWithLogitsLoss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
         weight: multiplies C; at least 0, of a shape that broadcasts to z's.
         pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
-            to z's, [components] for one each. Both weights are buffers, as PyTorch's are.
+            to z's, [components] for one per component. Both weights are buffers, as in PyTorch.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: a target such as −100: components with this target do not count.
+        ignore_index: a target such as −100: components with this target are ignored.
 
     Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
         "none".
@@ -364,7 +362,7 @@ class SigmoidCrossEntropyLoss(nn.Module):
         _register_weights(self, weight=weight, pos_weight=pos_weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """C of the weighted inputs z of the last layer and the targets y."""
+        """C for the weighted inputs z of the last layer and the targets y."""
         return functional.sigmoid_cross_entropy(
             z,
             y,
@@ -376,16 +374,16 @@ class SigmoidCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options that are not the usual ones, and the reduction."""
+        """The reduction, and the options that differ from their defaults."""
         return options_of(self)
 
 
 def _register_weights(loss: nn.Module, **weights: Tensor | None) -> None:
-    """Register weights as buffers. Their values are checked here, once."""
+    """Register weights as buffers, after a single check of their values."""
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor | None):
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-        # PyTorch would train on them, uphill.
+        # With negative weights, PyTorch would maximize the loss.
         if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
             raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
         loss.register_buffer(name, tensor)
@@ -395,11 +393,11 @@ class SigmoidFocalLoss(nn.Module):
     """C = α_t (1 − p_t)^γ · cross-entropy of σ(z): `nnce.functional.sigmoid_focal_loss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
+        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
         alpha: weight of positive targets in [0, 1], or None or −1 for no weights.
         gamma: exponent, from 0 to 10⁶.
         weight: multiplies C; at least 0, of a shape that broadcasts to z's; a buffer.
-        ignore_index: an integer other than 0 and 1: components with this target do not count.
+        ignore_index: an integer other than 0 and 1: components with this target are ignored.
 
     Shape: z and y [..., components], y in [0, 1] or ignore_index -> z's shape for "none", else a
         scalar.
@@ -433,7 +431,7 @@ class SigmoidFocalLoss(nn.Module):
         _register_weights(self, weight=weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """C of the weighted inputs z of the last layer and the targets y."""
+        """C for the weighted inputs z of the last layer and the targets y."""
         return functional.sigmoid_focal_loss(
             z,
             y,
@@ -445,16 +443,16 @@ class SigmoidFocalLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options that are not the defaults, and the reduction."""
+        """The reduction, and the options that differ from their defaults."""
         return options_of(self)
 
 
 class SigmoidAsymmetricLoss(nn.Module):
-    """A focal loss with two exponents and a margin: `nnce.functional.sigmoid_asymmetric_loss`.
+    """Focal loss with two exponents and a margin: `nnce.functional.sigmoid_asymmetric_loss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over every element) or "batchmean" (over the examples).
-        gamma_positive, gamma_negative: exponents of the two kinds of target, at least 0.
+        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
+        gamma_positive, gamma_negative: exponents for positive and negative targets, at least 0.
         margin: in [0, 1), subtracted from σ(z) for negative targets.
         weight, ignore_index: as for `SigmoidFocalLoss`.
 
@@ -487,7 +485,7 @@ class SigmoidAsymmetricLoss(nn.Module):
         _register_weights(self, weight=weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """C of the weighted inputs z of the last layer and the targets y."""
+        """C for the weighted inputs z of the last layer and the targets y."""
         return functional.sigmoid_asymmetric_loss(
             z,
             y,
@@ -500,12 +498,12 @@ class SigmoidAsymmetricLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options that are not the defaults, and the reduction."""
+        """The reduction, and the options that differ from their defaults."""
         return options_of(self)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """`torch.nn.BCEWithLogitsLoss`, exact: `nnce.functional.binary_cross_entropy_with_logits`.
+    """Exact `torch.nn.BCEWithLogitsLoss`: `nnce.functional.binary_cross_entropy_with_logits`.
 
     A drop-in replacement with the same arguments, defaults, dtypes and `state_dict`: the mean of
     C = −[y ln σ(z) + (1−y) ln(1 − σ(z))], with dC/dz = σ(z) − y.
@@ -514,9 +512,9 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         weight: multiplies C; of a shape that broadcasts to z's.
         size_average, reduce: deprecated as in PyTorch.
         reduction: "none", "sum" or "mean", over all elements.
-        pos_weight: multiplies the term of positive targets; as weight. Both weights are buffers.
+        pos_weight: multiplies the term of positive targets; shape as weight. Both are buffers.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: an integer other than 0 and 1: elements with this target do not count.
+        ignore_index: an integer other than 0 and 1: elements with this target are ignored.
 
     Shape: input and target of one shape -> a scalar, or that shape for "none".
 
@@ -547,7 +545,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         self.ignore_index = check_ignore_index(ignore_index)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """C of logits and targets."""
+        """C for logits and targets."""
         return functional.binary_cross_entropy_with_logits(
             input,
             target,
@@ -559,12 +557,12 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
     def extra_repr(self) -> str:
-        """nnce's options where they are not the defaults, and the reduction."""
+        """The reduction, and nnce's options that differ from their defaults."""
         return options_of(self)
 
 
 def options_of(loss: nn.Module) -> str:
-    """A loss's reduction, and nnce's options where they are not the defaults."""
+    """A loss's reduction, and nnce's options that differ from their defaults."""
     options = {
         **{"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None},
         **{"alpha": 0.25, "gamma": 2, "gamma_positive": 1, "gamma_negative": 4, "margin": 0.05},

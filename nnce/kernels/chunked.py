@@ -1,7 +1,7 @@
-"""The passes of `nnce.kernels.losses` as PyTorch operations, for use without Numba.
+"""The kernels of `nnce.kernels.losses` as PyTorch operations, for use without Numba.
 
-They walk the arrays in chunks, and use memory for one chunk again and again, so that intermediate
-results stay in the processor's cache.
+They process arrays in chunks and reuse the memory of one chunk, so that intermediate results stay
+in the processor's cache.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ BLOCK = 2**16
 
 
 class Packed(NamedTuple):
-    """Options of one call as the passes read them."""
+    """Options of one call in the form that the kernels read."""
 
     weight: Tensor | None
-    """Repeated so that a block, wherever it begins, is within one run; in the dtype of the work."""
+    """Repeated so that any block is contiguous, wherever it begins; in the working dtype."""
     weight_period: int
     pos_weight: Tensor | None
     pos_period: int
@@ -33,36 +33,36 @@ class Packed(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is no weight, smoothing or ignored value."""
+        """Whether there are no weights, no smoothing and no ignored value."""
         return self.weight is self.pos_weight is None and not (self[4] or self.ignores)
 
     def addresses(self) -> tuple[Any, ...]:
-        """Return the tuple that the compiled kernels take."""
+        """Return the options as a tuple for the compiled kernels."""
         weight, pos_weight = (0 if t is None else t.data_ptr() for t in (self[0], self[2]))
         return (weight, self.weight_period, pos_weight, *self[3:7])
 
 
 class _Chunk(NamedTuple):
-    """A chunk of elements in the dtype to compute in, float32 or float64, and memory like z."""
+    """A chunk of elements in the working dtype, float32 or float64, and scratch memory like z."""
 
     z: Tensor
     negative: Tensor
-    """Weights of the term of 1 − y: after label smoothing."""
+    """Weights of the term of 1 − y, after label smoothing."""
     positive: Tensor
-    """Weights of the term of y: after label smoothing and times pos_weight."""
+    """Weights of the term of y, after label smoothing and times pos_weight."""
     weight: Tensor | None
     ignored: Tensor | None
-    """Where y is the ignored value."""
+    """Mask of ignored targets."""
     focus: Focus | None
     both: Tensor | None
-    """negative + positive; None where it is 1."""
+    """negative + positive; None if it is 1."""
     first: Tensor
     second: Tensor
     third: Tensor
 
 
 class _Work:
-    """Makes chunks of logits and targets.
+    """Chunks of logits and targets, with shared scratch memory.
 
     Args:
         z: logits, contiguous.
@@ -75,14 +75,14 @@ class _Work:
         self._memory = z.new_empty(5, min(z.numel(), BLOCK), dtype=self._dtype)
 
     def chunks(self, z: Tensor, y: Tensor) -> Iterator[tuple[slice, _Chunk]]:
-        """Make the chunks of whole arrays, with their places."""
+        """Yield the chunks of whole arrays, with their slices."""
         z, y = z.view(-1), y.view(-1)
         for begin in range(0, len(z), BLOCK):
             part = slice(begin, begin + BLOCK)
             yield part, self.chunk(z[part], y[part], begin)
 
     def chunk(self, z: Tensor, y: Tensor, begin: int) -> _Chunk:
-        """Make a chunk of elements that begin at an index of the whole z."""
+        """Return the chunk of the elements that begin at index `begin` of the whole z."""
         weight, period, pos_weight, pos_period, smoothing, ignored, ignores, focus = self._options
         negative, positive, *others = self._memory[:, : len(z)]
         if y.dtype == self._dtype and not smoothing and pos_weight is None:
@@ -110,7 +110,7 @@ class _Work:
 
 
 def value(z: Tensor, y: Tensor, C: Tensor | None, options: Packed, loss: Loss) -> list[float]:
-    """Return the sum of C over each chunk, and write C of each element unless C is None."""
+    """Return the sum of C over each chunk, and write C of each element if C is not None."""
     sums = []
     for part, chunk in _Work(z, options).chunks(z, y):
         found, total = _value(chunk, loss)
@@ -129,7 +129,7 @@ def gradient(
     scale: float,
     loss: Loss,
 ) -> None:
-    """Write dC/dz times scale, and times the elements' upstream gradients unless None."""
+    """Write dC/dz times scale, and times the elements' upstream gradients if given."""
     for part, chunk in _Work(z, options).chunks(z, y):
         found = _gradient(chunk, loss).mul_(scale)
         if upstream is not None:
@@ -145,7 +145,7 @@ def joint(
     options: Packed,
     loss: Loss,
 ) -> None:
-    """Write factor ∘ dC/dz in the place of z [rows, width], and each row's sum of C."""
+    """Overwrite z [rows, width] by factor ∘ dC/dz, and write the sum of C over each row."""
     rows, width = z.shape
     C.zero_()
     work, flat = _Work(z, options), z.view(-1)
@@ -172,14 +172,14 @@ def sigmoid_gradient(z: Tensor, da: Tensor, dz: Tensor) -> None:
 
 
 def _finished(chunk: _Chunk, found: Tensor) -> Tensor:
-    """Multiply by weight, where 0 · ∞ is 0, and write 0 for ignored targets."""
+    """Multiply by weight, with 0 · ∞ = 0, and set elements with an ignored target to 0."""
     if chunk.weight is not None:
         found = rules.weighted(chunk.weight, found)
     return found if chunk.ignored is None else found.masked_fill_(chunk.ignored, 0)
 
 
 def _value(chunk: _Chunk, loss: Loss, rows: int = 1) -> tuple[Tensor, Tensor]:
-    """C of each element, equation 2 or 3, and its sums over equal parts in float64, [rows]."""
+    """C of each element, equation 2 or 3, and its sums over `rows` equal parts in float64."""
     find = _quadratic if loss == "quadratic" else _cross_entropy
     if chunk.focus is not None:
         find = _cross_entropy_at_infinity
@@ -197,8 +197,8 @@ def _quadratic(chunk: _Chunk) -> Tensor:
 
 def _cross_entropy(chunk: _Chunk) -> Tensor:
     z, negative, positive, *_, both, first, second, third = chunk
-    # ln(1 + t) = t · ln(u) / (u − 1) with t = e^(−|z|) and u = 1 + t rounded, in which the error of
-    # u cancels (Kahan; Higham, Accuracy and Stability of Numerical Algorithms, 2002, §1.14.1).
+    # ln(1 + t) = t · ln(u) / (u − 1) with t = e^(−|z|) and u = 1 + t rounded, where the error of u
+    # cancels (Kahan; Higham, Accuracy and Stability of Numerical Algorithms, 2002, §1.14.1).
     # PyTorch's log1p takes ten times as long for float32 on a CPU.
     t, u = torch.abs(z, out=first).neg_().exp_(), second
     torch.add(t, 1, out=u).clamp_(min=1 + torch.finfo(u.dtype).eps)
@@ -211,7 +211,7 @@ def _cross_entropy(chunk: _Chunk) -> Tensor:
 
 
 def _cross_entropy_at_infinity(chunk: _Chunk) -> Tensor:
-    """C where 0 · ∞ is 0, which takes longer, and the focal losses, whose rules need float64."""
+    """C with 0 · ∞ = 0, which is slower, or a focal loss, computed in float64."""
     z, negative, positive, *_, focus, _, _, _, _ = chunk
     if focus is not None:
         return rules.focal(z.double(), positive.double(), focus).to(z.dtype)

@@ -1,15 +1,15 @@
-"""The losses and the sigmoid in fused passes over z and y: the interface to the kernels.
+"""Interface to the fused kernels: losses and sigmoid in single passes over z and y.
 
-Two passes: `forward` computes the value, `backward` computes dC/dz from z and y, so that nothing
-else is kept. `joint` computes both in one pass. On a CPU the work is done by Numba
-(`nnce.kernels.losses`), or by PyTorch in chunks that fit the cache (`nnce.kernels.chunked`) where
-Numba is not installed; on CUDA by Triton (`nnce.kernels.triton_losses`).
+`forward` computes the value and `backward` computes dC/dz from z and y, so that only these are
+saved. `joint` computes both in one pass. The implementation on a CPU is Numba
+(`nnce.kernels.losses`) or, if Numba is not installed, PyTorch in chunks that fit the cache
+(`nnce.kernels.chunked`); on CUDA it is Triton (`nnce.kernels.triton_losses`).
 
-No autograd. Arguments are not checked: `fits` tells whether tensors suit the kernels, given that
-PyTorch would run its own kernels on them (`nnce.functional.is_plain`).
+There is no autograd here, and arguments are not checked: `fits` returns whether the kernels support
+tensors that are already known to be plain (`nnce.functional.is_plain`).
 
-Sums are taken in float64 over fixed parts of an array, so that the bits of a result do not depend
-on the number of threads.
+Sums are accumulated in float64 over fixed parts of an array, so that results are bit-identical for
+any number of threads.
 """
 
 import concurrent.futures
@@ -31,9 +31,9 @@ from nnce.losses import Loss
 from nnce.rules import Focus
 
 _PART = 2**16
-"""Elements in a part: one call of a kernel, one sum in float64."""
+"""Elements in a part, which is one kernel call and one sum in float64."""
 _THREADED = 2**17
-"""Smallest number of elements that is shared out over threads, which costs some 50 µs."""
+"""Smallest number of elements split over threads, which costs about 50 µs."""
 
 _FLOATS = {
     torch.float32: "float32",
@@ -49,7 +49,7 @@ _TARGETS = {
 
 
 class Options(NamedTuple):
-    """Options of the cross-entropy; of the quadratic loss, ignore_index."""
+    """Options of the cross-entropy. The quadratic loss only has ignore_index."""
 
     weight: Tensor | None = None
     """Multiplies C; of a shape that broadcasts to z's."""
@@ -57,9 +57,9 @@ class Options(NamedTuple):
     """Multiplies the term of y; of a shape that broadcasts to z's."""
     label_smoothing: float = 0
     ignore_index: int | None = None
-    """Targets of this value count neither for C nor for a mean."""
+    """Targets with this value contribute nothing to C and are not counted in a mean."""
     focus: Focus | None = None
-    """Makes the cross-entropy a focal loss, without pos_weight and label_smoothing; on a CPU."""
+    """Makes the cross-entropy a focal loss; CPU only, without pos_weight and label_smoothing."""
 
 
 _PLAIN = Options()
@@ -67,7 +67,7 @@ _PACKED_PLAIN = Packed(None, 0, None, 0, 0.0, 0, False)
 
 
 def fits(z: Tensor, y: Tensor) -> bool:
-    """Whether the passes take these logits and targets, which may have different dtypes."""
+    """Whether the kernels support these logits and targets, whose dtypes may differ."""
     return (
         z.dtype in _FLOATS
         and y.dtype in _TARGETS
@@ -77,10 +77,10 @@ def fits(z: Tensor, y: Tensor) -> bool:
 
 
 def has_joint(z: Tensor, y: Tensor | None) -> bool:
-    """Whether `joint` is compiled code for these, which need not be checked by `is_plain`."""
+    """Whether `joint` runs compiled code on these tensors; includes the checks of `is_plain`."""
     tensors = (z,) if y is None else (z, y)
     return (
-        not torch.compiler.is_compiling()  # after a break of the graph
+        not torch.compiler.is_compiling()  # after a graph break
         and all(t.is_cpu and t.dtype in _TARGETS for t in tensors)
         and dispatches_plainly(tensors)
         and uses_numba()
@@ -107,8 +107,8 @@ def forward(
         loss: "cross-entropy" or "quadratic".
 
     Returns:
-        C in z's dtype, z's shape for "none", else a scalar; and what its sum was divided by, for
-        `backward`: a number, or a scalar on CUDA, where it is not waited for.
+        C in z's dtype, z's shape for "none", else a scalar; and the divisor of its sum, for
+        `backward`: a number, or on CUDA a scalar tensor, which avoids a synchronization.
     """
     z, y = z.contiguous(), y.contiguous()
     if backend(z) == "triton":
@@ -172,20 +172,20 @@ def joint(
     options: Options = _PLAIN,
     loss: Loss = "cross-entropy",
 ) -> Tensor:
-    """Compute C of each row, and dC/dz in the place of z, in one pass.
+    """Compute C of each row and overwrite z by dC/dz, in one pass.
 
-    Some 1.6 times as fast as `forward` and `backward`, and suits where both are wanted and dC/dz
-    has a place: in blocks of labels, whose logits are not kept.
+    About 1.6 times as fast as `forward` and `backward`. Used for blocks of labels, whose logits are
+    not kept.
 
     Args:
         z: logits [rows, width], float32 or float64, contiguous; overwritten by factor ∘ dC/dz.
-        y: targets [rows, width], whose rows may lie apart; None for zeros.
+        y: targets [rows, width], with any row stride; None for zeros.
         factor: multiplies dC/dz, [rows].
         options: weights of a shape that broadcasts to [width], smoothing, ignored targets.
         loss: "cross-entropy" or "quadratic".
 
     Returns:
-        The sum of C over each row, without the factor, [rows] in float64.
+        The sum of C over each row, without the factor, [rows], float64.
     """
     if y is not None and y.stride(-1) != 1 and z.shape[-1] > 1:
         y = y.contiguous()
@@ -211,11 +211,11 @@ def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
     return dz
 
 
-# ---------------------------------------------------------------------- the three ways to do them
+# ------------------------------------------------------------------- the three implementations
 
 
 def backend(z: Tensor) -> Literal["numba", "chunked", "triton"]:
-    """Which implementation does the work on z's device."""
+    """The implementation used on z's device."""
     if z.is_cpu:
         return "numba" if uses_numba() else "chunked"
     return "triton" if z.is_cuda and uses_triton(z.device) else "chunked"
@@ -223,14 +223,14 @@ def backend(z: Tensor) -> Literal["numba", "chunked", "triton"]:
 
 @functools.cache
 def uses_numba() -> bool:
-    """Whether Numba does the work; asked once."""
+    """Whether Numba is used on the CPU (cached)."""
     return kernels.numba_problem() is None
 
 
 @functools.cache
 def uses_triton(device: torch.device) -> bool:
-    """Whether Triton does the work on a CUDA device; asked once."""
-    # Triton's compiler serves no older devices, and what it makes for AMD's is not tested.
+    """Whether Triton is used on a CUDA device (cached)."""
+    # Triton does not support older devices, and its code for AMD is not tested here.
     if not torch.version.cuda or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
@@ -256,7 +256,7 @@ def _compiled(
 
 
 def _label(loss: Loss, focus: Focus | None) -> tuple[str, tuple[float, ...] | None]:
-    """The marker of a loss, and the numbers of a focal one."""
+    """The marker label of a loss and, for a focal loss, its numbers."""
     if focus is None:
         return loss, None
     *numbers, alpha = focus
@@ -265,16 +265,16 @@ def _label(loss: Loss, focus: Focus | None) -> tuple[str, tuple[float, ...] | No
 
 
 def _needs_float64(z: Tensor, focus: Focus | None) -> bool:
-    """Whether a focal loss of float32 is to be computed in float64.
+    """Whether a focal loss of float32 must be computed in float64.
 
-    A power multiplies the error of its base: up to γ = 4 the results are right to 8 units in the
-    last place. For γ = 0 it is the 3 units of the cross-entropy that are promised.
+    A power multiplies the error of its base: in float32, results are within 8 units in the last
+    place up to γ = 4. For γ = 0 the tolerance is 3 units, as for the cross-entropy.
     """
     return focus is not None and z.dtype == torch.float32 and not 0 < max(focus[:2]) <= 4
 
 
 def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss) -> list[float]:
-    """Write C of each element if wanted, and return the sums of parts."""
+    """Write C of each element unless C is None, and return the sum of each part."""
     packed = _pack(options, z, y)
     if backend(z) != "numba":
         return chunked.value(z, y, C, packed, loss)
@@ -320,7 +320,7 @@ def _joint(
     z: Tensor, y: Tensor | None, C: Tensor, factor: Tensor, options: Options, loss: Loss
 ) -> None:
     packed = _pack(options, z, z if y is None else y)
-    if backend(z) != "numba":  # there is no such pass for CUDA
+    if backend(z) != "numba":  # not implemented for CUDA
         chunked.joint(z, y, C, factor, packed, loss)
         return
     label, focus = _label(loss, options.focus)
@@ -367,7 +367,7 @@ def _addresses(packed: Packed) -> tuple[Any, ...] | None:
 
 
 def _block(z: Tensor) -> int:
-    """Elements that a pass takes at a time, and for which it wants weights repeated."""
+    """Number of elements per block; repeated weights extend over one block."""
     if backend(z) == "numba":
         from nnce.kernels import losses
 
@@ -380,7 +380,7 @@ def _block(z: Tensor) -> int:
 def _repeated(
     weight: Tensor | None, z: Tensor, block: int | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, int]:
-    """Return weights in z's order of memory, and after how many elements they repeat."""
+    """Return the weights in z's memory order, and the period after which they repeat."""
     if weight is None:
         return None, 0
     weight = weight.detach().to(z.device, dtype)
@@ -396,7 +396,7 @@ def _repeated(
 
 
 def _ignored(dtype: torch.dtype, ignore_index: int | None) -> tuple[float, bool]:
-    """Return the value of y to ignore, in y's own precision, and whether y can have it."""
+    """Return the value to ignore, rounded to y's dtype, and whether this dtype can hold it."""
     if ignore_index is None or dtype is torch.bool:
         return 0, False
     if dtype.is_floating_point:
@@ -407,7 +407,7 @@ def _ignored(dtype: torch.dtype, ignore_index: int | None) -> tuple[float, bool]
 
 
 def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
-    """Return what the sum of C is divided by."""
+    """Return the divisor of the sum of C."""
     if reduction == "sum":
         return 1.0
     width = 1 if reduction == "mean" or z.dim() == 0 else z.shape[-1]
@@ -426,9 +426,9 @@ def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     if -65504 <= value <= 65504:
-        return torch.full((), value, dtype=dtype, device="cpu")  # whatever the default device is
+        return torch.full((), value, dtype=dtype, device="cpu")  # for any default device
     large = torch.tensor(value, dtype=torch.float64, device="cpu")
-    return large.to(dtype)  # full() refuses too large a number
+    return large.to(dtype)  # full() raises if the value overflows
 
 
 # -------------------------------------------------------------------------------------- threads
@@ -440,7 +440,7 @@ _lock = threading.Lock()
 
 
 def _after_fork() -> None:
-    """Forget the pool: a child process has none of its threads."""
+    """Drop the pool: its threads do not exist in a child process."""
     global _pool, _lock
     _pool, _lock = None, threading.Lock()
 
@@ -458,10 +458,10 @@ def _workers(number: int) -> concurrent.futures.ThreadPoolExecutor:
 
 
 def _in_parts(task: Callable[[int, int], _T], n: int, size: int = 1) -> list[_T]:
-    """Call task(begin, end) for fixed parts of n items of a size; return the results in order.
+    """Call task(begin, end) for fixed parts of n items; return the results in order.
 
-    In torch.get_num_threads() threads if there are many elements. A thread of its own has its own
-    mode for subnormal numbers, which is set to that of the caller.
+    Uses torch.get_num_threads() threads if there are many elements; an item has `size` elements.
+    The mode for subnormal numbers is per thread, so it is set to that of the caller.
     """
     step = max(1, _PART // max(1, size))
     if n <= step:

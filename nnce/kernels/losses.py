@@ -1,19 +1,19 @@
-"""Fused CPU kernels for the losses and the sigmoid, compiled by Numba at their first use.
+"""Fused CPU kernels for the losses and the sigmoid, compiled by Numba on first use.
 
-A kernel walks its arrays in blocks of 1,024 elements, whose intermediate results stay in the cache
-of the processor core. A block takes several short loops: the targets become the weights of the two
-terms of the loss; one loop computes C or dC/dz; further loops apply `weight` and `ignore_index`.
-Sums are taken in float64.
+Kernels process arrays in blocks of 1,024 elements, whose intermediate results stay in the cache of
+a core. A block runs several short loops: one converts the targets to the weights of the two terms
+of the loss, one computes C or dC/dz, and others apply `weight` and `ignore_index`. Sums are
+accumulated in float64.
 
-Arrays are passed as addresses, with markers for their dtypes: an array object would cost as much as
-the computation for some hundred elements. Markers are part of a kernel's signature, so that each
-combination of dtypes is compiled at its first use. Everything else is decided at run time.
+Arrays are passed as addresses, with markers for their dtypes: passing an array object would cost as
+much as the computation for several hundred elements. Markers are part of a kernel's signature, so
+each combination of dtypes is compiled on first use. Everything else is decided at run time.
 
-Few functions, because Numba takes a tenth of a second for each: memory is read and written by
-intrinsics, which cost next to nothing.
+The number of functions is kept small, because Numba takes about 0.1 s to compile each one. Memory
+is read and written by intrinsics, which compile quickly.
 """
 
-# Numba's decorators and intrinsics, which lose their first argument, have no types for mypy.
+# Numba's decorators are untyped, and its intrinsics are called without their first argument.
 # mypy: disable-error-code="no-untyped-def, call-arg, var-annotated"
 # mypy: disable-error-code="untyped-decorator, no-untyped-call"
 
@@ -29,10 +29,10 @@ from numba.extending import NativeValue, intrinsic, models, overload, register_m
 from nnce.kernels._numba import njit
 
 BLOCK = 1024
-"""Elements walked at a time; a kernel needs up to five times as many numbers on the stack."""
+"""Elements per block; a kernel puts up to five times as many numbers on the stack."""
 
-# "reassoc" would undo the reduction of x in e^x in two parts; only sums over a block may be
-# reordered. "contract" allows fused multiply-add.
+# "reassoc" would undo the two-part range reduction in e^x, so only sums over a block may use it.
+# "contract" allows fused multiply-add.
 _EXACT = {"contract", "nsz"}
 _SUM = {"contract", "nsz", "reassoc"}
 
@@ -45,11 +45,11 @@ class Marker(types.Dummy):
 
     Args:
         label: "cross-entropy", "quadratic", "focal", "margin" (a focal loss with a margin), the
-            name of a dtype, or "zeros" for an array of zeros that is not in memory.
+            name of a dtype, or "zeros" for an array of zeros that is not stored.
     """
 
     def __init__(self, label: str) -> None:
-        """Make the type, which is equal to others of its label."""
+        """Create the type; types with equal labels are equal."""
         super().__init__(label)
         self.label = label
 
@@ -62,7 +62,7 @@ def _unbox(_: Any, __: Any, c: Any) -> NativeValue:
     return NativeValue(c.context.get_dummy_value())
 
 
-# Numba has no half-precision numbers on a CPU: they are read and written as bits.
+# Numba does not support half precision on a CPU: these numbers are read and written as bits.
 _STORED: dict[str, Any] = {
     **{"float32": types.float32, "float64": types.float64},
     **{"float16": types.uint16, "bfloat16": types.uint16},
@@ -96,7 +96,7 @@ def _read(_: Any, address: Any, i: Any, dtype: Any, like: Any) -> Any:
 
 @intrinsic
 def _write(_: Any, address: Any, i: Any, dtype: Any, value: Any) -> Any:
-    """Store a number of float32 or float64 as element i."""
+    """Store a float32 or float64 as element i."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         halves = dtype.label in _TO_BITS
@@ -112,10 +112,10 @@ def _write(_: Any, address: Any, i: Any, dtype: Any, value: Any) -> Any:
 
 @intrinsic
 def _scratch(_: Any, one: Any) -> Any:
-    """Return the address of memory for a block of numbers of a type, on the stack."""
+    """Return the address of stack memory for a block of numbers of one's type."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Not a power of 2: a processor takes addresses that are 4,096 bytes apart for the same one.
+        # Not a power of 2: addresses 4,096 bytes apart would alias in the processor.
         memory = cgutils.alloca_once(builder, context.get_data_type(one), size=BLOCK + 256)
         memory.align = 64
         return builder.ptrtoint(memory, ir.IntType(64))
@@ -207,8 +207,8 @@ _TO_BITS: dict[str, Any] = {"float16": _float32_to_float16, "bfloat16": _float32
 
 
 def _generic(choose: Any) -> Any:
-    """Return a function of compiled code that is chosen by the types of its arguments."""
-    choose.__annotations__.clear()  # Numba compares signatures with those of the chosen functions
+    """Return a function for compiled code whose implementation depends on the argument types."""
+    choose.__annotations__.clear()  # Numba compares its signature with those of the implementations
 
     def stub(*arguments: Any) -> Any:
         raise NotImplementedError
@@ -218,7 +218,7 @@ def _generic(choose: Any) -> Any:
 
 
 def _polynomial(in_float32: tuple[float, ...], in_float64: tuple[float, ...]) -> Any:
-    """Return an intrinsic function of x: the polynomial with these coefficients, lowest first."""
+    """Return an intrinsic that evaluates a polynomial with these coefficients, lowest first."""
 
     def evaluate(_: Any, x: Any) -> Any:
         coefficients = in_float32 if x == types.float32 else in_float64
@@ -241,8 +241,8 @@ def _polynomial(in_float32: tuple[float, ...], in_float64: tuple[float, ...]) ->
 # float64. Q and P are minimax in relative error: 0.05 and 0.09 units of 2⁻²⁴ in float32, 0.0005 and
 # 0.01 units of 2⁻⁵³ in float64.
 _least = _polynomial((-104.5,), (-746.0,))  # e^x rounds to 0
-# Added and subtracted, it rounds. The lowest bits of a sum with it are k + 64 (k + 512 in float64)
-# as the exponent of a number.
+# Adding and subtracting this constant rounds to an integer k. The lowest bits of the sum are the
+# biased exponent of 2^(k + 64), or of 2^(k + 512) in float64.
 _shift = _polynomial((1.5 * 2**23 + 127 + 64,), (1.5 * 2**52 + 1023 + 512,))
 _last_factor = _polynomial((2.0**-64,), (2.0**-512,))
 _ln2_large = _polynomial((0.693359375,), (6.93147180369123816490e-01,))
@@ -273,7 +273,7 @@ _P = _polynomial(
 
 @intrinsic
 def _power_of_2(_: Any, shifted: Any) -> Any:
-    """Return the power of 2 whose exponent is in the lowest bits."""
+    """Return the power of 2 whose biased exponent is in the lowest bits of shifted."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         width, places = (32, 23) if shifted == types.float32 else (64, 52)
@@ -295,7 +295,7 @@ def _split(_: Any, x: Any) -> Any:
         exponent = builder.lshr(bits, ir.Constant(whole, places))
         if width == 32:
             k = builder.sitofp(builder.sub(exponent, ir.Constant(whole, bias)), kind)
-        else:  # by 2⁵² + k + 1023: AVX2 converts no int64
+        else:  # by way of 2⁵² + k + 1023: AVX2 cannot convert int64
             shifted = builder.or_(exponent, ir.Constant(whole, 1075 << 52))
             large = ir.Constant(kind, -(2.0**52) - 1023)
             k = builder.fadd(builder.bitcast(shifted, kind), large)
@@ -308,7 +308,7 @@ def _split(_: Any, x: Any) -> Any:
 
 @njit(fastmath=_EXACT)
 def _exp_in_two(x: Any, one: Any) -> Any:
-    """e^x for x ≤ 0, and what has been lost by rounding it."""
+    """e^x for x ≤ 0, and its rounding error."""
     x = _least(x) if x < _least(x) else x  # NaN stays NaN
     shifted = x * _log2_e(x) + _shift(x)
     k = shifted - _shift(x)
@@ -342,7 +342,7 @@ def _log1p_by_quotient(e: Any) -> Any:
     w = 2 + e
     t = 2 / w
     s = e * t  # twice the s of the formula
-    s += (((e + e) - s * w) - s * (e - (w - 2))) * (t / 2)  # what has been lost by rounding
+    s += (((e + e) - s * w) - s * (e - (w - 2))) * (t / 2)  # rounding error
     v = s * s / 4
     return s + s * v * _P(v)
 
@@ -351,8 +351,8 @@ def _log1p_by_quotient(e: Any) -> Any:
 def _power(q, gamma):
     """q^γ for q in [0, 1], in float64: 2^(γ k) f^γ for q = 2^k f."""
     k, f = _split(q if q > 2.3e-308 else 2.3e-308)  # below, all is negligible
-    # e^x loses as much as the rounding of x, so x is summed up in two parts. These are exact: γ to
-    # 24 bits times k, and its whole part times the larger part of ln 2.
+    # An error in x is a relative error in e^x, so x is a sum of two parts. Two products are exact:
+    # γ rounded to 24 bits times k, and the integer part of that times the larger part of ln 2.
     few_bits = np.float64(np.float32(gamma))
     n = np.floor(few_bits * k)
     large, part = n * _ln2_large(q), (few_bits * k - n) + (gamma - few_bits) * k
@@ -365,7 +365,7 @@ def _power(q, gamma):
 # ------------------------------------------------------------------------------- the equations
 
 # e is e^(−|z|). negative and positive are the weights of the two terms: 1 − y and y, after label
-# smoothing and pos_weight; both is their sum. `one` is 1 in the dtype that is computed in.
+# smoothing and pos_weight; both is their sum. `one` is 1 in the working dtype.
 
 
 @njit(fastmath=_EXACT)
@@ -383,9 +383,9 @@ def _cross_entropy(z, e, negative, positive, both, one, loss):
 
 @njit(fastmath=_EXACT)
 def _residual(z: Any, negative: Any, positive: Any, one: Any) -> Any:
-    """a − y as a numerator and denominator, and e^(−|z|), each with what rounding has lost.
+    """a − y as a numerator and denominator, and e^(−|z|), each with its rounding error.
 
-    Without it the products of the quadratic loss are off by up to 5 units in the last place.
+    Without these errors the quadratic loss would be off by up to 5 units in the last place.
     """
     e, e_lost = _exp_in_two(-abs(z), one)
     a, not_a, w = _sigmoids(z, e, one)
@@ -403,13 +403,13 @@ def _quadratic(z, e, negative, positive, both, one, loss):
 
 
 def _dz_cross_entropy(z, e, negative, positive, factor, factor_lost, one, loss):
-    """Equation 5: a − y = (1−y) σ(z) − y σ(−z), times a factor and what rounding it has lost."""
+    """Equation 5: a − y = (1−y) σ(z) − y σ(−z), times a factor given with its rounding error."""
     a, not_a, w = _sigmoids(z, e, one)
     difference = negative * a - positive * not_a
     inverse = one / w
     product = difference * factor
     dz = product * inverse
-    # What rounding has lost of the product, of w and of dz, but not of an infinite dz.
+    # Rounding errors of the product, of w and of dz, unless dz is infinite.
     lost = (difference * factor - product) + difference * factor_lost
     lost += (product - dz * w) - dz * (e - (w - one))
     return dz + lost * inverse if abs(dz) < np.inf else dz
@@ -427,7 +427,7 @@ def _dz_quadratic(z, e, negative, positive, factor, factor_lost, one, loss):
 
 @_generic
 def _negative(z, a, not_a, ln, margin, one, loss):
-    """Of a negative target of a focal loss: p, −ln(1 − p), its derivative, and 0 for a p of 0."""
+    """Focal loss of a negative target: p, −ln(1 − p), its derivative, and 0 if p is 0, else 1."""
     if loss.label == "margin":
         return _negative_with_margin
     return lambda z, a, not_a, ln, margin, one, loss: (a, ln + max(z, one - one), a, one)
@@ -446,10 +446,10 @@ def _negative_with_margin(z, a, not_a, ln, margin, one, loss):
 
 @njit(fastmath=_EXACT, forceinline=True)
 def _focal(z, e, e_lost, negative, positive, margin, one, loss):
-    """Of a focal loss (`nnce.rules.Focus`): q, L, dL, and dq over q."""
+    """Factors of a focal loss (`nnce.rules.Focus`): q, L, dL and dq/q."""
     zero, w = one - one, one + e
     inverse, w_lost = one / w, (e - (w - one)) + e_lost
-    # σ(|z|) and σ(−|z|) with what rounding has lost, since a power multiplies their errors.
+    # σ(|z|) and σ(−|z|), corrected for rounding, since a power multiplies their errors.
     large, small = inverse, e * inverse
     large += ((one - large * w) - large * w_lost) * inverse
     small += ((e - small * w) + (e_lost - small * w_lost)) * inverse
@@ -459,7 +459,7 @@ def _focal(z, e, e_lost, negative, positive, margin, one, loss):
     L = negative * (of_0 if negative != 0 else zero)
     L += positive * (ln - min(z, zero) if positive != 0 else zero)
     q = negative * p + positive * not_a
-    # dq is the product of σ(z), σ(−z) and the last factor; for y of 0 and 1 one of them is q.
+    # dq is the product of σ(z), σ(−z) and the last factor; for y of 0 or 1, q is σ(z) or σ(−z).
     first, second = (a, not_a) if negative > positive else (not_a, a)
     over_q = zero if q == 0 else first / q
     rate = over_q * (second * (negative * above - positive))
@@ -479,17 +479,17 @@ def _dz(z, e, negative, positive, factor, factor_lost, one, loss):
 # ---------------------------------------------------------------------------- parts of a block
 
 # first is the index of a block's first element in z, and at that in the array of targets; n is the
-# number of elements. work is float32 or float64, the dtype that is computed in. options is None, or
-# a tuple: address and period of weight and of pos_weight (0 for none), arrays of the dtype computed
-# in; label_smoothing; the ignored value of y, and whether there is one. terms is a tuple of
-# addresses, which `_term` reads.
+# number of elements. work is the working dtype, float32 or float64. options is None or a tuple:
+# address and period of weight and of pos_weight (0 if absent), which are arrays of the working
+# dtype; label_smoothing; the ignored value of y, and whether there is one. terms is a tuple of
+# addresses that `_term` reads.
 
 
 @_generic
 def _terms(
     y: Any, at: Any, first: Any, n: Any, options: Any, memory: Any, y_dtype: Any, work: Any
 ) -> Any:
-    """Prepare the weights of the two terms of the loss, and return where they are."""
+    """Prepare the weights of the two terms of the loss, and return their addresses."""
     if options is types.none:
         return lambda y, at, first, n, options, memory, y_dtype, work: (y, at)
     return _weights
@@ -513,7 +513,7 @@ def _weights(y, at, first, n, options, memory, y_dtype, work):
 
 @_generic
 def _term(terms: Any, i: Any, options: Any, y_dtype: Any, work: Any) -> Any:
-    """Return negative, positive and both of an element."""
+    """Return `negative`, `positive` and `both` of an element."""
     if options is types.none:
         return _term_of_target
     return _term_in_memory
@@ -564,8 +564,8 @@ def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
             _write(out, out_at + i, work, one - one if t == ignored else x)
 
 
-# Short loops in functions of their own, in which the compiler finds registers for all constants,
-# and the processor overlaps several elements.
+# Each short loop is a separate function, so that the compiler keeps all constants in registers and
+# the processor overlaps several elements.
 
 
 @njit(fastmath=_EXACT)
@@ -598,7 +598,7 @@ def _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dty
 
 @_generic
 def _block_of_C(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work):
-    """Write C of a block; e is memory."""
+    """Write C of a block; e is the address of scratch memory."""
     if focus is types.none:
         return _block_of_C_by_e
     return _block_of_focal_C
@@ -618,7 +618,7 @@ def _block_of_focal_C(z, first, e, terms, out, n, options, focus, loss, z_dtype,
 def _block_of_dz(
     z, first, e, terms, scale, out, at, n, options, focus, loss, z_dtype, y_dtype, work
 ):
-    """Write dC/dz of a block, times scale; e is memory."""
+    """Write dC/dz of a block, times scale; e is the address of scratch memory."""
     if focus is types.none:
         return _block_of_dz_by_e
     return _block_of_focal_dz
@@ -640,7 +640,7 @@ def _block_of_focal_dz(
 
 @njit(fastmath=_EXACT)
 def _all_focal(z, first, terms, q, out, at, n, options, focus, scale, loss, z_dtype, y_dtype, work):
-    """Write q, and C or scale times dC/dz (C for a scale of None), each without q^γ_t."""
+    """Write q, and C (if scale is None) or scale times dC/dz, without the factor q^γ_t."""
     one = _one(work)
     zero = one - one
     gamma, gamma_of_0, margin, alpha, alpha_of_0 = (
@@ -652,7 +652,7 @@ def _all_focal(z, first, terms, q, out, at, n, options, focus, scale, loss, z_dt
             e, lost = _exp_in_two(-abs(_read(z, first + i, z_dtype, one)), one)
             _write(out, at + i, work, e)
             _write(q, i, work, lost)
-    else:  # what e has lost does not matter
+    else:  # the rounding error of e is negligible
         for i in range(n):
             _write(out, at + i, work, _exp(-abs(_read(z, first + i, z_dtype, one)), one))
             _write(q, i, work, zero)
@@ -681,7 +681,7 @@ def _has_soft(terms, n, options, y_dtype, work):
 
 @njit(fastmath=_EXACT)
 def _keep_where(q, terms, sign, n, options, y_dtype, work):
-    """Replace q by 1 where the target is 1 (sign −1), or where it is 0 (sign 1)."""
+    """Replace q by 1 where the target is 1 (sign −1) or 0 (sign 1)."""
     one = _one(work)
     for i in range(n):
         _, positive, _ = _term(terms, i, options, y_dtype, work)
@@ -691,7 +691,7 @@ def _keep_where(q, terms, sign, n, options, y_dtype, work):
 
 @njit(fastmath=_EXACT)
 def _multiply(q, out, at, n, times, work):
-    """Multiply by q, and by its square root for a half of a time."""
+    """Multiply by q^times, where times is a multiple of ½."""
     one = _one(work)
     for _ in range(int(times)):
         for i in range(n):
@@ -712,7 +712,7 @@ def _multiply_by_any_powers(q, terms, out, at, n, gamma, gamma_of_0, options, y_
 
 @njit(fastmath=_EXACT)
 def _multiply_by_powers(q, terms, out, at, n, options, focus, y_dtype, work):
-    """Multiply by q^γ_t: by multiplications and square roots where 2 γ_t are small integers."""
+    """Multiply by q^γ_t, with multiplications and square roots if 2 γ_t are small integers."""
     one, gamma, gamma_of_0 = _one(work), focus[0], focus[1]
     least, most = min(gamma, gamma_of_0), max(gamma, gamma_of_0)
     is_whole = most <= 4 and 2 * gamma % 1 == 0 and 2 * gamma_of_0 % 1 == 0
@@ -738,7 +738,7 @@ def _sum(source: Any, n: Any, work: Any) -> Any:
 
 @njit(fastmath=_SUM)
 def _sum_by_fours(source: Any, n: Any, work: Any) -> Any:
-    # Four numbers at a time in their own precision: to convert each takes three times as long.
+    # Sums of four in the working dtype: converting each number would take three times as long.
     total, one, quarter = 0.0, _one(work), n // 4
     for i in range(quarter):
         first = _read(source, i, work, one) + _read(source, i + quarter, work, one)
@@ -749,7 +749,7 @@ def _sum_by_fours(source: Any, n: Any, work: Any) -> Any:
         for i in range(4 * quarter, n):
             total += _read(source, i, work, 1.0)
         return total
-    return _sum(source, n, work)  # the sum of four may have been too large
+    return _sum(source, n, work)  # a sum of four may have overflowed
 
 
 # ------------------------------------------------------------------------------------ kernels
@@ -757,12 +757,12 @@ def _sum_by_fours(source: Any, n: Any, work: Any) -> Any:
 
 @njit(fastmath=_EXACT)
 def value(z, y, C, begin, end, options, focus, loss, z_dtype, y_dtype, work):
-    """Compute C of the elements from begin to end, and return their sum.
+    """Compute C for elements begin to end, and return the sum.
 
     Args:
         z, y: addresses of logits and targets.
-        C: address of the losses to write, in z's dtype; 0 to write none.
-        begin, end: indices of the first element, and of the one after the last.
+        C: address of the losses to write, in z's dtype; 0 to write nothing.
+        begin, end: index of the first element, and one past the last.
         options: a tuple, or None.
         focus: a tuple for a focal loss, or None.
         loss, z_dtype, y_dtype, work: markers.
@@ -784,12 +784,12 @@ def value(z, y, C, begin, end, options, focus, loss, z_dtype, y_dtype, work):
 
 @njit(fastmath=_EXACT)
 def gradient(z, y, dz, begin, end, options, focus, upstream, scale, loss, z_dtype, y_dtype, work):
-    """Write dC/dz of the elements from begin to end, times their upstream gradients.
+    """Write dC/dz for elements begin to end, times their upstream gradients.
 
     Args:
         dz: address of the gradients to write, in z's dtype.
         upstream: address of the elements' upstream gradients, in z's dtype, or 0.
-        scale: an upstream gradient of all elements.
+        scale: upstream gradient common to all elements.
     """
     one = _one(work)
     e, found, memory = _scratch(one), _scratch(one), (_scratch(one), _scratch(one))
@@ -814,13 +814,13 @@ def gradient(z, y, dz, begin, end, options, focus, upstream, scale, loss, z_dtyp
 def joint(
     z, y, y_stride, C, factor, begin, end, width, options, focus, loss, z_dtype, y_dtype, work, sums
 ):
-    """Write dC/dz in the place of z for the rows from begin to end, and each row's sum of C.
+    """Overwrite z by dC/dz for rows begin to end, and write the sum of C over each row.
 
     Args:
         z: address of the logits, float32 or float64, [rows, width].
-        y_stride: numbers from one row of the targets to the next.
+        y_stride: stride of the rows of the targets, in elements.
         C: address of the sums to write, float64, [rows].
-        factor: address of a factor of dC/dz for each row, in z's dtype.
+        factor: address of the factors of dC/dz, one per row, in z's dtype.
         options: a tuple, whose weights have the period `width`, or None.
     """
     one = _one(work)
@@ -833,7 +833,7 @@ def joint(
             at = row * y_stride + column
             terms = _terms(y, at, first, n, options, memory, y_dtype, work)
             _block_of_C(z, first, e, terms, out, n, options, focus, loss, z_dtype, y_dtype, work)
-            if focus is None:  # not by _all_dz: it would not know that it overwrites what it reads
+            if focus is None:  # not by _all_dz: the compiler would not see that it runs in place
                 for i in range(n):
                     p, q, _ = _term(terms, i, options, y_dtype, work)
                     x, t = _read(z, first + i, work, one), _read(e, i, work, one)
@@ -855,7 +855,7 @@ def joint(
 
 @njit(fastmath=_EXACT)
 def count(y, begin, end, width, ignored, y_dtype):
-    """Return how many rows from begin to end have a target other than the ignored one."""
+    """Return the number of rows from begin to end with a target that is not ignored."""
     number = 0
     if width == 1:
         for i in range(begin, end):
@@ -875,7 +875,7 @@ def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
     one = _one(work)
     for i in range(begin, end):
         e = _exp(-abs(_read(z, i, z_dtype, one)), one)
-        square = one + e * (one + one + e)  # rounded less than (1 + e) (1 + e)
+        square = one + e * (one + one + e)  # smaller rounding error than (1 + e) (1 + e)
         _write(dz, i, z_dtype, _read(da, i, z_dtype, one) * e / square)
 
 
@@ -885,23 +885,23 @@ def sigmoid_gradient(z, da, dz, begin, end, z_dtype, work):
 def compiled(
     kernel: str, loss: str, z_dtype: str, y_dtype: str, plain: bool = False, wide: bool = False
 ) -> Any:
-    """Compile a kernel, or load it from the cache on disk, and return it.
+    """Compile a kernel or load it from the cache on disk.
 
     Args:
         kernel: name of the kernel.
-        loss: label of the marker of a loss.
+        loss: label of the loss's marker.
         z_dtype, y_dtype: names of dtypes.
         plain: whether options are None.
         wide: whether to compute in float64.
 
     Returns:
-        The compiled function. Its arguments are Python's numbers; markers are None.
+        The compiled function. Its arguments are Python numbers; markers are passed as None.
     """
     work = "float64" if z_dtype == "float64" else "float32"
     if wide or (loss == "quadratic" and kernel != "joint"):
-        work = "float64"  # a product of three factors is off by up to 6 units in the last place
+        work = "float64"  # in float32, a product of three factors loses up to 6 units
     labels = {"loss": loss, "z_dtype": z_dtype, "y_dtype": y_dtype, "work": work, "sums": "float64"}
-    # fused rounds it to y's dtype, which float32 holds unless it is float64.
+    # `fused` rounds it to y's dtype, so float32 represents it exactly unless y is float64.
     ignored: Any = types.float32 if "float" in y_dtype else types.int64
     ignored = types.float64 if y_dtype == "float64" else ignored
     kinds = {

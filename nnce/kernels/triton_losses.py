@@ -1,15 +1,15 @@
-"""The passes of `nnce.kernels.losses` on CUDA, compiled by Triton at their first use.
+"""The kernels of `nnce.kernels.losses` for CUDA, compiled by Triton on first use.
 
-A program takes blocks of `BLOCK` elements. Sums are taken in float64 in two stages, the second one
-over the sums of the programs, whose number depends on the size of an array alone: the bits of a
-result are always the same. No result is waited for: divisors and upstream gradients stay on the
-device.
+A program processes blocks of `BLOCK` elements. Sums are accumulated in float64 in two stages, first
+within each program, then over the programs. The number of programs depends only on the size of the
+array, so results are bit-identical in every run. Divisors and upstream gradients stay on the device
+to avoid synchronization.
 
-`tl.exp` and `/` become ex2.approx and div.full, which are not exact: e^x is a polynomial, and
-quotients are rounded correctly.
+Triton compiles `tl.exp` and `/` to ex2.approx and div.full, which are not exact. Therefore e^x is a
+polynomial here, and quotients are correctly rounded.
 """
 
-# Triton's decorators have no types for mypy; kernels are not Python.
+# Triton's decorators are untyped, and kernels are not Python code.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 import struct
@@ -23,21 +23,21 @@ from torch import Tensor
 from nnce.losses import Loss
 
 BLOCK = 1024
-"""Elements that a program takes at a time."""
+"""Elements per block."""
 _PROGRAMS = 4096
-"""The largest number of sums in the first stage."""
+"""Maximum number of programs, hence of sums in the first stage."""
 
 # ------------------------------------------------------------------------------ e^x and ln(1+e)
 
-# As in nnce.kernels.losses, which has the errors of the polynomials.
+# As in nnce.kernels.losses, which states the errors of the polynomials.
 
 
 @triton.jit
 def _exp(x):
-    """e^x for x ≤ 0, and most of what it has lost by rounding."""
+    """e^x for x ≤ 0, and most of its rounding error."""
     if x.dtype == tl.float32:
         x = tl.where(x < -104.5, -104.5, x)  # rounds to 0; NaN stays NaN
-        shifted = x * 1.4426950408889634 + 12582912.0  # 1.5 · 2²³: rounds to a whole number k
+        shifted = x * 1.4426950408889634 + 12582912.0  # 1.5 · 2²³: rounds to an integer k
         k = shifted - 12582912.0
         r = x - k * 0.693359375
         r -= k * -2.12194440e-4
@@ -46,8 +46,8 @@ def _exp(x):
         q = q * r + 0.0416683905176
         q = q * r + 0.166665204022
         q = q * r + 0.499999934335
-        # 2^k in two factors, so that a subnormal result is rounded once. The lowest bits of the
-        # shifted number are those of k, and end up in the exponents.
+        # 2^k in two factors, so that a subnormal result is rounded once. The lowest bits of
+        # `shifted` are those of k, and are moved to the exponents.
         bits = shifted.to(tl.int32, bitcast=True)
         most = tl.maximum(bits, 0x4B400000 - 100)
         first = ((most << 23) + 0x3F800000).to(tl.float32, bitcast=True)
@@ -93,7 +93,7 @@ def _log1p(e):
     else:
         w = 2.0 + e
         s = (e + e) / w  # twice the s of the formula
-        s -= s * (e - (w - 2.0)) / w  # what w has lost by rounding
+        s -= s * (e - (w - 2.0)) / w  # rounding error of w
         v = s * s * 0.25
         p = v * 0.085092714149811265446 + 0.041700595731621486482
         p = p * v + 0.060530411115526983895
@@ -110,7 +110,7 @@ def _log1p(e):
 
 @triton.jit
 def _quotient(x, y):
-    """x / y, rounded correctly."""
+    """x / y, correctly rounded."""
     return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
 
 
@@ -127,8 +127,8 @@ def _sigmoids(z):
     w = 1.0 + e
     large = _quotient(1.0, w)
     small = _quotient(e, w)
-    # What e and w have lost by rounding. Not what the quotients have, which takes a fused
-    # multiply-add, and Triton's interpreter has none.
+    # Correct for the rounding errors of e and w. Those of the quotients would need a fused
+    # multiply-add, which Triton's interpreter does not support.
     lost = large * (e - (w - 1.0) + rest)
     large -= large * lost
     small += large * rest - small * lost
@@ -146,7 +146,7 @@ def _loss(z, negative, positive, QUADRATIC: tl.constexpr):
         # softplus(z) = max(z, 0) + ln(1 + e^−|z|)
         e, _ = _exp(-tl.abs(z))
         weight = tl.where(z > 0, negative, positive)
-        size = tl.where(weight != 0, tl.abs(z), 0.0)  # a term with weight 0 is 0, also at ±∞
+        size = tl.where(weight != 0, tl.abs(z), 0.0)  # a term with weight 0 is 0, even at ±∞
         C = weight * size + (negative + positive) * _log1p(e)
     return C
 
@@ -168,10 +168,10 @@ def _slope(z, negative, positive, QUADRATIC: tl.constexpr):
 
 @triton.jit
 def _wide(x, QUADRATIC: tl.constexpr):
-    """Convert to the dtype to compute in.
+    """Convert to the working dtype.
 
-    The quadratic loss of float32 takes float64: a product of three factors is off by up to 6 units
-    in the last place.
+    The quadratic loss of float32 needs float64: in float32, a product of three factors is off by up
+    to 6 units in the last place.
     """
     if x.dtype == tl.float64 or (QUADRATIC and x.dtype == tl.float32):
         result = x.to(tl.float64)
@@ -182,7 +182,7 @@ def _wide(x, QUADRATIC: tl.constexpr):
 
 @triton.jit
 def _repeated(weight, period, start, i, inside):
-    """Load the weights of a block from an array that repeats, or not if period is None."""
+    """Load the weights of a block from a periodic array, or a full one if period is None."""
     if period is None:
         result = tl.load(weight + start + i, mask=inside)
     else:
@@ -215,7 +215,7 @@ def _weights(t, like, pos_weight, pos_period, smoothing, start, i, inside):
 
 @triton.jit
 def _counted(t, ignored):
-    """Whether targets differ from the ignored value: a whole number, or the bits of a float64."""
+    """Whether targets differ from the ignored value, an integer or the bits of a float64."""
     if t.dtype.is_floating():
         like = tl.float64 if t.dtype == tl.float64 else tl.float32
         result = t.to(like) != ignored.to(tl.int64).to(tl.float64, bitcast=True).to(like)
@@ -226,7 +226,7 @@ def _counted(t, ignored):
 
 @triton.jit
 def _finish(x, t, weight, period, ignored, start, i, inside):
-    """Multiply by weight, where 0 · ∞ is 0, and make it 0 where the target is ignored."""
+    """Multiply by weight, with 0 · ∞ = 0, and set elements with an ignored target to 0."""
     if weight is not None:
         factor = _repeated(weight, period, start, i, inside).to(x.dtype)
         x = tl.where((factor == 0) & (tl.abs(x) == float("inf")), 0.0, x * factor)
@@ -237,9 +237,9 @@ def _finish(x, t, weight, period, ignored, start, i, inside):
 
 # -------------------------------------------------------------------------------------- kernels
 
-# Their last arguments are those of `_arguments`. Numbers that change from call to call are not
-# specialized: a kernel is compiled for dtypes, for options that are there, and for whether n is a
-# multiple of 16.
+# The last arguments are returned by `_arguments`. Numbers that change between calls are not
+# specialized: a kernel is compiled for each combination of dtypes and of options present, and for
+# whether n is a multiple of 16.
 _ANY = ["steps", "weight_period", "pos_period", "smoothing", "ignored"]
 
 
@@ -261,15 +261,15 @@ def value(
     QUADRATIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write C of each element, or the sums of C over the program's blocks, or both.
+    """Write C of each element, the sum of C over the blocks of each program, or both.
 
     Args:
         z, y: logits and targets, [n].
         C: losses to write, in z's dtype, or None.
         sums: sums to write, float64, [programs], or None.
-        counts: numbers of targets not ignored to write, float64, [programs], or None.
+        counts: numbers of non-ignored targets to write, float64, [programs], or None.
         n: number of elements.
-        steps: blocks of a program.
+        steps: number of blocks per program.
     """
     i = tl.arange(0, BLOCK)
     program = tl.program_id(0)
@@ -297,14 +297,14 @@ def value(
 
 @triton.jit(do_not_specialize=["n", "parts", "divisor"])
 def finish(sums, n, counts, parts, divisor, C, quotient, BLOCK: tl.constexpr):
-    """Write the sum of sums over a divisor: the second stage.
+    """Second stage: write the sum of the sums, divided by a divisor.
 
     Args:
         sums: float64, [n].
         counts: numbers whose sum is the divisor, float64, [parts], or None.
         divisor: the bits of the divisor in float64, or None.
         C: the scalar to write.
-        quotient: the divisor to write, float64, if there are counts.
+        quotient: where to write the divisor, float64, if counts is not None.
     """
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
@@ -343,12 +343,12 @@ def gradient(
     QUADRATIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write dC/dz of each element times its upstream gradient over a divisor.
+    """Write dC/dz of each element times its upstream gradient, divided by a divisor.
 
     Args:
         z, y: logits and targets, [n].
         dz: gradients to write, in z's dtype.
-        upstream: upstream gradients, [n] if EACH, else one for all.
+        upstream: upstream gradients, [n] if EACH, else a scalar for all elements.
         quotient: the divisor in memory, float64, or None.
         divisor: the bits of the divisor in float64, or None.
         n: number of elements.
@@ -385,7 +385,7 @@ def activation_gradient(z, da, dz, n, BLOCK: tl.constexpr):
 
 # ------------------------------------------------------------------------------------- launches
 
-# options is nnce.kernels.fused.Packed; tensors are contiguous, and on one device.
+# options is nnce.kernels.chunked.Packed; tensors are contiguous and on one device.
 
 
 def forward(
@@ -394,7 +394,7 @@ def forward(
     """Compute a loss, as `nnce.kernels.fused.forward` does.
 
     Returns:
-        C; and the divisor of its sum, in memory of the device if it has been counted.
+        C; and the divisor of its sum, a tensor on the device if it was counted.
     """
     n, y, quadratic = z.numel(), _bytes(y), loss == "quadratic"
     chosen = (*_arguments(options, y, n), quadratic)
@@ -450,7 +450,7 @@ def sigmoid_backward(z: Tensor, da: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, quadratic: bool = False) -> None:
-    # 4 elements a thread, as one load takes; 2 in float64, in which registers run out.
+    # 4 elements per thread, the size of one load; 2 in float64, to limit register use.
     warps = 16 if quadratic or arguments[0].dtype is torch.float64 else 8
     if programs:
         with torch.cuda.device_of(arguments[0]):
@@ -462,24 +462,24 @@ def _blocks(n: int) -> int:
 
 
 def _bytes(y: Tensor) -> Tensor:
-    """Return booleans as whole numbers, without a copy."""
+    """View booleans as integers, without a copy."""
     return y.view(torch.uint8) if y.dtype is torch.bool else y
 
 
 def _bits(x: float) -> int:
-    """Return the bits of a float64: a kernel takes Python's floats as float32."""
+    """Return the bits of a float64: kernels receive Python floats as float32."""
     return int(struct.unpack("q", struct.pack("d", x))[0])
 
 
 def _rows(z: Tensor, reduction: str) -> tuple[int, int]:
-    """Return the number of items that a mean is taken over, and the elements of one."""
+    """Return the number of items that a mean averages, and the number of elements per item."""
     if reduction == "mean" or z.dim() == 0:
         return z.numel(), 1
     return z.shape[:-1].numel(), z.shape[-1]
 
 
 def _arguments(options: Any, y: Tensor, n: int) -> tuple[Any, ...]:
-    """Return the options as kernels take them: None for one that has no effect."""
+    """Return the options as kernel arguments: None for an option without effect."""
     weight, period, pos_weight, pos_period, smoothing, ignored, ignores, _ = options
     return (
         *(weight, period if period < n else None),
