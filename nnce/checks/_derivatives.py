@@ -248,7 +248,7 @@ class Derivatives:
             )
 
     def jacobian_along(self, along: Tensor) -> Tensor:
-        """The derivative along a direction, as `tangent`, but by one backward per output element."""
+        """The derivative along a direction, like `tangent`, by a backward per output element."""
         recorded = self.record()
         output = recorded.output
         rows = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
