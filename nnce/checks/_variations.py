@@ -23,7 +23,7 @@ Pair = tuple[Tensor, Tensor]
 FACTORS = (1e-8, -1e6)
 # Scaled values stay within the range of a dtype by this factor.
 _MARGIN = 64.0
-# Factor for a different x, in the domain of most functions, for a call between forward and backward.
+# Factor for a nearby x, in the domain of most functions, for a call between forward and backward.
 NEARBY = 1 - 2.0**-6
 # The most pairs of inputs that are tested with the same tensor.
 MOST_PAIRS = 3
