@@ -55,7 +55,7 @@ class Derivatives:
         self.x = torch.cat([t.flatten() for t in subject.inputs])
 
     def at(self, x: Tensor) -> "Derivatives":
-        """The same function at another x."""
+        """The derivatives of the same function at a different x."""
         moved = object.__new__(Derivatives)
         moved.subject, moved.shapes, moved.sizes, moved.x = self.subject, self.shapes, self.sizes, x
         return moved
