@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 
     verdict: Verdict
     """"unsupported": the function has no forward mode, or refuses second derivatives (by
-    `once_differentiable`, or an error that says "no second derivatives")."""
+    `once_differentiable`, or an error containing "no second derivatives")."""
     error: float
     """The largest relative error measured; NaN if none could be measured."""
     detail: str
@@ -404,7 +404,7 @@ def _by_reference(
         if got.shape != expected.shape:
             shapes = f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
             return Finding("wrong", math.inf, shapes, n, n)
-        # How far rounding the inputs moves the reference.
+        # How much rounding the inputs changes the reference.
         noise = torch.zeros_like(expected)
         for x in moved:
             moved_by = (compute(theirs.at(x)) - expected).abs()
