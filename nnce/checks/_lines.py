@@ -335,7 +335,7 @@ class Line:
         return ~(self._amount(step, exact) <= (0.0 if exact else 1.0))
 
     def _amount(self, step: Tensor, exact: bool) -> Tensor:
-        """How far the values at a step are from those at x, in units; NaN outside the domain."""
+        """The distance between values at a step and at x, in units; NaN outside the domain."""
         values, center = self._at(step), self._center
         size = torch.maximum(values.abs(), center.abs())
         unit = EPS * size if exact else (_SCATTER * EPS * size.amax(0)).expand(size.shape)
