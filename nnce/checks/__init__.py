@@ -1,4 +1,4 @@
-"""Checks for custom autograd Functions; imports nothing of nnce outside this package."""
+"""Checks for custom autograd Functions; imports nothing from nnce outside this package."""
 
 from nnce.checks.composability import Cell as Cell
 from nnce.checks.composability import Composability as Composability

@@ -1,4 +1,4 @@
-"""The derivatives that a function computes: by backward, by double backward and in forward mode."""
+"""The derivatives that a function computes: backward, double backward and forward mode."""
 
 import functools
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -17,14 +17,14 @@ from nnce.checks._torch_private import (
     refuses_derivative,
 )
 
-# A gradient that is smaller is 0 to within rounding.
+# A gradient smaller than this is 0 to within rounding.
 _NOISE = 2.0**-40
 Arrange = Callable[[Tensor], Tensor]
 """Copies a tensor into one of the same shape, possibly of a different layout."""
 
 
 class Unsupported(Exception):
-    """The function has no such derivative, and raises an error that says so."""
+    """The function does not support this derivative, and raises an error that says so."""
 
 
 class Broken(Exception):
@@ -32,14 +32,14 @@ class Broken(Exception):
 
 
 def element(of: str, at: int, shape: torch.Size) -> str:
-    """What to call an element of a tensor, by its place in memory: "output, element (0, 2)"."""
+    """The name of a tensor element, given its flat index: "output, element (0, 2)"."""
     index = torch.unravel_index(torch.tensor(at), shape) if shape else ()
     places = ", ".join(str(int(i)) for i in index)
     return f"{of}, element ({places})" if shape else of
 
 
 class Recorded(NamedTuple):
-    """A call with autograd's graph."""
+    """A call recorded with its autograd graph."""
 
     leaves: list[Tensor]
     output: Tensor
@@ -55,7 +55,7 @@ class Derivatives:
         self.x = torch.cat([t.flatten() for t in subject.inputs])
 
     def at(self, x: Tensor) -> "Derivatives":
-        """The same function at another x."""
+        """The derivatives of the same function at a different x."""
         moved = object.__new__(Derivatives)
         moved.subject, moved.shapes, moved.sizes, moved.x = self.subject, self.shapes, self.sizes, x
         return moved
@@ -69,9 +69,9 @@ class Derivatives:
     def dtype(self) -> torch.dtype:
         """The least precise dtype that the function computes in, forward or backward.
 
-        Either it converts numbers to that dtype, or, out of PyTorch's sight, it is a staircase: all
-        values are numbers of half precision, or they stay where they are over a step that is small
-        in float32, and move over a larger one.
+        Either PyTorch sees it convert numbers to that dtype, or its values form a staircase: all of
+        them are half-precision numbers, or they do not change over a step that is small in float32
+        but change over a larger one.
         """
         narrow = narrowest(lambda: self.first(torch.ones_like(self.value())))
         if narrow != torch.float64:
@@ -81,7 +81,7 @@ class Derivatives:
         def moves(compute: Callable[[Derivatives], Tensor], step: float) -> bool:
             return not torch.equal(compute(self.at(self.x * (1 + step * share))), compute(self))
 
-        # Under an upstream gradient of ones, that of a normalization is rounding noise.
+        # With an upstream gradient of ones, the gradient of a normalization is rounding noise.
         value, generator = self.value(), torch.Generator().manual_seed(0)
         upstream = 2.0 ** torch.randint(3, value.shape, generator=generator).to(value)
         for compute in (Derivatives.value, lambda ours: ours.first(upstream)):
@@ -96,9 +96,9 @@ class Derivatives:
         return torch.float64
 
     def exact(self, drawn: Tensor) -> Tensor:
-        """Drawn numbers, of eight bits where the values are computed in low precision.
+        """Round random numbers to eight bits if the values are computed in low precision.
 
-        Rounding a number that stays the same would add an error that no scatter shows.
+        Otherwise the function would round them, a constant error that scatter does not show.
         """
         return drawn.bfloat16().to(drawn) if self._converts else drawn
 
@@ -108,14 +108,14 @@ class Derivatives:
         return narrowest(self.value) != torch.float64
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """The inputs whose elements a vector like x concatenates."""
+        """Split a vector like x into tensors shaped like the inputs."""
         if len(self.shapes) == 1:
             return [x.reshape(self.shapes[0])]
         parts = x.split(self.sizes)
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def place(self, at: int) -> str:
-        """What to call an element of x: "input 1, element (0, 2)"."""
+        """The name of an element of x: "input 1, element (0, 2)"."""
         i = 0
         while at >= self.sizes[i]:
             at -= self.sizes[i]
@@ -142,8 +142,8 @@ class Derivatives:
 
         Args:
             wanted: which inputs require a gradient (default: all).
-            arrange: what a leaf passes through on its way to the function.
-            shared: two inputs; the first is passed in place of the second, too.
+            arrange: applied to each leaf before it is passed to the function.
+            shared: two inputs; the first is also passed in place of the second.
         """
         leaves = [
             part.clone().requires_grad_(wanted is None or i in wanted)
@@ -155,7 +155,7 @@ class Derivatives:
         return Recorded(leaves, self.call(passed))
 
     def pull(self, recorded: Recorded, upstream: Tensor, **options: Any) -> Tensor:
-        """The gradient with respect to x, 0 where none is required."""
+        """The gradient with respect to x; 0 for inputs that do not require a gradient."""
         leaves, output = recorded
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not output.requires_grad:
@@ -165,7 +165,7 @@ class Derivatives:
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def first(self, upstream: Tensor, **options: Any) -> Tensor:
-        """The gradient with respect to x, of a call of its own; options as of `record`."""
+        """The gradient with respect to x, from a new call; options as in `record`."""
         return self.pull(self.record(**options), upstream)
 
     def second(
@@ -175,15 +175,15 @@ class Derivatives:
 
         Args:
             upstream: the gradient with respect to the output.
-            along: the direction, as long as x.
-            arrange: what inputs and upstream gradient pass through.
-            times: how often to differentiate over the same graph; returned is the last time.
+            along: the direction, a vector like x.
+            arrange: applied to the inputs and the upstream gradient.
+            times: how often to differentiate the same graph; the last result is returned.
         """
         leaves, output = self.record(arrange=arrange)
         upstream = upstream.clone().requires_grad_()
         gradients = self._differentiate(output, leaves, arrange(upstream), create_graph=True)
         roots = [gradient for gradient in gradients if gradient.requires_grad]
-        if not roots:  # the backward hides from autograd
+        if not roots:  # autograd does not see the backward
             return torch.zeros_like(self.x), torch.zeros_like(upstream)
         if any(refuses_derivative(root) for root in roots):
             raise Unsupported("marked with @once_differentiable")
@@ -204,7 +204,7 @@ class Derivatives:
     def second_as_one(
         self, upstream: Tensor, along: Tensor, arrange: Arrange = torch.clone, times: int = 1
     ) -> Tensor:
-        """The same as one vector."""
+        """The two gradients of `second`, concatenated into one vector."""
         by_x, by_upstream = self.second(upstream, along, arrange, times)
         return torch.cat([by_x, by_upstream.flatten()])
 
@@ -218,8 +218,8 @@ class Derivatives:
         """The derivative of the output along a direction, in forward mode.
 
         Args:
-            along: the direction, as long as x.
-            arrange: what inputs and tangents pass through.
+            along: the direction, a vector like x.
+            arrange: applied to inputs and tangents.
             wanted: which inputs have a tangent (default: all).
         """
         try:
@@ -233,7 +233,7 @@ class Derivatives:
                 )
                 tangent = fwAD.unpack_dual(output).tangent
                 return torch.zeros_like(output) if tangent is None else tangent.clone()
-        except Exception as error:  # whatever the user's jvp raises
+        except Exception as error:  # any error from the user's jvp
             cause = error.__cause__ or error
             if str(cause).startswith(NO_FORWARD_MODE):
                 raise Unsupported(sentence(cause)) from error
@@ -241,14 +241,14 @@ class Derivatives:
             raise Broken(f"the jvp of {name} failed: {sentence(cause)}") from error
 
     def ignores_tangents(self) -> str:
-        """Operators in the function that have no forward mode, whose tangents PyTorch drops."""
+        """The function's operators without forward mode, whose tangents PyTorch drops."""
         with torch.no_grad():
             return ", ".join(
                 operators_without_tangents(lambda: self.call(self.parts(self.x.clone())))
             )
 
     def jacobian_along(self, along: Tensor) -> Tensor:
-        """The same as `tangent`, output by output, by backward."""
+        """The derivative along a direction, like `tangent`, by a backward per output element."""
         recorded = self.record()
         output = recorded.output
         rows = torch.eye(output.numel(), dtype=output.dtype, device=output.device)
@@ -267,7 +267,7 @@ class Derivatives:
     ) -> tuple[Tensor, ...]:
         try:
             gradients = torch.autograd.grad(output, inputs, upstream, allow_unused=True, **options)
-        except Exception as error:  # whatever the user's backward raises
+        except Exception as error:  # any error from the user's backward
             name = self.subject.name
             raise Broken(f"the backward of {name} failed: {sentence(error)}") from error
         pairs = zip(gradients, inputs, strict=True)

@@ -1,7 +1,7 @@
 """A function along one direction through its inputs: differences, and plateaus.
 
-The values of a function are counted in *cells*. With one cell all weighted values are added up;
-with a cell for each element, as many derivatives are probed at once.
+The values of a function are grouped in *cells*. With one cell, all weighted values are summed; with
+one cell per element, that many derivatives are probed at once.
 """
 
 import copy
@@ -25,38 +25,38 @@ from nnce.checks._numerical import (
     slopes,
 )
 
-# A plateau is looked for from a small share of the size of x to many times it.
+# Steps to search for the end of a plateau, from a small fraction to many times the size of x.
 _GRID = tuple(4.0**k for k in range(-8, 4))
-# What does not move at these steps up and down moves nowhere.
+# Values that do not change at these steps up and down are constant.
 _SPARSE_GRID = {1.0: (61.7, 2.0**-9), -1.0: (61.7, 4.3)}
-# An edge is located to this share of x; beyond it is a little further.
+# An edge is located to within `_EDGE` times x; the other two are distances beyond it.
 _EDGE, _BEYOND, _FAR_BEYOND = 2.0**-32, 2.0**-20, 2.0**-14
-# Near 0 these are shares of this much.
+# Near x = 0 they are relative to this instead.
 _LEAST = 2.0**-10
-# At an edge that is not a jump a value has moved by at most these few units in its last place. A
-# little beyond it, one that fades out has moved by fewer than many.
+# At an edge that is not a jump, a value has changed by at most `_FEW` units in its last place. A
+# little beyond an edge that fades out, it has changed by fewer than `_MANY`.
 _FEW, _MANY = 4.0, 16.0
 # Units of float32 are smaller, and those of half precision larger.
 _SINGLE = 2.0**-16
-# Beyond a kink a value moves by this many times as much as at it; up a staircase by fewer.
+# Beyond a kink a value changes by this many times as much as at it; on a staircase by fewer.
 _STEEP = 512.0
 
 
 class _Edge(NamedTuple):
-    """How to tell where a plateau ends in a kink from where it fades out."""
+    """Thresholds that distinguish a plateau ending in a kink from one that fades out."""
 
     share: float
-    """An edge is located to this share of x."""
+    """An edge is located to within this fraction of x."""
     beyond: float
-    """A little beyond it is this share of x."""
+    """The distance to probe beyond the edge, as a fraction of x."""
     many: float
-    """Units by which values have moved there, where it ends in a kink."""
+    """Units by which values have changed at that distance beyond a kink."""
     steep: float
-    """As `_STEEP`."""
+    """See `_STEEP`."""
 
 
 def _edge_in(unit: float) -> _Edge:
-    """The same in a precision: half precision has but 32 units in a quarter of x."""
+    """The thresholds for a precision; half precision has only 32 units in a quarter of x."""
     if unit == EPS:
         return _Edge(_EDGE, _BEYOND, _MANY, _STEEP)
     if unit < _SINGLE:
@@ -64,9 +64,9 @@ def _edge_in(unit: float) -> _Edge:
     return _Edge(unit, 32 * unit, 8.0, 8.0)
 
 
-# Values that scatter by rounding move by up to this many units in their last place.
+# Values scatter by up to this many units in their last place because of rounding.
 _SCATTER = 64.0
-# What is below the smallest number of float32 counts as having faded to 0.
+# Values below the smallest normal float32 number count as faded to 0.
 _TINY = torch.finfo(torch.float32).tiny
 _MOST_HALVINGS = 80
 
@@ -75,33 +75,33 @@ class Direction(NamedTuple):
     """A direction to probe along."""
 
     v: Tensor
-    """As long as x is large, so that a step of 1 is of the size of x."""
+    """Scaled to the magnitude of x, so that a step of 1 is as large as x."""
     elements: Tensor | None
-    """The elements of x that it moves, one for each cell; None for all of them."""
+    """The elements of x that it moves, one per cell; None for all elements."""
     apart: bool = False
-    """Whether it moves one element after the other, and a cell holds all values after one move."""
+    """Whether elements are moved one at a time; a cell then holds all values after one move."""
 
 
 class Precision(NamedTuple):
-    """The relative precision of values; it takes some calls to find out."""
+    """The relative precision of values, computed on demand as it takes several calls."""
 
     unit: Callable[[], float]
-    """Of the values at x and near it."""
+    """The precision of the values at and near x."""
     coarsest: Callable[[], float]
-    """Of the values anywhere."""
+    """The lowest precision of the values anywhere."""
 
 
 class Plateau(NamedTuple):
-    """Where values do not move about x, one for each cell."""
+    """Whether values are constant around x, by cell."""
 
     flat: Tensor
-    """Whether they do not, and the plateau ends in a kink or a jump, if anywhere."""
+    """Whether they are constant, and the plateau ends in a kink or a jump, or not at all."""
     fades: Tensor
-    """Whether they do not, but begin to by a unit in the last place: saturation."""
+    """Whether they are constant, and then change by a unit in the last place: saturation."""
 
 
 class Line:
-    """Values along a direction from x, where they are `center`; NaN outside of the domain."""
+    """Values along a direction from x; `center` is the value at x. NaN outside the domain."""
 
     def __init__(
         self,
@@ -119,12 +119,12 @@ class Line:
         self._slopes: Slopes | None = None
         self._fit: Fit | None = None
         self._plateau: Plateau | None = None
-        # [rows, cells], or [rows, 1] where all cells have the same.
+        # [rows, cells], or [rows, 1] if all cells share the values.
         self._weights = weights.reshape(-1, cells)
         self._center = center.reshape(-1, cells)
         self._cells = len(self._elements) if direction.apart else cells
         self.magnitude = (self._weights * self._center).abs().sum(0).expand(self._cells)
-        """Of the weighted values in each cell."""
+        """The summed magnitude of the weighted values in each cell."""
 
     @property
     def _elements(self) -> Tensor:
@@ -132,7 +132,7 @@ class Line:
         return self.direction.elements
 
     def of(self, cells: Tensor) -> "Line":
-        """The same along some of the elements that are moved apart."""
+        """The line for some of the elements that are moved separately."""
         v, elements = self.direction.v, self._elements[cells]
         part = copy.copy(self)
         only = torch.zeros_like(v).index_copy(0, elements, v[elements])
@@ -144,7 +144,7 @@ class Line:
         return part
 
     def _at(self, step: Tensor) -> Tensor:
-        """The values [rows, cells] after a step, or after a step for each cell."""
+        """The values [rows, cells] after one step, or after one step per cell."""
         v, elements, apart = self.direction
         if apart:
             return self._one_by_one(self._stepped(step).expand(self._cells))
@@ -153,7 +153,7 @@ class Line:
         return self._values_at(self._x.index_add(0, elements, step * v[elements]))
 
     def _stepped(self, step: Tensor) -> Tensor:
-        """The elements that are moved, after a step."""
+        """The moved elements after a step."""
         return self._x[self._elements] + step * self.direction.v[self._elements]
 
     def _one_by_one(self, stepped: Tensor) -> Tensor:
@@ -168,15 +168,15 @@ class Line:
     def _values_at(self, x: Tensor) -> Tensor:
         try:
             return self._f(x).reshape(self._weights.shape)
-        except (TypeError, ValueError, Broken):  # outside of the function's domain
+        except (TypeError, ValueError, Broken):  # outside the function's domain
             return torch.full_like(self._weights, math.nan)
 
     def ladder(self, steps: Tensor, *, whole: bool) -> Ladder:
         """Differences over these steps.
 
         Args:
-            steps: the largest first.
-            whole: whether values that have not moved at any larger step add to the rounding error.
+            steps: step sizes, largest first.
+            whole: whether values that do not change at any larger step add to the rounding error.
         """
         weights, center = self._weights, self._center
         # [steps, rows, cells]
@@ -196,14 +196,14 @@ class Line:
         )
 
     def _taken(self, steps: Tensor) -> Tensor:
-        """How far steps [steps, 1] really go, after rounding: [steps, cells], above 0."""
+        """The actual length of steps [steps, 1] after rounding: [steps, cells], positive."""
         v, elements, _ = self.direction
         if elements is None:
             return steps.abs().expand(len(steps), self._cells)
         return ((self._stepped(steps) - self._x[elements]) / v[elements]).abs()
 
     def quick(self, steps: Tensor, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-        """Where a few small steps show that a derivative is right, and the numerical one."""
+        """Where a few small steps show that a derivative is right, and the numerical derivative."""
         if self._quick is None:
             self._quick = self.ladder(steps, whole=True)
         return quick(self._quick, computed, rtol)
@@ -229,12 +229,12 @@ class Line:
         return self._fit
 
     def plateau(self) -> Plateau:
-        """Whether the values are constant about x, and how that ends.
+        """Whether the values are constant around x, and how the plateau ends.
 
-        Both ways from x the nearest step is looked for at which a value moves, and bisected. There
-        a hard function has a kink or a jump: a little further on it has moved by very many units in
-        the last place. A saturated one has moved by one. A jump of less than 2⁻⁷ of the value may
-        be that of a staircase, as of a function that computes in a lower precision.
+        The nearest step at which a value changes is found by bisection on both sides of x. A hard
+        function has a kink or a jump there: a little further on its value has changed by very many
+        units in the last place. A saturated function has changed by one unit. A jump of less than
+        2⁻⁷ of the value may be a staircase, as when a function computes in a lower precision.
         """
         if self._plateau is None:
             self._plateau = self._ends(exact=True)
@@ -246,9 +246,9 @@ class Line:
         return self._plateau
 
     def independent(self) -> bool:
-        """Whether no value depends on any of the elements that are moved apart.
+        """Whether no value depends on any of the separately moved elements.
 
-        Each of them goes to the end of the grid, both ways; then all go together, far and near.
+        Each element is moved to both ends of the grid; then all are moved together, far and near.
         """
         center = self._center
         ends = self._x.new_tensor([_GRID[-1], -_GRID[-1]])
@@ -262,7 +262,7 @@ class Line:
         return True
 
     def _ends(self, exact: bool) -> Plateau:
-        """Of values that are exactly constant, or else of values that scatter by rounding."""
+        """The plateau of exactly constant values, or of values that scatter by rounding."""
         up, up_fades = self._end(1.0, exact)
         if not (up | up_fades).any():
             return Plateau(up, up_fades)
@@ -270,12 +270,12 @@ class Line:
         return Plateau(up & down, up_fades | down_fades)
 
     def _end(self, side: float, exact: bool) -> tuple[Tensor, Tensor]:
-        """Where a plateau on one side of x ends hard, or nowhere; and where it fades out."""
+        """Where a plateau on one side of x ends hard or never, and where it fades out."""
         inside = torch.zeros(self._cells, dtype=self._x.dtype, device=self._x.device)
         outside = torch.full_like(inside, math.nan)
         steps = [inside.new_tensor(side * size) for size in _SPARSE_GRID[side]]
         endless = ~torch.stack([self._moves(step, exact) for step in steps]).any(0)
-        # Along all elements at once only endless plateaus count.
+        # Along all elements at once, only plateaus without an end count.
         if endless.all() or self.direction.elements is None:
             return endless, torch.zeros_like(endless)
         for size in _GRID:
@@ -293,7 +293,7 @@ class Line:
         return endless | (ends & hard), ends & fades
 
     def _edge(self, inside: Tensor, outside: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-        """Whether the edge between two steps is a kink or a jump, or one that fades out."""
+        """Whether the edge between two steps is a kink or a jump, and whether it fades out."""
         unit = self.precision.coarsest()
         share, beyond, many, steep = _edge_in(unit)
         outside = self._bisect(inside, outside, share, exact)
@@ -302,10 +302,10 @@ class Line:
         relative = unit if exact else _SCATTER * unit
         continuous = moved <= _FEW
         kink = further >= torch.where(continuous, many, steep * moved)
-        # The next steps of a staircase are as long as this one.
+        # The steps of a staircase are equally long.
         if unit > EPS:
             kink &= further >= steep * torch.clamp(past / outside - 1, min=1.0)
-        else:  # where two parabolas meet, values begin to move slowly
+        else:  # where two parabolas meet, values change slowly at first
             past = outside + outside.sign() * _FAR_BEYOND * self._scale(outside)
             far = self._amount(past, exact)
             kink |= continuous & (far >= _MANY + _STEEP * (past / outside - 1))
@@ -313,7 +313,7 @@ class Line:
         return kink | jump, continuous & (further < many) & ~kink
 
     def _bisect(self, inside: Tensor, outside: Tensor, edge: float, exact: bool) -> Tensor:
-        """The first step at which a value has moved, to a share of x."""
+        """The first step at which a value changes, to within a fraction of x."""
         for _ in range(_MOST_HALVINGS):
             if not ((outside - inside).abs() > edge * self._scale(outside)).any():
                 break
@@ -326,16 +326,16 @@ class Line:
         return outside
 
     def _scale(self, step: Tensor) -> Tensor:
-        """The magnitude of the element of x after a step, as a step."""
+        """The magnitude of the moved element of x after a step, in units of steps."""
         v = self.direction.v[self._elements]
         return self._stepped(step).abs().clamp(min=_LEAST) / v
 
     def _moves(self, step: Tensor, exact: bool) -> Tensor:
-        """Where values at a step are not those at x."""
+        """Where values at a step differ from those at x."""
         return ~(self._amount(step, exact) <= (0.0 if exact else 1.0))
 
     def _amount(self, step: Tensor, exact: bool) -> Tensor:
-        """How far the values at a step are from those at x, in units; NaN outside the domain."""
+        """The distance between values at a step and at x, in units; NaN outside the domain."""
         values, center = self._at(step), self._center
         size = torch.maximum(values.abs(), center.abs())
         unit = EPS * size if exact else (_SCATTER * EPS * size.amax(0)).expand(size.shape)

@@ -1,7 +1,7 @@
 """Numerical derivatives, and how many of their digits are known.
 
-Differences are taken over a ladder of steps, each a quarter of the one before, for several *cells*
-at once: a cell is a number whose derivative is wanted, such as one element of the output.
+Differences are computed over a ladder of steps, each a quarter of the previous one, for several
+*cells* at once: a cell is a number to be differentiated, such as one element of the output.
 """
 
 import functools
@@ -12,34 +12,34 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
-# Values count as right to this many units in the last place; worse ones are seen by their scatter.
+# Values are assumed accurate to this many units in the last place; larger errors show as scatter.
 VALUE_ULPS = 8
-# A value may move in jumps, as where a function computes in float32; up to this share of it.
+# Values may change in jumps of up to this fraction, as when a function computes in float32.
 COARSEST_JUMP = 2.0**-7
 # A derivative that is this small next to the slope at a 64th of the size of x is 0: 2^16 units in
 # the last place of that slope, extrapolated to the size of x.
 NOTHING = 2.0**22 * EPS
-# At the larger one of two small steps a slope may differ by this many times rtol, and at the
-# smaller one rounding must leave three digits.
+# At the larger of two small steps a slope may differ by `_CURVED` times rtol; at the smaller one
+# rounding must leave three digits.
 _CURVED, _DIGITS = 4096, 1e-3
-# Places of those steps in the ladder from 64 times the size of x, a 64th and a quarter of it, and
-# the largest power of the distance with which slopes may shrink in between.
+# Indices of the steps of a 64th and a quarter of the size of x, in a ladder that starts at 64 times
+# the size of x; and the largest power of the distance with which slopes may shrink in between.
 _NEAR, _FAR = 6, 4
 _STEEPEST_POWER = 6
-# Polynomials are fitted over intervals of up to this size of x, half of that and so on, which hold
-# this many values on either side per octave.
+# Polynomials are fitted over intervals of up to `_FIT_LARGEST` times the size of x, halved
+# repeatedly, with `_FIT_STEPS` values per octave on either side.
 _FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 10
 _FIT_DEGREES = (7, 5)
-# A polynomial takes this many values, this many changes from one to the next, and an interval of
-# this many units in the last place of x.
+# A polynomial needs at least this many values, this many changes between neighbors, and an interval
+# of this many units in the last place of x.
 _FIT_LEAST, _FIT_CHANGES, _FIT_UNITS = 32, 8, 64
 _MOST_ALIKE = 0.98
-# Curves over two intervals are consistent up to this many times their uncertainty.
+# Curves over two intervals are consistent if they differ by at most this times the uncertainty.
 _WIDE = 3
 
 
 class Ladder(NamedTuple):
-    """Differences over shrinking steps, the largest first; all [steps, cells] but for `step`."""
+    """Differences over shrinking steps, largest first; all [steps, cells] except `step`."""
 
     step: Tensor
     """[steps, 1]."""
@@ -52,16 +52,16 @@ class Ladder(NamedTuple):
     down: Tensor
     """The step taken downwards, after rounding."""
     size: Tensor
-    """The magnitude of f, as far as it moves."""
+    """The magnitude of f, where it changes."""
 
     @property
     def taken(self) -> Tensor:
-        """Where rounding left something of the step."""
+        """Where the step is not rounded to 0."""
         return (self.up > 0) & (self.down > 0)
 
 
 class Slopes(NamedTuple):
-    """Numerical derivatives, one for each cell."""
+    """Numerical derivatives, one per cell."""
 
     derivative: Tensor
     uncertainty: Tensor
@@ -70,31 +70,31 @@ class Slopes(NamedTuple):
     above: Tensor
     """The derivative from above."""
     kinked: Tensor
-    """Where those two differ however small the step."""
+    """Where `below` and `above` differ however small the step."""
     zero: Tensor
-    """Derivatives up to this size are 0 to within rounding; −1 where the values do not show it."""
+    """Derivatives up to this size are 0 to within rounding; −1 if the values do not show it."""
     nothing: Tensor
-    """An uncertainty of up to this is nothing next to the slopes nearby, which shrink towards x as
-    a power of the distance does; in saturation they shrink exponentially."""
+    """An uncertainty up to this size is negligible compared with nearby slopes, if those shrink
+    toward x as a power of the distance; in saturation they shrink exponentially."""
     nearby: Tensor
     """The larger one-sided slope at a quarter of the size of x."""
 
 
 class _Estimates(NamedTuple):
-    """Richardson's extrapolation from each two successive steps, [steps − 1, cells]."""
+    """Richardson extrapolation from pairs of successive steps, [steps − 1, cells]."""
 
     slope: Tensor
     kink: Tensor
-    """The difference of the one-sided slopes; of a smooth function it shrinks with the third power
+    """The difference of the one-sided slopes; for a smooth function it shrinks with the third power
     of the step."""
 
 
 def quick(ladder: Ladder, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-    """Where two small steps show that a computed derivative is right, and the numerical one.
+    """Where two small steps show that a computed derivative is right, and the numerical derivative.
 
-    That is where at the smaller one the slope agrees with it to rtol, and at the larger one as far
-    as the function may curve; or at the larger one to rtol, and at the smaller one as far as it is
-    rounded. And the slopes from below and above approach each other in between.
+    The slope must agree with the derivative to rtol at the smaller step, and to within the possible
+    curvature at the larger one; or to rtol at the larger step, and to within rounding at the
+    smaller one. The slopes from below and above must also converge from one step to the other.
     """
     slope, bend = _slope_and_bend(ladder)
     bound = rtol * computed.abs()
@@ -111,10 +111,10 @@ def quick(ladder: Ladder, computed: Tensor, rtol: float) -> tuple[Tensor, Tensor
 def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
     """Derivatives from a ladder of differences, cell by cell.
 
-    How uncertain an estimate is shows from the two estimates after it, from how much the estimates
-    at still smaller steps scatter, and from the rounding of the values. Then from the smallest step
-    on, as long as everything is consistent, the most certain estimate is taken: a derivative is
-    what there is at small steps, and large ones may reach beyond a kink or a pole.
+    The uncertainty of an estimate is computed from the next two estimates, the scatter of estimates
+    at still smaller steps, and the rounding of the values. Starting from the smallest step, as long
+    as the estimates are consistent, the most certain one is chosen: a derivative is a limit at
+    small steps, and large steps may reach beyond a kink or a pole.
 
     Args:
         ladder: the differences.
@@ -161,7 +161,7 @@ class Fit(NamedTuple):
 
 
 class _Design(NamedTuple):
-    """Polynomials of one degree at steps within a radius."""
+    """Polynomials of one degree, evaluated at the steps within a radius."""
 
     powers: Tensor
     inverse: Tensor
@@ -169,7 +169,7 @@ class _Design(NamedTuple):
 
 @functools.cache
 def _steps_and_designs() -> tuple[Tensor, list[tuple[float, Tensor, list[_Design]]]]:
-    """Steps of all sizes and both signs in order; for each radius those inside, and polynomials."""
+    """Sorted steps of all sizes and both signs; for each radius, the steps and polynomials."""
     generator = torch.Generator().manual_seed(0)
     number = _FIT_OCTAVES * _FIT_STEPS
     octave = torch.arange(number) + torch.rand(2, number, generator=generator, dtype=torch.float64)
@@ -185,15 +185,15 @@ def _steps_and_designs() -> tuple[Tensor, list[tuple[float, Tensor, list[_Design
 
 
 def scattered_steps(device: torch.device) -> Tensor:
-    """The steps that `fit` expects values at."""
+    """The steps at which `fit` expects values."""
     return _steps_and_designs()[0].to(device)
 
 
 def fit(values: Tensor, unit: float) -> Fit:
     """Fit polynomials to values [steps, cells] over shrinking intervals.
 
-    The scatter of the values about them, and the distance of polynomials of two degrees, show how
-    uncertain an interval's value and slope are.
+    The uncertainty of value and slope on each interval is estimated from the scatter of the values
+    about the polynomials, and from the difference between polynomials of two degrees.
     """
     found: list[list[Tensor]] = []
     for radius, inside, designs in _steps_and_designs()[1]:
@@ -220,8 +220,8 @@ def fit(values: Tensor, unit: float) -> Fit:
 def _polynomial(values: Tensor, unit: float, design: _Design) -> tuple[Tensor, ...]:
     """Value and slope at 0, each with its standard error; the largest and the median residual.
 
-    Neighbors on one step of a staircase are off by the same and count as one. Values that hardly
-    ever change are known to within their range, and slopes to within what that hides.
+    Neighbors on the same step of a staircase have the same error and count as one value. If values
+    rarely change, their uncertainty is their range, and that of slopes follows from it.
     """
     powers, inverse = (t.to(values.device) for t in design)
     coefficients = inverse @ values
@@ -253,23 +253,23 @@ def _richardson(ladder: Ladder) -> _Estimates:
 
 
 def _gaps(estimate: Tensor, distance: int = 1) -> Tensor:
-    """How far each estimate is from a later one."""
+    """The distance of each estimate from a later one."""
     return (estimate[:-distance] - estimate[distance:]).abs()
 
 
 def _rounding(ladder: Ladder, unit: float) -> Tensor:
-    """What rounding adds to a slope at each step; so does the smallest jump of a staircase."""
+    """The slope error at each step from rounding, or from the smallest jump of a staircase."""
     jumps = torch.stack([ladder.rise_up.abs(), ladder.rise_down.abs()])
     jump = torch.where(jumps > 0, jumps, math.inf).amin((0, 1))
     jump = torch.minimum(jump, COARSEST_JUMP * ladder.size.nan_to_num(nan=math.inf).amin(0))
     tiny = torch.finfo(torch.float64).tiny
-    # In lower precision there are fewer digits to give away, but for the shortest steps.
+    # Lower precision has fewer digits to spare, except at the shortest steps.
     ulps = VALUE_ULPS if unit == EPS else 1 + 2 * math.sqrt(unit) / ladder.step
     return (ulps * unit * ladder.size + 4 * jump + tiny) / ladder.step
 
 
 def _noise(ladder: Ladder, estimate: Tensor, unit: float) -> Tensor:
-    """The noise in an estimate, which grows as 1 / step: what smaller steps show of it."""
+    """The noise in an estimate, inferred from smaller steps; it grows as 1 / step."""
     step = ladder.step[1:]
     seen = (_gaps(estimate) * step[:-1]).nan_to_num(0.0, 0.0, 0.0)
     largest_below = seen.flip(0).cummax(0).values.flip(0)
@@ -277,7 +277,7 @@ def _noise(ladder: Ladder, estimate: Tensor, unit: float) -> Tensor:
 
 
 def _most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest uncertainty among consistent estimates, from the smallest step on; its row."""
+    """The smallest uncertainty of consistent estimates, from the smallest step; and its row."""
     low = torch.full_like(estimate[0], -math.inf)
     high, best = -low, -low
     best_row = torch.full_like(low, -1, dtype=torch.long)
@@ -285,7 +285,7 @@ def _most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor
     for row in range(len(uncertainty) - 1, -1, -1):
         middle, width = estimate[row], uncertainty[row]
         seen = middle.isfinite() & width.isfinite()
-        # Rounding may leave nothing of the smallest steps.
+        # The smallest steps may be rounded to 0.
         fits &= torch.where(seen, (middle + width >= low) & (middle - width <= high), ~begun)
         begun |= seen
         low = torch.where(fits & seen, torch.maximum(low, middle - width), low)
@@ -297,7 +297,7 @@ def _most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor
 
 
 def _kinked(kink: Tensor, noise: Tensor, best_row: Tensor, bound: Tensor) -> Tensor:
-    """Whether the one-sided slopes differ by the same at every step that is free of noise."""
+    """Whether the one-sided slopes differ by the same amount at every noise-free step."""
     kink = kink[: len(noise)]
     rows = torch.arange(len(noise), device=kink.device).unsqueeze(1)
     telling = (rows >= best_row) & (16 * noise <= bound)
@@ -312,7 +312,7 @@ def _steepness(ladder: Ladder) -> Tensor:
 
 
 def _nothing(ladder: Ladder) -> Tensor:
-    """What is nothing next to the slopes nearby; 0 where those may be of saturation."""
+    """The size negligible compared with nearby slopes; 0 if they may be due to saturation."""
     steep = _steepness(ladder)
     near, far = steep[_NEAR], steep[_FAR]
     distance = float(ladder.step[_FAR] / ladder.step[_NEAR])
@@ -323,10 +323,10 @@ def _nothing(ladder: Ladder) -> Tensor:
 def _zero(
     ladder: Ladder, estimate: Tensor, uncertainty: Tensor, nothing: Tensor, unit: float
 ) -> Tensor:
-    """Up to what size a derivative is 0 to within rounding; −1 where it is not seen to be 0.
+    """The size up to which a derivative is 0 to within rounding; −1 if it is not shown to be 0.
 
-    Either f(x + h) − f(x − h) is 0 at every step, or the derivative is nothing next to the slopes
-    nearby.
+    Either f(x + h) − f(x − h) is 0 at every step, or the derivative is negligible compared with
+    nearby slopes.
     """
     rise = ladder.rise_up + ladder.rise_down
     even = (rise.abs() <= VALUE_ULPS * unit * ladder.size) | ~ladder.taken

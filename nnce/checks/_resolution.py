@@ -1,4 +1,4 @@
-"""How precise a function is that computes in a lower precision than float64."""
+"""The resolution of a function that computes in a lower precision than float64."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ _COMPUTE: dict[str, Callable[[Derivatives, Tensor, Tensor], Tensor]] = {
     "second": lambda ours, upstream, along: ours.second_as_one(upstream, along),
 }
 
-# A derivative scatters by at most this many times as much as rounding explains.
+# A derivative may scatter by at most this many times as much as rounding explains.
 _MOST = 16.0
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -25,14 +25,14 @@ def _largest(values: Tensor) -> float:
 
 
 class Resolution:
-    """Smooth curves through what a function computes along a direction."""
+    """Smooth curves through a function's values and derivatives along a direction."""
 
     def __init__(self, ours: Derivatives, upstream: Tensor, along: Tensor) -> None:
         self.ours, self._upstream, self.along = ours, upstream, along
         self._fits: dict[str, Fit] = {}
 
     def of(self, name: str) -> Fit:
-        """The curves of values, gradient, tangent or second derivatives, one for each element."""
+        """The curves for values, gradient, tangent or second derivatives, one per element."""
         if name not in self._fits:
             steps = scattered_steps(self.along.device)
             values = torch.stack([self._computed(name, step) for step in steps])
@@ -40,18 +40,18 @@ class Resolution:
         return self._fits[name]
 
     def scatter(self, name: str) -> Tensor:
-        """How far rounding moves each element; 0 where there is no smooth curve."""
+        """How much rounding changes each element; 0 where there is no smooth curve."""
         scatter = self.of(name).scatter.nan_to_num(0.0, 0.0, 0.0)
         return scatter if name == "value" else scatter.clamp(max=_MOST * self.rounded(name))
 
     def rounded(self, name: str) -> float:
-        """How far a derivative moves where it is rounded by a unit, and x by what moves values."""
+        """The expected rounding error of a derivative: its own, and that of x as seen in values."""
         values, curve = self.of("value"), self.of(name)
         of_x = _largest(values.typical) / max(_largest(values.slope), _TINY)
         return (self.ours.unit + of_x) * (_largest(curve.value) + _largest(curve.slope))
 
     def noise(self, name: str) -> float:
-        """How far a derivative scatters if that is much more than rounding explains; else 0."""
+        """The scatter of a derivative if it is much larger than rounding explains, else 0."""
         typical = _largest(self.of(name).typical)
         return typical if typical > _MOST * self.rounded(name) else 0.0
 
@@ -59,5 +59,5 @@ class Resolution:
         moved = self.ours.at(self.ours.x + step * self.along)
         try:
             return _COMPUTE[name](moved, self._upstream, self.along).detach().flatten()
-        except (TypeError, ValueError, Broken):  # outside of the function's domain
+        except (TypeError, ValueError, Broken):  # outside the function's domain
             return torch.full_like(self._computed(name, torch.zeros_like(step)), torch.nan)

@@ -14,8 +14,8 @@ Function = Callable[..., Tensor]
 class Subject:
     """A function with copies of its arguments, the floating-point ones in float64.
 
-    Differentiated is with respect to the floating-point tensors that require a gradient; where none
-    does, with respect to all of them. Every other argument is passed as it is.
+    The function is differentiated with respect to the floating-point tensors that require a
+    gradient, or all floating-point tensors if none does. Other arguments are passed unchanged.
     """
 
     def __init__(self, function: Function, arguments: Sequence[Any], name: str) -> None:
@@ -28,7 +28,7 @@ class Subject:
         self.places = wanted or real
         self.arguments = [_wide(value) for value in arguments]
         self.writes = False
-        """Whether the function overwrites an argument; it is then passed copies."""
+        """Whether the function overwrites an argument; if so, it receives copies."""
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -36,7 +36,7 @@ class Subject:
         return tuple(self.arguments[i] for i in self.places)
 
     def fill(self, inputs: Sequence[Tensor]) -> list[Any]:
-        """All arguments, with these inputs in their places."""
+        """All arguments, with the given inputs substituted."""
         filled = list(self.arguments)
         for i, value in zip(self.places, inputs, strict=True):
             filled[i] = value
@@ -45,20 +45,20 @@ class Subject:
         return filled
 
     def fresh(self) -> list[Any]:
-        """Copies of all arguments, in a graph but not leaves, so that they may be overwritten."""
+        """Copies of all arguments; non-leaf tensors, so that they may be overwritten."""
         arguments = [copied(value) for value in self.arguments]
         for i in self.places:
             arguments[i] = arguments[i].requires_grad_().clone()
         return arguments
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output; whatever the function raises becomes a ValueError of one sentence."""
+        """The output; any exception from the function becomes a one-sentence ValueError."""
         return self._run(self.fill(inputs))
 
     def _run(self, arguments: Sequence[Any]) -> Tensor:
         try:
             output = self.function(*arguments)
-        except Exception as error:  # whatever the user's function raises
+        except Exception as error:  # any error from the user's function
             raise ValueError(f"{self.name} failed in float64: {sentence(error)}") from error
         if not is_real(output):
             raise TypeError(
@@ -70,12 +70,12 @@ class Subject:
         return output
 
     def observe(self) -> Tensor:
-        """Call the function twice: its output; sets `writes`.
+        """Call the function twice, set `writes`, and return the output.
 
         Raises:
             TypeError: the output is not a floating-point tensor.
-            ValueError: the function fails, is random, returns an empty tensor, or does not depend
-                on its inputs differentiably.
+            ValueError: the function fails, is random, returns an empty tensor, or is not
+                differentiable with respect to its inputs.
         """
         first, second = self._observe_once(), self._observe_once()
         if not first.requires_grad:
@@ -106,7 +106,7 @@ class Subject:
 
 
 def _check_arguments(arguments: Sequence[Any]) -> None:
-    """Whether the arguments are ones that derivatives can be computed from."""
+    """Raise unless derivatives can be computed with these arguments."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         where = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
         raise ValueError(f"expected gradients to be enabled, got a call under torch.{where}()")
@@ -126,34 +126,34 @@ def _check_arguments(arguments: Sequence[Any]) -> None:
 
 
 def _wide(value: Any) -> Any:
-    """A copy of a tensor, of a floating-point one in float64; all else as it is."""
+    """Copy a tensor, converting floating point to float64; return other values unchanged."""
     if is_real(value):
         return value.detach().double().clone(memory_format=torch.contiguous_format)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def copied(value: Any) -> Any:
-    """A copy of a tensor; all else as it is."""
+    """Copy a tensor; return other values unchanged."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def is_real(value: object) -> bool:
-    """Whether it is a tensor of floating-point numbers."""
+    """Whether a value is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def kind(value: object) -> str:
-    """What an error message calls a value."""
+    """The description of a value for error messages."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def alike(a: Tensor, b: Tensor) -> Tensor:
-    """Where two numbers are equal, or both NaN."""
+    """Where two tensors are equal, or both NaN."""
     return (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether all numbers are equal, or both NaN."""
+    """Whether all elements of two tensors are equal, or both NaN."""
     return a.shape == b.shape and bool(alike(a, b).all())
 
 

@@ -1,6 +1,7 @@
-"""Every use of PyTorch's private API in this package, one reason each.
+"""All uses of PyTorch's private API in this package, each with its reason.
 
-The checks import nothing of nnce, so that they can be copied elsewhere; hence a file of their own.
+They have their own file here because the checks import nothing else of nnce, so that they can be
+copied elsewhere.
 """
 
 import re
@@ -13,29 +14,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# PyTorch has no exception type of its own for either; these are the beginnings of its sentences.
+# PyTorch has no exception types for these errors; they are recognized by their messages.
 NO_DERIVATIVE = re.compile("derivative for aten::|no second derivatives")
-"""What an operation says that has no (second) derivative."""
+"""Pattern in the error of an operation without a (second) derivative."""
 NO_FORWARD_MODE = ("You must implement the jvp function", "Trying to use forward AD with")
-"""What a Function or an operation says that has no forward mode."""
+"""Text in the error of a Function or an operation without forward mode."""
 TANGENT_IGNORED = "PyTorch ignores the tangent of this operator, which has no forward mode"
-"""What it does not say of an operator of `torch.library.custom_op`."""
+"""Our message for `torch.library.custom_op` operators, where PyTorch raises no error."""
 
 
 class Unavailable(Exception):
-    """This version of PyTorch lacks a private part that a check needs."""
+    """This version of PyTorch lacks a private API that a check needs."""
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; there is no public counter."""
+    """The number of in-place writes to a tensor; there is no public counter."""
     return tensor._version
 
 
 def refuses_derivative(tensor: Tensor) -> bool:
     """Whether a node in the tensor's graph raises when it is differentiated.
 
-    `once_differentiable` puts an "Error" node there, with edges to nowhere, so that a derivative
-    with respect to a chosen input would pass it by and be 0. The type of that node is not public.
+    `once_differentiable` inserts an "Error" node without outgoing edges, so that a derivative with
+    respect to a chosen input would skip it and be 0. The type of that node is not public.
     """
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
@@ -50,7 +51,7 @@ def refuses_derivative(tensor: Tensor) -> bool:
 
 
 def compile_counter() -> Any:
-    """A `torch.compile` backend that counts compilations, which PyTorch has for its own tests."""
+    """A `torch.compile` backend that counts compilations, from PyTorch's own test utilities."""
     try:
         from torch._dynamo.testing import CompileCounterWithBackend
     except ImportError as error:
@@ -60,7 +61,7 @@ def compile_counter() -> Any:
 
 
 class _Watched(TorchDispatchMode):
-    """Shows each operator of a call, its arguments and its output; no public way does."""
+    """Observes the operators of a call, with arguments and output; no public API does this."""
 
     def __init__(self, see: Callable[[Any, Any, Any, Any], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -75,7 +76,7 @@ class _Watched(TorchDispatchMode):
 
 
 def narrowest(call: Callable[[], object]) -> torch.dtype:
-    """The least precise dtype that a call converts numbers to; float64 if to none."""
+    """The least precise dtype that a call converts numbers to, or float64."""
     found = [torch.float64]
 
     def unit(dtype: torch.dtype) -> float:
@@ -98,7 +99,8 @@ def narrowest(call: Callable[[], object]) -> torch.dtype:
 def operators_without_tangents(call: Callable[[], object]) -> list[str]:
     """The custom operators in a call whose tangents PyTorch drops without an error.
 
-    It does so for `torch.library.custom_op` with `register_autograd`, which has no forward mode.
+    PyTorch does so for `torch.library.custom_op` with `register_autograd`, which has no forward
+    mode.
     """
     calls: list[tuple[Any, Any, Any]] = []
 
@@ -122,5 +124,5 @@ def _drops(func: Any, args: Any, kwargs: Any) -> bool:
             outputs = tree_leaves(func(*tree_map(dual, args), **tree_map(dual, kwargs)))
             real = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
             return bool(real) and all(fwAD.unpack_dual(t).tangent is None for t in real)
-    except Exception:  # it says itself that it has no forward mode
+    except Exception:  # the function raises its own error for missing forward mode
         return False

@@ -1,9 +1,9 @@
-"""The conditions under which a derivative must not change, as a list.
+"""The conditions under which a value or derivative must not change.
 
-Real graphs send upstream gradients that are expanded, strided or 0, freeze some of the inputs and
-differentiate a graph twice. Each variation computes a value or a derivative under one such
-condition, next to what the same function gives without it. A backward is linear in its upstream
-gradient, and a jvp in its tangents: that tells what to expect of another one.
+In real graphs upstream gradients are expanded, strided or 0, some inputs are frozen, and a graph is
+differentiated twice. Each variation computes a value or a derivative under one such condition, and
+the expected result from the same function without it. A backward is linear in its upstream
+gradient, and a jvp in its tangents: this gives the expected result for different ones.
 """
 
 import functools
@@ -19,14 +19,13 @@ from nnce.checks._numerical import EPS
 from nnce.checks._resolution import Resolution
 
 Pair = tuple[Tensor, Tensor]
-# Upstream gradients and tangents that are this much larger; 1e-8 is below what a loss scaled down
-# sends, and 1e6 above what a scaled one does.
+# Factors for upstream gradients and tangents, smaller and larger than loss scaling produces.
 FACTORS = (1e-8, -1e6)
-# They stay within what a dtype can hold by this factor.
+# Scaled values stay within the range of a dtype by this factor.
 _MARGIN = 64.0
-# Another x, inside the domain of most functions, for a forward pass between forward and backward.
+# Factor for a nearby x, in the domain of most functions, for a call between forward and backward.
 NEARBY = 1 - 2.0**-6
-# This many pairs of inputs are passed the same tensor, of a function of many.
+# The most pairs of inputs that are tested with the same tensor.
 MOST_PAIRS = 3
 
 
@@ -34,19 +33,19 @@ class Variation(NamedTuple):
     """One condition."""
 
     of: str
-    """Of what: "value", "first", "forward_mode" or "second"."""
+    """The result that is varied: "value", "first", "forward_mode" or "second"."""
     where: str
     """The condition, in words."""
     compute: Callable[[], Pair]
-    """The result under the condition, and the one that is expected, as vectors."""
+    """Computes the result under the condition, and the expected result, as vectors."""
     required: bool = True
-    """Whether a failure is wrong."""
+    """Whether an exception counts as wrong."""
     within: "Callable[[], Variation] | None" = None
-    """The same within the range of the dtype that the function computes in."""
+    """The variation limited to the range of the dtype that the function computes in."""
 
 
 class Setting(NamedTuple):
-    """What all variations start from."""
+    """The function and its unvaried results."""
 
     resolution: Resolution
     value: Tensor
@@ -55,11 +54,11 @@ class Setting(NamedTuple):
     along: Tensor
     """A direction for forward mode and second derivatives."""
     tangent: Tensor | None
-    """The derivative along it in forward mode, if the function has that."""
+    """The derivative along `along` in forward mode, if supported."""
     second: Tensor | None
-    """The second derivatives along it as one vector, if the function has those."""
+    """The second derivatives along `along` as one vector, if supported."""
     mask: Callable[[Tensor], Tensor]
-    """Draws zeros and ones in the shape of a tensor."""
+    """Generates random zeros and ones in the shape of a tensor."""
 
     @property
     def ours(self) -> Derivatives:
@@ -69,9 +68,9 @@ class Setting(NamedTuple):
     def scaled(
         self, of: str, what: str, pull: Callable[[float], Tensor], expected: Tensor
     ) -> Iterator[Variation]:
-        """A derivative under an upstream gradient or tangent that is much smaller or larger.
+        """A derivative with a much smaller or larger upstream gradient or tangent.
 
-        That underflow and overflow are those of the function's dtype is no fault of its own.
+        Underflow and overflow of the function's dtype are not counted as errors.
         """
 
         def by(factor: float) -> Variation:
@@ -103,7 +102,7 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def _offset(t: Tensor) -> Tensor:
-    """The end of a longer piece of memory, as of x[1:]."""
+    """Copy to the end of a longer block of memory, as in x[1:]."""
     flat = t.reshape(-1)
     return torch.cat([flat[:1].detach(), flat])[min(1, len(flat)) :].view(t.shape)
 
@@ -114,7 +113,7 @@ def _channels_last(t: Tensor) -> Tensor:
 
 
 def _layouts(tensors: list[Tensor]) -> dict[str, Arrange]:
-    """The layouts that at least one of the tensors can have, by their adjectives."""
+    """The layouts that at least one of the tensors can have, by name."""
     dims = max(t.dim() for t in tensors)
     layouts: dict[str, Arrange] = {"strided": _strided, "offset": _offset} if dims else {}
     if dims > 1:
@@ -125,7 +124,7 @@ def _layouts(tensors: list[Tensor]) -> dict[str, Arrange]:
 
 
 def _expanded(dim: int | None) -> Arrange:
-    """The first slice along a dimension in place of all others, at no memory; None for all."""
+    """Expand the first slice along a dimension, or along all dimensions if None."""
 
     def arrange(t: Tensor) -> Tensor:
         if dim is None:
@@ -136,7 +135,7 @@ def _expanded(dim: int | None) -> Arrange:
 
 
 def _expansions(tensors: list[Tensor]) -> dict[str, Arrange]:
-    """Expansions along each dimension of more than one element."""
+    """Expansions along each dimension with more than one element."""
     dims = max(t.dim() for t in tensors)
     wide = [d for d in range(dims) if any(t.dim() > d and t.shape[d] > 1 for t in tensors)]
     return {f"expanded along dimension {d}": _expanded(d) for d in wide}
@@ -147,7 +146,7 @@ def _then_contiguous(arrange: Arrange) -> Arrange:
 
 
 def _then_rounded(arrange: Arrange) -> Arrange:
-    """The same values but for rounding."""
+    """Change the arranged values by about one rounding error."""
 
     def rounded(t: Tensor) -> Tensor:
         t = _then_contiguous(arrange)(t)
@@ -161,7 +160,7 @@ def _then_rounded(arrange: Arrange) -> Arrange:
 
 
 def variations(setting: Setting) -> Iterator[Variation]:
-    """All of them."""
+    """All variations."""
     recorded = setting.ours.record()
     yield from _of_calls(setting, recorded)
     yield from _of_upstreams(setting, recorded)
@@ -176,7 +175,7 @@ def variations(setting: Setting) -> Iterator[Variation]:
 
 
 def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
-    """Further calls, and further backwards over one graph."""
+    """Variations: repeated calls, and repeated backwards over one graph."""
     ours, (_, value, first, upstream) = setting.ours, setting[:4]
 
     def again() -> Pair:
@@ -203,7 +202,7 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
 
 def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
-    """Other upstream gradients, all of them over one graph."""
+    """Variations: different upstream gradients over one graph."""
     ours, (_, _, first, upstream, *_, mask) = setting.ours, setting
     finite = first.isfinite()
 
@@ -242,7 +241,7 @@ def _of_upstreams(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
 
 
 def _of_layouts(setting: Setting) -> Iterator[Variation]:
-    """Other layouts of the inputs, which some functions refuse."""
+    """Variations: different input layouts, which some functions refuse."""
     ours, (_, value, first, upstream, along, tangent, second, _) = setting.ours, setting
 
     def of_first(recorded: Recorded) -> Callable[[], Pair]:
@@ -272,10 +271,10 @@ def _always(got: Tensor, expected: Tensor) -> Callable[[], Pair]:
 
 
 def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
-    """Inputs with stride 0, next to the same numbers in memory of their own.
+    """Variations: inputs with stride 0, compared with contiguous copies.
 
-    Equal numbers are a special place: elements tie, or cancel and leave rounding alone. Where
-    rounding the inputs changes the result, it says nothing.
+    Equal elements are a special case: they tie, or cancel and leave only rounding error. Elements
+    of the result that change when the inputs are rounded are ignored.
     """
     ours, upstream, along = setting.ours, setting.upstream, setting.along
 
@@ -328,9 +327,9 @@ def _of_frozen_inputs(setting: Setting) -> Iterator[Variation]:
 
 
 def _of_equal_inputs(setting: Setting) -> Iterator[Variation]:
-    """f(x, x) next to f(x, a copy of x), for some pairs of inputs."""
+    """Variations: f(x, x) compared with f(x, a copy of x), for some pairs of inputs."""
     ours, upstream = setting.ours, setting.upstream
-    if ours.subject.writes:  # then one call overwrites both
+    if ours.subject.writes:  # one call would overwrite both
         return
 
     def same(i: int, j: int) -> Callable[[], Pair]:
@@ -377,7 +376,7 @@ def _of_second(setting: Setting, second: Tensor) -> Iterator[Variation]:
     ones = torch.ones((), dtype=along.dtype, device=along.device).expand(along.shape)
 
     def in_parts() -> Pair:
-        """By x it is linear in both, by the upstream gradient in the direction alone."""
+        """Linear in both with respect to x; only in the direction with respect to upstream."""
         x0, up0 = ours.second(part_of_upstream, part_of_along)
         x1, up1 = ours.second(part_of_upstream, along - part_of_along)
         x2, _ = ours.second(upstream - part_of_upstream, along)

@@ -1,8 +1,8 @@
 """Which PyTorch features a function works with.
 
-`check_composability` is for a custom `torch.autograd.Function`, or any function of tensors. Each
-check computes something in two ways and compares them; the plain way is the function itself, called
-eagerly and differentiated once by `backward`, which `check_gradients` is for.
+`check_composability` tests a custom `torch.autograd.Function`, or any function of tensors. Each
+check computes a result with one PyTorch feature and compares it with the plain result: the function
+called eagerly and differentiated once by `backward`, which `check_gradients` tests.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ class Cell(NamedTuple):
     """The result of one check."""
 
     verdict: Verdict
-    """"wrong" is a result that differs without an error; "fails" an exception, or an operator
-    without a forward mode, whose tangent PyTorch ignores."""
+    """"wrong": the result differs, without an error. "fails": an exception, or an operator without
+    forward mode, whose tangent PyTorch ignores."""
     detail: str = ""
-    """Where and by how much it differs, PyTorch's reason, or why it was not tried."""
+    """Location and size of the difference, PyTorch's error, or the reason for not trying."""
 
 
 class Composability(dict[str, Cell]):
@@ -43,20 +43,20 @@ class Composability(dict[str, Cell]):
 
     @property
     def wrong(self) -> list[str]:
-        """The names of the features with which the function is silently wrong."""
+        """Names of the features with which the function is silently wrong."""
         return [name for name, cell in self.items() if cell.verdict == "wrong"]
 
     @property
     def right(self) -> bool:
-        """Whether nothing is silently wrong; a failure raises an exception of its own."""
+        """Whether no feature is silently wrong; features that fail raise an error when used."""
         return not self.wrong
 
     def __bool__(self) -> bool:
-        """`right`, so that `assert check_composability(…)` means what it says."""
+        """Return `right`, so that `assert check_composability(…)` works."""
         return self.right
 
     def __str__(self) -> str:
-        """The verdict in words, then one line per feature."""
+        """A summary sentence, then one line per feature."""
         verdicts = [cell.verdict for cell in self.values()]
         counts = ", ".join(
             f"{verdicts.count(verdict)} {words}"
@@ -77,39 +77,39 @@ def check_composability(
     examples: Sequence[bool] | None = None,
     only: Sequence[str] | None = None,
 ) -> Composability:
-    """Use a function with PyTorch's features, and compare each result with the plain way.
+    """Use a function with PyTorch's features, and compare each result with the plain one.
 
-    Tried are double backward, `torch.func`'s transforms and forward mode in forward mode,
+    The features are double backward, `torch.func`'s transforms and forward mode in forward mode,
     per-sample gradients, `torch.compile` (with aot_eager, inductor, dynamic shapes, and over
     transforms), autocast, export, other strides and leading dimensions, several threads,
     checkpoints, inference mode, frozen inputs, the meta device, and whether the function overwrites
-    its inputs. All of them in float64, except for autocast.
+    its inputs. All checks except autocast run in float64.
 
-    Without a reference second derivatives are compared with central differences of the first ones.
-    First derivatives are taken to be right: `check_gradients` checks those.
+    Without a reference, second derivatives are compared with central differences of the first
+    derivatives. First derivatives are assumed to be right: check them with `check_gradients`.
 
     Args:
-        function: takes the inputs and returns a tensor; a Function's `apply`, for instance. It is
-            passed copies, and so may work in place.
-        inputs: the function is differentiated with respect to the floating-point tensors that
-            require a gradient, or to all of them where none does; all else is passed as it is.
-            Small ones suffice, away from kinks.
-        reference: a trusted implementation of the same function, PyTorch's own, for instance.
-        examples: for each input, whether its first dimension numbers examples, whose number does
-            not matter to the function; checks that need this are not tried without it.
+        function: takes the inputs and returns a tensor, such as a Function's `apply`. It receives
+            copies, so it may work in place.
+        inputs: the function's arguments. It is differentiated with respect to the floating-point
+            tensors that require a gradient, or all floating-point tensors if none does. Small
+            inputs away from kinks are enough.
+        reference: a trusted implementation of the same function, such as PyTorch's own.
+        examples: for each input, whether its first dimension is a batch dimension of any size;
+            without it, checks that need a batch dimension are not tried.
         only: the names of the checks to run (default: all).
 
     Returns:
-        One cell per feature: the function works with it; is wrong, with where and by how much;
-        fails, with PyTorch's reason; or was not tried, with why.
+        One cell per feature. The verdict says whether the function works with it, is wrong, fails,
+        or was not tried; the cell also gives the reason.
 
     Raises:
         TypeError: the function is not callable, no input is a floating-point tensor, or the output
             is not a floating-point tensor.
         ValueError: the function or the reference cannot be called with these inputs in float64, or
-            their outputs have different shapes; the function is random, or does not depend on its
-            inputs differentiably; an input is empty, sparse or on the meta device; gradients are
-            disabled; there is not one of `examples` per input; or a name in `only` is unknown.
+            their outputs have different shapes; the function is random, or not differentiable with
+            respect to its inputs; an input is empty, sparse or on the meta device; gradients are
+            disabled; `examples` does not have one entry per input; or a name in `only` is unknown.
 
     >>> z, y = torch.tensor([[0.5, -1.0]]), torch.tensor([[1.0, 0.0]])
     >>> only = ["double backward"]
@@ -136,7 +136,7 @@ class _Differs(Exception):
 
 
 class _NotTried(Exception):
-    """A check that cannot be made here."""
+    """A check that cannot run with this function, these inputs or this PyTorch."""
 
 
 def _try(check: "Check", case: "_Case") -> Cell:
@@ -146,13 +146,13 @@ def _try(check: "Check", case: "_Case") -> Cell:
         return Cell("not tried", str(reason))
     except _Differs as difference:
         return Cell("wrong", str(difference))
-    except Exception as error:  # whatever PyTorch raises
+    except Exception as error:  # any error from PyTorch
         return Cell("fails", f"{type(error).__name__}: {_first_sentence(str(error))}")
     return Cell("works")
 
 
 def _first_sentence(words: str) -> str:
-    """The first line, and the next if it ends in a colon ("backend='inductor' raised:")."""
+    """The first line, plus the next if it ends in a colon ("backend='inductor' raised:")."""
     lines = [line.strip() for line in words.splitlines() if line.strip()] or ["no message"]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
@@ -161,7 +161,7 @@ def _first_sentence(words: str) -> str:
 
 
 class _Case:
-    """The function as one number, and the plain way to its derivatives."""
+    """The function reduced to a scalar, and its plain derivatives."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Case:
             raise ValueError(
                 f"expected examples for each of the {len(inputs)} inputs, got {examples!r}"
             )
-        # An argument that is passed as it is has no part in batches.
+        # Arguments that are not differentiated are not batched.
         fixed = len(self.inputs) < len(inputs)
         self.examples = None if examples is None or fixed else tuple(map(bool, examples))
         value = self.subject.observe()
@@ -199,11 +199,11 @@ class _Case:
                 )
 
     def call(self, *inputs: Tensor) -> Tensor:
-        """The function's output; what it raises is PyTorch's reason, and not caught."""
+        """Return the function's output; exceptions propagate."""
         return self.subject.function(*self.subject.fill(inputs))
 
     def number(self, *inputs: Tensor) -> Tensor:
-        """The function's output as one number, with a different gradient at each element."""
+        """Reduce the output to a scalar, with a different gradient at each element."""
         return _one_number(self.call(*inputs))
 
     @property
@@ -212,7 +212,7 @@ class _Case:
         return tuple(value for value in self.subject.arguments if isinstance(value, Tensor))
 
     def number_of_tensors(self, *tensors: Tensor) -> Tensor:
-        """The function's output as one number, of all tensors."""
+        """Reduce the output to a scalar, as a function of all tensor arguments."""
         given = iter(map(copied, tensors) if self.subject.writes else tensors)
         arguments = [
             next(given) if isinstance(value, Tensor) else value for value in self.subject.arguments
@@ -220,7 +220,7 @@ class _Case:
         return _one_number(self.subject.function(*arguments))
 
     def plain(self, *inputs: Tensor) -> Tensor:
-        """The same number by the reference, or by the function itself."""
+        """The scalar computed by the reference, or by the function if there is no reference."""
         return _one_number(self._plain.function(*self._plain.fill(inputs)))
 
     def leaves(self) -> list[Tensor]:
@@ -229,11 +229,11 @@ class _Case:
 
     @property
     def argnums(self) -> tuple[int, ...]:
-        """All inputs, for `torch.func`."""
+        """The positions of all inputs, for `torch.func`."""
         return tuple(range(len(self.inputs)))
 
     def gradients(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The plain first derivatives, here or at other inputs."""
+        """The plain first derivatives, at the given inputs if any."""
         return _gradients(self.plain, inputs or self.inputs)
 
     def second(self, along: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -251,7 +251,7 @@ class _Case:
             moved = (t + step * d for t, d in zip(self.inputs, along, strict=True))
             return self.gradients(*moved)
 
-        # Of the fourth order: some 1e-10 of what it is, of a smooth function of numbers about 1.
+        # Fourth order: relative error about 1e-10 for a smooth function of inputs near 1.
         h = 2e-3
         values = zip(at(-2 * h), at(-h), at(h), at(2 * h), strict=True)
         return tuple((a - 8 * b + 8 * c - d) / (12 * h) for a, b, c, d in values)
@@ -265,7 +265,7 @@ class _Case:
 
     @property
     def tolerance(self) -> dict[str, float]:
-        """Of second derivatives."""
+        """The tolerances for second derivatives."""
         return {} if self.has_reference else {"rtol": 1e-6, "atol": 1e-7}
 
 
@@ -324,7 +324,7 @@ def _double_backward(case: _Case) -> None:
         first = torch.autograd.grad(number, leaves, create_graph=True, allow_unused=True)
         pulled = _dot(_zeros_for_none(first, leaves), along)
         if pulled.requires_grad:
-            pulled.backward()  # unlike grad(), it comes by what says that it has no derivative
+            pulled.backward()  # unlike grad(), reaches nodes that raise when differentiated
         got = _zeros_for_none([leaf.grad for leaf in leaves], leaves)
         _same("second derivative", got, case.second(along), **case.tolerance)
 
@@ -351,7 +351,7 @@ def _func_jvp(case: _Case) -> None:
 
 
 def _batches(case: _Case) -> Iterator[tuple[tuple[int | None, ...], tuple[Tensor, ...]]]:
-    """in_dims and inputs: all of them three times, first or last, and each of them alone."""
+    """in_dims and inputs: all inputs batched (3 copies, first or last dim), and each alone."""
     each = [[t, 0.5 * t, t.sigmoid()] for t in case.inputs]
     three = tuple(map(torch.stack, each))
     yield tuple(0 for _ in three), three
@@ -396,7 +396,7 @@ def _func_jacrev(case: _Case) -> None:
 
 
 def _hold_hessian(what: str, case: _Case, got: Any) -> None:
-    """A block for each pair of inputs, to second derivatives along directions."""
+    """Compare a Hessian, a block per pair of inputs, with second derivatives along directions."""
     for along in case.directions():
         rows = [
             torch.stack(
@@ -415,7 +415,7 @@ def _func_hessian(case: _Case) -> None:
 
 
 def _nested_forward_mode(case: _Case) -> None:
-    """Second derivatives, and with a reference third ones, of one forward mode inside another."""
+    """Second (with a reference, also third) derivatives by nested forward mode are right."""
     forward: Any = functools.partial(jacfwd, argnums=case.argnums)
     backward: Any = functools.partial(jacrev, argnums=case.argnums)
     _hold_hessian("hessian", case, forward(forward(case.number))(*case.inputs))
@@ -441,7 +441,7 @@ def _flat(nested: Any) -> Iterator[Tensor]:
 def _compiling(
     function: Callable[..., Any], backend: Any = "aot_eager", **options: Any
 ) -> Iterator[Callable[..., Any]]:
-    """What others have compiled counts against a limit, and so would this."""
+    """Reset dynamo before and after: compilations count toward a global limit."""
     torch.compiler.reset()
     try:
         yield torch.compile(function, fullgraph=True, backend=backend, **options)
@@ -470,7 +470,7 @@ def _dynamic_shapes(case: _Case) -> None:
     """One compilation serves batches of every size."""
     examples = _wants_examples(case)
     counter = compile_counter()
-    after: list[int] = []  # dynamo may begin anew within the first call, and counts that
+    after: list[int] = []  # dynamo may restart within the first call, and counts that
     with _compiling(case.number, counter, dynamic=True) as compiled:
         for repeats in (2, 3, 1):
             inputs = tuple(
@@ -499,15 +499,16 @@ def _compiled_per_sample(case: _Case) -> None:
 
 
 def _compiled_hessian(case: _Case) -> None:
-    transformed = hessian(case.number)  # by the first input; by several, PyTorch 2.11 cannot
+    transformed = hessian(case.number)  # first input only: PyTorch 2.11 cannot do several
     with _compiling(transformed) as compiled:
         _same("hessian", compiled(*case.inputs), transformed(*case.inputs))
 
 
 def _autocast(device: str, dtype: torch.dtype) -> "Check":
-    """The numbers are those in full precision, nearly, and gradients have their leaves' dtype.
+    """Results are close to those in full precision, and gradients have the dtype of their leaves.
 
-    With a reference the output has its dtype, and the first input may come in half precision.
+    With a reference, the output has the reference's dtype, and the first input may be in half
+    precision.
     """
 
     def check(case: _Case) -> None:
@@ -552,7 +553,7 @@ class _Module(torch.nn.Module):
 
 def _export(case: _Case) -> None:
     for strict in (False, True):
-        # All tensors are arguments: PyTorch before 2.9 exports none that a function closes over.
+        # Pass all tensors as arguments: PyTorch before 2.9 cannot export closed-over tensors.
         exported = torch.export.export(_Module(case.number_of_tensors), case.tensors, strict=strict)
         _same("value", exported.module()(*case.tensors), case.plain(*case.inputs))
 
@@ -586,7 +587,7 @@ def _leading_dimensions(case: _Case) -> None:
 
 
 def _threads(case: _Case) -> None:
-    """Eight calls with inputs of their own, whose backwards run at once."""
+    """Eight calls with separate inputs run their backward passes concurrently."""
     each = [[t / i for t in case.inputs] for i in range(1, 9)]
     leaves = [[t.clone().requires_grad_() for t in inputs] for inputs in each]
     outputs = [case.number(*inputs) for inputs in leaves]
@@ -601,15 +602,15 @@ def _threads(case: _Case) -> None:
 
 
 def _history(value: Any) -> Any:
-    """The node of the graph that a tensor comes from; an in-place step replaces it."""
+    """The tensor's autograd graph node; an in-place operation replaces it."""
     return value.grad_fn if isinstance(value, Tensor) else None
 
 
 def _untouched(case: _Case) -> None:
     """Neither the inputs nor the upstream gradient are overwritten.
 
-    A function may work in place where it tells autograd, as by `mark_dirty`: then the input's
-    history is the function's own.
+    A function may work in place if it tells autograd, for example by `mark_dirty`: then the input's
+    graph node is the function's.
     """
     arguments = case.subject.fresh()
     history = [_history(value) for value in arguments]
@@ -654,9 +655,9 @@ def _inference_mode(case: _Case) -> None:
 
 
 def _frozen(case: _Case) -> None:
-    """Inputs without requires_grad get no gradient, and the others' are the same.
+    """Inputs without requires_grad get no gradient, and the other gradients are unchanged.
 
-    Each input alone requires a gradient, and all but one do.
+    Tested with each single input requiring a gradient, and with all inputs but one.
     """
     expected = case.gradients()
     alone = [(i,) for i in case.argnums]
@@ -718,5 +719,5 @@ COLUMNS: dict[str, Check] = {
     "inputs untouched": _untouched,
     "meta device": _meta,
 }
-"""A check for each column."""
+"""The checks, by feature name."""
 _FORWARD_MODE = ("func.jvp", "func.hessian", "forward mode in forward mode", "compile(hessian)")

@@ -1,8 +1,8 @@
 """Whether the derivatives of a function are right.
 
-`check_gradients` is for a custom `torch.autograd.Function`. It does not say "right" where it cannot
-know: in saturation a numerical derivative has no digits, and `torch.autograd.gradcheck`, with its
-absolute tolerance, lets a backward of all zeros pass there.
+`check_gradients` tests a custom `torch.autograd.Function`. It does not report "right" without
+evidence: in saturation a numerical derivative has no correct digits, and there
+`torch.autograd.gradcheck`, with its absolute tolerance, accepts a backward of all zeros.
 """
 
 import functools
@@ -25,26 +25,26 @@ from nnce.checks._variations import Setting, Variation, variations
 
 Verdict = Literal["right", "wrong", "cannot tell", "unsupported"]
 
-# Where not every element is probed, this many directions through all of them are tried as well.
+# Number of directions through all elements, tried if not every element is probed.
 _DENSE_DIRECTIONS = 4
-# Two small steps decide for most functions, ...
+# Two small steps are enough for most functions.
 _QUICK_STEPS = (2.0**-9, 2.0**-17)
-# ... and steps that shrink from 64 times the size of x to a unit in its last place, each a quarter
-# of the one before, where those do not.
+# If not: steps from 64 times the size of x down to a unit in its last place, each a quarter of the
+# one before.
 _STEPS = 30
 _LARGEST_STEP = 64.0
 # A derivative is wrong only if the numerical one is certain to three digits: two or three estimates
 # may agree by accident.
 _CERTAIN = 1e-3
-# In lower precision than float64 a derivative is right if it agrees and is certain to two digits,
+# In lower precision than float64 a derivative is right if it agrees and is certain to two digits
 _ROUGHLY = 1e-2
 # or to this many units.
 _COARSE = 8
-# Values that are off a smooth curve by this share of a unit are in low precision.
+# Values that deviate from a smooth curve by this fraction of a unit are in low precision.
 _LEAST_SCATTER = 2.0**-6
 # Sums in low precision differ by a few units of their largest terms.
 _FEW = 4
-# Sums in another order differ by some units in the last place of their largest terms.
+# Summing in a different order changes a sum by a few units in the last place of its largest terms.
 _ULPS = 64
 _ROUNDING = _ULPS * EPS
 _REORDERED = 1e4 * EPS
@@ -54,36 +54,36 @@ class Finding(NamedTuple):
     """The verdict on one derivative."""
 
     verdict: Verdict
-    """"unsupported" is a forward mode that the function does not have, and second derivatives that
-    it refuses (by `once_differentiable`, or an error that says "no second derivatives")."""
+    """"unsupported": the function has no forward mode, or refuses second derivatives (by
+    `once_differentiable`, or an error containing "no second derivatives")."""
     error: float
-    """The largest relative error seen, where there was one to see; else NaN."""
+    """The largest relative error measured; NaN if none could be measured."""
     detail: str
-    """Where that was, or why nothing can be told."""
+    """Location of the largest error, or the reason for "cannot tell"."""
     probed: int = 0
-    """The number of elements of the inputs that were looked at one by one."""
+    """The number of input elements probed one by one."""
     elements: int = 0
-    """The number of elements of the inputs."""
+    """The number of input elements."""
     resolution: float = 0.0
-    """Up to what share of the largest derivative an error would not be seen, of a function in low
-    precision; 0 of one in float64."""
+    """The largest undetectable error, relative to the largest derivative, for a function in low
+    precision; 0 for float64."""
 
 
 class Report(NamedTuple):
     """The report of `check_gradients`."""
 
     value: Finding
-    """The output itself; without a reference there is nothing to compare it with."""
+    """The output; compared only if there is a reference."""
     first: Finding
     """First derivatives by backward."""
     forward_mode: Finding
     """First derivatives by `jvp`."""
     second: Finding
-    """Second derivatives: those of the backward with respect to inputs and upstream gradient."""
+    """Second derivatives: of the backward, with respect to inputs and upstream gradient."""
 
     @property
     def right(self) -> bool:
-        """First derivatives are right everywhere, and all others right or unsupported."""
+        """Whether first derivatives are right, and all other findings right or unsupported."""
         return (
             self.first.verdict == "right"
             and self.value.verdict != "wrong"
@@ -92,11 +92,11 @@ class Report(NamedTuple):
         )
 
     def __bool__(self) -> bool:
-        """`right`, so that `assert check_gradients(…)` means what it says."""
+        """Return `right`, so that `assert check_gradients(…)` works."""
         return self.right
 
     def __str__(self) -> str:
-        """The verdict in words, then one line per finding."""
+        """A summary sentence, then one line per finding."""
         lines = [self._summary()]
         for name, finding in self._asdict().items():
             title = name.replace("_", " ")
@@ -117,7 +117,7 @@ class Report(NamedTuple):
 
 
 def _listed(report: Report, verdict: Verdict) -> str:
-    """What has a verdict, in words: "values, first and second derivatives, forward mode"."""
+    """List the findings with a verdict: "values, first and second derivatives, forward mode"."""
     value, first, forward_mode, second = (finding.verdict == verdict for finding in report)
     orders = [order for order, has in (("first", first), ("second", second)) if has]
     words = ["values"] if value and verdict != "cannot tell" else []
@@ -134,15 +134,15 @@ def check_gradients(
     elements: int | Literal["all"] = 64,
     seed: int = 0,
 ) -> Report:
-    """Compare a function's derivatives with numerical ones, or with those of a reference.
+    """Compare a function's derivatives with numerical derivatives, or with a reference.
 
-    Everything is computed in float64, under a random upstream gradient, and repeated under the
-    conditions of real graphs: inputs and upstream gradients that are expanded, strided, or at an
-    offset in memory; upstream gradients with zeros, and very small and large ones; some inputs
-    frozen, or two of them the same tensor; and a graph that is differentiated twice.
+    Everything is computed in float64 with a random upstream gradient, and repeated under conditions
+    found in real graphs: inputs and upstream gradients that are expanded, strided, or at an offset
+    in memory; upstream gradients that contain zeros, or are very small or large; some inputs
+    frozen, or two inputs the same tensor; and a graph that is differentiated twice.
 
     Without a reference, first and second derivatives are compared element by element with central
-    differences, whose steps show how many digits they have:
+    differences over several steps, which also show how many digits are certain:
 
     - right: numerical and computed derivative agree within rtol, and the numerical one is certain
       to rtol. A computed 0 is right on a plateau that ends in a kink or a jump, and where the
@@ -150,45 +150,45 @@ def check_gradients(
     - wrong: the numerical derivative is certain to three digits, and they differ by more than rtol
       and twice its uncertainty, or the computed one is not finite; or the derivative changes under
       one of the conditions above; or the jvp raises.
-    - cannot tell: otherwise, so in saturation; at a kink, where the derivatives from below and from
-      above differ; at a pole; and where not all elements were probed.
+    - cannot tell: all other cases, such as saturation; a kink, where the derivatives from below and
+      above differ; a pole; or some elements not probed.
 
-    A function whose output has the shape of each of its inputs and whose elements do not depend on
-    one another is probed at all elements at once. Of any other, the elements of the smallest and
-    the largest computed derivative and some random ones are probed one by one.
+    An elementwise function, whose inputs all have the shape of the output, is probed at all
+    elements at once. For any other function, the elements with the smallest and the largest
+    computed derivatives and some random elements are probed one by one.
 
-    Values are taken to be right to some units in the last place of float64. Where a function
-    computes in float32, float16 or bfloat16, polynomials are fitted to some hundred values, and to
-    as many gradients. How far these scatter is the function's resolution: it is right if it differs
-    by no more, and the first line of the report states that share of the largest derivative. A
-    gradient that scatters much more than rounding explains is not right. Where
-    a function is a staircase of its own, and where x is beyond 10^14 or nearer to a pole than
-    10^-14, what it computes has other derivatives than what it means, and it may be called wrong; a
-    reference decides.
+    Values are assumed to be accurate to a few units in the last place of float64. If a function
+    computes in float32, float16 or bfloat16, polynomials are fitted to a few hundred values and
+    gradients. Their scatter is the function's resolution: the derivative is right if the difference
+    is no larger, and the first line of the report states the resolution relative to the largest
+    derivative. A gradient that scatters much more than rounding explains is not right. If the
+    function is itself a staircase, or x is beyond 10^14 or closer to a pole than 10^-14, the
+    computed values have different derivatives from the intended function, and the verdict may be
+    "wrong"; use a reference there.
 
     With a reference, value and derivatives are compared with it element by element, at any input.
-    Where they differ by no more than rounding the inputs moves the reference, it cannot tell.
+    The verdict is "cannot tell" if they differ by no more than the reference changes when the
+    inputs are rounded.
 
     Args:
-        function: takes the inputs and returns a tensor; a Function's `apply`, for instance. It is
-            passed copies, and so may work in place.
-        inputs: the function is differentiated with respect to the floating-point tensors that
-            require a gradient, or to all of them where none does; all else is passed as it is.
+        function: takes the inputs and returns a tensor, such as a Function's `apply`. It receives
+            copies, so it may work in place.
+        inputs: the function's arguments. It is differentiated with respect to the floating-point
+            tensors that require a gradient, or all floating-point tensors if none does.
         reference: a trusted implementation of the same function.
-        rtol: the relative error from which a derivative is wrong, above 0. There is no absolute
-            one.
-        elements: the number of elements to probe where that is done one by one, or "all".
-        seed: of directions, steps and upstream gradients.
+        rtol: relative tolerance, above 0 and below 1. There is no absolute tolerance.
+        elements: number of elements to probe if they are probed one by one, or "all".
+        seed: random seed for directions, steps and upstream gradients.
 
     Returns:
-        A finding each for the value, the first derivatives, those in forward mode, and the second.
+        One finding each for the value, first derivatives, forward mode and second derivatives.
 
     Raises:
-        TypeError: no input is a floating-point tensor, or an output is not a real one.
-        ValueError: the inputs are empty, sparse or on the meta device, gradients are disabled, the
-            function cannot take the inputs in float64, is random, returns an empty tensor, or does
-            not depend on its inputs differentiably, its backward fails, or an option makes no
-            sense; the sentence says which and why.
+        TypeError: no input is a floating-point tensor, or an output is not one.
+        ValueError: the inputs are empty, sparse or on the meta device; gradients are disabled; the
+            function cannot take the inputs in float64, is random, returns an empty tensor, or is
+            not differentiable with respect to its inputs; its backward fails; or an option is
+            invalid.
 
     >>> function = nnce.functional.SigmoidFunction.apply
     >>> report = nnce.check_gradients(function, torch.tensor([-1.0, 0.5]))
@@ -197,7 +197,7 @@ def check_gradients(
     """
     _check_options(rtol, elements, seed)
     with warnings.catch_warnings():
-        # PyTorch's warning about itself: it scripts its own forward-mode decompositions.
+        # PyTorch warns about its own scripted forward-mode decompositions.
         warnings.filterwarnings("ignore", message="`torch.jit.script")
         return _check(function, inputs, reference, float(rtol), elements, int(seed))
 
@@ -260,9 +260,9 @@ class _Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Of either sign and of magnitudes from ½ to 1½, no two of them nearly the same.
+        """Random values of either sign with magnitudes from ½ to 1½, no two nearly equal.
 
-        So nothing is weighed down to 0, and the gradients of elements that change places differ.
+        No element gets a weight near 0, and swapping two elements changes the gradient.
         """
         n, generator = tensor.numel(), self.generator
         places = torch.randperm(n, generator=generator)
@@ -272,20 +272,20 @@ class _Draw:
         return drawn.view(tensor.shape).to(tensor.device)
 
     def mask(self, tensor: Tensor) -> Tensor:
-        """Half zeros, half ones; a single one is 0."""
+        """A random mask, half zeros and half ones; a single element is 0."""
         n = tensor.numel()
         ones = torch.randperm(n, generator=self.generator) >= (n + 1) // 2
         return ones.view(tensor.shape).to(tensor)
 
     def steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A few small steps, and many; drawn, since a period of the function may divide others."""
+        """A few small steps, and many; random, as fixed steps might be multiples of a period."""
         share = 1 - float(torch.rand((), generator=self.generator)) / 2
         many = 0.25 ** torch.arange(_STEPS, dtype=torch.float64, device=device)
         few = torch.tensor(_QUICK_STEPS, dtype=torch.float64, device=device)
         return share * few, share * _LARGEST_STEP * many
 
     def some_of(self, indices: Tensor, count: int) -> Tensor:
-        """This many of the indices."""
+        """A random choice of `count` indices."""
         chosen = torch.randperm(len(indices), generator=self.generator)[:count]
         return indices[chosen.to(indices.device)]
 
@@ -296,7 +296,7 @@ class _Draw:
 def _along_random(
     ours: Derivatives, upstream: Tensor, draw: _Draw
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A direction, and along it the tangent and the second derivatives that there are."""
+    """A random direction, and the tangent and second derivatives along it, if supported."""
     along = ours.exact(draw.like(ours.x))
 
     def unless_missing(compute: Callable[[], Tensor]) -> Tensor | None:
@@ -310,14 +310,14 @@ def _along_random(
 
 
 def _changes(start: Setting, rtol: float) -> dict[str, str]:
-    """Sentences that say what changes under the `variations`, by the name of the finding."""
+    """Describe the changes under the `variations`, by name of the finding."""
     changes: dict[str, str] = {}
     upstream = start.upstream.clone()
     for variation in variations(start):
         try:
             got, expected = variation.compute()
         except Broken as error:
-            # Second derivatives and the jvp as such are judged elsewhere.
+            # Second derivatives and the jvp themselves are judged elsewhere.
             if variation.required:
                 changes.setdefault(variation.of, f"{variation.where}: {error}")
             continue
@@ -340,12 +340,12 @@ def _changes(start: Setting, rtol: float) -> dict[str, str]:
 def _difference(
     start: Setting, variation: Variation, got: Tensor, expected: Tensor, rtol: float
 ) -> str:
-    """Where two vectors differ by more than rounding, in words; else an empty string."""
+    """Describe where two vectors differ by more than rounding; empty if they do not."""
     usual = {"value": start.value, "first": start.first, "forward_mode": start.tangent}
     if torch.allclose(got, expected, _ROUNDING, atol=0.0):
         return ""
     like = [expected, usual.get(variation.of, start.second)]
-    # Another layout may be summed in another order.
+    # A different layout may be summed in a different order.
     largest = max(float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in like if t is not None)
     bound = rtol * torch.maximum(got.abs(), expected.abs()) + _REORDERED * largest
     off = (got - expected).abs()
@@ -361,12 +361,12 @@ def _difference(
 
 
 def _repeated(scatter: Tensor, length: int) -> Tensor:
-    """Twice the scatter of each element; of several calls one after the other, of each of them."""
+    """Twice the scatter of each element, repeated to `length` for several calls in a row."""
     return 2 * scatter.repeat(-(-length // len(scatter)))[:length]
 
 
 def _names(ours: Derivatives, shape: torch.Size, of: str) -> Callable[[int], str]:
-    """What to call an element of a vector of values, gradients, tangents or second derivatives."""
+    """Naming function for elements of values, gradients, tangents or second derivatives."""
     n = len(ours.x)
 
     def output(at: int) -> str:
@@ -404,7 +404,7 @@ def _by_reference(
         if got.shape != expected.shape:
             shapes = f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
             return Finding("wrong", math.inf, shapes, n, n)
-        # How far rounding the inputs moves the truth.
+        # How much rounding the inputs changes the reference.
         noise = torch.zeros_like(expected)
         for x in moved:
             moved_by = (compute(theirs.at(x)) - expected).abs()
@@ -431,7 +431,7 @@ def _or_unsupported(find: Callable[[], Finding]) -> Finding:
 
 
 def _or_wrong(ours: Derivatives, find: Callable[[], Finding]) -> Finding:
-    """A jvp that raises is wrong; to have none is no fault, nor that PyTorch drops tangents."""
+    """Run `find`; a jvp that raises is wrong, a missing jvp or dropped tangents are not."""
     try:
         finding = _or_unsupported(find)
     except Broken as error:
@@ -446,7 +446,7 @@ def _or_wrong(ours: Derivatives, find: Callable[[], Finding]) -> Finding:
 def _compare(
     got: Tensor, expected: Tensor, noise: Tensor, names: Callable[[int], str], rtol: float
 ) -> Finding:
-    """Element by element, relatively; equal infinities and two NaNs are equal."""
+    """Compare elementwise by relative error; equal infinities and two NaNs are equal."""
     error = torch.where(alike(got, expected), 0.0, (got - expected).abs() / expected.abs())
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     blind = (error > rtol) & ((got - expected).abs() <= 4 * noise)
@@ -469,7 +469,7 @@ def _compare(
 
 
 class _Own(NamedTuple):
-    """A smooth curve through a derivative that is computed in low precision, in cells."""
+    """A smooth curve through a derivative computed in low precision, by cell."""
 
     value: Tensor
     uncertainty: Tensor
@@ -477,24 +477,24 @@ class _Own(NamedTuple):
 
 
 class _Evidence(NamedTuple):
-    """A computed derivative next to the values along a line."""
+    """A computed derivative, and the values along a line to compare it with."""
 
     line: Line
     computed: Tensor
     """One for each cell."""
     floor: Tensor
-    """Up to this size a derivative may be rounding alone."""
+    """A derivative up to this size may be pure rounding error."""
     names: Callable[[int], str]
-    """What to call a cell."""
+    """Returns the name of a cell."""
     largest: Tensor
     """The largest of all derivatives of its kind."""
     own: Callable[[], _Own]
-    """What the computed derivative is around x."""
+    """The computed derivative around x."""
     reordered: float | Tensor = 0.0
-    """What another order of summation adds to its rounding in float64."""
+    """The extra rounding error in float64 from a different order of summation."""
 
     def of(self, cells: Tensor) -> "_Evidence":
-        """The same for some of the elements that are moved apart."""
+        """The evidence for some of the elements that are moved separately."""
 
         def names(cell: int) -> str:
             return self.names(int(cells[cell]))
@@ -508,7 +508,7 @@ class _Evidence(NamedTuple):
         )
 
     def each(self) -> "list[_Evidence]":
-        """One for each element that is moved apart from the others."""
+        """Split the evidence by separately moved element."""
         if not self.line.direction.apart:
             return [self]
         return [self.of(cell) for cell in torch.arange(len(self.computed)).split(1)]
@@ -520,7 +520,7 @@ class _Evidence(NamedTuple):
 
 
 class _ByDifferences:
-    """At all elements at once where they do not depend on one another, else at `count` of them."""
+    """Checks by differences: all elements at once if elementwise, else `count` elements."""
 
     def __init__(
         self,
@@ -561,7 +561,7 @@ class _ByDifferences:
         )
 
     def _unless_noisy(self, of: str, found: Finding) -> Finding:
-        """Noise in a derivative would hide errors."""
+        """Return the finding, unless the derivative is so noisy that errors would be hidden."""
         if found.verdict != "right" or self.ours.unit == EPS:
             return found
         noise = self.resolution.noise(of)
@@ -572,7 +572,7 @@ class _ByDifferences:
         return found._replace(verdict="cannot tell", error=math.nan, detail=detail)
 
     def _steepest(self, first: Finding) -> Finding:
-        """Values in low precision show an error best where all elements move them the same way."""
+        """Check along the steepest direction, where values in low precision show errors best."""
         direction = Direction(self.first.sign() * self.size, None)
         together = self._judge([self._of_f(direction)])
         return together if together.verdict == "wrong" else first
@@ -597,14 +597,14 @@ class _ByDifferences:
         weights: Tensor,
         cells: int,
     ) -> Line:
-        """Of the values, or of the gradient's elements."""
+        """The line of the values, or of the gradient's elements."""
         f, center = (self._gradient, self.first) if of_gradient else (self._f, self.value)
         unit = functools.partial(self._unit, of_gradient)
         precision = Precision(unit, lambda: self.ours.unit)
         return Line(f, self.ours.x, direction, weights, cells, center, precision)
 
     def _unit(self, of_gradient: bool) -> float:
-        """The relative precision of values or gradients: the function's, where they scatter."""
+        """The relative precision of values or gradients; the function's own if they scatter."""
         if of_gradient not in self._units:
             self._units[of_gradient] = EPS
             if self.ours.unit > EPS:
@@ -618,7 +618,7 @@ class _ByDifferences:
         return (gradient * self.size).nan_to_num(0, 0, 0).abs().max()
 
     def _evidence(self, line: Line, computed: Tensor, largest: Tensor, of: str) -> _Evidence:
-        # Sums are of terms of the size of the largest derivatives.
+        # The terms of the sums are as large as the largest derivatives.
         floor = line.magnitude if self.alone else line.magnitude.clamp(min=largest)
         elements = line.direction.elements
 
@@ -647,14 +647,14 @@ class _ByDifferences:
         return (gradient * v)[elements] + 0.0 if apart else self._sum(gradient * v)
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Values in their cells."""
+        """Sum the values of each cell."""
         return values.reshape(-1, self.cells).sum(0)
 
     def _directions(self, gradient: Tensor) -> list[Direction]:
-        """Each input, all of its elements together, or some elements one by one.
+        """Directions along each whole input, or along some elements one by one.
 
-        Those are of the smallest and the largest gradients, and some at random. Where those are not
-        all, a few directions through all elements follow.
+        The elements are those with the smallest and largest gradients, and some random ones. If
+        these are not all, a few directions through all elements follow.
         """
         numbers = torch.arange(len(self.ours.x), device=self.ours.x.device)
         n, count = len(numbers), self.count
@@ -688,10 +688,10 @@ class _ByDifferences:
         return finding
 
     def _forward_mode(self, first: Finding, of_first: Sequence[_Evidence]) -> Finding:
-        """Tangents next to the gradient along the same direction, and to values where they differ.
+        """Compare tangents with the gradient along the same direction, then with the values.
 
-        Both are computed, so that along a direction through all elements they differ by rounding
-        alone; only where they do not, one element follows after the other.
+        If both are right they differ only by rounding along a direction through all elements; if
+        they differ by more, the elements are checked one by one.
         """
         self.tangent = self.ours.tangent(self.everywhere.v)
         everywhere = self._of_tangent(self._of_f(self.everywhere), self.tangent)
@@ -711,7 +711,7 @@ class _ByDifferences:
         return found
 
     def _of_tangent(self, piece: _Evidence, tangent: Tensor | None = None) -> _Evidence:
-        """The tangent in place of the gradient."""
+        """The evidence with the tangent in place of the gradient."""
         if tangent is None:
             tangent = self.ours.tangent(piece.line.direction.v)
         terms = self.upstream * tangent
@@ -719,7 +719,7 @@ class _ByDifferences:
         return self._in_place_of(piece, self._sum(terms))._replace(reordered=reordered)
 
     def _in_place_of(self, piece: _Evidence, computed: Tensor) -> _Evidence:
-        """The same derivative computed in another way, which scatters as much again."""
+        """The evidence with the derivative computed in another way, with as much scatter again."""
 
         def own() -> _Own:
             return _Own(computed, torch.zeros_like(computed), 2 * piece.own().scatter)
@@ -736,7 +736,7 @@ class _ByDifferences:
         return same & ~off.isinf()
 
     def _rounded(self, computed: Tensor) -> Tensor:
-        """What rounding a derivative, and numbers that it is computed from, moves it by."""
+        """The error from rounding a derivative and the numbers it is computed from."""
         return self.ours.unit * computed.abs()
 
     def _second(self, first: Finding) -> Finding:
@@ -762,7 +762,7 @@ class _ByDifferences:
         return self._evidence(line, by_x, self._largest(by_x), "second")
 
     def _jacobian(self, first: Finding, by_upstream: Tensor) -> Finding:
-        """The backward is linear in the upstream gradient: along v, its derivative is J v."""
+        """Check the derivative with respect to the upstream gradient: along v, it is J v."""
         terms = self.upstream * by_upstream
         along = self._in_place_of(self._of_f(self.everywhere), self._sum(terms))
         if first.verdict != "right":
@@ -784,10 +784,10 @@ class _ByDifferences:
         return Finding("right", 0.0, "")
 
     def _by_symmetry(self, by_x: Tensor) -> Finding:
-        """The second derivatives times v are what the gradient changes by along v.
+        """Compare second derivatives times v with the gradient's change along v.
 
-        That is so where the first derivatives are right, and takes one direction instead of one for
-        each element. Elements at which it does not decide follow one by one.
+        They are equal if the first derivatives are right, and one direction is enough instead of
+        one per element. Undecided elements are then checked one by one.
         """
         n = len(by_x)
         line = self._line(True, self.everywhere, torch.ones_like(by_x), n)
@@ -797,7 +797,7 @@ class _ByDifferences:
         dense = _Evidence(line, by_x, floor, self.ours.place, self._largest(by_x), own)
         found, undecided = _judge_one(dense, self.few, self.many, self.rtol)
         tiny = undecided[by_x[undecided].abs() <= _REORDERED / _ROUNDING * floor[undecided]]
-        # Where the values depend on none of these elements, their derivatives are 0.
+        # If the values do not depend on any of these elements, their derivatives are 0.
         if len(tiny) and self._of_f(self._along(tiny, apart=True)).line.independent():
             undecided = undecided[~torch.isin(undecided, tiny)]
             if not len(undecided):
@@ -811,10 +811,10 @@ class _ByDifferences:
 
 
 def _is_element_by_element(ours: Derivatives, value: Tensor, draw: _Draw) -> bool:
-    """Whether each element of the output depends on that element of each input alone.
+    """Whether each output element depends only on the same element of each input.
 
-    Any two elements differ in some digit of their binary numbers. So for each digit those that have
-    a 1 there are moved, and then those that have a 0, and no output but theirs may move.
+    Any two elements differ in some bit of their index. For each bit, the elements with a 1 there
+    are moved, then those with a 0; only the same elements of the output may change.
     """
     if any(shape != value.shape for shape in ours.shapes):
         return False
@@ -835,9 +835,9 @@ def _is_element_by_element(ours: Derivatives, value: Tensor, draw: _Draw) -> boo
 
 
 def _judge(pieces: Sequence[_Evidence], few: Tensor, many: Tensor, rtol: float) -> Finding:
-    """The verdict over all evidence: wrong where one is, else cannot tell where one cannot.
+    """The verdict over all evidence: wrong if any is wrong, else cannot tell if any cannot tell.
 
-    Two small steps decide first, for all of it. Of the rest the worst comes first.
+    Two small steps are tried first. The rest is judged worst first.
     """
     findings: list[Finding] = []
     rest: list[_Evidence] = []
@@ -871,14 +871,14 @@ def _independent(count: int, place: str) -> Finding:
 
 
 def _relative(computed: Tensor, derivative: Tensor) -> Tensor:
-    """The relative error, 0 where both are 0, infinite where one of them is not a number."""
+    """The relative error: 0 where both are 0, infinite where either is NaN."""
     size = torch.maximum(computed.abs(), derivative.abs())
     error = torch.where(computed == derivative, 0.0, (computed - derivative).abs() / size)
     return error.nan_to_num(math.inf, math.inf)
 
 
 def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tuple[Finding, Tensor]:
-    """The verdict on one line, and the cells at which it cannot tell."""
+    """The verdict on one line, and the undecided cells."""
     line, computed = piece.line, piece.computed
     small = computed.abs() <= piece.floor + piece.reordered
     right = flat = fades = torch.zeros_like(small)
@@ -908,7 +908,7 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     nothing = tiny & (found.derivative.abs() <= 2 * found.uncertainty)
     wrong = known & certain & ~right & ~nothing
     wrong |= known & ~computed.isfinite() & (found.zero >= 0)
-    # A step of a staircase is flat, too, and may end in a jump.
+    # A step of a staircase is also flat, and may end in a jump.
     if not single and not (right | wrong | tiny).all():
         flat, fades = line.plateau()  # where the derivative is 0, and the computed one is not
         wrong |= flat & ~tiny & ~right
@@ -925,10 +925,10 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
 
 
 def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Tensor]:
-    """Where a derivative certainly differs from the numerical one, and where it agrees with it.
+    """Where a derivative certainly differs from the numerical one, and where the two agree.
 
-    Next to a zero of the derivative it is enough that what is uncertain is nothing next to the
-    slopes nearby.
+    Near a zero of the derivative, it is enough that the uncertainty is negligible compared with
+    nearby slopes.
     """
     finite = computed.isfinite()
     difference = (computed - found.derivative).abs()
@@ -944,10 +944,10 @@ def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Ten
 def _compared_coarsely(
     piece: _Evidence, found: Slopes, rtol: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for values in low precision; where the derivative is 0; and the resolution.
+    """`_compared` for values in low precision; also where the derivative is 0, and the resolution.
 
-    The computed derivative may be off by as much as it scatters about a smooth curve; the curve
-    itself may not.
+    The computed derivative may be off by its scatter about a smooth curve; the curve itself may
+    not.
     """
     computed, own, unit = piece.computed, piece.own(), piece.line.precision.unit()
     finite = computed.isfinite()
@@ -958,8 +958,8 @@ def _compared_coarsely(
     off = torch.where(steady > off, steady, off)  # not where there is no curve
     differs = ~(off <= 2 * found.uncertainty + (rtol + unit) * size)
     certain = found.uncertainty <= max(_CERTAIN, _COARSE * unit) * nearby
-    # In low precision a small derivative has but the digits of the largest one; that a computed 0
-    # is one, the values must show.
+    # In low precision a small derivative is known only relative to the largest one; a computed 0
+    # must be confirmed by the values.
     largest = nearby.clamp(min=piece.largest)
     enough = found.uncertainty <= max(_ROUGHLY, _COARSE * unit) * largest
     zero = torch.maximum(found.zero, 2 * found.uncertainty + own.scatter)
@@ -970,7 +970,7 @@ def _compared_coarsely(
 
 
 def _length(piece: _Evidence, cell: int) -> float:
-    """How long a step is: a derivative is with respect to one of 1."""
+    """The length of a step; a derivative is per step of length 1."""
     elements = piece.line.direction.elements
     return 1.0 if elements is None else piece.line.direction.v[elements[cell]].item()
 
