@@ -28,7 +28,7 @@ from nnce.labels.positives import Targets
 # ----------------------------------------------------------------------------- one block's rules
 
 
-class _Room:
+class _Scratch:
     """Reusable memory for three chunks."""
 
     def __init__(self, elements: int, like: Tensor) -> None:
@@ -39,7 +39,7 @@ class _Room:
         return first, second, third
 
 
-def _log1p_of_exp_of_minus_abs(z: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
+def _log1p_of_exp_of_minus_abs(z: Tensor, room: _Scratch) -> tuple[Tensor, Tensor]:
     """Compute ln(1 + e^(−|z|)); return it with a spare buffer.
 
     ln(1 + t) = t · ln(u)/(u − 1) with u = 1 + t rounded; the rounding error of u cancels (Kahan;
@@ -98,7 +98,7 @@ class _Rows(NamedTuple):
     A compiled pass always computes both results, for all rows at once.
     """
 
-    room: _Room
+    room: _Scratch
     chunk: int
     """Number of rows at a time."""
     factor: Tensor
@@ -107,7 +107,7 @@ class _Rows(NamedTuple):
     wants_dz: bool
 
 
-def _use_up(
+def _loss_and_delta_inplace(
     z: Tensor,
     options: Options,
     negative: Any,
@@ -172,7 +172,9 @@ def _block_of_zeros(
         ends = torch.searchsorted(rows, torch.tensor(begins, device=rows.device)).tolist()
     for (begin, end), listed in zip(pairwise(begins), pairwise(ends), strict=True):
         part, here = slice(begin, end), slice(*listed)
-        C = _use_up(z[part], options, 1 - s / 2 if s else None, positive, how.factor[part], how)
+        C = _loss_and_delta_inplace(
+            z[part], options, 1 - s / 2 if s else None, positive, how.factor[part], how
+        )
         if C is not None and total is not None:
             C[rows[here] - begin, labels[here]] = 0
             total[part] = C.sum(1)
@@ -230,7 +232,7 @@ def _block_of_dense(z: Tensor, y: Tensor, options: Options, how: _Rows) -> Tenso
             negative, positive = (1 - s) * negative + s / 2, (1 - s) * positive + s / 2
         if options.pos_weight is not None:
             positive = options.pos_weight * positive
-        C = _use_up(z[part], options, negative, positive, how.factor[part], how)
+        C = _loss_and_delta_inplace(z[part], options, negative, positive, how.factor[part], how)
         if C is not None and total is not None:
             total[part] = C.sum(1)
     return total
@@ -348,7 +350,7 @@ class _Memory:
         # would only add calls.
         numbers = self._z.numel()
         self.elements = numbers if self._z.is_cuda else min(numbers, max(_CHUNK, width))
-        self.room = _Room(self.elements, self._z)
+        self.room = _Scratch(self.elements, self._z)
 
     def of(self, rows: int, width: int) -> tuple[Tensor, Tensor | None]:
         """Memory for z, and for a copy in the products' dtype if that differs (otherwise None)."""
