@@ -95,14 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
         with SummaryWriter(str(run_dir)) as writer:
             writer.add_figure("saturation atlas", atlas)
-        print(f"\n{report.table([readable(row) for row in measured])}\n")
-        for row in measured:
-            if row.by not in precision.OURS and not math.isnan(row.wrong_from):
-                zero = "" if math.isnan(row.zero_from) else f", and 0 from z = {row.zero_from:g}"
-                print(
-                    f"{row.dtype}: {row.by}: {row.quantity} is off by more than 1 % from "
-                    f"z = {row.wrong_from:.4g}{zero} (y = 0)"
-                )
+        print_measured(measured)
         print(
             f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
         )
@@ -118,6 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for promise in broken:
         print(f"{options_parser.prog}: {promise}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def print_measured(measured: Sequence[Measured]) -> None:
+    """Print the errors, and from which z on each other contender is wrong."""
+    print(f"\n{report.table([readable(row) for row in measured])}\n")
+    for row in measured:
+        if row.by not in precision.OURS and not math.isnan(row.wrong_from):
+            zero = "" if math.isnan(row.zero_from) else f", and 0 from z = {row.zero_from:g}"
+            print(
+                f"{row.dtype}: {row.by}: {row.quantity} is off by more than 1 % from "
+                f"z = {row.wrong_from:.4g}{zero} (y = 0)"
+            )
 
 
 def measure_everywhere(device: torch.device) -> tuple[list[Measured], "Figure"]:

@@ -4,6 +4,7 @@
 that they are up to date.
 """
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ def reproduced(folder: Path) -> str:
                 name=name,
                 answer=reproduction.summary(found["rows"]),
                 rows=report.table([_reproduced_row(row, table, found) for row in found["rows"]]),
-                about="\n\n".join([*_about(table, folder / f"{name}-candidates.json", found)]),
+                about="\n\n".join(_about(table, folder / f"{name}-candidates.json", found)),
             ).rstrip()
         )
     return "\n\n".join(parts) + "\n"
@@ -127,15 +128,9 @@ def _candidates(tried: Mapping[str, Any]) -> list[report.Row]:
 
 def _options(protocol: str) -> dict[str, str]:
     """Split the `repr` of settings into options; nested objects stay in one piece."""
-    inside = protocol[protocol.index("(") + 1 : protocol.rindex(")")]
-    depth, parts = 0, [""]
-    for character in inside:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    options = {key: value for key, _, value in (part.strip().partition("=") for part in parts)}
+    call = ast.parse(protocol[: protocol.rindex(")") + 1], mode="eval").body
+    assert isinstance(call, ast.Call)
+    options = {str(keyword.arg): ast.unparse(keyword.value) for keyword in call.keywords}
     warmup = re.search(r"total_iters=(\d+)", options.pop("schedule"))  # the rest is a cosine
     options["warmup"] = warmup[1] if warmup else "0"
     unused = re.compile(r"\w+=0(?:\.0)?, |, \w+=0(?:\.0)?(?=[,)])")
@@ -144,12 +139,11 @@ def _options(protocol: str) -> dict[str, str]:
 
 def _measured(found: Mapping[str, Any]) -> str:
     """Date, machine, versions, time and commands of a run, or of several merged runs."""
-    seconds = found["seconds"] if isinstance(found["seconds"], list) else [found["seconds"]]
-    commands = found["command"] if isinstance(found["command"], list) else [found["command"]]
-    threads = found["threads"] if isinstance(found["threads"], list) else [found["threads"]]
+    columns = [found[name] for name in ("command", "seconds", "threads")]
+    several = [column if isinstance(column, list) else [column] for column in columns]
     runs = ", ".join(
-        f"`{command}` ({minutes / 60:.0f} min, {count} thread{'s' * (count > 1)})"
-        for command, minutes, count in zip(commands, seconds, threads, strict=True)
+        f"`{command}` ({seconds / 60:.0f} min, {count} thread{'s' * (count > 1)})"
+        for command, seconds, count in zip(*several, strict=True)
     )
     return (
         f"Measured on {found['date']}, {found['machine']}, PyTorch {found['versions']['torch']}: "
@@ -233,7 +227,7 @@ def _number(value: float | None, scale: float, form: str) -> str:
 
 
 def _not_measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A paragraph on the contenders without a time, with reasons; empty if there are none."""
+    """A paragraph on the contenders without a time, with reasons; empty if all were measured."""
     reasons = dict.fromkeys(
         f"{row['peer'].removesuffix(' (not installed)')} ({row['note'] or row['outcome']})"
         for row in rows
