@@ -73,13 +73,9 @@ class Derivatives:
         them are half-precision numbers, or they do not change over a step that is small in float32
         but change over a larger one.
         """
-        narrow = narrowest(lambda: self.first(torch.ones_like(self.value())))
-        if narrow != torch.float64:
-            return narrow
+        if self._narrowest != torch.float64:
+            return self._narrowest
         share = torch.linspace(0.5, 1.0, len(self.x), dtype=self.x.dtype, device=self.x.device)
-
-        def moves(compute: Callable[[Derivatives], Tensor], step: float) -> bool:
-            return not torch.equal(compute(self.at(self.x * (1 + step * share))), compute(self))
 
         # With an upstream gradient of ones, the gradient of a normalization is rounding noise.
         value, generator = self.value(), torch.Generator().manual_seed(0)
@@ -91,9 +87,19 @@ class Derivatives:
             for dtype in (torch.bfloat16, torch.float16):
                 if torch.equal(values.to(dtype).to(values), values) and (values != values[0]).any():
                     return dtype
-            if moves(compute, 2.0**-11) and not moves(compute, 2.0**-39):
+            here = compute(self)
+            large, small = (
+                torch.equal(compute(self.at(self.x * (1 + step * share))), here)
+                for step in (2.0**-11, 2.0**-39)
+            )
+            if small and not large:
                 return torch.float32
         return torch.float64
+
+    @functools.cached_property
+    def _narrowest(self) -> torch.dtype:
+        """The least precise dtype that PyTorch sees forward or backward convert numbers to."""
+        return narrowest(lambda: self.first(torch.ones_like(self.value())))
 
     def exact(self, drawn: Tensor) -> Tensor:
         """Round random numbers to eight bits if the values are computed in low precision.
@@ -105,7 +111,7 @@ class Derivatives:
     @functools.cached_property
     def _converts(self) -> bool:
         """Whether the forward converts numbers to low precision."""
-        return narrowest(self.value) != torch.float64
+        return self._narrowest != torch.float64 and narrowest(self.value) != torch.float64
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """Split a vector like x into tensors shaped like the inputs."""

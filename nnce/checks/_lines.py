@@ -157,12 +157,8 @@ class Line:
         return self._x[self._elements] + step * self.direction.v[self._elements]
 
     def _one_by_one(self, stepped: Tensor) -> Tensor:
-        x, values = self._x.clone(), []
-        for place, moved in zip(self._elements.tolist(), stepped, strict=True):
-            kept = x[place].clone()
-            x[place] = moved
-            values.append(self._values_at(x))
-            x[place] = kept
+        moves = zip(self._elements.split(1), stepped.split(1), strict=True)
+        values = [self._values_at(self._x.index_copy(0, place, moved)) for place, moved in moves]
         return torch.cat(values, dim=1)
 
     def _values_at(self, x: Tensor) -> Tensor:
@@ -332,7 +328,9 @@ class Line:
 
     def _moves(self, step: Tensor, exact: bool) -> Tensor:
         """Where values at a step differ from those at x."""
-        return ~(self._amount(step, exact) <= (0.0 if exact else 1.0))
+        if exact:
+            return (self._at(step) != self._center).any(0)
+        return ~(self._amount(step, exact) <= 1.0)
 
     def _amount(self, step: Tensor, exact: bool) -> Tensor:
         """The distance between values at a step and at x, in units; NaN outside the domain."""

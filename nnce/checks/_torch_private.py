@@ -84,12 +84,14 @@ def narrowest(call: Callable[[], object]) -> torch.dtype:
 
     def dtypes(nested: Any) -> list[torch.dtype]:
         tensors = [t for t in tree_leaves(nested) if isinstance(t, Tensor)]
-        return sorted({t.dtype for t in tensors if t.is_floating_point()}, key=unit)
+        return [t.dtype for t in tensors if t.is_floating_point()]
 
     def see(func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        given, returned = dtypes((args, kwargs)), dtypes(output)
-        if given and returned and unit(returned[-1]) > unit(given[0]):
-            found.append(returned[-1])
+        returned = max(dtypes(output), key=unit, default=torch.float64)
+        if returned != torch.float64:
+            given = dtypes((args, kwargs))
+            if given and unit(returned) > min(map(unit, given)):
+                found.append(returned)
 
     with _Watched(see):
         call()

@@ -215,8 +215,8 @@ def _check(
     ours = Derivatives(subject)
     value = ours.value()
     draw = _Draw(seed)
-    upstream = ours.exact(draw.like(value))
     try:
+        upstream = ours.exact(draw.like(value))
         first = ours.first(upstream)
         if reference is None:
             count = ours.x.numel() if elements == "all" else int(elements)
@@ -342,7 +342,8 @@ def _difference(
 ) -> str:
     """Describe where two vectors differ by more than rounding; empty if they do not."""
     usual = {"value": start.value, "first": start.first, "forward_mode": start.tangent}
-    if torch.allclose(got, expected, _ROUNDING, atol=0.0):
+    # Most are equal, and `equal` takes a tenth of the time.
+    if torch.equal(got, expected) or torch.allclose(got, expected, _ROUNDING, atol=0.0):
         return ""
     like = [expected, usual.get(variation.of, start.second)]
     # A different layout may be summed in a different order.
