@@ -410,6 +410,14 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
         tensors: arguments; an object that is not a tensor is not plain.
         optional: further arguments; None is skipped.
     """
+    if not _runs_kernels(tensors, optional):
+        return False
+    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
+    return not torch.is_autocast_enabled(device)
+
+
+def _runs_kernels(tensors: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
+    """`is_plain`, under autocast too."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
@@ -420,10 +428,7 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
             if type(tensor) not in _PLAIN_TYPES:
                 return False
             tensors = (*tensors, tensor)
-    if not dispatches_plainly(tensors):
-        return False
-    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type
-    return not torch.is_autocast_enabled(device)
+    return dispatches_plainly(tensors)
 
 
 # A set: a failed comparison of the two types would take longer than a hash.
@@ -433,9 +438,10 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 def _is_plain_backward(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
     """Whether a backward is plain, given its upstream gradient and its saved tensors.
 
-    It is not plain if its result will be differentiated (`create_graph`).
+    It is not plain if its result will be differentiated (`create_graph`). Autocast does not apply:
+    the forward has chosen the dtypes.
     """
-    return not torch.is_grad_enabled() and is_plain(*tensors, optional=optional)
+    return not torch.is_grad_enabled() and _runs_kernels(tensors, optional)
 
 
 class _EagerLinear(LinearFunction):

@@ -361,7 +361,7 @@ def db(dz: Tensor) -> Tensor:
     >>> nnce.rules.db(torch.tensor([[1.0], [2.0]]))
     tensor([3.])
     """
-    return dz.sum_to_size(dz.shape[-1])
+    return _rows(dz).sum(0)
 
 
 def da_prev(dz: Tensor, W: Tensor) -> Tensor:

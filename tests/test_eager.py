@@ -334,13 +334,6 @@ def subclass_upstream():
     close(found.as_subclass(torch.Tensor), backward_by_hand(UPSTREAM))
 
 
-def autocast_around_a_backward():
-    C, W = plain_forward()
-    with without_fast(), torch.autocast("cpu", torch.bfloat16):
-        found = grad(C, W, UPSTREAM)[0]
-    close(found, backward_by_hand(UPSTREAM))
-
-
 def compiled_autograd():
     """A backward that dynamo compiles; its name is not public."""
     C, W = plain_forward()
@@ -363,7 +356,7 @@ BACKWARD = [
         create_graph,
         create_graph_where_y_is_computed_from_z,
     ),
-    *(flop_counter_mode_over_a_backward, subclass_upstream, autocast_around_a_backward),
+    *(flop_counter_mode_over_a_backward, subclass_upstream),
 ]
 
 
@@ -409,6 +402,17 @@ def saved_tensors_hooks():
     assert len(packed) >= 8
 
 
+def autocast_around_a_backward():
+    """The forward has chosen the dtypes, and the kernels of a backward compute in them."""
+
+    def step(W):
+        C = f(W)
+        with torch.autocast("cpu", torch.bfloat16):
+            return grad(C, W)[0]
+
+    _check_fast(step, leaf())
+
+
 def non_reentrant_checkpoint():
     _check_fast(lambda W: grad(checkpoint(f, W, use_reentrant=False), W)[0], leaf())
 
@@ -451,7 +455,14 @@ def parameters():
 
 @pytest.mark.parametrize(
     "context",
-    [saved_tensors_hooks, non_reentrant_checkpoint, functional_call, data_parallel, parameters],
+    [
+        saved_tensors_hooks,
+        autocast_around_a_backward,
+        non_reentrant_checkpoint,
+        functional_call,
+        data_parallel,
+        parameters,
+    ],
 )
 @pytest.mark.parametrize("mistake", [None, "forward", "backward"])
 def test_contexts_that_stay_fast(context, mistake, monkeypatch, tmp_path):

@@ -35,6 +35,7 @@ _PART = 2**16
 _THREADED = 2**17
 """Smallest number of elements split over threads, which costs about 50 µs."""
 
+_CPU = torch.device("cpu")
 _FLOATS = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -255,13 +256,18 @@ def _compiled(
     return losses.compiled(kernel, loss, _FLOATS[z_dtype], y_name, plain, wide)
 
 
-def _label(loss: Loss, focus: Focus | None) -> tuple[str, tuple[float, ...] | None]:
-    """The marker label of a loss and, for a focal loss, its numbers."""
-    if focus is None:
-        return loss, None
-    *numbers, alpha = focus
+def _kernel(
+    kernel: str, z: Tensor, y_dtype: torch.dtype | None, packed: Packed, loss: Loss
+) -> tuple[Any, tuple[float, ...] | None]:
+    """A compiled kernel and, for a focal loss, its numbers."""
+    if packed.focus is None:
+        return _compiled(kernel, loss, z.dtype, y_dtype, packed is _PACKED_PLAIN), None
+    *numbers, alpha = packed.focus
     alphas = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-    return "margin" if focus.margin else "focal", (*numbers, *alphas)
+    label = "margin" if packed.focus.margin else "focal"
+    wide = _needs_float64(z, packed.focus)
+    compiled = _compiled(kernel, label, z.dtype, y_dtype, packed.is_plain, wide)
+    return compiled, (*numbers, *alphas)
 
 
 def _needs_float64(z: Tensor, focus: Focus | None) -> bool:
@@ -278,9 +284,7 @@ def _values(z: Tensor, y: Tensor, C: Tensor | None, options: Options, loss: Loss
     packed = _pack(options, z, y)
     if backend(z) != "numba":
         return chunked.value(z, y, C, packed, loss)
-    label, focus = _label(loss, options.focus)
-    wide = _needs_float64(z, options.focus)
-    kernel = _compiled("value", label, z.dtype, y.dtype, packed.is_plain, wide)
+    kernel, focus = _kernel("value", z, y.dtype, packed, loss)
     places = z.data_ptr(), y.data_ptr(), 0 if C is None else C.data_ptr()
     addresses = _addresses(packed)
     return _in_parts(
@@ -302,9 +306,7 @@ def _gradients(
     if backend(z) != "numba":
         chunked.gradient(z, y, dz, packed, upstream, scale, loss)
         return
-    label, focus = _label(loss, options.focus)
-    wide = _needs_float64(z, options.focus)
-    kernel = _compiled("gradient", label, z.dtype, y.dtype, packed.is_plain, wide)
+    kernel, focus = _kernel("gradient", z, y.dtype, packed, loss)
     places = z.data_ptr(), y.data_ptr(), dz.data_ptr()
     each = 0 if upstream is None else upstream.data_ptr()
     addresses = _addresses(packed)
@@ -323,10 +325,7 @@ def _joint(
     if backend(z) != "numba":  # not implemented for CUDA
         chunked.joint(z, y, C, factor, packed, loss)
         return
-    label, focus = _label(loss, options.focus)
-    wide = _needs_float64(z, options.focus)
-    y_dtype = None if y is None else y.dtype
-    kernel = _compiled("joint", label, z.dtype, y_dtype, packed.is_plain, wide)
+    kernel, focus = _kernel("joint", z, None if y is None else y.dtype, packed, loss)
     y_place = (0, 0) if y is None else (y.data_ptr(), y.stride(0))
     places = z.data_ptr(), *y_place, C.data_ptr(), factor.data_ptr()
     rows, width = z.shape
@@ -412,6 +411,8 @@ def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
         return 1.0
     width = 1 if reduction == "mean" or z.dim() == 0 else z.shape[-1]
     rows = z.numel() if reduction == "mean" else z.shape[:-1].numel()
+    if options.ignore_index is None:
+        return float(rows)
     ignored, ignores = _ignored(y.dtype, options.ignore_index)
     if not ignores:
         return float(rows)
@@ -426,9 +427,9 @@ def _divisor(z: Tensor, y: Tensor, options: Options, reduction: str) -> float:
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     if -65504 <= value <= 65504:
-        return torch.full((), value, dtype=dtype, device="cpu")  # for any default device
-    large = torch.tensor(value, dtype=torch.float64, device="cpu")
-    return large.to(dtype)  # full() raises if the value overflows
+        return torch.scalar_tensor(value, dtype=dtype, device=_CPU)  # for any default device
+    large = torch.tensor(value, dtype=torch.float64, device=_CPU)
+    return large.to(dtype)  # scalar_tensor() raises if the value overflows
 
 
 # -------------------------------------------------------------------------------------- threads
@@ -463,9 +464,9 @@ def _in_parts(task: Callable[[int, int], _T], n: int, size: int = 1) -> list[_T]
     Uses torch.get_num_threads() threads if there are many elements; an item has `size` elements.
     The mode for subnormal numbers is per thread, so it is set to that of the caller.
     """
-    step = max(1, _PART // max(1, size))
-    if n <= step:
+    if n * size <= _PART:
         return [task(0, n)]
+    step = max(1, _PART // size)
     parts = [(begin, min(begin + step, n)) for begin in range(0, n, step)]
     threads = min(torch.get_num_threads(), len(parts))
     if threads == 1 or n * size < _THREADED:

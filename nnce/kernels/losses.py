@@ -550,8 +550,11 @@ def _finish(
 
 
 def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
-    weight, period, _, _, _, ignored, ignores = options
+    weight, period, _, _, smoothing, ignored, ignores = options
     one = _one(work)
+    # This is 0, but LLVM does not know it. If x were written back unchanged where y counts, LLVM
+    # would write by mask, which takes several times as long on some processors.
+    nothing = _as(0 * smoothing, one)
     if weight != 0:
         for i in range(n):
             x, w = _read(out, out_at + i, work, one), _read(weight, first % period + i, work, one)
@@ -561,7 +564,7 @@ def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
         for i in range(n):
             x = _read(out, out_at + i, work, one)
             t = _read(y, at + i, y_dtype, ignored)
-            _write(out, out_at + i, work, one - one if t == ignored else x)
+            _write(out, out_at + i, work, one - one if t == ignored else x - nothing)
 
 
 # Each short loop is a separate function, so that the compiler keeps all constants in registers and

@@ -6,7 +6,7 @@ between examples, walks the blocks again.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from nnce import _torch_private, rules
-from nnce._arguments import in_unit_interval, some_of
+from nnce._arguments import some_of
 from nnce._torch_private import checkpoint_stage, is_functorch_tensor, version
 from nnce.functional import Reduction, is_plain
 from nnce.kernels import fused
@@ -56,33 +56,33 @@ class Task(NamedTuple):
             ValueError: a label is out of range, a target is not in [0, 1] or a weight is negative.
                 (On CUDA, a RuntimeError at a later call.)
         """
-        self._check_all(
-            self.targets.labels,
-            lambda labels: (labels >= -1) & (labels < self.num_labels),
-            f"labels from 0 to {self.num_labels - 1}, or -1 for none",
-        )
+        labels = f"labels from 0 to {self.num_labels - 1}, or -1 for none"
+        self._check_all(self.targets.labels, (-1, self.num_labels - 1), labels)
         for soft in (self.targets.dense, self.targets.values):
             if soft is not None and soft.is_floating_point():
-                self._check_all(soft, in_unit_interval, "target in [0, 1]")
+                self._check_all(soft, (0, 1), "target in [0, 1]")
         for name, weight in (
             ("weight", self.options.weight),
             ("pos_weight", self.options.pos_weight),
             ("example_weight", self.example_weight),
         ):
-            self._check_all(weight, lambda weight: weight >= 0, f"{name} of at least 0")
+            self._check_all(weight, (0, math.inf), f"{name} of at least 0")
 
     def _check_all(
-        self, values: Tensor | None, are_right: Callable[[Tensor], Tensor], expected: str
+        self, values: Tensor | None, interval: tuple[float, float], expected: str
     ) -> None:
         if values is None or not values.numel():
             return
         if not self.check_values if values.is_cuda else self.check_values is False:
             return
-        right = are_right(_extremes(values)).all()
+        lowest, highest = interval
+        ends = _extremes(values)
         if values.is_cuda:
-            _torch_private.assert_later(right)
-        elif not bool(right):
-            raise ValueError(f"expected {expected}, got {some_of(values[~are_right(values)])}")
+            _torch_private.assert_later(((ends >= lowest) & (ends <= highest)).all())
+        elif not all(lowest <= end <= highest for end in ends.tolist()):
+            wide = values.double()  # float8 has no comparisons
+            wrong = ~((wide >= lowest) & (wide <= highest))
+            raise ValueError(f"expected {expected}, got {some_of(values[wrong])}")
 
     def run(
         self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Sequence[bool]
@@ -158,10 +158,12 @@ class Task(NamedTuple):
 def _extremes(values: Tensor) -> Tensor:
     """The smallest and largest values of each chunk, or NaN if a chunk contains one.
 
-    Chunks, because aminmax copies a non-contiguous tensor; float8 is converted, because aminmax
-    does not support it.
+    Chunks where there would be a copy: aminmax makes one of a non-contiguous tensor, and float8,
+    which it does not support, is converted.
     """
-    parts = [(t if t.itemsize > 1 else t.half()).aminmax() for t in values.chunk(64)]
+    copies = values.itemsize == 1 or not values.is_contiguous()
+    chunks = values.chunk(64) if copies else (values,)
+    parts = [(t if t.itemsize > 1 else t.half()).aminmax() for t in chunks]
     return torch.stack([end for part in parts for end in part])
 
 

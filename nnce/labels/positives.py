@@ -344,7 +344,8 @@ def _targets_of_dense(target: Tensor, n: int, num_labels: int) -> Targets:
             f"target.bool() makes it dense"
         )
     k = target.shape[1] if target.dim() == 2 else 1
-    rows = torch.arange(n, device=target.device).repeat_interleave(k)
+    rows = torch.arange(n, device=target.device)
+    rows = rows if k == 1 else rows.repeat_interleave(k)
     return Targets(None, rows, target.reshape(n * k).long(), None, once=k == 1)
 
 
