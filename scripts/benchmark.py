@@ -30,24 +30,16 @@ BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks"
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "what",
-        nargs="?",
-        choices=BENCHMARKS,
-        default="networks",
-        help="benchmark: an epoch of training, a loss with many labels, the drop-in loss, or the "
-        "checks",
+    add = parser.add_argument
+    what = (
+        "benchmark: an epoch of training, a loss with many labels, the drop-in loss, or the checks"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a subset that takes about two minutes"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="device")
-    parser.add_argument(
-        "--page", action="store_true", help="only regenerate runs/benchmarks.md from its JSON files"
-    )
-    parser.add_argument(
-        "--repetitions", type=int, default=5, help="turns of each contender, 1 to 1,000"
-    )
+    add("what", nargs="?", choices=BENCHMARKS, default="networks", help=what)
+    add("--quick", action="store_true", help="a subset that takes about two minutes")
+    add("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="device")
+    page = "only regenerate runs/benchmarks.md from its JSON files"
+    add("--page", action="store_true", help=page)
+    add("--repetitions", type=int, default=5, help="turns of each contender, 1 to 1,000")
     parser.add_run_directory_options()
     parser.add_speed_options()
     return parser

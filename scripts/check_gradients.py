@@ -40,12 +40,9 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
     parser.add_hidden_option("neurons of each hidden layer of the tested network")
-    parser.add_argument(
-        "--matrix",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also test the functions with torch.func, torch.compile and other PyTorch features",
-    )
+    features = "also test the functions with torch.func, torch.compile and other PyTorch features"
+    with_or_without = argparse.BooleanOptionalAction
+    parser.add_argument("--matrix", action=with_or_without, default=True, help=features)
     return parser
 
 

@@ -40,24 +40,19 @@ _RUNS = Path(__file__).resolve().parents[1] / "runs"
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("table", nargs="?", help="name of a table; without it, all are listed")
-    parser.add_argument("rows", nargs="*", help="names of rows (default: all)")
+    add = parser.add_argument
+    add("table", nargs="?", help="name of a table; without it, all are listed")
+    add("rows", nargs="*", help="names of rows (default: all)")
     parser.add_common_options()
-    parser.set_defaults(data="mnist")
-    parser.add_argument(
-        "--seeds", type=int, help="number of starts per row (default: depends on the table)"
-    )
+    add("--seeds", type=int, help="number of starts per row (default: depends on the table)")
     limit = "largest number of epochs, for a trial that departs from the published protocol"
-    parser.add_argument("--max-epochs", type=int, help=limit)
+    add("--max-epochs", type=int, help=limit)
     parser.add_train_size_option()
     parser.add_speed_options()
-    parser.add_argument(
-        "--page",
-        action="store_true",
-        help="only regenerate runs/reproduced/README.md from its JSON files",
-    )
+    page = "only regenerate runs/reproduced/README.md from its JSON files"
+    add("--page", action="store_true", help=page)
     resuming.add_options(parser)
-    parser.set_defaults(checkpoint_every="60s")
+    parser.set_defaults(data="mnist", checkpoint_every="60s")
     return parser
 
 

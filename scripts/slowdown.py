@@ -47,19 +47,13 @@ class Story(NamedTuple):
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--start",
-        type=float,
-        nargs=2,
-        action="append",
-        metavar=("W", "B"),
-        help="initial weight and bias; may be repeated (default: "
-        + ", ".join(f"{w:g} {b:g}" for w, b in STARTS)
-        + ")",
-    )
-    parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
-    parser.add_argument("--epochs", type=int, default=300, help="training steps, 1 to 100,000")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
+    add = parser.add_argument
+    usual = ", ".join(f"{w:g} {b:g}" for w, b in STARTS)
+    start = f"initial weight and bias; may be repeated (default: {usual})"
+    add("--start", type=float, nargs=2, action="append", metavar=("W", "B"), help=start)
+    add("--lr", type=float, default=0.15, help="learning rate")
+    add("--epochs", type=int, default=300, help="training steps, 1 to 100,000")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
     parser.add_run_directory_options()
     return parser
 

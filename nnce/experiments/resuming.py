@@ -32,20 +32,14 @@ _STEPS_PER_POLL = 10
 
 def add_options(parser: ArgumentParser) -> None:
     """Add --checkpoint-every and --resume."""
-    parser.add_argument(
-        "--checkpoint-every",
-        type=_every,
-        default="1",
-        metavar="EPOCHS",
-        help="checkpoint interval: epochs (5) or seconds (30s); a stopped run also saves one",
+    add = parser.add_argument
+    interval = "checkpoint interval: epochs (5) or seconds (30s); a stopped run also saves one"
+    add("--checkpoint-every", type=_every, default="1", metavar="EPOCHS", help=interval)
+    stopped = (
+        "run directory of a stopped or killed run to continue, with its own options and "
+        "bit-identical results; --epochs may be increased"
     )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN_DIR",
-        help="run directory of a stopped or killed run to continue, with its own options and "
-        "bit-identical results; --epochs may be increased",
-    )
+    add("--resume", type=Path, metavar="RUN_DIR", help=stopped)
 
 
 def _every(text: str) -> str:
@@ -137,7 +131,7 @@ def start(
             setattr(requested, name, getattr(options, name))
     for name, value in vars(requested).items():
         was = getattr(recorded, name)
-        option = name if name in positional else f"--{name.replace('_', '-')}"
+        option = name if name in positional else command_line.option(name)
         if name in _MAY_RISE and value != was and (was is None or value < was):
             parser.error(
                 f"{option} {value}: may only increase on resuming; the run has {was or 'no limit'}"

@@ -86,12 +86,9 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
             raise ValueError(f"expected each option in --sweep once, as NAME=V,V, got {text!r}")
         swept[name] = {}
         for value in values.split(","):
-            option = f"--{name.replace('_', '-')}"
-            given = (
-                [option, *value.split("-")]
-                if name == "hidden" and value[0] != "-"
-                else [f"{option}={value}"]
-            )
+            given = [f"{command_line.option(name)}={value}"]
+            if name == "hidden" and value[0] != "-":
+                given = ["--hidden", *value.split("-")]
             parsed = getattr(parser.parse_args(given), name)
             if parsed not in swept[name].values():
                 swept[name][value] = parsed
@@ -115,9 +112,7 @@ def plan(
     for texts in itertools.product(*swept.values()):
         values = dict(zip(swept, texts, strict=True))
         changed = {name: swept[name][text] for name, text in values.items()}
-        more = {name: changed.pop(name) for name in ("loss", "lr") if name in changed}
-        own = argparse.Namespace(**{**vars(options), **changed})
-        settings = command_line.settings(own, **more)
+        settings = command_line.settings(argparse.Namespace(**{**vars(options), **changed}))
         if not planned or "hidden" in swept:
             comparison.check(settings, seeds, dataset, networks=count)
         planned.append((values, [dataclasses.replace(settings, seed=seed) for seed in seeds]))
