@@ -264,7 +264,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 name = f"{name}-{options.name}" if options.name else name
                 path = stack.enter_context(run_directory(options.run_dir, name, **more))
             if options.quiet:
-                stack.enter_context(_quiet())
+                muted, dull = _Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False)
+                stack.enter_context(contextlib.redirect_stdout(cast(Any, muted)))
+                stack.enter_context(contextlib.redirect_stderr(cast(Any, dull)))
             yield path
 
 
@@ -335,12 +337,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     and exits with status 1. Running out of memory or disk space is a one-line error and status 1.
     """
     program = Path(sys.argv[0]).name
-    out, err = _Stream(1, stops=True), _Stream(2, stops=False)
+    out = _Stream(1, stops=True)
     if not parallel.is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout, sys.stderr = (
-        _text(old, new) for old, new in ((sys.stdout, out), (sys.stderr, err))
-    )
+    sys.stdout = _text(sys.stdout, out)
+    sys.stderr = _text(sys.stderr, _Stream(2, stops=False))
     threading.excepthook = _thread_failed
     _signals.listen()
     status: Any  # SystemExit.code may be any object
@@ -349,7 +350,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             status = main()
             sys.stdout.flush()
         finally:
-            _signals.ignore()
+            # SIG_IGN, because Python's own handlers are removed before the process ends.
+            for number in loops.SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
     except SystemExit as stop:
         status = stop.code
     except KeyboardInterrupt:
@@ -417,13 +420,6 @@ class _Muted:
         return len(text) if self._mute else self.stream.write(text)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    out, err = (_Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False))
-    with contextlib.redirect_stdout(cast(Any, out)), contextlib.redirect_stderr(cast(Any, err)):
-        yield
-
-
 def unmuted_stdout() -> Any:
     """Standard output, even under --quiet."""
     return sys.stdout.stream if isinstance(sys.stdout, _Muted) else sys.stdout
@@ -462,11 +458,6 @@ class _Signals:
             os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         threading.Thread(target=self._read_pipe, args=(read,), daemon=True).start()
-
-    def ignore(self) -> None:
-        # SIG_IGN, because Python's own handlers are removed before the process ends.
-        for number in loops.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
@@ -596,14 +587,8 @@ def _schedule(options: argparse.Namespace) -> Schedule:
     for name, value in depending.get(options.schedule, {}).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    return Schedule(
-        options.schedule,
-        options.step_size,
-        options.gamma,
-        options.cosine_epochs,
-        options.warmup,
-        options.warmup_start,
-    )
+    names = ("schedule", "step_size", "gamma", "cosine_epochs", "warmup", "warmup_start")
+    return Schedule(*(getattr(options, name) for name in names))
 
 
 def load_data(options: argparse.Namespace) -> data.Dataset:
@@ -621,9 +606,9 @@ def load_data(options: argparse.Namespace) -> data.Dataset:
 def device(name: str) -> torch.device:
     """The device of --device; "auto" is CUDA if each process has a GPU, else the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    processes = parallel.processes_here()
     if name == "cuda" and not gpus:
         raise ValueError("--device cuda: PyTorch finds no CUDA device on this machine")
-    processes = parallel.processes_here()
     if name == "cuda" and gpus < processes:
         raise ValueError(
             f"--device cuda: each of the {processes} processes on this machine needs a GPU, and "
@@ -658,12 +643,9 @@ def announced(description: str, *, quiet: bool = False) -> Iterator[None]:
 
 def announce_threads(options: argparse.Namespace) -> None:
     """Warn if --threads exceeds the number of processors."""
-    processors = os.cpu_count() or 1
-    if options.threads is not None and options.threads > processors:
-        print(
-            f"--threads {options.threads}: this machine has {processors} processors",
-            file=sys.stderr,
-        )
+    given, processors = options.threads, os.cpu_count() or 1
+    if given is not None and given > processors:
+        print(f"--threads {given}: this machine has {processors} processors", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- the run's directory
@@ -755,17 +737,16 @@ def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
         checkpoints.clear_unfinished(path)
         keep(path)
         return
-    if _content(path):
-        if is_without_result(path):
-            if not locked:
-                raise ValueError(
-                    f"the run directory {path} belongs to a run that was killed before its first "
-                    f"checkpoint; delete it, or choose a new one"
-                )
-            clear(path)
-        else:
-            advice = f"resume it with --resume {path}, or " if any(path.glob(_CHECKPOINTS)) else ""
-            raise ValueError(f"the run directory {path} is already used; {advice}choose a new one")
+    if is_without_result(path) and locked:
+        clear(path)
+    elif is_without_result(path):
+        raise ValueError(
+            f"the run directory {path} belongs to a run that was killed before its first "
+            f"checkpoint; delete it, or choose a new one"
+        )
+    elif _content(path):
+        advice = f"resume it with --resume {path}, or " if any(path.glob(_CHECKPOINTS)) else ""
+        raise ValueError(f"the run directory {path} is already used; {advice}choose a new one")
     with (path / _NO_RESULT).open("x") as file:
         file.write(job())
 
