@@ -9,7 +9,6 @@ if __name__ == "__main__":
     import startup  # noqa: F401  must be first
 
 
-import argparse
 import math
 import sys
 import time
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, suited=torch.get_num_threads())  # checks the options
     with options_parser.run_directory(options, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
-        rows = measure(options, device)
+        rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
         report.write_results(
             run_dir,
             config=vars(options),
@@ -75,12 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Run the selected benchmark and return its rows."""
-    rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
-    return rows
 
 
 def complaint(row: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -57,31 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         x, y = dataset.train
         sizes = (x.shape[1], *options.hidden, y.shape[1])
         _memory.check_memory(sizes, dtype=x.dtype, device=device)
-        network = MLP(
-            sizes,
-            generator=torch.Generator().manual_seed(options.seed),
-            device=device,
-            dtype=x.dtype,
-        )
+        generator = torch.Generator().manual_seed(options.seed)
+        network = MLP(sizes, generator=generator, device=device, dtype=x.dtype)
     with options_parser.run_directory(options, "check-gradients") as run_dir:
         measured, atlas = measure_everywhere(device)
-        differences = [
-            difference
-            for loss in LOSSES
-            for difference in compare_network(network, dataset.train, loss)
-        ]
+        by_loss = [compare_network(network, dataset.train, loss) for loss in LOSSES]
+        differences = [*itertools.chain(*by_loss)]
         cells = matrix(table.rows()) if options.matrix else []
         walked = matrix(table.walked_rows()) if options.matrix else []
         checked = derivatives({**table.rows(), **table.walked_rows()})
         kept, broken = promises(measured, differences, checked)
 
-        rows = [row._asdict() for row in measured]
         report.write_results(
             run_dir,
             config=vars(options),
             device=device,
             seconds=time.perf_counter() - began,
-            rows=rows,
+            rows=[row._asdict() for row in measured],
             network=differences,
             matrix=cells,
             matrix_of_walked=walked,
@@ -93,18 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with SummaryWriter(str(run_dir)) as writer:
             writer.add_figure("saturation atlas", atlas)
         print_measured(measured)
-        print(
-            f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
-        )
+        print(f"\n{report.table([*map(readable_difference, differences)])}\n")
         print(report.table(checked))
         if cells:
             print(f"\n{report.table(cells)}\n\n{report.table(walked)}")
-        report.print_end(
-            answer(kept, broken),
-            "Results and saturation-atlas.png",
-            run_dir,
-            {"In TensorBoard": run_dir},
-        )
+        results = "Results and saturation-atlas.png"
+        report.print_end(answer(kept, broken), results, run_dir, {"In TensorBoard": run_dir})
     for promise in broken:
         print(f"{options_parser.prog}: {promise}", file=sys.stderr)
     return 1 if broken else 0
@@ -164,16 +151,13 @@ def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[dict[st
     for name, gradient in zip(names, torch.autograd.grad(C, parameters), strict=True):
         difference = (by_hand[name] - gradient).abs()
         where = torch.unravel_index(difference.argmax(), difference.shape)
-        differences.append(
-            {
-                "loss": loss,
-                "parameter": name,
-                "shape": tuple(gradient.shape),
-                "largest": difference.max().item(),
-                "at": tuple(int(i) for i in where),
-                "relative": (difference.norm() / gradient.norm()).item(),
-            }
-        )
+        numbers = {
+            "largest": difference.max().item(),
+            "at": tuple(int(i) for i in where),
+            "relative": (difference.norm() / gradient.norm()).item(),
+        }
+        shape = tuple(gradient.shape)
+        differences.append({"loss": loss, "parameter": name, "shape": shape, **numbers})
     return differences
 
 
@@ -213,9 +197,8 @@ def matrix(functions: Mapping[str, table.Row]) -> list[report.Row]:
     """Compatibility table: one row per PyTorch feature, one column per function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about PyTorch's own code
-        found = {
-            name: row.check() for name, row in tqdm(functions.items(), disable=None, leave=False)
-        }
+        bar = tqdm(functions.items(), disable=None, leave=False)
+        found = {name: row.check() for name, row in bar}
     return [
         {"": feature, **{name: cell(name, feature, of[feature]) for name, of in found.items()}}
         for feature in COLUMNS

@@ -138,19 +138,12 @@ def log(stories: Sequence[Story], run_dir: Path) -> None:
             for epoch, values in enumerate(zip(story.output, story.loss, story.dw, strict=True)):
                 points = zip(("output", "loss", "dC_dw"), values, strict=True)
                 add_points(writer, {f"neuron/{name}": value for name, value in points}, epoch)
-    starts = dict.fromkeys((story.w, story.b) for story in stories)
+    by_start: dict[tuple[float, float], dict[str, tuple[list[float], ...]]] = {}
+    for story in stories:
+        of_start = by_start.setdefault((story.w, story.b), {})
+        of_start[story.rule] = (story.output, story.loss, story.dw)
     figure = figures.single_neuron(
-        [
-            (
-                f"start w = {w:g}, b = {b:g}",
-                {
-                    story.rule: (story.output, story.loss, story.dw)
-                    for story in stories
-                    if (story.w, story.b) == (w, b)
-                },
-            )
-            for w, b in starts
-        ]
+        [(f"start w = {w:g}, b = {b:g}", by_rule) for (w, b), by_rule in by_start.items()]
     )
     with command_line.announced("plotting"), SummaryWriter(str(run_dir)) as writer:
         report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)

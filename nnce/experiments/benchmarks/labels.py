@@ -31,11 +31,6 @@ class Work(NamedTuple):
     def __str__(self) -> str:
         return f"{self.labels:,} labels, {self.features} features, n {self.n:,}"
 
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients of x, W and b in float32."""
-        return 4 * (self.n * self.features + self.labels * (self.features + 1))
-
 
 WORKS = [
     Work(1_024, 512, 1_000),
@@ -201,7 +196,7 @@ def peak_here(name: str, work: Work, device: torch.device) -> float:
     warm_up = Problem(Work(*(min(size, 2_048) for size in work)), device)
     PEERS[name](warm_up)()  # libraries, threads and their buffers
     _, peak = peak_memory(PEERS[name](Problem(work, device)), device)
-    return peak - work.gradient_bytes
+    return peak - 4 * (work.n * work.features + work.labels * (work.features + 1))
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
