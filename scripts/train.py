@@ -218,7 +218,8 @@ class Training:
             saver = resuming.Saver(self.run_dir, every, self.state_dict, flush, state.world)
             if self._finished:
                 nnce.save(self._finished, self.network_path)
-                self._save_best()
+                if state.best is not None:
+                    nnce.save(state.best.network, self.best_path)
             if not state.cursor.step:
                 saver.save()
             with resuming.Ending(self.run_dir, lambda: len(records) > 1, saver.save) as ending:
@@ -256,34 +257,24 @@ class Training:
             f"Last network: nnce.load({network!r})\nBest network: nnce.load({best_one!r})"
         )
 
-    def _save_best(self, epoch: int | None = None) -> None:
-        """Write best.pt; if an epoch is given, only if it is the best so far."""
-        best = self.state.best
-        if best is not None and epoch in (None, best.epoch):
-            nnce.save(best.network, self.best_path)
-
     def _train(self, monitor: Monitor, csv: EpochsFile, saver: resuming.Saver) -> None:
         """Train, and log and save the network after each epoch."""
-        network, settings = self.state.network, self.settings
+        network, settings, dataset = self.state.network, self.settings, self.dataset
         done = self.records[-1].epoch if self.records else 0
         with tqdm(
             total=settings.epochs, initial=done, unit="epoch", disable=None, leave=False
         ) as bar:
             for record in training.train(
-                self.state,
-                settings,
-                self.dataset,
-                between=saver.between,
-                patience=self.patience,
+                self.state, settings, dataset, between=saver.between, patience=self.patience
             ):
                 monitor.log(record)
                 csv.append([epoch_row(settings, record)])
-                monitor.log_histograms(
-                    network, self.dataset.validation, settings.loss, record.epoch
-                )
+                monitor.log_histograms(network, dataset.validation, settings.loss, record.epoch)
                 nnce.save(network, self.network_path)
                 self.records.append(record)
-                self._save_best(record.epoch)
+                best = self.state.best
+                if best is not None and best.epoch == record.epoch:
+                    nnce.save(best.network, self.best_path)
                 if record.epoch:
                     command_line.keep(self.run_dir)
                 is_last = self.state.is_over(settings.epochs, self.patience)

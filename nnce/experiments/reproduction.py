@@ -105,11 +105,8 @@ class Attempt:
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
-        return {
-            "row": self.row.name,
-            "training": self._training.state_dict(),
-            "chosen": self._chosen,
-        }
+        state = self._training.state_dict()
+        return {"row": self.row.name, "training": state, "chosen": self._chosen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint; raises ValueError if it does not fit."""

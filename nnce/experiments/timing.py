@@ -34,11 +34,8 @@ class Timing(NamedTuple):
     def of(cls, seconds: Sequence[float], reference: Sequence[float]) -> "Timing":
         """Summarize the times of a contender and the reference, given per turn."""
         ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
-        return cls(
-            statistics.median(seconds),
-            *(statistics.median(ratios), min(ratios), max(ratios)),
-            len(ratios),
-        )
+        spread = (statistics.median(ratios), min(ratios), max(ratios))
+        return cls(statistics.median(seconds), *spread, len(ratios))
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, times: int = 1) -> float:

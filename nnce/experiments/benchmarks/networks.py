@@ -40,6 +40,7 @@ BUDGET = 10_000_000_000
 # Other programs that keep more processors busy than this spoil a measurement.
 BUSY = 0.1
 LIMIT = "limit (estimate)"
+_UNKNOWN = Timing()
 
 WORKS = (
     Work((784, 30, 10), 10, (1, 4, 16, 64)),
@@ -116,20 +117,15 @@ def row(
     networks: int,
     outcome: str,
     note: str = "",
-    timing: Timing | None = None,
+    timing: Timing = _UNKNOWN,
     **more: object,
 ) -> dict[str, Any]:
-    """A row of results.json.
+    """A row of results.json, with the time of an epoch of one network.
 
-    Args:
-        work, peer, networks: identity of the row.
-        outcome: "right", "wrong" (the loss differs from nnce's), "failed" (an exception), "missing"
-            (cannot run here) or "estimate".
-        note: a wrong loss, or the reason why there is no time.
-        timing: time of an epoch of one network.
-        more: peak_bytes, threads, and examples, the number of timed examples.
+    The outcome is "right", "wrong" (the loss differs from nnce's), "failed" (an exception),
+    "missing" (cannot run here) or "estimate"; the note is a wrong loss, or the reason why there is
+    no time. `more` has peak_bytes, threads, and examples, the number of timed examples.
     """
-    timing = timing or Timing()
     return {
         **{"work": str(work), "peer": peer, "networks": networks, "outcome": outcome, "note": note},
         **timing._asdict(),
