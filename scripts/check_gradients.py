@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce import _memory, data
 from nnce.algorithm import backprop
@@ -114,7 +113,7 @@ def measure_everywhere(device: torch.device) -> tuple[list[Measured], "Figure"]:
     places = dict.fromkeys(["cpu", device.type])
     measured, curves = [], []
     work = [(dtype, place) for place in places for dtype in precision.DTYPES]
-    for dtype, place in tqdm(work, unit="dtype", disable=None, leave=False):
+    for dtype, place in command_line.progress(work, unit="dtype"):
         rows, curves_of_dtype = precision.measure(dtype, place)
         measured += rows + precision.measure_linear(dtype, place)
         if place == "cpu":
@@ -197,8 +196,8 @@ def matrix(functions: Mapping[str, table.Row]) -> list[report.Row]:
     """Compatibility table: one row per PyTorch feature, one column per function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about PyTorch's own code
-        bar = tqdm(functions.items(), disable=None, leave=False)
-        found = {name: row.check() for name, row in bar}
+        items = command_line.progress(functions.items())
+        found = {name: row.check() for name, row in items}
     return [
         {"": feature, **{name: cell(name, feature, of[feature]) for name, of in found.items()}}
         for feature in COLUMNS

@@ -27,7 +27,6 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce import LinearSigmoidCrossEntropyLoss, Positives
 from nnce.experiments import command_line, report, resuming
@@ -643,7 +642,7 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
     """Train the remaining epochs."""
     epochs = learning.options.epochs
     total, done = epochs * learning.steps, len(learning.losses)
-    with tqdm(total=total, initial=done, unit="step", disable=None, leave=False) as bar:
+    with command_line.progress(total=total, initial=done, unit="step") as bar:
         while learning.epoch < epochs:
             learning.run_epoch(saver, writer, bar)
             line = learning.finish_epoch(writer)

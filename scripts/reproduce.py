@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce.experiments import (
     command_line,
@@ -229,15 +228,13 @@ def run(work: Work, run_dir: Path) -> None:
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
     """Train all epochs of a row, with a progress bar."""
-    done = attempt.next_epoch
-    with tqdm(
-        total=settings.epochs, initial=max(0, done - 1), unit="epoch", disable=None, leave=False
-    ) as bar:
+    epochs, done = settings.epochs, max(0, attempt.next_epoch - 1)
+    with command_line.progress(total=epochs, initial=done, unit="epoch") as bar:
         bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
             if new := attempt.records(epoch):
                 monitor.log(*new)
-            saver.after(epoch, is_last=epoch == settings.epochs)
+            saver.after(epoch, is_last=epoch == epochs)
             bar.update(epoch - bar.n)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import nnce
 from nnce import _memory, data, training
@@ -261,9 +260,7 @@ class Training:
         """Train, and log and save the network after each epoch."""
         network, settings, dataset = self.state.network, self.settings, self.dataset
         done = self.records[-1].epoch if self.records else 0
-        with tqdm(
-            total=settings.epochs, initial=done, unit="epoch", disable=None, leave=False
-        ) as bar:
+        with command_line.progress(total=settings.epochs, initial=done, unit="epoch") as bar:
             for record in training.train(
                 self.state, settings, dataset, between=saver.between, patience=self.patience
             ):

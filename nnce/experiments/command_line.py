@@ -633,6 +633,10 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
     torch.set_float32_matmul_precision(options.matmul_precision)
 
 
+progress = functools.partial(tqdm, disable=None, leave=False)
+"""Progress bar that is shown on a terminal only, and removed at the end."""
+
+
 @contextlib.contextmanager
 def announced(description: str, *, quiet: bool = False) -> Iterator[None]:
     """Show a description on a terminal while the block runs, unless quiet."""

@@ -311,10 +311,7 @@ class Saver:
 class Ending:
     """Context for training that delays exceptions until the results so far are written.
 
-    Args:
-        run_dir: the run directory.
-        has_results: whether there are results to write if the run stops now.
-        save: writes a checkpoint.
+    `has_results` tells whether there are any if the run stops now; `save` writes a checkpoint.
     """
 
     def __init__(

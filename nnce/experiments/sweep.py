@@ -117,10 +117,7 @@ def plan(
 class Sweep:
     """All networks of a sweep, in groups that are trained together.
 
-    Args:
-        options: options of the script.
-        dataset: training, validation and test data.
-        world: the processes; each trains a share of every group.
+    Each process of `world` trains a share of every group.
     """
 
     def __init__(self, options: argparse.Namespace, dataset: data.Dataset, world: World) -> None:

@@ -37,12 +37,7 @@ NNCE, PEER = "nnce", "gradcheck + gradgradcheck"
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Measure all functions, two rows each.
-
-    Args:
-        options: `repetitions`, the number of turns, and `quick`, to measure three functions only.
-        device: device of the inputs.
-    """
+    """Measure all functions, or three of them with --quick; two rows each."""
     names = list(FUNCTIONS)[: 3 if options.quick else None]
     return [row for name in names for row in _measure(name, options.repetitions, device)]
 
