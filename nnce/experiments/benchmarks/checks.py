@@ -7,7 +7,6 @@ peer's time divided by nnce's.
 import argparse
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +50,7 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
         PEER: lambda: gradcheck(function, x) and gradgradcheck(function, x),
     }
     right = {peer: contender() for peer, contender in contenders.items()}  # also warms up
-    turns = {peer: partial(partial, contender) for peer, contender in contenders.items()}
-    seconds = in_turns(turns, repetitions, device, name)
+    seconds = in_turns(contenders, contenders.__getitem__, repetitions, device, name)
     return [
         {
             "work": f"{name} of [{', '.join(map(str, SHAPE))}]",

@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -166,8 +165,7 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         return PEERS[name](problem)
 
     off = differences(problem)  # also the first step of each, which is not timed
-    turns = {name: partial(step_of, name) for name in PEERS}
-    seconds = in_turns(turns, repetitions, device, str(work))
+    seconds = in_turns(PEERS, step_of, repetitions, device, str(work))
     problem.clear()
     return [
         {

@@ -235,9 +235,8 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
             rows[peer]["kept"] = _kept(step, case.parameters)
     of_built_in = rows[work.peers[0]]["kept"]
     times = max(1, min(_SHORTEST // math.prod(work.shape), _MOST_CALLS))
-
-    turns = {peer: partial(partial, step) for peer, step in steps.items() if step is not None}
-    seconds = in_turns(turns, repetitions, device, str(work), times)
+    found = {peer: step for peer, step in steps.items() if step is not None}
+    seconds = in_turns(found, found.__getitem__, repetitions, device, str(work), times)
     for peer, of_peer in seconds.items():
         rows[peer] |= Timing.of(of_peer, seconds[NNCE])._asdict()
         rows[peer]["kept"] /= of_built_in

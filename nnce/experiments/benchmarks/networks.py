@@ -205,10 +205,10 @@ def measure(
         order = data.order(runners[key].examples, generator, x.device)
         runners[key].epoch(work.indices(order, key[1], generator))
 
-    turns = {key: partial(partial, train, key) for key in runners}
+    took = in_turns(runners, partial(partial, train), repetitions, x.device, str(work))
     seconds = {
-        key: [took / key[1] * EXAMPLES / runners[key].examples for took in times]
-        for key, times in in_turns(turns, repetitions, x.device, str(work)).items()
+        key: [of_turn / key[1] * EXAMPLES / runners[key].examples for of_turn in took[key]]
+        for key in runners
     }
     expected = losses[NNCE, work.networks[0]]
     for networks in work.networks:
