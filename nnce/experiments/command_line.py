@@ -108,12 +108,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def set_recorded(
         self, config: Mapping[str, object], source: str, skip: Sequence[str] = ()
     ) -> None:
-        """Use recorded options as defaults, after checking each value as on the command line.
+        """Use recorded option values by name, as in results.json, as defaults, except for `skip`.
 
-        Args:
-            config: option values by name, as in results.json.
-            source: beginning of the error message.
-            skip: names of options to ignore.
+        Each is checked as on the command line; error messages begin with `source`.
         """
         actions = {action.dest: action for action in self._actions}
         config = {name: value for name, value in config.items() if name not in skip}

@@ -48,14 +48,10 @@ class Trained:
 
 
 class Attempt:
-    """Training of the networks of one row, from several starts.
+    """Training of the networks of one row, from one start per seed.
 
-    Args:
-        row: the row to train.
-        settings: training settings, except for the seed.
-        dataset: all splits; the test set is not used for training or choices.
-        seeds: the seed of each start.
-        threads: as for `SideBySide`; the engines with autograd use PyTorch's number of threads.
+    The test set is not used for training or choices. `threads` is as for `SideBySide`; the engines
+    with autograd use PyTorch's number of threads.
     """
 
     def __init__(

@@ -63,16 +63,8 @@ def in_turns(
 ) -> dict[Name, list[float]]:
     """Time contenders in alternating turns, so that other load on the machine affects all alike.
 
-    Args:
-        names: names of the contenders.
-        prepare: prepares a turn of a contender (not timed) and returns the timed call.
-        repetitions: number of turns.
-        device: device of the calls.
-        title: label of the progress bar.
-        times: number of calls per turn.
-
-    Returns:
-        For each contender, the mean time of a call in each turn.
+    `prepare` prepares a turn of a contender, which is not timed, and returns the call, which is
+    timed `times` times. Returns the mean time of a call in each turn, by contender.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in names}
     # A new random order in each turn, because a slow contender leaves cold caches to the next.
