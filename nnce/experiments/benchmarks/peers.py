@@ -6,7 +6,7 @@ order, and one that returns the parameters of the first network.
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -62,7 +62,7 @@ class Work(NamedTuple):
 
 Epoch = Callable[[Tensor], object]
 """Function that trains on the examples in one order, or in one order per network."""
-Parameters = Callable[[], Sequence[Array]]
+Parameters = Callable[[], Iterable[Array]]
 """Function that returns the current W, b, W, b, … of the first network."""
 Ready = tuple[Epoch, Parameters]
 Peer = Callable[[Work, Tensor, Tensor, list[MLP]], Ready]
@@ -93,7 +93,7 @@ def nnce_ensemble(
     together = Ensemble(
         networks, values, batch_size=work.batch_size, engine=engine, threads=work.threads
     )
-    return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
+    return partial(together.train_epoch, x, y), networks[0].parameters
 
 
 def _products(networks: list[MLP], n: int) -> Callable[[Tensor], None]:
@@ -139,7 +139,7 @@ def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
                     for batch in batches:
                         products(len(batch))[index](batch)
 
-    return epoch, lambda: list(networks[0].parameters())
+    return epoch, networks[0].parameters
 
 
 def _loop(
@@ -158,7 +158,7 @@ def _loop(
         criterion(network(x), y).backward()
         optimizer.step()
 
-    return _epoch(work, x, y, step), lambda: list(network.parameters())
+    return _epoch(work, x, y, step), network.parameters
 
 
 def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
@@ -206,7 +206,7 @@ def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
         for name, gradient in gradients(parameters, x, y).items():
             parameters[name].sub_(LR * gradient)
 
-    return _epoch(work, x, y, partial(step, parameters)), lambda: list(parameters.values())
+    return _epoch(work, x, y, partial(step, parameters)), parameters.values
 
 
 def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
@@ -243,7 +243,7 @@ def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready
             torch.index_select(y, 0, batch, out=y_n)
             graph.replay()
 
-    return epoch, lambda: list(twin.parameters())
+    return epoch, twin.parameters
 
 
 def _arrays(network: MLP) -> list[list[Array]]:
