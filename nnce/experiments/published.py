@@ -210,10 +210,7 @@ SIMARD = Table(
 
 # ------------------------------------------------------------------------------- our own networks
 
-_DISTORTED: Any = {
-    "engine": "loops",
-    "distortion": dataclasses.replace(_AFFINE, alpha=20, sigma=4),
-}
+_DISTORTED: Any = {"engine": "loops", "distortion": dataclasses.replace(_AFFINE, alpha=20, sigma=4)}
 _DROPOUT: Any = {"dropout": 0.2, "input_dropout": 0.2, "batch_size": 100, "momentum": 0.9}
 
 

@@ -23,8 +23,6 @@ class Quantity(NamedTuple):
 
     name: str
     contenders: dict[str, LossFunction]
-    derivative: bool
-    """Whether the quantity is the derivative with respect to z, or the value."""
     exact: Callable[[Any, Any, Any, int], Any]
     """Exact value from y and mpmath's σ(z), σ(−z) and softplus(z), or softplus(−z) if y = 1."""
     promised_ulps: float
@@ -32,6 +30,11 @@ class Quantity(NamedTuple):
     8 in every dtype but float64, in which the focal losses compute."""
     limits: tuple[tuple[float, float], tuple[float, float]]
     """Limits at z = −∞ and ∞, for y = 0 and for y = 1."""
+
+    @property
+    def derivative(self) -> bool:
+        """Whether the quantity is a derivative with respect to z, or a value."""
+        return self.name.endswith("/dz")
 
     def promised(self, dtype: str) -> float:
         """The units promised in a dtype."""
@@ -114,48 +117,42 @@ def quantities() -> tuple[Quantity, ...]:
     }
     return (
         Quantity(
-            *("cross-entropy, dC/dz", _CROSS_ENTROPY, True),
-            lambda s, t, c, y: -t if y else s,
-            *(3.0, slopes),
+            "cross-entropy, dC/dz", _CROSS_ENTROPY, lambda s, t, c, y: -t if y else s, 3.0, slopes
         ),
+        Quantity("cross-entropy, C", _CROSS_ENTROPY, lambda s, t, c, y: c, 4.0, unbounded),
         Quantity(
-            *("cross-entropy, C", _CROSS_ENTROPY, False),
-            lambda s, t, c, y: c,
-            *(4.0, unbounded),
-        ),
-        Quantity(
-            *("quadratic, dC/dz", _QUADRATIC, True),
+            *("quadratic, dC/dz", _QUADRATIC),
             lambda s, t, c, y: -t * s * t if y else s * s * t,
             *(8.0, _ZEROS),
         ),
         Quantity(
-            *("quadratic, C", _QUADRATIC, False),
+            *("quadratic, C", _QUADRATIC),
             lambda s, t, c, y: (t * t if y else s * s) / 2,
             *(8.0, ((0.0, 0.5), (0.5, 0.0))),
         ),
         Quantity(
-            *("focal (γ = 2, α = ¼), dC/dz", focal, True),
+            *("focal (γ = 2, α = ¼), dC/dz", focal),
             lambda s, t, c, y: (
                 -t * t * (t + 2 * s * c) / 4 if y else 3 * s * s * (s + 2 * t * c) / 4
             ),
             *(12.0, ((0.0, 0.75), (-0.25, 0.0))),
         ),
         Quantity(
-            *("focal (γ = 2, α = ¼), C", focal, False),
+            *("focal (γ = 2, α = ¼), C", focal),
             lambda s, t, c, y: t * t * c / 4 if y else 3 * s * s * c / 4,
             *(12.0, unbounded),
         ),
         Quantity(
-            *("asymmetric (γ = 1, 4), dC/dz", asymmetric, True),
+            *("asymmetric (γ = 1, 4), dC/dz", asymmetric),
             lambda s, t, c, y: -t * (t + s * c) if y else s**4 * (s + 4 * t * c),
             *(16.0, slopes),
         ),
         Quantity(
-            *("asymmetric (γ = 1, 4), C", asymmetric, False),
+            *("asymmetric (γ = 1, 4), C", asymmetric),
             lambda s, t, c, y: t * c if y else s**4 * c,
             *(16.0, unbounded),
         ),
-        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, c, y: s * t, 6.0, _ZEROS),
+        Quantity("sigmoid, da/dz", _SIGMOID, lambda s, t, c, y: s * t, 6.0, _ZEROS),
     )
 
 
@@ -260,9 +257,8 @@ def _exact(every: Sequence[Quantity], z: Tensor) -> Tensor:
                     truth = quantity.exact(s, t, softplus[y], y)
                     high = float(truth)
                     found.append((high, float(truth - mp.mpf(high))))
-    return (
-        torch.tensor(found, dtype=torch.float64).view(len(z), len(every), 2, 2).permute(1, 3, 2, 0)
-    )
+    both = torch.tensor(found, dtype=torch.float64).view(len(z), len(every), 2, 2)
+    return both.permute(1, 3, 2, 0)
 
 
 def _compute(
