@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Largest relative difference in norm that counts as rounding of float32 gradients.
 SAME_IN_NORM = 1e-6
+PIECES = ("value", "first", "forward mode", "second")
+"""Results of `nnce.check_gradients` on a function."""
 
 
 def parser() -> ArgumentParser:
@@ -179,16 +181,10 @@ def derivatives(functions: Mapping[str, table.Row]) -> list[report.Row]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about PyTorch's own code
             found = check_gradients(row.function, *row.inputs, reference=row.reference)
-        rows.append(
-            {
-                "derivatives of": name,
-                "value": found.value.verdict,
-                "first": found.first.verdict,
-                "forward mode": found.forward_mode.verdict,
-                "second": found.second.verdict,
-                "largest relative error": f"{found.first.error:.1e}",
-            }
-        )
+        findings = (found.value, found.first, found.forward_mode, found.second)
+        verdicts = {piece: one.verdict for piece, one in zip(PIECES, findings, strict=True)}
+        error = {"largest relative error": f"{found.first.error:.1e}"}
+        rows.append({"derivatives of": name, **verdicts, **error})
     return rows
 
 
@@ -251,10 +247,9 @@ def promises(
         for of in differences
     ]
     all_promises += [
-        (verdict != "wrong", f"derivatives of {row['derivatives of']}: {name} wrong")
+        (row[piece] != "wrong", f"derivatives of {row['derivatives of']}: {piece} wrong")
         for row in checked
-        for name, verdict in row.items()
-        if name in ("value", "first", "forward mode", "second")
+        for piece in PIECES
     ]
     broken = [promise for is_kept, promise in all_promises if not is_kept]
     return len(all_promises) - len(broken), broken

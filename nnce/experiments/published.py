@@ -144,8 +144,11 @@ NIELSEN = Table(
 _AFFINE = Distortion(rotation=10, scaling=0.15, shear=0.15, translation=1.5)
 _STRONGER = Distortion(alpha=27, sigma=4)
 _ELASTIC = Distortion(alpha=20, sigma=4)
-_AFTER = "Added after the test error of {} was known"
-_LONGER = ", because the authors trained for hundreds of epochs."
+_LONGER = ", because the authors trained for hundreds of epochs"
+
+
+def _after(row: str, why: str = "") -> str:
+    return f"Added after the test error of {row} was known{why}."
 
 
 def _warm(epochs: int) -> Schedule:
@@ -201,8 +204,8 @@ SIMARD = Table(
         _simard("S2", "cross-entropy", _AFFINE, 1.1),
         _simard("S3", "quadratic", _ELASTIC, 0.9),
         _simard("S4a", "cross-entropy", _ELASTIC, 0.7),
-        _simard("S4b", "cross-entropy", _ELASTIC, 0.7, 250, _AFTER.format("S4a") + _LONGER),
-        _simard("S4c", "cross-entropy", _STRONGER, 0.7, 400, _AFTER.format("S4b") + "."),
+        _simard("S4b", "cross-entropy", _ELASTIC, 0.7, 250, _after("S4a", _LONGER)),
+        _simard("S4c", "cross-entropy", _STRONGER, 0.7, 400, _after("S4b")),
         _simard("S5", "quadratic", None, note="Not in their table."),
         _simard("S6", "quadratic", _AFFINE, note="Not in their table."),
     ),
@@ -242,7 +245,7 @@ OURS = Table(
     ),
     rows=(
         _ours("O1a", "cross-entropy", 1.0, 150, 0.7, **_DISTORTED),
-        _ours("O1b", "cross-entropy", 1.0, 240, 0.7, _AFTER.format("O1a") + ".", **_DISTORTED),
+        _ours("O1b", "cross-entropy", 1.0, 240, 0.7, _after("O1a"), **_DISTORTED),
         _ours("O2", "quadratic", 5.0, 150, 0.9, **_DISTORTED),
         _ours("O3", "cross-entropy", 1.0, 100, 1.35, engine="loops", l2=1.0),
         _ours("O4", "cross-entropy", 0.5, 150, 1.35, **_DROPOUT),
