@@ -261,9 +261,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 name = f"{name}-{options.name}" if options.name else name
                 path = stack.enter_context(run_directory(options.run_dir, name, **more))
             if options.quiet:
-                muted, dull = _Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False)
-                stack.enter_context(contextlib.redirect_stdout(cast(Any, muted)))
-                stack.enter_context(contextlib.redirect_stderr(cast(Any, dull)))
+                out, err = _Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False)
+                stack.enter_context(contextlib.redirect_stdout(cast(Any, out)))
+                stack.enter_context(contextlib.redirect_stderr(cast(Any, err)))
             yield path
 
 
@@ -603,9 +603,9 @@ def load_data(options: argparse.Namespace) -> data.Dataset:
 def device(name: str) -> torch.device:
     """The device of --device; "auto" is CUDA if each process has a GPU, else the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    processes = parallel.processes_here()
     if name == "cuda" and not gpus:
         raise ValueError("--device cuda: PyTorch finds no CUDA device on this machine")
+    processes = parallel.processes_here()
     if name == "cuda" and gpus < processes:
         raise ValueError(
             f"--device cuda: each of the {processes} processes on this machine needs a GPU, and "
