@@ -9,7 +9,6 @@ if __name__ == "__main__":
     import startup  # noqa: F401  must be first
 
 
-import argparse
 import math
 import sys
 import time
@@ -30,24 +29,16 @@ BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks"
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "what",
-        nargs="?",
-        choices=BENCHMARKS,
-        default="networks",
-        help="benchmark: an epoch of training, a loss with many labels, the drop-in loss, or the "
-        "checks",
+    add = parser.add_argument
+    what = (
+        "benchmark: an epoch of training, a loss with many labels, the drop-in loss, or the checks"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a subset that takes about two minutes"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="device")
-    parser.add_argument(
-        "--page", action="store_true", help="only regenerate runs/benchmarks.md from its JSON files"
-    )
-    parser.add_argument(
-        "--repetitions", type=int, default=5, help="turns of each contender, 1 to 1,000"
-    )
+    add("what", nargs="?", choices=BENCHMARKS, default="networks", help=what)
+    add("--quick", action="store_true", help="a subset that takes about two minutes")
+    add("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="device")
+    page = "only regenerate runs/benchmarks.md from its JSON files"
+    add("--page", action="store_true", help=page)
+    add("--repetitions", type=int, default=5, help="turns of each contender, 1 to 1,000")
     parser.add_run_directory_options()
     parser.add_speed_options()
     return parser
@@ -68,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, suited=torch.get_num_threads())  # checks the options
     with options_parser.run_directory(options, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
-        rows = measure(options, device)
+        rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
         report.write_results(
             run_dir,
             config=vars(options),
@@ -83,12 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Run the selected benchmark and return its rows."""
-    rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
-    return rows
 
 
 def complaint(row: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce import _memory, data
 from nnce.algorithm import backprop
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Largest relative difference in norm that counts as rounding of float32 gradients.
 SAME_IN_NORM = 1e-6
+PIECES = ("value", "first", "forward mode", "second")
+"""Results of `nnce.check_gradients` on a function."""
 
 
 def parser() -> ArgumentParser:
@@ -40,12 +42,9 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
     parser.add_hidden_option("neurons of each hidden layer of the tested network")
-    parser.add_argument(
-        "--matrix",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also test the functions with torch.func, torch.compile and other PyTorch features",
-    )
+    features = "also test the functions with torch.func, torch.compile and other PyTorch features"
+    with_or_without = argparse.BooleanOptionalAction
+    parser.add_argument("--matrix", action=with_or_without, default=True, help=features)
     return parser
 
 
@@ -60,31 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         x, y = dataset.train
         sizes = (x.shape[1], *options.hidden, y.shape[1])
         _memory.check_memory(sizes, dtype=x.dtype, device=device)
-        network = MLP(
-            sizes,
-            generator=torch.Generator().manual_seed(options.seed),
-            device=device,
-            dtype=x.dtype,
-        )
+        generator = torch.Generator().manual_seed(options.seed)
+        network = MLP(sizes, generator=generator, device=device, dtype=x.dtype)
     with options_parser.run_directory(options, "check-gradients") as run_dir:
         measured, atlas = measure_everywhere(device)
-        differences = [
-            difference
-            for loss in LOSSES
-            for difference in compare_network(network, dataset.train, loss)
-        ]
+        by_loss = [compare_network(network, dataset.train, loss) for loss in LOSSES]
+        differences = [*itertools.chain(*by_loss)]
         cells = matrix(table.rows()) if options.matrix else []
         walked = matrix(table.walked_rows()) if options.matrix else []
         checked = derivatives({**table.rows(), **table.walked_rows()})
         kept, broken = promises(measured, differences, checked)
 
-        rows = [row._asdict() for row in measured]
         report.write_results(
             run_dir,
             config=vars(options),
             device=device,
             seconds=time.perf_counter() - began,
-            rows=rows,
+            rows=[row._asdict() for row in measured],
             network=differences,
             matrix=cells,
             matrix_of_walked=walked,
@@ -96,18 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with SummaryWriter(str(run_dir)) as writer:
             writer.add_figure("saturation atlas", atlas)
         print_measured(measured)
-        print(
-            f"\n{report.table([readable_difference(difference) for difference in differences])}\n"
-        )
+        print(f"\n{report.table([*map(readable_difference, differences)])}\n")
         print(report.table(checked))
         if cells:
             print(f"\n{report.table(cells)}\n\n{report.table(walked)}")
-        report.print_end(
-            answer(kept, broken),
-            "Results and saturation-atlas.png",
-            run_dir,
-            {"In TensorBoard": run_dir},
-        )
+        results = "Results and saturation-atlas.png"
+        report.print_end(answer(kept, broken), results, run_dir, {"In TensorBoard": run_dir})
     for promise in broken:
         print(f"{options_parser.prog}: {promise}", file=sys.stderr)
     return 1 if broken else 0
@@ -130,7 +115,7 @@ def measure_everywhere(device: torch.device) -> tuple[list[Measured], "Figure"]:
     places = dict.fromkeys(["cpu", device.type])
     measured, curves = [], []
     work = [(dtype, place) for place in places for dtype in precision.DTYPES]
-    for dtype, place in tqdm(work, unit="dtype", disable=None, leave=False):
+    for dtype, place in command_line.progress(work, unit="dtype"):
         rows, curves_of_dtype = precision.measure(dtype, place)
         measured += rows + precision.measure_linear(dtype, place)
         if place == "cpu":
@@ -167,16 +152,13 @@ def compare_network(network: MLP, split: data.Split, loss: Loss) -> list[dict[st
     for name, gradient in zip(names, torch.autograd.grad(C, parameters), strict=True):
         difference = (by_hand[name] - gradient).abs()
         where = torch.unravel_index(difference.argmax(), difference.shape)
-        differences.append(
-            {
-                "loss": loss,
-                "parameter": name,
-                "shape": tuple(gradient.shape),
-                "largest": difference.max().item(),
-                "at": tuple(int(i) for i in where),
-                "relative": (difference.norm() / gradient.norm()).item(),
-            }
-        )
+        numbers = {
+            "largest": difference.max().item(),
+            "at": tuple(int(i) for i in where),
+            "relative": (difference.norm() / gradient.norm()).item(),
+        }
+        shape = tuple(gradient.shape)
+        differences.append({"loss": loss, "parameter": name, "shape": shape, **numbers})
     return differences
 
 
@@ -199,16 +181,10 @@ def derivatives(functions: Mapping[str, table.Row]) -> list[report.Row]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about PyTorch's own code
             found = check_gradients(row.function, *row.inputs, reference=row.reference)
-        rows.append(
-            {
-                "derivatives of": name,
-                "value": found.value.verdict,
-                "first": found.first.verdict,
-                "forward mode": found.forward_mode.verdict,
-                "second": found.second.verdict,
-                "largest relative error": f"{found.first.error:.1e}",
-            }
-        )
+        findings = (found.value, found.first, found.forward_mode, found.second)
+        verdicts = {piece: one.verdict for piece, one in zip(PIECES, findings, strict=True)}
+        error = {"largest relative error": f"{found.first.error:.1e}"}
+        rows.append({"derivatives of": name, **verdicts, **error})
     return rows
 
 
@@ -216,9 +192,8 @@ def matrix(functions: Mapping[str, table.Row]) -> list[report.Row]:
     """Compatibility table: one row per PyTorch feature, one column per function."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about PyTorch's own code
-        found = {
-            name: row.check() for name, row in tqdm(functions.items(), disable=None, leave=False)
-        }
+        items = command_line.progress(functions.items())
+        found = {name: row.check() for name, row in items}
     return [
         {"": feature, **{name: cell(name, feature, of[feature]) for name, of in found.items()}}
         for feature in COLUMNS
@@ -272,10 +247,9 @@ def promises(
         for of in differences
     ]
     all_promises += [
-        (verdict != "wrong", f"derivatives of {row['derivatives of']}: {name} wrong")
+        (row[piece] != "wrong", f"derivatives of {row['derivatives of']}: {piece} wrong")
         for row in checked
-        for name, verdict in row.items()
-        if name in ("value", "first", "forward mode", "second")
+        for piece in PIECES
     ]
     broken = [promise for is_kept, promise in all_promises if not is_kept]
     return len(all_promises) - len(broken), broken

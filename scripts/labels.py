@@ -27,7 +27,6 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce import LinearSigmoidCrossEntropyLoss, Positives
 from nnce.experiments import command_line, report, resuming
@@ -350,34 +349,22 @@ def most_frequent(train: Examples, test: Examples, num_labels: int) -> dict[str,
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--data-file",
-        type=Path,
-        help="training examples in the XMC repository's sparse text format, optionally gzipped; a "
-        "binary copy is written to the same folder (default: planted examples)",
+    add = parser.add_argument
+    file = (
+        "training examples in the XMC repository's sparse text format, optionally gzipped; a "
+        "binary copy is written to the same folder (default: planted examples)"
     )
-    parser.add_argument(
-        "--test-file", type=Path, help="test examples (default: a tenth of --data-file)"
-    )
-    parser.add_argument(
-        "--labels", type=int, default=200_000, help="number of labels of planted examples"
-    )
-    parser.add_argument(
-        "--examples", type=int, default=10_000, help="number of planted training examples"
-    )
-    parser.add_argument(
-        "--features",
-        type=int,
-        default=128,
-        help="number of features, or embedding size with --data-file",
-    )
-    parser.add_argument(
-        "--positives", type=int, default=5, help="positive labels per planted example"
-    )
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the training data")
-    parser.add_argument("--batch-size", type=int, default=512, help="mini-batch size")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of Adam")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    add("--data-file", type=Path, help=file)
+    add("--test-file", type=Path, help="test examples (default: a tenth of --data-file)")
+    add("--labels", type=int, default=200_000, help="number of labels of planted examples")
+    add("--examples", type=int, default=10_000, help="number of planted training examples")
+    features = "number of features, or embedding size with --data-file"
+    add("--features", type=int, default=128, help=features)
+    add("--positives", type=int, default=5, help="positive labels per planted example")
+    add("--epochs", type=int, default=3, help="passes over the training data")
+    add("--batch-size", type=int, default=512, help="mini-batch size")
+    add("--lr", type=float, default=0.01, help="learning rate of Adam")
+    add("--seed", type=int, default=0, help="random seed")
     parser.add_run_directory_options()
     parser.add_speed_options()
     resuming.add_options(parser)
@@ -408,10 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError if the options are invalid or contradict each other."""
     for name in ("labels", "examples", "features", "positives", "epochs", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"expected a positive --{name.replace('_', '-')}, got {getattr(options, name):,}"
-            )
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"expected a positive {command_line.option(name)}, got {value:,}")
     if not (math.isfinite(options.lr) and options.lr > 0):
         raise ValueError(f"expected a positive --lr, got {options.lr}")
     if not options.data_file and options.labels > PLANTED_LABELS:
@@ -657,7 +642,7 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
     """Train the remaining epochs."""
     epochs = learning.options.epochs
     total, done = epochs * learning.steps, len(learning.losses)
-    with tqdm(total=total, initial=done, unit="step", disable=None, leave=False) as bar:
+    with command_line.progress(total=total, initial=done, unit="step") as bar:
         while learning.epoch < epochs:
             learning.run_epoch(saver, writer, bar)
             line = learning.finish_epoch(writer)

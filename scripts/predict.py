@@ -31,23 +31,16 @@ _MOST, _SIDE = 10, 200
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("run", type=Path, help="run directory of train.py, or a network file")
-    parser.add_argument(
-        "images",
-        type=Path,
-        nargs="*",
-        metavar="IMAGE",
-        help="PNG or JPEG file of any size, light on dark or dark on light",
-    )
-    parser.add_argument(
-        "--index", type=int, metavar="N", help="classify example N of the test set, from 0"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="PNG file to write the network's inputs to"
-    )
+    add = parser.add_argument
+    add("run", type=Path, help="run directory of train.py, or a network file")
+    files = "PNG or JPEG file of any size, light on dark or dark on light"
+    add("images", type=Path, nargs="*", metavar="IMAGE", help=files)
+    add("--index", type=int, metavar="N", help="classify example N of the test set, from 0")
+    add("--json", action="store_true", help="print JSON")
+    inputs = "PNG file to write the network's inputs to"
+    add("--picture", type=Path, metavar="FILE", help=inputs)
     folder = "data folder for --index (default: $NNCE_DATA, else data)"
-    parser.add_argument("--data-dir", type=Path, help=folder)
+    add("--data-dir", type=Path, help=folder)
     return parser
 
 

@@ -4,7 +4,6 @@ if __name__ == "__main__":
     import startup  # noqa: F401  must be first
 
 
-import argparse
 import functools
 import math
 import time
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce.experiments import (
     command_line,
@@ -40,24 +38,19 @@ _RUNS = Path(__file__).resolve().parents[1] / "runs"
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("table", nargs="?", help="name of a table; without it, all are listed")
-    parser.add_argument("rows", nargs="*", help="names of rows (default: all)")
+    add = parser.add_argument
+    add("table", nargs="?", help="name of a table; without it, all are listed")
+    add("rows", nargs="*", help="names of rows (default: all)")
     parser.add_common_options()
-    parser.set_defaults(data="mnist")
-    parser.add_argument(
-        "--seeds", type=int, help="number of starts per row (default: depends on the table)"
-    )
+    add("--seeds", type=int, help="number of starts per row (default: depends on the table)")
     limit = "largest number of epochs, for a trial that departs from the published protocol"
-    parser.add_argument("--max-epochs", type=int, help=limit)
+    add("--max-epochs", type=int, help=limit)
     parser.add_train_size_option()
     parser.add_speed_options()
-    parser.add_argument(
-        "--page",
-        action="store_true",
-        help="only regenerate runs/reproduced/README.md from its JSON files",
-    )
+    page = "only regenerate runs/reproduced/README.md from its JSON files"
+    add("--page", action="store_true", help=page)
     resuming.add_options(parser)
-    parser.set_defaults(checkpoint_every="60s")
+    parser.set_defaults(data="mnist", checkpoint_every="60s")
     return parser
 
 
@@ -77,12 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 "expected a single process, which trains all networks together, got torchrun"
             )
-        work = Work(options, start.found)
-    with start.directory(
-        options_parser, "-".join(["reproduce", options.table, *options.rows])
-    ) as path:
+        work = Work(start)
+    name = "-".join(["reproduce", options.table, *options.rows])
+    with start.directory(options_parser, name) as path:
         command_line.announce_threads(options)
-        run(work, path, start.command)
+        run(work, path)
     return 0
 
 
@@ -101,7 +93,8 @@ def listing(name: str) -> str:
 class Work:
     """Rows to train, and their progress."""
 
-    def __init__(self, options: argparse.Namespace, found: Mapping[str, Any] | None) -> None:
+    def __init__(self, start: resuming.Start) -> None:
+        options, self.command = start.options, start.command
         self.table, self.rows = published.find(options.table, options.rows)
         options.device = command_line.device(options.device).type
         self.options = options
@@ -119,8 +112,8 @@ class Work:
         self.outcomes: dict[str, Outcome] = {}
         self.attempt: Attempt | None = None
         self._before, self._began = 0.0, time.perf_counter()
-        if found is not None:
-            self._resume(found)
+        if start.found is not None:
+            self._resume(start.found)
 
     @property
     def protocols(self) -> dict[str, str]:
@@ -131,6 +124,11 @@ class Work:
             row.name: f"{repr_without_defaults(self.settings[row.name])}, {row.of}, {starts}"
             for row in self.rows
         }
+
+    @property
+    def finished(self) -> list[Row]:
+        """Rows with results, in the order of the table."""
+        return [row for row in self.rows if row.name in self.outcomes]
 
     @property
     def compares(self) -> bool:
@@ -183,10 +181,10 @@ class Work:
 # ---------------------------------------------------------------------------------------- a run
 
 
-def run(work: Work, run_dir: Path, command: str) -> None:
+def run(work: Work, run_dir: Path) -> None:
     """Train row by row, and write the results after each row."""
     options = work.options
-    header = resuming.header("reproduce.py", vars(options), ALONE, command)
+    header = resuming.header("reproduce.py", vars(options), ALONE, work.command)
     monitor: Monitor | None = None
     saver = resuming.Saver(
         run_dir,
@@ -219,26 +217,24 @@ def run(work: Work, run_dir: Path, command: str) -> None:
             work.attempt = monitor = None
             saver.save()
             command_line.keep(run_dir)
-            write(work, run_dir, command)
+            write(work, run_dir)
             cells = closing_row(work, row).items()
             print(", ".join(f"{name} {value}" for name, value in cells if value), flush=True)
     ending.close("Interrupted; resume with:")
-    write(work, run_dir, command)  # again, in case the run was killed before the last write
-    print(f"\n{page(work, command)}\n\n{work.seconds:.1f} s")
+    write(work, run_dir)  # again, in case the run was killed before the last write
+    print(f"\n{page(work)}\n\n{work.seconds:.1f} s")
     report.print_end(answer(work), "Results and reproduced.png", run_dir)
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
     """Train all epochs of a row, with a progress bar."""
-    done = attempt.next_epoch
-    with tqdm(
-        total=settings.epochs, initial=max(0, done - 1), unit="epoch", disable=None, leave=False
-    ) as bar:
+    epochs, done = settings.epochs, max(0, attempt.next_epoch - 1)
+    with command_line.progress(total=epochs, initial=done, unit="epoch") as bar:
         bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
             if new := attempt.records(epoch):
                 monitor.log(*new)
-            saver.after(epoch, is_last=epoch == settings.epochs)
+            saver.after(epoch, is_last=epoch == epochs)
             bar.update(epoch - bar.n)
 
 
@@ -301,25 +297,23 @@ def verdict(table: Table, row: Row, ours: Spread) -> str:
 
 def answer(work: Work) -> str:
     """Summarize how many published results are reproduced, and which are not."""
-    rows = [closing_row(work, row) for row in work.rows if row.name in work.outcomes]
+    rows = [closing_row(work, row) for row in work.finished]
     if any(row["verdict"] for row in rows):
         return reproduction.summary(rows)
     reason = "nothing published" if work.compares else "not the published protocol or data"
     return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {reason}."
 
 
-def page(work: Work, command: str) -> str:
+def page(work: Work) -> str:
     """Markdown page with the table, protocols, notes, source and command."""
     table = work.table
-    rows = [row for row in work.rows if row.name in work.outcomes]
+    rows = work.finished
     features, classes = work.dataset.train.x.shape[1], work.dataset.train.y.shape[1]
     lines = [
         f"{table.title}, {table.measure} in percent, mean ± sd (min–max) over n starts; "
         f"{work.options.data}. {table.about}".strip(),
         *(["Shortened: not the published protocol."] if work.is_trial else []),
-        "",
-        report.table([closing_row(work, row) for row in rows]),
-        "",
+        f"\n{report.table([closing_row(work, row) for row in rows])}\n",
     ]
     for row in rows:
         sentences = [reproduction.protocol_line(work.settings[row.name], features, classes) + "."]
@@ -331,13 +325,13 @@ def page(work: Work, command: str) -> str:
         if len(work.seeds) > 1 and not math.isnan(committee):
             sentences.append(f"Ensemble of all {len(work.seeds)} networks: {committee:.2f}.")
         lines.append(f"- {row.name}: {' '.join(sentences)}")
-    return "\n".join([*lines, "", f"Source: {table.source}. Made by `{command}`."])
+    return "\n".join([*lines, "", f"Source: {table.source}. Made by `{work.command}`."])
 
 
-def write(work: Work, run_dir: Path, command: str) -> None:
+def write(work: Work, run_dir: Path) -> None:
     """Write results.json, results.md and the figure, and log both to TensorBoard."""
     table = work.table
-    rows = [row for row in work.rows if row.name in work.outcomes]
+    rows = work.finished
     report.write_results(
         run_dir,
         config=vars(work.options),
@@ -345,28 +339,21 @@ def write(work: Work, run_dir: Path, command: str) -> None:
         seconds=work.seconds,
         rows=[closing_row(work, row) for row in rows],
         answer=answer(work),
-        command=command,
+        command=work.command,
         protocols={row.name: work.protocols[row.name] for row in rows},
         published={row.name: row.published for row in rows},
         outcomes={name: asdict(outcome) for name, outcome in work.outcomes.items()},
     )
-    markdown = page(work, command)
+    markdown = page(work)
     report.write_text(run_dir / "results.md", f"{markdown}\n")
-    figure = figures.reproduced(
-        [
-            (
-                row.name,
-                row.published if work.compares else None,
-                [
-                    reproduction.percent(table, getattr(one, reproduction.published_field(row)))
-                    for one in work.outcomes[row.name].trained
-                ],
-            )
-            for row in rows
-        ],
-        f"{table.title}: {table.measure} in percent on {work.options.data}"
-        f"{', shortened' if work.is_trial else ''}",
-    )
+    columns = []
+    for row in rows:
+        field, trained = reproduction.published_field(row), work.outcomes[row.name].trained
+        ours = [reproduction.percent(table, getattr(one, field)) for one in trained]
+        columns.append((row.name, row.published if work.compares else None, ours))
+    shortened = ", shortened" if work.is_trial else ""
+    title = f"{table.title}: {table.measure} in percent on {work.options.data}{shortened}"
+    figure = figures.reproduced(columns, title)
     report.write_figure(run_dir / "reproduced.png", figure, dpi=90)
     for old in run_dir.glob("events.out.tfevents.*"):
         old.unlink()

@@ -6,14 +6,13 @@ if __name__ == "__main__":
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from nnce.algorithm import backprop
 from nnce.experiments import command_line, figures, report
@@ -25,7 +24,6 @@ STARTS = ((0.6, 0.9), (2.0, 2.0), (20.0, 20.0))
 # The neuron counts as correct once a is below this threshold.
 RIGHT = 0.5
 
-_T = TypeVar("_T")
 Rule = Literal["quadratic", "cross-entropy", "BCELoss of σ(z)"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
@@ -47,19 +45,13 @@ class Story(NamedTuple):
 def parser() -> ArgumentParser:
     """Create the parser of the options."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "--start",
-        type=float,
-        nargs=2,
-        action="append",
-        metavar=("W", "B"),
-        help="initial weight and bias; may be repeated (default: "
-        + ", ".join(f"{w:g} {b:g}" for w, b in STARTS)
-        + ")",
-    )
-    parser.add_argument("--lr", type=float, default=0.15, help="learning rate")
-    parser.add_argument("--epochs", type=int, default=300, help="training steps, 1 to 100,000")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
+    add = parser.add_argument
+    usual = ", ".join(f"{w:g} {b:g}" for w, b in STARTS)
+    start = f"initial weight and bias; may be repeated (default: {usual})"
+    add("--start", type=float, nargs=2, action="append", metavar=("W", "B"), help=start)
+    add("--lr", type=float, default=0.15, help="learning rate")
+    add("--epochs", type=int, default=300, help="training steps, 1 to 100,000")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
     parser.add_run_directory_options()
     return parser
 
@@ -78,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("expected finite numbers for --start and a positive --lr")
     with options_parser.run_directory(options, "slowdown") as run_dir:
         dtype = DTYPES[options.dtype]
+        work = [*itertools.product(starts, RULES)]
         stories = [
             learn(rule, w, b, options.lr, options.epochs, dtype)
-            for (w, b), rule in _bar([*itertools.product(starts, RULES)], "training")
+            for (w, b), rule in command_line.progress(work, "training", unit="neuron")
         ]
         rows = [row(story) for story in stories]
         report.write_results(
@@ -138,34 +131,22 @@ def by_autograd(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tens
 
 def log(stories: Sequence[Story], run_dir: Path) -> None:
     """Log curves to TensorBoard, one run per rule and start, and write the figure."""
-    for story in _bar(stories, "logging"):
+    for story in command_line.progress(stories, "logging", unit="neuron"):
         name = f"w{story.w:g}-b{story.b:g}-{story.rule.split(' ')[0]}"
         with SummaryWriter(str(run_dir / name)) as writer:
             for epoch, values in enumerate(zip(story.output, story.loss, story.dw, strict=True)):
                 points = zip(("output", "loss", "dC_dw"), values, strict=True)
                 add_points(writer, {f"neuron/{name}": value for name, value in points}, epoch)
-    starts = dict.fromkeys((story.w, story.b) for story in stories)
+    by_start: dict[tuple[float, float], dict[str, tuple[list[float], ...]]] = {}
+    for story in stories:
+        of_start = by_start.setdefault((story.w, story.b), {})
+        of_start[story.rule] = (story.output, story.loss, story.dw)
     figure = figures.single_neuron(
-        [
-            (
-                f"start w = {w:g}, b = {b:g}",
-                {
-                    story.rule: (story.output, story.loss, story.dw)
-                    for story in stories
-                    if (story.w, story.b) == (w, b)
-                },
-            )
-            for w, b in starts
-        ]
+        [(f"start w = {w:g}, b = {b:g}", by_rule) for (w, b), by_rule in by_start.items()]
     )
     with command_line.announced("plotting"), SummaryWriter(str(run_dir)) as writer:
         report.write_figure(run_dir / "single-neuron.png", figure, dpi=90)
         writer.add_figure("single neuron", figure)
-
-
-def _bar(items: Sequence[_T], description: str) -> Iterable[_T]:
-    bar: Iterable[_T] = tqdm(items, description, unit="neuron", disable=None, leave=False)
-    return bar
 
 
 def row(story: Story) -> report.Row:

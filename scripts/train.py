@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import nnce
 from nnce import _memory, data, training
@@ -32,48 +31,29 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__)
     parser.add_common_options()
     parser.add_training_options()
-    parser.add_argument(
-        "--loss", choices=tuple(LOSSES), default="cross-entropy", help="loss to minimize"
-    )
-    parser.add_argument(
-        "--engine",
-        choices=training.ENGINES,
-        help="computation of the gradients: backprop, the revised algorithm without a graph, as "
+    add = parser.add_argument
+    add("--loss", choices=tuple(LOSSES), default="cross-entropy", help="loss to minimize")
+    gradients = (
+        "computation of the gradients: backprop, the revised algorithm without a graph, as "
         "loops or products by size, or either by name; functions, nnce's Functions in PyTorch's "
-        "graph; autograd, PyTorch only (default: backprop; with adam or dropout, functions)",
+        "graph; autograd, PyTorch only (default: backprop; with adam or dropout, functions)"
     )
-    parser.add_argument(
-        "--optimizer",
-        choices=training.OPTIMIZERS,
-        default="sgd",
-        help="optimizer; adam selects --engine functions unless autograd is given",
-    )
+    add("--engine", choices=training.ENGINES, help=gradients)
+    optimizer = "optimizer; adam selects --engine functions unless autograd is given"
+    add("--optimizer", choices=training.OPTIMIZERS, default="sgd", help=optimizer)
     textbook = ", ".join(f"{rules.textbook_lr} for {loss}" for loss, rules in LOSSES.items())
-    parser.add_argument(
-        "--lr", type=float, help=f"learning rate (default: {textbook}; 0.001 for adam)"
-    )
+    add("--lr", type=float, help=f"learning rate (default: {textbook}; 0.001 for adam)")
     for name, of in (("--dropout", "hidden neurons"), ("--input-dropout", "inputs")):
-        parser.add_argument(
-            name,
-            type=float,
-            default=0.0,
-            metavar="P",
-            help=f"dropout probability of the {of}, in [0, 1); requires --engine functions or "
-            "autograd",
+        dropout = (
+            f"dropout probability of the {of}, in [0, 1); requires --engine functions or autograd"
         )
-    parser.add_argument(
-        "--patience",
-        type=int,
-        metavar="N",
-        help="stop after N epochs without a higher validation accuracy (default: no limit)",
-    )
+        add(name, type=float, default=0.0, metavar="P", help=dropout)
+    stop = "stop after N epochs without a higher validation accuracy (default: no limit)"
+    add("--patience", type=int, metavar="N", help=stop)
     parser.add_speed_options()
     resuming.add_options(parser)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check options and data, train on one mini-batch, and write nothing",
-    )
+    trial = "check options and data, train on one mini-batch, and write nothing"
+    add("--dry-run", action="store_true", help=trial)
     return parser
 
 
@@ -125,8 +105,7 @@ def prepare(options: argparse.Namespace) -> tuple[training.Settings, data.Datase
     options.device = command_line.device(options.device).type
     if options.patience is not None and options.patience < 1:
         raise ValueError(f"expected --patience of at least 1 epoch, got {options.patience:,}")
-    own = ("loss", "engine", "optimizer", "lr", "dropout", "input_dropout")
-    settings = command_line.settings(options, **{name: getattr(options, name) for name in own})
+    settings = command_line.settings(options)
     dataset = command_line.load_data(options)
     if options.dry_run:
         x, y = dataset.train
@@ -238,7 +217,8 @@ class Training:
             saver = resuming.Saver(self.run_dir, every, self.state_dict, flush, state.world)
             if self._finished:
                 nnce.save(self._finished, self.network_path)
-                self._save_best()
+                if state.best is not None:
+                    nnce.save(state.best.network, self.best_path)
             if not state.cursor.step:
                 saver.save()
             with resuming.Ending(self.run_dir, lambda: len(records) > 1, saver.save) as ending:
@@ -276,34 +256,22 @@ class Training:
             f"Last network: nnce.load({network!r})\nBest network: nnce.load({best_one!r})"
         )
 
-    def _save_best(self, epoch: int | None = None) -> None:
-        """Write best.pt; if an epoch is given, only if it is the best so far."""
-        best = self.state.best
-        if best is not None and epoch in (None, best.epoch):
-            nnce.save(best.network, self.best_path)
-
     def _train(self, monitor: Monitor, csv: EpochsFile, saver: resuming.Saver) -> None:
         """Train, and log and save the network after each epoch."""
-        network, settings = self.state.network, self.settings
+        network, settings, dataset = self.state.network, self.settings, self.dataset
         done = self.records[-1].epoch if self.records else 0
-        with tqdm(
-            total=settings.epochs, initial=done, unit="epoch", disable=None, leave=False
-        ) as bar:
+        with command_line.progress(total=settings.epochs, initial=done, unit="epoch") as bar:
             for record in training.train(
-                self.state,
-                settings,
-                self.dataset,
-                between=saver.between,
-                patience=self.patience,
+                self.state, settings, dataset, between=saver.between, patience=self.patience
             ):
                 monitor.log(record)
                 csv.append([epoch_row(settings, record)])
-                monitor.log_histograms(
-                    network, self.dataset.validation, settings.loss, record.epoch
-                )
+                monitor.log_histograms(network, dataset.validation, settings.loss, record.epoch)
                 nnce.save(network, self.network_path)
                 self.records.append(record)
-                self._save_best(record.epoch)
+                best = self.state.best
+                if best is not None and best.epoch == record.epoch:
+                    nnce.save(best.network, self.best_path)
                 if record.epoch:
                     command_line.keep(self.run_dir)
                 is_last = self.state.is_over(settings.epochs, self.patience)

@@ -21,15 +21,14 @@ def test_medians_and_ratios():
 def test_the_preparation_of_a_turn_is_not_timed():
     calls = []
 
-    def contender(name, seconds):
-        def prepare():
-            time.sleep(0.05)
-            calls.append(("prepare", name))
-            return lambda: (time.sleep(seconds), calls.append(("run", name)))
+    seconds = {"a": 0.002, "b": 0}
 
-        return prepare
+    def prepare(name):
+        time.sleep(0.05)
+        calls.append(("prepare", name))
+        return lambda: (time.sleep(seconds[name]), calls.append(("run", name)))
 
-    found = in_turns({"a": contender("a", 0.002), "b": contender("b", 0)}, 4, CPU, "")
+    found = in_turns(seconds, prepare, 4, CPU, "")
     assert {name: len(times) for name, times in found.items()} == {"a": 4, "b": 4}
     assert all(seconds >= 0.002 for seconds in found["a"])
     assert min(found["a"]) < 0.05 and min(found["b"]) < 0.05

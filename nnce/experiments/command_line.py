@@ -108,12 +108,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def set_recorded(
         self, config: Mapping[str, object], source: str, skip: Sequence[str] = ()
     ) -> None:
-        """Use recorded options as defaults, after checking each value as on the command line.
+        """Use recorded option values by name, as in results.json, as defaults, except for `skip`.
 
-        Args:
-            config: option values by name, as in results.json.
-            source: beginning of the error message.
-            skip: names of options to ignore.
+        Each is checked as on the command line; error messages begin with `source`.
         """
         actions = {action.dest: action for action in self._actions}
         config = {name: value for name, value in config.items() if name not in skip}
@@ -156,42 +153,34 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_common_options(self) -> None:
         """Add --data, --data-dir, --device, --dtype, --seed and the run directory options."""
-        self.add_argument(
-            "--data",
-            type=_data,
-            default="digits",
-            metavar="|".join((*data.DATASETS, "PATH")),
-            help="data set: a name, or the path of an .npz file with arrays x and y or of a folder "
-            "with one subfolder of images per class",
+        add = self.add_argument
+        names = "|".join((*data.DATASETS, "PATH"))
+        kinds = (
+            "data set: a name, or the path of an .npz file with arrays x and y or of a folder with "
+            "one subfolder of images per class"
         )
+        add("--data", type=_data, default="digits", metavar=names, help=kinds)
         folder = "data folder, filled by download if empty (default: $NNCE_DATA, else data)"
-        self.add_argument("--data-dir", type=Path, help=folder)
-        self.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on"
-        )
-        self.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
-        self.add_argument("--seed", type=int, default=0, help="random seed")
+        add("--data-dir", type=Path, help=folder)
+        devices = ("auto", "cpu", "cuda")
+        add("--device", choices=devices, default="auto", help="device to compute on")
+        add("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
+        add("--seed", type=int, default=0, help="random seed")
         self.add_run_directory_options()
 
     def add_run_directory_options(self) -> None:
         """Add --run-dir and --name (see `run_directory`), --config and --quiet."""
+        add = self.add_argument
         folder = "new or empty run directory (default: a new one under runs/)"
-        self.add_argument("--run-dir", type=Path, help=folder)
-        self.add_argument(
-            "--name",
-            type=_name_suffix,
-            help="suffix for the name of the new run directory under runs/",
+        add("--run-dir", type=Path, help=folder)
+        suffix = "suffix for the name of the new run directory under runs/"
+        add("--name", type=_name_suffix, help=suffix)
+        file = (
+            "JSON file of options, such as the results.json of a run; the command line takes "
+            "precedence"
         )
-        self.add_argument(
-            "--config",
-            type=Path,
-            metavar="FILE",
-            help="JSON file of options, such as the results.json of a run; the command line takes "
-            "precedence",
-        )
-        self.add_argument(
-            "--quiet", action="store_true", help="print only the answer and the run directory"
-        )
+        add("--config", type=Path, metavar="FILE", help=file)
+        add("--quiet", action="store_true", help="print only the answer and the run directory")
 
     def add_hidden_option(self, meaning: str) -> None:
         """Add --hidden, with `meaning` as its help."""
@@ -204,26 +193,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_training_options(self) -> None:
         """Add the options that `settings` reads, and --train-size."""
+        add = self.add_argument
         self.add_hidden_option("neurons of each hidden layer")
-        self.add_argument("--epochs", type=int, default=30, help="passes over the training data")
-        self.add_argument("--batch-size", type=int, default=10, help="mini-batch size")
-        self.add_argument("--momentum", type=float, default=0.0, help="SGD momentum, in [0, 1)")
-        self.add_argument(
-            "--l2",
-            type=float,
-            default=0.0,
-            help="L2 coefficient lambda; the weight decay is lambda / n_train",
-        )
+        add("--epochs", type=int, default=30, help="passes over the training data")
+        add("--batch-size", type=int, default=10, help="mini-batch size")
+        add("--momentum", type=float, default=0.0, help="SGD momentum, in [0, 1)")
+        decay = "L2 coefficient lambda; the weight decay is lambda / n_train"
+        add("--l2", type=float, default=0.0, help=decay)
         self._add_schedule_options()
         self._add_distortion_options()
-        self.add_argument(
-            "--init",
-            type=_init,
-            default="scaled",
-            metavar="|".join((*modules.INITS, "SD")),
-            help="initial weights: scaled, N(0, 1/n_in); large, N(0, 1); SD, all parameters from "
-            "N(0, SD^2)",
+        weights = (
+            "initial weights: scaled, N(0, 1/n_in); large, N(0, 1); SD, all parameters from "
+            "N(0, SD^2)"
         )
+        names = "|".join((*modules.INITS, "SD"))
+        add("--init", type=_init, default="scaled", metavar=names, help=weights)
         self.add_train_size_option()
 
     def _add_schedule_options(self) -> None:
@@ -235,34 +219,24 @@ class ArgumentParser(argparse.ArgumentParser):
         fall = "--schedule cosine: epochs until the rate is 0 (default: all after the warm-up)"
         add("--cosine-epochs", type=int, help=fall)
         add("--warmup", type=int, default=0, help="epochs of linear warm-up")
-        add(
-            "--warmup-start",
-            type=float,
-            default=0.1,
-            help="factor of the rate in the first warm-up epoch",
-        )
+        start = "factor of the rate in the first warm-up epoch"
+        add("--warmup-start", type=float, default=0.1, help=start)
 
     def _add_distortion_options(self) -> None:
         add = self.add_argument_group(
             "random distortions of the training images (nnce.data.Distortion), new in each epoch"
         ).add_argument
         for name, (field, meaning) in _DISTORTIONS.items():
-            add(
-                f"--{name.replace('_', '-')}",
-                type=functools.partial(_distortion, field),
-                default=getattr(_UNDISTORTED, field),
-                metavar="X",
-                help=meaning,
-            )
+            kind, default = functools.partial(_distortion, field), getattr(_UNDISTORTED, field)
+            add(option(name), type=kind, default=default, metavar="X", help=meaning)
 
     def add_speed_options(self) -> None:
         """Add --threads and --matmul-precision, for `set_speed`."""
         self.add_argument("--threads", type=int, help="CPU threads (default: by network size)")
+        precisions = ("highest", "high", "medium")
+        of_torch = "argument of torch.set_float32_matmul_precision"
         self.add_argument(
-            "--matmul-precision",
-            choices=("highest", "high", "medium"),
-            default="highest",
-            help="argument of torch.set_float32_matmul_precision",
+            "--matmul-precision", choices=precisions, default="highest", help=of_torch
         )
 
     @contextlib.contextmanager
@@ -287,8 +261,15 @@ class ArgumentParser(argparse.ArgumentParser):
                 name = f"{name}-{options.name}" if options.name else name
                 path = stack.enter_context(run_directory(options.run_dir, name, **more))
             if options.quiet:
-                stack.enter_context(_quiet())
+                out, err = _Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False)
+                stack.enter_context(contextlib.redirect_stdout(cast(Any, out)))
+                stack.enter_context(contextlib.redirect_stderr(cast(Any, err)))
             yield path
+
+
+def option(name: str) -> str:
+    """Option of the command line by its name in the parsed options."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _whole_number(text: str) -> int:
@@ -353,12 +334,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     and exits with status 1. Running out of memory or disk space is a one-line error and status 1.
     """
     program = Path(sys.argv[0]).name
-    out, err = _Stream(1, stops=True), _Stream(2, stops=False)
+    out = _Stream(1, stops=True)
     if not parallel.is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout, sys.stderr = (
-        _text(old, new) for old, new in ((sys.stdout, out), (sys.stderr, err))
-    )
+    sys.stdout = _text(sys.stdout, out)
+    sys.stderr = _text(sys.stderr, _Stream(2, stops=False))
     threading.excepthook = _thread_failed
     _signals.listen()
     status: Any  # SystemExit.code may be any object
@@ -367,7 +347,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             status = main()
             sys.stdout.flush()
         finally:
-            _signals.ignore()
+            # SIG_IGN, because Python's own handlers are removed before the process ends.
+            for number in loops.SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
     except SystemExit as stop:
         status = stop.code
     except KeyboardInterrupt:
@@ -435,13 +417,6 @@ class _Muted:
         return len(text) if self._mute else self.stream.write(text)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    out, err = (_Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False))
-    with contextlib.redirect_stdout(cast(Any, out)), contextlib.redirect_stderr(cast(Any, err)):
-        yield
-
-
 def unmuted_stdout() -> Any:
     """Standard output, even under --quiet."""
     return sys.stdout.stream if isinstance(sys.stdout, _Muted) else sys.stdout
@@ -480,11 +455,6 @@ class _Signals:
             os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         threading.Thread(target=self._read_pipe, args=(read,), daemon=True).start()
-
-    def ignore(self) -> None:
-        # SIG_IGN, because Python's own handlers are removed before the process ends.
-        for number in loops.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
@@ -581,26 +551,22 @@ def _external_failure(error: BaseException) -> str | None:
 # ------------------------------------------------------------------------------ option values
 
 
-def settings(options: argparse.Namespace, **more: Any) -> Settings:
-    """Settings from the training options, with additional fields in `more`.
+def settings(options: argparse.Namespace) -> Settings:
+    """Settings from the options with the names of their fields.
 
     Defaults that depend on other options are stored in `options`, so that they are recorded.
     """
-    fields = {field: getattr(options, name) for name, (field, _) in _DISTORTIONS.items()}
-    distortion = data.Distortion(**fields)
+    of_distortion = {field: getattr(options, name) for name, (field, _) in _DISTORTIONS.items()}
+    distortion = data.Distortion(**of_distortion)
     undistorted = dataclasses.replace(_UNDISTORTED, sigma=distortion.sigma)
-    return Settings(
-        hidden=tuple(options.hidden),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        momentum=options.momentum,
-        l2=options.l2,
-        schedule=_schedule(options),
-        distortion=None if distortion == undistorted else distortion,
-        init=options.init,
-        seed=options.seed,
-        **more,
-    )
+    names = {field.name for field in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {
+        **{name: value for name, value in vars(options).items() if name in names},
+        "hidden": tuple(options.hidden),
+        "schedule": _schedule(options),
+        "distortion": None if distortion == undistorted else distortion,
+    }
+    return Settings(**values)
 
 
 def training_name(options: argparse.Namespace) -> str:
@@ -618,14 +584,8 @@ def _schedule(options: argparse.Namespace) -> Schedule:
     for name, value in depending.get(options.schedule, {}).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    return Schedule(
-        options.schedule,
-        options.step_size,
-        options.gamma,
-        options.cosine_epochs,
-        options.warmup,
-        options.warmup_start,
-    )
+    names = ("schedule", "step_size", "gamma", "cosine_epochs", "warmup", "warmup_start")
+    return Schedule(*(getattr(options, name) for name in names))
 
 
 def load_data(options: argparse.Namespace) -> data.Dataset:
@@ -670,6 +630,10 @@ def set_speed(options: argparse.Namespace, suited: int) -> None:
     torch.set_float32_matmul_precision(options.matmul_precision)
 
 
+progress = functools.partial(tqdm, disable=None, leave=False)
+"""Progress bar that is shown on a terminal only, and removed at the end."""
+
+
 @contextlib.contextmanager
 def announced(description: str, *, quiet: bool = False) -> Iterator[None]:
     """Show a description on a terminal while the block runs, unless quiet."""
@@ -680,12 +644,9 @@ def announced(description: str, *, quiet: bool = False) -> Iterator[None]:
 
 def announce_threads(options: argparse.Namespace) -> None:
     """Warn if --threads exceeds the number of processors."""
-    processors = os.cpu_count() or 1
-    if options.threads is not None and options.threads > processors:
-        print(
-            f"--threads {options.threads}: this machine has {processors} processors",
-            file=sys.stderr,
-        )
+    given, processors = options.threads, os.cpu_count() or 1
+    if given is not None and given > processors:
+        print(f"--threads {given}: this machine has {processors} processors", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- the run's directory
@@ -752,31 +713,23 @@ def run_directory(
 
 
 def _directory(chosen: Path | None, name: str) -> tuple[Path, list[Path]]:
-    """Create the directory; return it and the list of new folders."""
-    if chosen is None:
-        return _new_directory(Path("runs"), f"{name}-{date_and_time()}")
-    if chosen.exists() and not chosen.is_dir():
-        raise ValueError(f"the run directory {chosen} is a file; choose a folder")
-    _check_name(chosen)
-    made = _missing(chosen)
-    chosen.mkdir(parents=True, exist_ok=True)
-    return chosen, made
-
-
-def _missing(path: Path) -> list[Path]:
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
-
-
-def _new_directory(parent: Path, name: str) -> tuple[Path, list[Path]]:
-    """Create a directory that did not exist; return it and the list of new folders."""
-    path, number = parent / name, 1
+    """Create the chosen directory, or a new one by name; return it and the list of new folders."""
+    if chosen is not None:
+        if chosen.exists() and not chosen.is_dir():
+            raise ValueError(f"the run directory {chosen} is a file; choose a folder")
+        _check_name(chosen)
+    path = first = chosen or Path("runs", f"{name}-{date_and_time()}")
+    number = 1
     while True:
-        made = _missing(path)
-        with contextlib.suppress(FileExistsError):  # two runs within one second
-            path.mkdir(parents=True)
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=chosen is not None)
             return path, made
-        number += 1
-        path = parent / f"{name}-{number}"
+        except FileExistsError:
+            if chosen is not None:
+                raise
+            number += 1  # two runs within one second
+            path = first.with_name(f"{first.name}-{number}")
 
 
 def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
@@ -785,17 +738,16 @@ def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
         checkpoints.clear_unfinished(path)
         keep(path)
         return
-    if _content(path):
-        if is_without_result(path):
-            if not locked:
-                raise ValueError(
-                    f"the run directory {path} belongs to a run that was killed before its first "
-                    f"checkpoint; delete it, or choose a new one"
-                )
-            clear(path)
-        else:
-            advice = f"resume it with --resume {path}, or " if any(path.glob(_CHECKPOINTS)) else ""
-            raise ValueError(f"the run directory {path} is already used; {advice}choose a new one")
+    if is_without_result(path) and locked:
+        clear(path)
+    elif is_without_result(path):
+        raise ValueError(
+            f"the run directory {path} belongs to a run that was killed before its first "
+            f"checkpoint; delete it, or choose a new one"
+        )
+    elif _content(path):
+        advice = f"resume it with --resume {path}, or " if any(path.glob(_CHECKPOINTS)) else ""
+        raise ValueError(f"the run directory {path} is already used; {advice}choose a new one")
     with (path / _NO_RESULT).open("x") as file:
         file.write(job())
 

@@ -32,21 +32,15 @@ _PER_TABLE = """\
 """
 
 
-def write_reproduced(runs: Path) -> None:
-    """Write `reproduced/README.md` below the folder `runs`."""
-    report.write_text(runs / "reproduced" / "README.md", reproduced(runs / "reproduced"))
-
-
-def write_benchmarks(runs: Path, descriptions: Mapping[str, str]) -> None:
-    """Write `benchmarks.md` below the folder `runs`; see `benchmarks`."""
-    report.write_text(runs / "benchmarks.md", benchmarks(runs / "benchmarks", descriptions))
-
-
 # ----------------------------------------------------------------------------- published tables
 
 
-def reproduced(folder: Path) -> str:
-    """Generate the page on published tables from `<table>.json` and `<table>-candidates.json`."""
+def write_reproduced(runs: Path) -> None:
+    """Write `reproduced/README.md` below the folder `runs`.
+
+    It is generated from `<table>.json` and `<table>-candidates.json` next to it.
+    """
+    folder = runs / "reproduced"
     head = _HEAD.format(command="scripts/reproduce.py --page")
     parts = [head, "# Published tables, reproduced", _REPRODUCED]
     for name, table in published.TABLES.items():
@@ -60,7 +54,7 @@ def reproduced(folder: Path) -> str:
                 about="\n\n".join(_about(table, folder / f"{name}-candidates.json", found)),
             ).rstrip()
         )
-    return "\n\n".join(parts) + "\n"
+    report.write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 _REPRODUCED = """\
@@ -109,18 +103,13 @@ def _about(table: Table, candidates: Path, found: Mapping[str, Any]) -> list[str
 def _candidates(tried: Mapping[str, Any]) -> list[report.Row]:
     """Rows of candidates: validation error, and the options that differ between them."""
     options = {name: _options(text) for name, text in tried["protocols"].items()}
-    seen: dict[str, set[str]] = {}
-    for of_row in options.values():
-        for key, value in of_row.items():
-            seen.setdefault(key, set()).add(value)
-    varied = {key for key, values in seen.items() if len(values) > 1}
+    keys = {key for of_row in options.values() for key in of_row}
+    varied = {k for k in keys if len({of_row[k] for of_row in options.values() if k in of_row}) > 1}
     return [
         {
             "candidate": row["row"],
             "validation error": row["validation, chosen epoch"],
-            "options": ", ".join(
-                f"{key}={value}" for key, value in options[row["row"]].items() if key in varied
-            ),
+            "options": ", ".join(f"{k}={v}" for k, v in options[row["row"]].items() if k in varied),
         }
         for row in tried["rows"]
     ]
@@ -154,17 +143,18 @@ def _measured(found: Mapping[str, Any]) -> str:
 # ----------------------------------------------------------------------------------- benchmarks
 
 
-def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
-    """Generate the page of benchmarks from their JSON files.
+def write_benchmarks(runs: Path, descriptions: Mapping[str, str]) -> None:
+    """Write `benchmarks.md` below the folder `runs`.
 
     Args:
-        folder: contains `<name>.json` for each, the `results.json` of `scripts/benchmark.py`.
+        runs: its subfolder `benchmarks` contains `<name>.json` for each, the `results.json` of
+            `scripts/benchmark.py`.
         descriptions: docstrings of the benchmarks by name, in the order of the page.
     """
     head = _HEAD.format(command="scripts/benchmark.py --page")
     parts = [head, "# Benchmarks", _BENCHMARKS]
     for name, description in descriptions.items():
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        found = json.loads((runs / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
         title, _, method = description.partition("\n\n")
         versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
         parts += [
@@ -178,7 +168,7 @@ def benchmarks(folder: Path, descriptions: Mapping[str, str]) -> str:
             f"{found['config']['repetitions']} turns: [`{name}.json`](benchmarks/{name}.json). "
             f"{found.get('remark', '')}".rstrip(),
         ]
-    return "\n\n".join(parts) + "\n"
+    report.write_text(runs / "benchmarks.md", "\n\n".join(parts) + "\n")
 
 
 _BENCHMARKS = """\
@@ -200,13 +190,14 @@ def _by_work(rows: Sequence[Mapping[str, Any]]) -> list[report.Row]:
     table: list[report.Row] = []
     for work, by_peer in works.items():
         ours = by_peer["nnce"]
+        error = {"error, units": _number(ours["ulps"], 1, ",.1f")} if "ulps" in ours else {}
         table.append(
             {
                 "work": work,
                 "**nnce**, s": f"{ours['seconds']:.3g}",
                 **{peer: _ratio(by_peer.get(peer)) for peer in peers},
                 "peak, MB": _number(ours.get("peak_bytes"), 1e-6, ",.0f"),
-                **({"error, units": _number(ours["ulps"], 1, ",.1f")} if "ulps" in ours else {}),
+                **error,
             }
         )
     return table

@@ -54,10 +54,6 @@ class Table:
         return next(row for row in self.rows if row.name == name)
 
 
-class UnknownName(ValueError):
-    """Unknown name of a table or row; the message suggests similar names."""
-
-
 def find(table: str, rows: Sequence[str] = ()) -> tuple[Table, tuple[Row, ...]]:
     """Find a table by name, and the named rows of it, in the order of the table.
 
@@ -66,15 +62,15 @@ def find(table: str, rows: Sequence[str] = ()) -> tuple[Table, tuple[Row, ...]]:
         rows: names of rows; N8 stands for N8a, N8b, …; empty for all rows.
 
     Raises:
-        UnknownName: there is no such table or row.
+        ValueError: there is no such table or row; the message suggests similar names.
     """
     if table not in TABLES:
-        raise UnknownName(_unknown("table", table, tuple(TABLES)))
+        raise _unknown("table", table, tuple(TABLES))
     found = TABLES[table]
     names = [row.name for row in found.rows]
     for name in rows:
         if not any(_matches(name, one) for one in names):
-            raise UnknownName(_unknown(f"row of {table}", name, names))
+            raise _unknown(f"row of {table}", name, names)
     chosen = tuple(
         row for row in found.rows if not rows or any(_matches(name, row.name) for name in rows)
     )
@@ -85,15 +81,17 @@ def _matches(requested: str, name: str) -> bool:
     return requested.lower() in (name.lower(), name.rstrip("abcdefgh").lower())
 
 
-def _unknown(kind: str, name: str, names: Sequence[str]) -> str:
+def _unknown(kind: str, name: str, names: Sequence[str]) -> ValueError:
     by_lower = {one.lower(): one for one in names}
     near = [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)]
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"expected a {kind} out of {', '.join(names)}, got {name!r}{meant}"
+    return ValueError(f"expected a {kind} out of {', '.join(names)}, got {name!r}{meant}")
 
 
 # ------------------------------------------------------------------------------------ the textbook
 
+_VALIDATION: Of = "best validation epoch"
+_THREE = "The best of three runs."
 _NO_INIT = (
     "The initialization is not stated with this result; as in the rest of the section, weights are "
     "from N(0, 1)."
@@ -106,17 +104,16 @@ def _nielsen(
     loss: Loss,
     lr: float,
     published: float,
-    *,
     of: Of = "best test epoch",
     note: str = "",
     **more: Any,
 ) -> Row:
-    settings = Settings(hidden=hidden, loss=loss, lr=lr, **{"init": "large", "epochs": 30, **more})
+    """Row with the book's usual initialization and epochs, unless `more` has others."""
+    settings = Settings(hidden, loss, lr=lr, **{"init": "large", "epochs": 30, **more})
     return Row(name, settings, published, of, note)
 
 
-_THREE = "The best of three runs."
-_VALIDATION: Of = "best validation epoch"
+_LATER: Any = {"l2": 5.0, "init": "scaled"}
 
 NIELSEN = Table(
     title="Neural Networks and Deep Learning",
@@ -131,28 +128,14 @@ NIELSEN = Table(
         _nielsen("N3", (30,), "cross-entropy", 0.5, 95.49),
         _nielsen("N4", (100,), "cross-entropy", 0.5, 96.82),
         _nielsen("N5", (30,), "cross-entropy", 0.5, 96.49, l2=5.0),
-        _nielsen("N6", (100,), "cross-entropy", 0.5, 97.92, l2=5.0, of=_VALIDATION),
+        _nielsen("N6", (100,), "cross-entropy", 0.5, 97.92, _VALIDATION, l2=5.0),
         _nielsen(
-            *("N7", (100,), "cross-entropy", 0.1, 98.04),
-            l2=5.0,
-            epochs=60,
-            of=_VALIDATION,
-            note=_NO_INIT,
+            "N7", (100,), "cross-entropy", 0.1, 98.04, _VALIDATION, _NO_INIT, l2=5.0, epochs=60
         ),
-        *(
-            _nielsen(
-                *(name, hidden, "cross-entropy", 0.1, published),
-                l2=5.0,
-                init="scaled",
-                of=_VALIDATION,
-            )
-            for name, hidden, published in (
-                ("N8a", (30,), 96.48),
-                ("N8b", (30, 30), 96.90),
-                ("N8c", (30, 30, 30), 96.57),
-                ("N8d", (30, 30, 30, 30), 96.53),
-            )
-        ),
+        _nielsen("N8a", (30,), "cross-entropy", 0.1, 96.48, _VALIDATION, **_LATER),
+        _nielsen("N8b", (30, 30), "cross-entropy", 0.1, 96.90, _VALIDATION, **_LATER),
+        _nielsen("N8c", (30, 30, 30), "cross-entropy", 0.1, 96.57, _VALIDATION, **_LATER),
+        _nielsen("N8d", (30, 30, 30, 30), "cross-entropy", 0.1, 96.53, _VALIDATION, **_LATER),
     ),
 )
 
@@ -161,6 +144,11 @@ NIELSEN = Table(
 _AFFINE = Distortion(rotation=10, scaling=0.15, shear=0.15, translation=1.5)
 _STRONGER = Distortion(alpha=27, sigma=4)
 _ELASTIC = Distortion(alpha=20, sigma=4)
+_LONGER = ", because the authors trained for hundreds of epochs"
+
+
+def _after(row: str, why: str = "") -> str:
+    return f"Added after the test error of {row} was known{why}."
 
 
 def _warm(epochs: int) -> Schedule:
@@ -173,7 +161,6 @@ def _simard(
     loss: Loss,
     distortion: Distortion | None,
     published: float | None = None,
-    *,
     epochs: int = 100,
     note: str = "",
 ) -> Row:
@@ -217,17 +204,8 @@ SIMARD = Table(
         _simard("S2", "cross-entropy", _AFFINE, 1.1),
         _simard("S3", "quadratic", _ELASTIC, 0.9),
         _simard("S4a", "cross-entropy", _ELASTIC, 0.7),
-        _simard(
-            *("S4b", "cross-entropy", _ELASTIC, 0.7),
-            epochs=250,
-            note="Added after the test error of S4a was known, because the authors trained for "
-            "hundreds of epochs.",
-        ),
-        _simard(
-            *("S4c", "cross-entropy", _STRONGER, 0.7),
-            epochs=400,
-            note="Added after the test error of S4b was known.",
-        ),
+        _simard("S4b", "cross-entropy", _ELASTIC, 0.7, 250, _after("S4a", _LONGER)),
+        _simard("S4c", "cross-entropy", _STRONGER, 0.7, 400, _after("S4b")),
         _simard("S5", "quadratic", None, note="Not in their table."),
         _simard("S6", "quadratic", _AFFINE, note="Not in their table."),
     ),
@@ -235,11 +213,12 @@ SIMARD = Table(
 
 # ------------------------------------------------------------------------------- our own networks
 
-_BOTH = dataclasses.replace(_AFFINE, alpha=20, sigma=4)
+_DISTORTED: Any = {"engine": "loops", "distortion": dataclasses.replace(_AFFINE, alpha=20, sigma=4)}
+_DROPOUT: Any = {"dropout": 0.2, "input_dropout": 0.2, "batch_size": 100, "momentum": 0.9}
 
 
 def _ours(
-    name: str, loss: Loss, lr: float, epochs: int, published: float, *, note: str = "", **more: Any
+    name: str, loss: Loss, lr: float, epochs: int, published: float, note: str = "", **more: Any
 ) -> Row:
     settings = Settings((800, 300), loss, lr=lr, epochs=epochs, schedule=_warm(epochs), **more)
     return Row(name, settings, published, note=note)
@@ -265,22 +244,11 @@ OURS = Table(
         "the dropout masks and cannot be repeated bit for bit.",
     ),
     rows=(
-        _ours("O1a", "cross-entropy", 1.0, 150, 0.7, engine="loops", distortion=_BOTH),
-        _ours(
-            *("O1b", "cross-entropy", 1.0, 240, 0.7),
-            engine="loops",
-            distortion=_BOTH,
-            note="Added after the test error of O1a was known.",
-        ),
-        _ours("O2", "quadratic", 5.0, 150, 0.9, engine="loops", distortion=_BOTH),
+        _ours("O1a", "cross-entropy", 1.0, 150, 0.7, **_DISTORTED),
+        _ours("O1b", "cross-entropy", 1.0, 240, 0.7, _after("O1a"), **_DISTORTED),
+        _ours("O2", "quadratic", 5.0, 150, 0.9, **_DISTORTED),
         _ours("O3", "cross-entropy", 1.0, 100, 1.35, engine="loops", l2=1.0),
-        _ours(
-            *("O4", "cross-entropy", 0.5, 150, 1.35),
-            dropout=0.2,
-            input_dropout=0.2,
-            batch_size=100,
-            momentum=0.9,
-        ),
+        _ours("O4", "cross-entropy", 0.5, 150, 1.35, **_DROPOUT),
     ),
 )
 

@@ -48,14 +48,10 @@ class Trained:
 
 
 class Attempt:
-    """Training of the networks of one row, from several starts.
+    """Training of the networks of one row, from one start per seed.
 
-    Args:
-        row: the row to train.
-        settings: training settings, except for the seed.
-        dataset: all splits; the test set is not used for training or choices.
-        seeds: the seed of each start.
-        threads: as for `SideBySide`; the engines with autograd use PyTorch's number of threads.
+    The test set is not used for training or choices. `threads` is as for `SideBySide`; the engines
+    with autograd use PyTorch's number of threads.
     """
 
     def __init__(
@@ -105,11 +101,8 @@ class Attempt:
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
-        return {
-            "row": self.row.name,
-            "training": self._training.state_dict(),
-            "chosen": self._chosen,
-        }
+        state = self._training.state_dict()
+        return {"row": self.row.name, "training": state, "chosen": self._chosen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint; raises ValueError if it does not fit."""
@@ -122,23 +115,17 @@ class Attempt:
 
     def finish(self, test: data.Split) -> "Outcome":
         """Evaluate the trained networks on the test set."""
-        chosen = [
-            _network(run.network, of_run)
-            for run, of_run in zip(self.runs, self._chosen, strict=True)
-        ]
-        trained = [
-            self._trained(run, best, test) for run, best in zip(self.runs, chosen, strict=True)
-        ]
-        finite = [
-            (run, best) for run, best in zip(self.runs, chosen, strict=True) if not run.diverged
-        ]
+        best = [copy.deepcopy(run.network) for run in self.runs]
+        for network, chosen in zip(best, self._chosen, strict=True):
+            network.load_state_dict(chosen)
+        both = list(zip(self.runs, best, strict=True))
+        trained = [self._trained(run, network, test) for run, network in both]
+        finite = [(run, network) for run, network in both if not run.diverged]
         committee, curve = math.nan, []
         if finite:
-            curve = [
-                statistics.fmean(run.records[epoch].accuracy["validation"] for run, _ in finite)
-                for epoch in range(len(finite[0][0].records))
-            ]
-            committee = committee_accuracy([best for _, best in finite], test)
+            records = zip(*(run.records for run, _ in finite), strict=True)
+            curve = [statistics.fmean(r.accuracy["validation"] for r in epoch) for epoch in records]
+            committee = committee_accuracy([network for _, network in finite], test)
         return Outcome(self.row.name, trained, committee, curve, self.seconds)
 
     def _trained(self, run: Run, best: MLP, test: data.Split) -> Trained:
@@ -159,12 +146,6 @@ class Attempt:
 
 def _parameters(network: MLP) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-def _network(like: MLP, parameters: Mapping[str, Tensor]) -> MLP:
-    network = copy.deepcopy(like)
-    network.load_state_dict(parameters)
-    return network
 
 
 def committee_accuracy(networks: Sequence[MLP], split: data.Split) -> float:
@@ -234,9 +215,9 @@ def summary(rows: Sequence[Mapping[str, object]]) -> str:
             verdicts.setdefault(str(row["verdict"]), []).append(str(row["row"]))
     total = sum(map(len, verdicts.values()))
     within = len(verdicts.pop("within", []))
-    sentence = f"{within} of {total} published figures are within the range of our starts"
-    others = [f"{verdict} in {', '.join(names)}" for verdict, names in verdicts.items()]
-    return "; ".join([sentence, *others]) + "."
+    others = [f"; {verdict} in {', '.join(names)}" for verdict, names in verdicts.items()]
+    of_all = f"{within} of {total} published figures are within the range of our starts"
+    return f"{of_all}{''.join(others)}."
 
 
 def percent(table: Table, accuracy: float) -> float:

@@ -20,7 +20,7 @@ from nnce.experiments import command_line, report
 from nnce.experiments.command_line import ArgumentParser
 from nnce.training import checkpoints, mismatch_is_value_error, parallel
 from nnce.training.checkpoints import CheckpointError
-from nnce.training.parallel import ALONE, World
+from nnce.training.parallel import World
 
 # Options that may differ on resuming: they change no result, or only its rounding.
 _MAY_CHANGE = ("epochs", "patience", "checkpoint_every", "data_dir", "threads", "resume", "quiet")
@@ -32,20 +32,14 @@ _STEPS_PER_POLL = 10
 
 def add_options(parser: ArgumentParser) -> None:
     """Add --checkpoint-every and --resume."""
-    parser.add_argument(
-        "--checkpoint-every",
-        type=_every,
-        default="1",
-        metavar="EPOCHS",
-        help="checkpoint interval: epochs (5) or seconds (30s); a stopped run also saves one",
+    add = parser.add_argument
+    interval = "checkpoint interval: epochs (5) or seconds (30s); a stopped run also saves one"
+    add("--checkpoint-every", type=_every, default="1", metavar="EPOCHS", help=interval)
+    stopped = (
+        "run directory of a stopped or killed run to continue, with its own options and "
+        "bit-identical results; --epochs may be increased"
     )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN_DIR",
-        help="run directory of a stopped or killed run to continue, with its own options and "
-        "bit-identical results; --epochs may be increased",
-    )
+    add("--resume", type=Path, metavar="RUN_DIR", help=stopped)
 
 
 def _every(text: str) -> str:
@@ -75,19 +69,13 @@ class Start(NamedTuple):
     """Command that started the run."""
 
     @contextlib.contextmanager
-    def directory(
-        self, parser: ArgumentParser, name: str, *, dry_run: bool = False, world: World = ALONE
-    ) -> Iterator[Path]:
+    def directory(self, parser: ArgumentParser, name: str, **more: Any) -> Iterator[Path]:
         """Context with the run directory; signals are delayed to the end of a step or block."""
-        options, resumed = argparse.Namespace(**vars(self.options)), self.found is not None
+        options = argparse.Namespace(**vars(self.options))
         if self.run_dir is not None:
             options.run_dir, options.name = self.run_dir, None
-        with (
-            command_line.undisturbed(),
-            parser.run_directory(
-                options, name, dry_run=dry_run, resumed=resumed, world=world
-            ) as path,
-        ):
+            more["resumed"] = True
+        with command_line.undisturbed(), parser.run_directory(options, name, **more) as path:
             yield path
 
 
@@ -96,33 +84,28 @@ def start(
 ) -> Start:
     """Parse the options and, for --resume, read the checkpoint.
 
-    After a restart by `torchrun`, the job's own checkpoint is resumed automatically. Exits with
-    status 2 and a one-line error if there is no valid checkpoint or the options contradict it.
-
-    Args:
-        parser: the parser of the script.
-        arguments: the command line (default: sys.argv[1:]).
-        script: name of the script, recorded in checkpoints.
-        world: the processes; rank 0 reads the file.
+    After a restart by `torchrun`, the job's own checkpoint is resumed automatically. Rank 0 reads
+    the file. Exits with status 2 and a one-line error if there is no valid checkpoint of the script
+    or the options contradict it.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join([f"scripts/{script}", *arguments])
     options = parser.parse_args(arguments)
     run_dir: Path | None = options.resume
-    if run_dir is None and parallel.under_torchrun() and world.rank == 0:
-        run_dir = _run_of_this_job(options)
     found: dict[str, Any] | None = None
     wrong = ""
-    if run_dir is not None and world.rank == 0:
+    if world.rank == 0:
+        if run_dir is None and parallel.under_torchrun():
+            run_dir = _run_of_this_job(options)
         try:
-            found = _read(run_dir, script)
+            found = None if run_dir is None else _read(run_dir, script)
         except ValueError as error:
             wrong = f"--resume {run_dir}: {error}"
     # All processes must see the same error.
     run_dir, found, wrong = world.broadcast((run_dir, found, wrong))
     if wrong:
         parser.error(wrong)
-    if run_dir is None or found is None:
+    if found is None:
         return Start(options, None, None, command)
     begun = f"--resume {run_dir}: the run was started with"
     parser.set_recorded(found["config"], begun, skip=("quiet",))
@@ -137,7 +120,7 @@ def start(
             setattr(requested, name, getattr(options, name))
     for name, value in vars(requested).items():
         was = getattr(recorded, name)
-        option = name if name in positional else f"--{name.replace('_', '-')}"
+        option = name if name in positional else command_line.option(name)
         if name in _MAY_RISE and value != was and (was is None or value < was):
             parser.error(
                 f"{option} {value}: may only increase on resuming; the run has {was or 'no limit'}"
@@ -223,13 +206,10 @@ def header(
     script: str, config: Mapping[str, object], world: World, command: str = ""
 ) -> dict[str, Any]:
     """Entries common to the checkpoints of all scripts."""
-    plain = {
-        name: str(value) if isinstance(value, Path) else value for name, value in config.items()
-    }
     return {
         "script": script,
         "job": command_line.job(),
-        "config": plain,
+        "config": {n: str(v) if isinstance(v, Path) else v for n, v in config.items()},
         "circumstances": circumstances(world),
         "command": command,
     }
@@ -238,13 +218,13 @@ def header(
 def warn(found: Mapping[str, Any], world: World) -> None:
     """Warn on standard error if the circumstances of the run have changed."""
     now, then = circumstances(world), found["circumstances"]
-    changed = [
+    changed = ", ".join(
         f"{name} {now.get(name, 'unknown')} (was {value})"
         for name, value in then.items()
         if now.get(name) != value
-    ]
+    )
     if changed and world.rank == 0:
-        print(f"Resumed with {', '.join(changed)}: rounding may differ.", file=sys.stderr)
+        print(f"Resumed with {changed}: rounding may differ.", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -289,8 +269,7 @@ class Saver:
     def between(self, ask: int = _STEPS_PER_POLL) -> None:
         """Save if a checkpoint is due, and stop if a signal is pending; call between steps.
 
-        Args:
-            ask: number of calls between two exchanges of several processes.
+        Several processes exchange whether to do so at every `ask`-th call.
         """
         # 0 to continue, 1 to save, 1 + number for a signal (SIGHUP is number 1).
         number = command_line.waiting()
@@ -332,17 +311,11 @@ class Saver:
 class Ending:
     """Context for training that delays exceptions until the results so far are written.
 
-    Args:
-        run_dir: the run directory.
-        has_results: whether there are results to write if the run stops now.
-        save: writes a checkpoint; None for a script without them, where only Ctrl-C is delayed.
+    `has_results` tells whether there are any if the run stops now; `save` writes a checkpoint.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        has_results: Callable[[], bool],
-        save: Callable[[], None] | None = None,
+        self, run_dir: Path, has_results: Callable[[], bool], save: Callable[[], None]
     ) -> None:
         self._run_dir, self._has_results, self._save = run_dir, has_results, save
         self.stopped: BaseException | None = None
@@ -351,23 +324,19 @@ class Ending:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        held: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
-        can_resume = False
-        if self._save is not None:
-            held = (KeyboardInterrupt, OSError, training.Diverged)
-            can_resume = isinstance(error, KeyboardInterrupt | BrokenPipeError)
-            if can_resume:
-                self._save()
-                command_line.keep(self._run_dir)
-        if can_resume or (isinstance(error, held) and self._has_results()):
+        can_resume = isinstance(error, KeyboardInterrupt | BrokenPipeError)
+        if can_resume:
+            self._save()
+            command_line.keep(self._run_dir)
+        delayed = isinstance(error, OSError | training.Diverged) and self._has_results()
+        if can_resume or delayed:
             self.stopped = error
         return self.stopped is not None
 
     def close(self, interrupted: str) -> None:
         """Raise the exception that stopped the run; after Ctrl-C, print the command to resume."""
         if isinstance(self.stopped, KeyboardInterrupt):
-            print(interrupted, file=sys.stderr)
-            if self._save is not None:
-                print(command_line.command_to_resume(self._run_dir), file=sys.stderr)
+            resume = command_line.command_to_resume(self._run_dir)
+            print(f"{interrupted}\n{resume}", file=sys.stderr)
         if self.stopped is not None:
             raise self.stopped

@@ -57,14 +57,6 @@ def as_typed(values: Mapping[str, str]) -> str:
     return " ".join(f"{name}={text}" for name, text in values.items())
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(None)
-    parser.add_training_options()
-    parser.add_argument("--loss", choices=tuple(LOSSES))
-    parser.add_argument("--lr", type=float)
-    return parser
-
-
 def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
     """Parse --sweep to a dictionary of values by option and by text.
 
@@ -73,7 +65,10 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
     Raises:
         ValueError: an option is unknown, has no value, or is given twice.
     """
-    parser = _parser()
+    parser = ArgumentParser(None)
+    parser.add_training_options()
+    parser.add_argument("--loss", choices=tuple(LOSSES))
+    parser.add_argument("--lr", type=float)
     known = [action.dest for action in parser._actions if action.dest not in _NOT_SWEPT]
     swept: dict[str, dict[str, object]] = {}
     for text in texts:
@@ -86,12 +81,9 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
             raise ValueError(f"expected each option in --sweep once, as NAME=V,V, got {text!r}")
         swept[name] = {}
         for value in values.split(","):
-            option = f"--{name.replace('_', '-')}"
-            given = (
-                [option, *value.split("-")]
-                if name == "hidden" and value[0] != "-"
-                else [f"{option}={value}"]
-            )
+            given = [f"{command_line.option(name)}={value}"]
+            if name == "hidden" and value[0] != "-":
+                given = ["--hidden", *value.split("-")]
             parsed = getattr(parser.parse_args(given), name)
             if parsed not in swept[name].values():
                 swept[name][value] = parsed
@@ -115,9 +107,7 @@ def plan(
     for texts in itertools.product(*swept.values()):
         values = dict(zip(swept, texts, strict=True))
         changed = {name: swept[name][text] for name, text in values.items()}
-        more = {name: changed.pop(name) for name in ("loss", "lr") if name in changed}
-        own = argparse.Namespace(**{**vars(options), **changed})
-        settings = command_line.settings(own, **more)
+        settings = command_line.settings(argparse.Namespace(**{**vars(options), **changed}))
         if not planned or "hidden" in swept:
             comparison.check(settings, seeds, dataset, networks=count)
         planned.append((values, [dataclasses.replace(settings, seed=seed) for seed in seeds]))
@@ -127,10 +117,7 @@ def plan(
 class Sweep:
     """All networks of a sweep, in groups that are trained together.
 
-    Args:
-        options: options of the script.
-        dataset: training, validation and test data.
-        world: the processes; each trains a share of every group.
+    Each process of `world` trains a share of every group.
     """
 
     def __init__(self, options: argparse.Namespace, dataset: data.Dataset, world: World) -> None:
@@ -140,10 +127,9 @@ class Sweep:
             for values, settings in plan(options, dataset)
         ]
         by_kind: dict[object, list[Run]] = {}
-        for combination in self.combinations:
-            for run in combination.runs:
-                of = run.settings
-                by_kind.setdefault((of.hidden, of.batch_size, of.distortion), []).append(run)
+        for run in itertools.chain(*(combination.runs for combination in self.combinations)):
+            of = run.settings
+            by_kind.setdefault((of.hidden, of.batch_size, of.distortion), []).append(run)
         threads = command_line.threads(options)
         self.groups = [
             SideBySide(runs, dataset, threads, world, _SPLITS) for runs in by_kind.values()
@@ -186,10 +172,7 @@ class Conclusion(NamedTuple):
 def conclude(sweep: Sweep, dataset: data.Dataset) -> Conclusion:
     """Rank the combinations by validation accuracy, and evaluate the best on the test data."""
 
-    def rank(combination: Combination) -> tuple[bool, float]:
-        return bool(combination.diverged), -combination.validation.mean
-
-    ranked = sorted(sweep.combinations, key=rank)
+    ranked = sorted(sweep.combinations, key=lambda c: (bool(c.diverged), -c.validation.mean))
     best = ranked[0]
     if best.diverged:
         return Conclusion(ranked, None)
@@ -242,21 +225,12 @@ def epoch_rows(conclusion: Conclusion) -> list[Row]:
 def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
     """Format the ranking as a table."""
     rows: list[Row] = []
-    for place, combination in enumerate(conclusion.ranked[:most], start=1):
-        diverged = f"diverged: {combination.diverged} of {len(combination.runs)}"
-        rows.append(
-            {
-                "": place,
-                **combination.values,
-                "validation %": diverged
-                if combination.diverged
-                else percent(combination.validation, sd=False),
-            }
-        )
-    parts, left = [table(rows)], len(conclusion.ranked) - len(rows)
-    if left:
-        parts.append(f"{left} more rows in results.md")
-    return joined(parts)
+    for place, one in enumerate(conclusion.ranked[:most], start=1):
+        diverged = f"diverged: {one.diverged} of {len(one.runs)}"
+        accuracy = diverged if one.diverged else percent(one.validation, sd=False)
+        rows.append({"": place, **one.values, "validation %": accuracy})
+    left = len(conclusion.ranked) - len(rows)
+    return joined([table(rows), *([f"{left} more rows in results.md"] if left else [])])
 
 
 def heat_map(conclusion: Conclusion) -> HeatMap | None:

@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,11 +34,8 @@ class Timing(NamedTuple):
     def of(cls, seconds: Sequence[float], reference: Sequence[float]) -> "Timing":
         """Summarize the times of a contender and the reference, given per turn."""
         ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
-        return cls(
-            statistics.median(seconds),
-            *(statistics.median(ratios), min(ratios), max(ratios)),
-            len(ratios),
-        )
+        spread = (statistics.median(ratios), min(ratios), max(ratios))
+        return cls(statistics.median(seconds), *spread, len(ratios))
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
@@ -57,7 +54,8 @@ def _finish(device: torch.device) -> None:
 
 
 def in_turns(
-    contenders: Mapping[Name, Callable[[], Callable[[], object]]],
+    names: Iterable[Name],
+    prepare: Callable[[Name], Callable[[], object]],
     repetitions: int,
     device: torch.device,
     title: str,
@@ -65,23 +63,16 @@ def in_turns(
 ) -> dict[Name, list[float]]:
     """Time contenders in alternating turns, so that other load on the machine affects all alike.
 
-    Args:
-        contenders: by name, a function that prepares a turn (not timed) and returns the timed call.
-        repetitions: number of turns.
-        device: device of the calls.
-        title: label of the progress bar.
-        times: number of calls per turn.
-
-    Returns:
-        For each contender, the mean time of a call in each turn.
+    `prepare` prepares a turn of a contender, which is not timed, and returns the call, which is
+    timed `times` times. Returns the mean time of a call in each turn, by contender.
     """
-    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     # A new random order in each turn, because a slow contender leaves cold caches to the next.
     shuffled = random.Random(0)
-    names = list(contenders)
-    turns = [name for _ in range(repetitions) for name in shuffled.sample(names, len(names))]
+    every = list(seconds)
+    turns = [name for _ in range(repetitions) for name in shuffled.sample(every, len(every))]
     for name in tqdm(turns, desc=title, disable=None, leave=False):
-        seconds[name].append(seconds_of(contenders[name](), device, times))
+        seconds[name].append(seconds_of(prepare(name), device, times))
     return seconds
 
 

@@ -762,7 +762,8 @@ def test_a_bar_counts_whole_epochs_and_ends_full(name, options, script, tmp_path
         set_description = write
 
     module = script(name)
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(command_line, "progress", Bar)
+    monkeypatch.setattr(module, "tqdm", Bar, raising=False)
     assert module.main([*options, "--run-dir", str(tmp_path)]) == 0
     # A comparison's second bar is of the two controls.
     assert counts == {"train": [(3, 3)], "compare": [(3, 3), (6, 6)]}[name]

@@ -3,7 +3,7 @@
 import pytest
 
 from nnce.experiments import published
-from nnce.experiments.published import TABLES, UnknownName
+from nnce.experiments.published import TABLES
 from nnce.training import Settings
 
 
@@ -55,5 +55,5 @@ def test_a_group_of_rows_goes_by_its_name():
     ],
 )
 def test_the_near_names_are_listed(names, sentence):
-    with pytest.raises(UnknownName, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         published.find(*names)

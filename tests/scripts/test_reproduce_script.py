@@ -95,7 +95,7 @@ def test_a_run(reproduce, toy, tmp_path, capsys):
 def test_the_answer_counts_what_is_within(reproduce, monkeypatch):
     verdicts = {"A": "within", "B": "ours is better", "C": "within", "D": "ours is worse", "E": ""}
     rows = [SimpleNamespace(name=name) for name in verdicts]
-    work = SimpleNamespace(rows=rows, outcomes=verdicts, compares=True, seeds=range(3))
+    work = SimpleNamespace(finished=rows, compares=True, seeds=range(3))
     monkeypatch.setattr(
         reproduce,
         "closing_row",

@@ -7,7 +7,6 @@ peer's time divided by nnce's.
 import argparse
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,12 +36,7 @@ NNCE, PEER = "nnce", "gradcheck + gradgradcheck"
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Measure all functions, two rows each.
-
-    Args:
-        options: `repetitions`, the number of turns, and `quick`, to measure three functions only.
-        device: device of the inputs.
-    """
+    """Measure all functions, or three of them with --quick; two rows each."""
     names = list(FUNCTIONS)[: 3 if options.quick else None]
     return [row for name in names for row in _measure(name, options.repetitions, device)]
 
@@ -56,8 +50,7 @@ def _measure(name: str, repetitions: int, device: torch.device) -> list[dict[str
         PEER: lambda: gradcheck(function, x) and gradgradcheck(function, x),
     }
     right = {peer: contender() for peer, contender in contenders.items()}  # also warms up
-    turns = {peer: partial(partial, contender) for peer, contender in contenders.items()}
-    seconds = in_turns(turns, repetitions, device, name)
+    seconds = in_turns(contenders, contenders.__getitem__, repetitions, device, name)
     return [
         {
             "work": f"{name} of [{', '.join(map(str, SHAPE))}]",

@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +29,6 @@ class Work(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.labels:,} labels, {self.features} features, n {self.n:,}"
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients of x, W and b in float32."""
-        return 4 * (self.n * self.features + self.labels * (self.features + 1))
 
 
 WORKS = [
@@ -171,8 +165,7 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         return PEERS[name](problem)
 
     off = differences(problem)  # also the first step of each, which is not timed
-    turns = {name: partial(step_of, name) for name in PEERS}
-    seconds = in_turns(turns, repetitions, device, str(work))
+    seconds = in_turns(PEERS, step_of, repetitions, device, str(work))
     problem.clear()
     return [
         {
@@ -201,7 +194,7 @@ def peak_here(name: str, work: Work, device: torch.device) -> float:
     warm_up = Problem(Work(*(min(size, 2_048) for size in work)), device)
     PEERS[name](warm_up)()  # libraries, threads and their buffers
     _, peak = peak_memory(PEERS[name](Problem(work, device)), device)
-    return peak - work.gradient_bytes
+    return peak - 4 * (work.n * work.features + work.labels * (work.features + 1))
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

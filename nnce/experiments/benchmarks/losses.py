@@ -99,11 +99,15 @@ class _Case:
             self.z = z.to(device, work.dtype).requires_grad_(work.kind != "no_grad")
         self.binary = (torch.rand(shape, generator=generator) < 0.3).to(device)
         self.y = self.binary if work.kind == "boolean target" else self.binary.to(work.dtype)
+        self.options: dict[str, Any] = {}
+        if work.kind == "options":
+            pos_weight = torch.linspace(1, 2, shape[-1], device=device)
+            self.options = {"pos_weight": pos_weight, "label_smoothing": _SMOOTHING}
         if work.kind == "ignore_index":
+            self.options = {"ignore_index": _IGNORED, "label_smoothing": _SMOOTHING}
             self.y[torch.rand(shape, generator=generator).to(device) < 0.1] = _IGNORED
         self.parameters: set[int] = set()
         """Addresses of the parameters of all networks."""
-        self.pos_weight = torch.linspace(1, 2, shape[-1], device=device)
 
     def step(self, peer: str) -> Step | None:
         """Return the step of a peer; None if the peer is not installed."""
@@ -111,7 +115,6 @@ class _Case:
         if kind == "step":
             return self._training_step(peer)
         forward: Callable[[], Tensor]
-        options = self._options()
         if peer == TIMM:
             try:
                 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
@@ -127,10 +130,10 @@ class _Case:
         elif kind == "Sigmoid":
             forward = partial(nnce.Sigmoid() if peer == NNCE else nn.Sigmoid(), z)
         elif peer in (NNCE, NO_NUMBA):
-            forward = partial(nnce.BCEWithLogitsLoss(**options), z, y)
+            forward = partial(nnce.BCEWithLogitsLoss(**self.options), z, y)
         else:
             loss = torch.compile(_built_in, dynamic=False) if peer == COMPILED else _built_in
-            forward = partial(loss, z, y, **options)
+            forward = partial(loss, z, y, **self.options)
         if kind == "no_grad":
             return torch.no_grad()(forward)
         upstream = torch.ones_like(z) if kind == "Sigmoid" else None
@@ -142,13 +145,6 @@ class _Case:
         if peer == NO_NUMBA:
             return patch.object(fused, "uses_numba", lambda: False)(step)
         return step
-
-    def _options(self) -> dict[str, Any]:
-        if self.work.kind == "options":
-            return {"pos_weight": self.pos_weight, "label_smoothing": _SMOOTHING}
-        if self.work.kind == "ignore_index":
-            return {"ignore_index": _IGNORED, "label_smoothing": _SMOOTHING}
-        return {}
 
     def _training_step(self, peer: str) -> Step:
         torch.manual_seed(0)
@@ -239,9 +235,8 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
             rows[peer]["kept"] = _kept(step, case.parameters)
     of_built_in = rows[work.peers[0]]["kept"]
     times = max(1, min(_SHORTEST // math.prod(work.shape), _MOST_CALLS))
-
-    turns = {peer: partial(partial, step) for peer, step in steps.items() if step is not None}
-    seconds = in_turns(turns, repetitions, device, str(work), times)
+    found = {peer: step for peer, step in steps.items() if step is not None}
+    seconds = in_turns(found, found.__getitem__, repetitions, device, str(work), times)
     for peer, of_peer in seconds.items():
         rows[peer] |= Timing.of(of_peer, seconds[NNCE])._asdict()
         rows[peer]["kept"] /= of_built_in

@@ -40,6 +40,7 @@ BUDGET = 10_000_000_000
 # Other programs that keep more processors busy than this spoil a measurement.
 BUSY = 0.1
 LIMIT = "limit (estimate)"
+_UNKNOWN = Timing()
 
 WORKS = (
     Work((784, 30, 10), 10, (1, 4, 16, 64)),
@@ -116,20 +117,15 @@ def row(
     networks: int,
     outcome: str,
     note: str = "",
-    timing: Timing | None = None,
+    timing: Timing = _UNKNOWN,
     **more: object,
 ) -> dict[str, Any]:
-    """A row of results.json.
+    """A row of results.json, with the time of an epoch of one network.
 
-    Args:
-        work, peer, networks: identity of the row.
-        outcome: "right", "wrong" (the loss differs from nnce's), "failed" (an exception), "missing"
-            (cannot run here) or "estimate".
-        note: a wrong loss, or the reason why there is no time.
-        timing: time of an epoch of one network.
-        more: peak_bytes, threads, and examples, the number of timed examples.
+    The outcome is "right", "wrong" (the loss differs from nnce's), "failed" (an exception),
+    "missing" (cannot run here) or "estimate"; the note is a wrong loss, or the reason why there is
+    no time. `more` has peak_bytes, threads, and examples, the number of timed examples.
     """
-    timing = timing or Timing()
     return {
         **{"work": str(work), "peer": peer, "networks": networks, "outcome": outcome, "note": note},
         **timing._asdict(),
@@ -209,10 +205,10 @@ def measure(
         order = data.order(runners[key].examples, generator, x.device)
         runners[key].epoch(work.indices(order, key[1], generator))
 
-    turns = {key: partial(partial, train, key) for key in runners}
+    took = in_turns(runners, partial(partial, train), repetitions, x.device, str(work))
     seconds = {
-        key: [took / key[1] * EXAMPLES / runners[key].examples for took in times]
-        for key, times in in_turns(turns, repetitions, x.device, str(work)).items()
+        key: [of_turn / key[1] * EXAMPLES / runners[key].examples for of_turn in took[key]]
+        for key in runners
     }
     expected = losses[NNCE, work.networks[0]]
     for networks in work.networks:

@@ -6,7 +6,7 @@ order, and one that returns the parameters of the first network.
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -62,9 +62,10 @@ class Work(NamedTuple):
 
 Epoch = Callable[[Tensor], object]
 """Function that trains on the examples in one order, or in one order per network."""
-Parameters = Callable[[], Sequence[Array]]
+Parameters = Callable[[], Iterable[Array]]
 """Function that returns the current W, b, W, b, … of the first network."""
-Peer = Callable[[Work, Tensor, Tensor, list[MLP]], tuple[Epoch, Parameters]]
+Ready = tuple[Epoch, Parameters]
+Peer = Callable[[Work, Tensor, Tensor, list[MLP]], Ready]
 
 
 class Missing(Exception):
@@ -84,7 +85,7 @@ def _epoch(work: Work, x: Array, y: Array, step: Callable[[Array, Array], object
 
 def nnce_ensemble(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP], engine: ensemble.Engine | None = None
-) -> tuple[Epoch, Parameters]:
+) -> Ready:
     """The revised algorithm on all networks together, with loops or products (default: by size)."""
     if engine == "loops" and (x.is_cuda or not loops.is_available()):
         raise Missing("the loops require a CPU and Numba")
@@ -92,7 +93,7 @@ def nnce_ensemble(
     together = Ensemble(
         networks, values, batch_size=work.batch_size, engine=engine, threads=work.threads
     )
-    return partial(together.train_epoch, x, y), lambda: list(networks[0].parameters())
+    return partial(together.train_epoch, x, y), networks[0].parameters
 
 
 def _products(networks: list[MLP], n: int) -> Callable[[Tensor], None]:
@@ -121,7 +122,7 @@ def _products(networks: list[MLP], n: int) -> Callable[[Tensor], None]:
     return step
 
 
-def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """Dense matrix products only, with the same shuffling and gathering."""
     if work.own_orders:
         raise Missing("networks with different orders share no product")
@@ -138,7 +139,7 @@ def floor(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch,
                     for batch in batches:
                         products(len(batch))[index](batch)
 
-    return epoch, lambda: list(networks[0].parameters())
+    return epoch, networks[0].parameters
 
 
 def _loop(
@@ -148,7 +149,7 @@ def _loop(
     network: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
     **settings: bool,
-) -> tuple[Epoch, Parameters]:
+) -> Ready:
     """The usual training loop with SGD and autograd."""
     optimizer = torch.optim.SGD(network.parameters(), lr=LR, **settings)
 
@@ -157,10 +158,10 @@ def _loop(
         criterion(network(x), y).backward()
         optimizer.step()
 
-    return _epoch(work, x, y, step), lambda: list(network.parameters())
+    return _epoch(work, x, y, step), network.parameters
 
 
-def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """torch.nn and autograd, with the fastest implementation of SGD."""
 
     def seconds(settings: dict[str, bool]) -> float:
@@ -178,7 +179,7 @@ def eager(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch,
     return _loop(work, x, y, torch_twin(networks[0]), BUILT_IN, **best)
 
 
-def functions(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def functions(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """nnce's autograd Functions in the usual training loop."""
     return _loop(work, x, y, networks[0], functional.sigmoid_cross_entropy, fused=True)
 
@@ -193,7 +194,7 @@ def _gradients_of(twin: nn.Module) -> Callable[..., dict[str, Tensor]]:
     return torch.func.grad(loss)
 
 
-def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """torch.compile of the whole step: forward, backward and update in one graph."""
     torch._dynamo.reset()  # code compiled for other workloads counts towards a limit
     twin = torch_twin(networks[0])
@@ -205,10 +206,10 @@ def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epo
         for name, gradient in gradients(parameters, x, y).items():
             parameters[name].sub_(LR * gradient)
 
-    return _epoch(work, x, y, partial(step, parameters)), lambda: list(parameters.values())
+    return _epoch(work, x, y, partial(step, parameters)), parameters.values
 
 
-def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """torch.nn and autograd, with the whole step captured as a CUDA graph."""
     if not x.is_cuda:
         raise Missing("requires CUDA")
@@ -242,7 +243,7 @@ def cuda_graphed(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
             torch.index_select(y, 0, batch, out=y_n)
             graph.replay()
 
-    return epoch, lambda: list(twin.parameters())
+    return epoch, twin.parameters
 
 
 def _arrays(network: MLP) -> list[list[Array]]:
@@ -256,9 +257,7 @@ def _sigmoid(z: Array) -> Array:
         return 1 / (1 + np.exp(-z))
 
 
-def numpy_by_example(
-    work: Work, x: Tensor, y: Tensor, networks: list[MLP]
-) -> tuple[Epoch, Parameters]:
+def numpy_by_example(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """NumPy as in the textbook: example by example, with column vectors."""
     W, b = map(list, zip(*_arrays(networks[0]), strict=True))
     b = [column[:, None] for column in b]
@@ -289,9 +288,7 @@ def numpy_by_example(
     return _epoch(work, X, Y, step), lambda: [p for pair in zip(W, b, strict=True) for p in pair]
 
 
-def numpy_vectorized(
-    work: Work, x: Tensor, y: Tensor, networks: list[MLP]
-) -> tuple[Epoch, Parameters]:
+def numpy_vectorized(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """NumPy, vectorized over the mini-batch."""
     layers = _arrays(networks[0])
 
@@ -310,7 +307,7 @@ def numpy_vectorized(
     return epoch, lambda: [p for layer in layers for p in layer]
 
 
-def scikit_learn(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def scikit_learn(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """scikit-learn's MLPClassifier; multi-label targets give it a sigmoid output layer."""
     try:
         from sklearn.neural_network import MLPClassifier
@@ -341,7 +338,7 @@ def scikit_learn(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple
     ]
 
 
-def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Epoch, Parameters]:
+def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """torch.func: vmap over the stacked parameters of all networks."""
     twins = [torch_twin(network) for network in networks]
     stacked, _ = torch.func.stack_module_state(twins)
@@ -358,7 +355,7 @@ def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> tuple[Ep
 
 def jax_scan(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP], *, side_by_side: bool = False
-) -> tuple[Epoch, Parameters]:
+) -> Ready:
     """JAX: one jitted scan over the mini-batches of an epoch; vmap over several networks."""
     try:
         import jax

@@ -23,8 +23,6 @@ class Quantity(NamedTuple):
 
     name: str
     contenders: dict[str, LossFunction]
-    derivative: bool
-    """Whether the quantity is the derivative with respect to z, or the value."""
     exact: Callable[[Any, Any, Any, int], Any]
     """Exact value from y and mpmath's σ(z), σ(−z) and softplus(z), or softplus(−z) if y = 1."""
     promised_ulps: float
@@ -32,6 +30,11 @@ class Quantity(NamedTuple):
     8 in every dtype but float64, in which the focal losses compute."""
     limits: tuple[tuple[float, float], tuple[float, float]]
     """Limits at z = −∞ and ∞, for y = 0 and for y = 1."""
+
+    @property
+    def derivative(self) -> bool:
+        """Whether the quantity is a derivative with respect to z, or a value."""
+        return self.name.endswith("/dz")
 
     def promised(self, dtype: str) -> float:
         """The units promised in a dtype."""
@@ -114,48 +117,42 @@ def quantities() -> tuple[Quantity, ...]:
     }
     return (
         Quantity(
-            *("cross-entropy, dC/dz", _CROSS_ENTROPY, True),
-            lambda s, t, c, y: -t if y else s,
-            *(3.0, slopes),
+            "cross-entropy, dC/dz", _CROSS_ENTROPY, lambda s, t, c, y: -t if y else s, 3.0, slopes
         ),
+        Quantity("cross-entropy, C", _CROSS_ENTROPY, lambda s, t, c, y: c, 4.0, unbounded),
         Quantity(
-            *("cross-entropy, C", _CROSS_ENTROPY, False),
-            lambda s, t, c, y: c,
-            *(4.0, unbounded),
-        ),
-        Quantity(
-            *("quadratic, dC/dz", _QUADRATIC, True),
+            *("quadratic, dC/dz", _QUADRATIC),
             lambda s, t, c, y: -t * s * t if y else s * s * t,
             *(8.0, _ZEROS),
         ),
         Quantity(
-            *("quadratic, C", _QUADRATIC, False),
+            *("quadratic, C", _QUADRATIC),
             lambda s, t, c, y: (t * t if y else s * s) / 2,
             *(8.0, ((0.0, 0.5), (0.5, 0.0))),
         ),
         Quantity(
-            *("focal (γ = 2, α = ¼), dC/dz", focal, True),
+            *("focal (γ = 2, α = ¼), dC/dz", focal),
             lambda s, t, c, y: (
                 -t * t * (t + 2 * s * c) / 4 if y else 3 * s * s * (s + 2 * t * c) / 4
             ),
             *(12.0, ((0.0, 0.75), (-0.25, 0.0))),
         ),
         Quantity(
-            *("focal (γ = 2, α = ¼), C", focal, False),
+            *("focal (γ = 2, α = ¼), C", focal),
             lambda s, t, c, y: t * t * c / 4 if y else 3 * s * s * c / 4,
             *(12.0, unbounded),
         ),
         Quantity(
-            *("asymmetric (γ = 1, 4), dC/dz", asymmetric, True),
+            *("asymmetric (γ = 1, 4), dC/dz", asymmetric),
             lambda s, t, c, y: -t * (t + s * c) if y else s**4 * (s + 4 * t * c),
             *(16.0, slopes),
         ),
         Quantity(
-            *("asymmetric (γ = 1, 4), C", asymmetric, False),
+            *("asymmetric (γ = 1, 4), C", asymmetric),
             lambda s, t, c, y: t * c if y else s**4 * c,
             *(16.0, unbounded),
         ),
-        Quantity("sigmoid, da/dz", _SIGMOID, True, lambda s, t, c, y: s * t, 6.0, _ZEROS),
+        Quantity("sigmoid, da/dz", _SIGMOID, lambda s, t, c, y: s * t, 6.0, _ZEROS),
     )
 
 
@@ -229,7 +226,7 @@ def measure(
         computed: dict[str, Tensor] = {}
         for by, contender in quantity.contenders.items():
             try:
-                results = {y: _compute(quantity, contender, z, y, device) for y in (0, 1)}
+                results = torch.stack([_compute(quantity, contender, z, y, device) for y in (0, 1)])
             except (RuntimeError, NotImplementedError):
                 continue  # not implemented by PyTorch for this dtype and device
             if by != OURS[1]:  # same curve as OURS[0]
@@ -238,12 +235,12 @@ def measure(
             of = (quantity.name, by, _name(dtype), str(device))
             rows.append(_measured(of, z, results, exact)._replace(right_at_infinity=right))
         if quantity.derivative and quantity.contenders is not _SIGMOID:
-            curves.append(Curve(_name(dtype), z, exact[0][0], computed))
+            curves.append(Curve(_name(dtype), z, exact[0, 0], computed))
     return rows, curves
 
 
-def _exact(every: Sequence[Quantity], z: Tensor) -> list[dict[int, tuple[Tensor, Tensor]]]:
-    """Exact values of each quantity for y = 0 and 1, as pairs of float64 tensors to be added."""
+def _exact(every: Sequence[Quantity], z: Tensor) -> Tensor:
+    """Exact values [quantity, part, y, z] in float64; both parts are to be added."""
     import mpmath as mp
 
     found = []
@@ -261,7 +258,7 @@ def _exact(every: Sequence[Quantity], z: Tensor) -> list[dict[int, tuple[Tensor,
                     high = float(truth)
                     found.append((high, float(truth - mp.mpf(high))))
     both = torch.tensor(found, dtype=torch.float64).view(len(z), len(every), 2, 2)
-    return [{y: (pairs[y, 0], pairs[y, 1]) for y in (0, 1)} for pairs in both.permute(1, 2, 3, 0)]
+    return both.permute(1, 3, 2, 0)
 
 
 def _compute(
@@ -274,50 +271,36 @@ def _compute(
     return output.detach().cpu()
 
 
-def _measured(
-    of: tuple[str, str, str, str],
-    z: Tensor,
-    results: dict[int, Tensor],
-    exact: dict[int, tuple[Tensor, Tensor]],
-) -> Measured:
-    dtype = z.dtype
-    result = torch.cat([results[0], results[1]]).double()
-    high = torch.cat([exact[0][0], exact[1][0]])
-    low = torch.cat([exact[0][1], exact[1][1]])
-    error = ((result - high) - low).abs().nan_to_num(nan=math.inf)
-    tiny = torch.finfo(dtype).smallest_normal
+def _measured(of: tuple[str, str, str, str], z: Tensor, results: Tensor, exact: Tensor) -> Measured:
+    """Compare results [y, z] with their exact values [part, y, z]."""
+    high, low = exact
+    error = ((results.double() - high) - low).abs().nan_to_num(nan=math.inf)
+    tiny = torch.finfo(z.dtype).smallest_normal
     normal = high.abs() >= tiny
-    ulps = torch.where(normal, error / ulp(high, dtype), 0.0)
-    worst = int(ulps.argmax())
+    ulps = torch.where(normal, error / ulp(high, z.dtype), 0.0)
     relative = torch.where(normal, error / high.abs(), 0.0)
 
-    positive = z > 0
-    blind = (results[0] == 0) & (exact[0][0] != 0) & (exact[0][0].abs() >= tiny) & positive
-    wrong = (relative[: len(z)] > 0.01) & positive
-    first = torch.where(relative > 0.01, z.double().abs().repeat(2), math.inf)
-    nearest = int(first.argmin())
+    blind = z[(results[0] == 0) & normal[0] & (z > 0)]
+    wrong = z[(relative[0] > 0.01) & (z > 0)]
+    first = torch.where(relative > 0.01, z.double().abs(), math.inf)
+    y, nearest = divmod(int(first.argmin()), len(z))
     return Measured(
         *of,
         absolute=float(error.max()),
         relative=float(relative.max()),
-        ulps=float(ulps[worst]),
-        worst_z=float(z[worst % len(z)]),
+        ulps=float(ulps.max()),
+        worst_z=float(z[int(ulps.argmax()) % len(z)]),
         below_normal=float(torch.where(normal, 0.0, error).max()) / tiny,
-        zero_from=float(z[blind].min()) if blind.any() else math.nan,
-        wrong_from=float(z[wrong].min()) if wrong.any() else math.nan,
-        wrong=f"y = {nearest // len(z)}, z = {float(z[nearest % len(z)]):.4g}"
-        if first[nearest] < math.inf
-        else "",
+        zero_from=float(blind.min()) if len(blind) else math.nan,
+        wrong_from=float(wrong.min()) if len(wrong) else math.nan,
+        wrong=f"y = {y}, z = {float(z[nearest]):.4g}" if first.min() < math.inf else "",
     )
 
 
 # Sums of products have no bounded relative error where terms cancel. The promised error of the
 # linear layer is therefore in units in the last place of the sum of the terms' absolute values.
 LINEAR_PROMISED_ULPS = 8.0
-_LINEAR = {
-    "nnce": functional.linear,
-    "torch.nn.functional.linear": torch.nn.functional.linear,
-}
+_LINEAR = {"nnce": functional.linear, "torch.nn.functional.linear": _F.linear}
 
 
 def measure_linear(dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Measured]:

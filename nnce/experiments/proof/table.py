@@ -32,11 +32,7 @@ class Row(NamedTuple):
     def check(self, only: Sequence[str] | None = None) -> Composability:
         """Run the checks named in `only` (default: all)."""
         return check_composability(
-            self.function,
-            *self.inputs,
-            reference=self.reference,
-            examples=self.examples,
-            only=only,
+            self.function, *self.inputs, reference=self.reference, examples=self.examples, only=only
         )
 
 
@@ -133,9 +129,7 @@ REFUSED = {
     "leading dimensions": "examples are rows",
 }
 """Columns that `walked_rows` do not support by design, with the reason."""
-INSIDE_PYTORCH = {
-    "compile, double backward": "aot_autograd has no double backward",
-}
+INSIDE_PYTORCH = {"compile, double backward": "aot_autograd has no double backward"}
 """Columns that fail because of limitations of PyTorch, with the reason."""
 if torch.torch_version.TorchVersion(torch.__version__) >= "2.15":  # 2.6 to 2.14 could do these
     INSIDE_PYTORCH["compile(vmap(grad))"] = "dynamo's replacement of a Function has no vmap rule"
