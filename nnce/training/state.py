@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -334,5 +335,24 @@ def _optimizer(
         {"params": [linear.bias for linear in network.linears()]},
     ]
     if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=settings.rate, fused=True)
-    return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
+        return _without_dynamo(torch.optim.Adam)(groups, lr=settings.rate, fused=True)
+    sgd = _without_dynamo(torch.optim.SGD)
+    return sgd(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
+
+
+def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Any:
+    """PyTorch's optimizer without its wrappers, which import dynamo (2 s) and slow down a step.
+
+    They serve `torch.compile`, profilers and hooks on the steps of all optimizers.
+    """
+    names = ("add_param_group", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods["step"] = torch.no_grad()(methods["step"])
+    methods["step"].hooked = True  # otherwise the constructor wraps it again
+    return type(optimizer.__name__, (optimizer,), {**methods, "zero_grad": _zero_grad})
+
+
+def _zero_grad(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
