@@ -389,10 +389,9 @@ class Log:
 
     def flush(self) -> None:
         """Flush all files to disk."""
-        files = [self._csv, *self._monitors.values()]
-        # All at once, which takes a disk as long as one file.
-        with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
-            list(pool.map(lambda file: file.flush(), files))
+        # Several at once, which takes a disk as long as one.
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda file: file.flush(), [self._csv, *self._monitors.values()]))
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

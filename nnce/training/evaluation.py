@@ -22,7 +22,7 @@ _LAYER_EXAMPLES = 1_000
 _EXAMPLES = 1_024
 # Outputs of the widest layer computed at once, over all networks of a part: on a CPU (True) as many
 # as fit the cache of a core, otherwise as many as fill a GPU.
-_NUMBERS = {True: 2**18, False: 2**26}
+_NUMBERS = {True: 2**19, False: 2**26}
 _LANES = 32
 
 

@@ -327,13 +327,11 @@ def _optimizer(
         values = hyperparameters(settings, n_train)
         engine = ensemble_engine(settings.engine)
         return Ensemble([network], [values], batch_size=settings.batch_size, engine=engine)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [linear.weight for linear in network.linears()],
-            "weight_decay": settings.l2 / n_train,
-        },
-        {"params": [linear.bias for linear in network.linears()]},
-    ]
+    weights = [linear.weight for linear in network.linears()]
+    biases = [linear.bias for linear in network.linears()]
+    groups: list[dict[str, Any]] = [{"params": [*weights, *biases]}]  # a step takes time by group
+    if decay := settings.l2 / n_train:
+        groups = [{"params": weights, "weight_decay": decay}, {"params": biases}]
     if settings.optimizer == "adam":
         return _without_dynamo(torch.optim.Adam)(groups, lr=settings.rate, fused=True)
     sgd = _without_dynamo(torch.optim.SGD)
