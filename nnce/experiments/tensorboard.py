@@ -319,7 +319,8 @@ class Monitor:
         """Add a figure, or its PNG file."""
         png = figure if isinstance(figure, bytes) else figures.as_png(figure)
         width, height = struct.unpack(">II", png[16:24])
-        image = Summary.Image(width=width, height=height, encoded_image_string=png)
+        rgba = 4
+        image = Summary.Image(width=width, height=height, colorspace=rgba, encoded_image_string=png)
         writer: Any = self._closing.file_writer
         writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
