@@ -118,7 +118,7 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     classes, side = y.shape[1], math.isqrt(x.shape[1])
     # A panel for each example would take ten times as long. The examples are side by side, with a
     # gap of one class.
-    images, outputs, deltas = figure.subplots(3, sharex=True)
+    images, outputs, deltas = figure.subplots(3)
     first = range(0, count * (classes + 1), classes + 1)
 
     def joined(values: Tensor) -> list[float]:
@@ -138,14 +138,14 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     deltas.plot(at, joined(fast), "o", ms=3, color="C0", label="cross-entropy")
     deltas.plot(at, joined(slow), "x", ms=4, color="C1", label="quadratic")
     shown = range(0, classes, max(1, classes // 5))
-    deltas.set_xticks(
-        [left + c for left in first[: len(order)] for c in shown], [*shown] * len(order)
-    )
-    for panel in (outputs, deltas):
+    ticks = [left + c for left in first[: len(order)] for c in shown]
+    deltas.set_xticks(ticks, [*shown] * len(order))
+    outputs.set_xticks([])
+    for panel in (images, outputs, deltas):
         between, height = [left - 1 for left in first[1:]], panel.get_xaxis_transform()
         panel.vlines(between, 0, 1, "0.8", transform=height)
         panel.tick_params(labelsize=7)
-    deltas.set_xlim(-1, count * (classes + 1) - 1)
+        panel.set_xlim(-1, count * (classes + 1) - 1)
     deltas.set_xlabel("output neuron", fontsize=8)
     outputs.set_ylabel("output a, target y")
     deltas.set_ylabel("dC/dz")

@@ -5,7 +5,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from nnce.modules import MLP
 from nnce.training.cursor import Cursor, generators
 from nnce.training.parallel import ALONE, World
 from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, hyperparameters
+
+_Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
 class Best(NamedTuple):
@@ -338,7 +340,7 @@ def _optimizer(
     return sgd(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
 
 
-def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Any:
+def _without_dynamo(optimizer: type[_Optimizer]) -> type[_Optimizer]:
     """PyTorch's optimizer without its wrappers, which import dynamo (2 s) and slow down a step.
 
     They serve `torch.compile`, profilers and hooks on the steps of all optimizers.
@@ -347,7 +349,8 @@ def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Any:
     methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
     methods["step"] = torch.no_grad()(methods["step"])
     methods["step"].hooked = True  # otherwise the constructor wraps it again
-    return type(optimizer.__name__, (optimizer,), {**methods, "zero_grad": _zero_grad})
+    methods["zero_grad"] = _zero_grad
+    return cast(type[_Optimizer], type(optimizer.__name__, (optimizer,), methods))
 
 
 def _zero_grad(optimizer: torch.optim.Optimizer) -> None:
