@@ -312,7 +312,9 @@ def _forward(layers: _Layers, first: _First, begin: int, end: int) -> list[Tenso
     n = end - begin
     # Padded, because the last numbers of an array, which do not fill a SIMD register, are rounded
     # differently.
-    z = [pad(first(begin, end).mT, (0, -n % _LANES)).mT]
+    z = [first(begin, end)]
+    if missing := -n % _LANES:
+        z = [pad(z[0].mT, (0, missing)).mT]
     for W, b in layers[1:]:
         z.append(torch.baddbmm(b.unsqueeze(-1), W, rules.sigmoid(z[-1]).mT).mT)  # (1)
     return [of_layer[:, :n] for of_layer in z]
