@@ -259,9 +259,10 @@ def write(training: "Training", log: Log, command: str, *, interrupted: bool) ->
     best = findings.best_lrs
     with command_line.announced("plotting learning curves"):
         figure = figures.learning_curves(runs, best, f"{title}: mean and 95 % interval")
-        report.write_figure(run_dir / "learning-curves.png", figure, dpi=90)
+        curves = run_dir / "learning-curves.png"
+        report.write_figure(curves, figure, dpi=90)
     with command_line.announced("plotting images for TensorBoard"):
-        log.finish([*runs, *controls], best, dataset, page, figure)
+        log.finish([*runs, *controls], best, dataset, page, curves)
     write_results()
     return findings
 

@@ -31,3 +31,16 @@ def test_a_notebooks_backend_is_not_inherited():
         },
     )
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_garbage_is_collected_once_all_is_imported():
+    program = """
+import startup
+import gc
+from nnce.experiments import command_line
+print(gc.isenabled())
+command_line.run_script(lambda: print(gc.isenabled()))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["False", "True"], done.stderr

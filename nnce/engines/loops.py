@@ -107,7 +107,12 @@ def interrupts_wait() -> Iterator[None]:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     for waiting in came:
-        signal.raise_signal(waiting)
+        handler = signal.getsignal(waiting)
+        # Raised again, it would be a second signal to who reads `signal.set_wakeup_fd`.
+        if callable(handler):
+            handler(waiting, None)
+        else:
+            signal.raise_signal(waiting)
 
 
 # ---------------------------------------------------------------------------------------- data

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -333,6 +334,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     141. If standard output cannot be written, as on a full disk, the script continues without it
     and exits with status 1. Running out of memory or disk space is a one-line error and status 1.
     """
+    gc.freeze()
+    gc.enable()
     program = Path(sys.argv[0]).name
     out = _Stream(1, stops=True)
     if not parallel.is_first():
@@ -367,6 +370,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         status = 1
     if parallel.under_torchrun():
         parallel.exit_at_once(status or 0)
+    gc.freeze()  # otherwise Python looks for garbage among all objects, which takes half a second
     sys.exit(status)
 
 

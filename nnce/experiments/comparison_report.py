@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import math
 import shutil
@@ -9,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnce import data
 from nnce.experiments.comparison import (
@@ -28,9 +29,6 @@ from nnce.experiments.report import Row, table
 from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
 from nnce.training import Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 READING = """\
 At equal rates, part of the difference is the step size: dC/dz of the cross-entropy is that of the
@@ -391,9 +389,9 @@ class Log:
 
     def flush(self) -> None:
         """Flush all files to disk."""
-        self._csv.flush()
-        for monitor in self._monitors.values():
-            monitor.flush()
+        # Several at once, which takes a disk as long as one.
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda file: file.flush(), [self._csv, *self._monitors.values()]))
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -427,9 +425,17 @@ class Log:
         best: Mapping[Loss, float],
         dataset: data.Dataset,
         page: str,
-        figure: Figure,
+        curves: Path,
     ) -> None:
-        """Log hyperparameters, plots of the best networks and texts; copy the best runs."""
+        """Log hyperparameters, plots and texts; copy the best runs.
+
+        Args:
+            runs: all networks and controls.
+            best: the best rate of each loss.
+            dataset: data of which the test examples are drawn.
+            page: the results in Markdown.
+            curves: a PNG file of the learning curves.
+        """
         with self._timed():
             by_name = by_variant(runs)
             chosen = [variant for variant in by_name if best.get(variant.loss) == variant.lr]
@@ -442,7 +448,7 @@ class Log:
             monitor = self.monitor(next(iter(chosen or by_name)))
             monitor.log_text("config", options_table(self._config))
             monitor.log_text("results", page)
-            monitor.log_figure("learning curves", figure)
+            monitor.log_figure("learning curves", curves.read_bytes())
             for monitor in self._monitors.values():
                 monitor.close()
             self._remove_best()

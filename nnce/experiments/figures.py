@@ -5,6 +5,7 @@ matplotlib is imported with the first figure, because runs need it only at their
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import statistics
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nnce import data, rules
 from nnce.experiments.comparison import Run, Variant, by_variant
@@ -25,10 +27,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+def _new_figure(width: float, height: float, **margins: float) -> Figure:
+    """A figure of this size in inches, with a constrained layout unless margins are given.
+
+    A constrained layout measures all texts and draws everything twice.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
+    if margins:
+        figure.subplots_adjust(**margins)
+    return figure
+
+
+def as_png(figure: Figure, dpi: float = 100) -> bytes:
+    """Draw a figure, and encode it as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
 
 
 def _use_integer_ticks(panel: Any) -> None:
@@ -81,13 +97,6 @@ def saturation_atlas(
     return figure
 
 
-# A constrained layout would measure all texts of 24 panels and double the drawing time.
-_MARGINS = {
-    **{"left": 0.052, "right": 0.995, "bottom": 0.08, "top": 0.905},
-    **{"wspace": 0.12, "hspace": 0.22},
-}
-
-
 def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     """Plot the most confidently misclassified examples, with dC/dz of both losses.
 
@@ -102,31 +111,45 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     # Lead of the predicted class over the right one.
     lead = (a.amax(-1) - a[torch.arange(len(a), device=a.device), true]) * (predicted != true)
     order = lead.argsort(descending=True)[: min(count, int((predicted != true).sum()))]
-    figure = _new_figure(11, 5, layout=None)
+    figure = _new_figure(11, 5, left=0.052, right=0.995, bottom=0.15, top=0.905, hspace=0.1)
     if not len(order):
         figure.suptitle("All examples are classified correctly")
         return figure
-    panels = figure.subplots(3, len(order), squeeze=False, sharey="row", gridspec_kw=_MARGINS)
-    side = math.isqrt(x.shape[1])
-    classes = range(y.shape[1])
-    slow, fast = (rule(z, y) for rule in (rules.dz_quadratic, rules.dz_cross_entropy))
-    for column, i in zip(panels.T, order.tolist(), strict=True):
-        image, outputs, deltas = column
+    classes, side = y.shape[1], math.isqrt(x.shape[1])
+    # A panel for each example would take ten times as long. The examples are side by side, with a
+    # gap of one class.
+    images, outputs, deltas = figure.subplots(3)
+    first = range(0, count * (classes + 1), classes + 1)
+
+    def joined(values: Tensor) -> list[float]:
+        return pad(values[order].double(), (0, 1), value=math.nan).flatten().tolist()
+
+    at = range(len(order) * (classes + 1))
+    for left, i in zip(first, order.tolist(), strict=False):
         if side**2 == x.shape[1]:
-            image.imshow(x[i].view(side, side).tolist(), cmap="gray_r")
-        image.set_title(f"{true[i]}, predicted {predicted[i]}", fontsize=9)
-        image.set_axis_off()
-        outputs.bar(classes, a[i].tolist(), color="0.6", label="a")
-        outputs.step(classes, y[i].tolist(), where="mid", color="black", lw=0.8, label="y")
-        deltas.plot(classes, fast[i].tolist(), "o", ms=3, color="C0", label="cross-entropy")
-        deltas.plot(classes, slow[i].tolist(), "x", ms=4, color="C1", label="quadratic")
-        deltas.set_xlabel("output neuron", fontsize=8)
-        for panel in (outputs, deltas):
-            panel.set_xticks([*classes][:: max(1, len(classes) // 5)])
-            panel.tick_params(labelsize=7)
-    panels[1, 0].set_ylabel("output a, target y")
-    panels[2, 0].set_ylabel("dC/dz")
-    _legend_below(figure, panels[2, 0])
+            extent = (left - 0.5, left + classes - 0.5, 0, 1)
+            images.imshow(x[i].view(side, side).tolist(), "gray_r", extent=extent, aspect="auto")
+        title = f"{true[i]}, predicted {predicted[i]}"
+        images.text(left + classes / 2 - 0.5, 1.04, title, fontsize=9, ha="center")
+    images.set_axis_off()
+    outputs.bar(at, pad(a[order], (0, 1)).flatten().tolist(), color="0.6")
+    outputs.step(at, joined(y), where="mid", color="black", lw=0.8)
+    slow, fast = (rule(z, y) for rule in (rules.dz_quadratic, rules.dz_cross_entropy))
+    deltas.plot(at, joined(fast), "o", ms=3, color="C0", label="cross-entropy")
+    deltas.plot(at, joined(slow), "x", ms=4, color="C1", label="quadratic")
+    shown = range(0, classes, max(1, classes // 5))
+    ticks = [left + c for left in first[: len(order)] for c in shown]
+    deltas.set_xticks(ticks, [*shown] * len(order))
+    outputs.set_xticks([])
+    for panel in (images, outputs, deltas):
+        between, height = [left - 1 for left in first[1:]], panel.get_xaxis_transform()
+        panel.vlines(between, 0, 1, "0.8", transform=height)
+        panel.tick_params(labelsize=7)
+        panel.set_xlim(-1, count * (classes + 1) - 1)
+    deltas.set_xlabel("output neuron", fontsize=8)
+    outputs.set_ylabel("output a, target y")
+    deltas.set_ylabel("dC/dz")
+    _legend_below(figure, deltas)
     figure.suptitle("The most confidently misclassified examples, and dC/dz of each loss")
     return figure
 
@@ -138,7 +161,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:
     mistakes = [n for row, line in enumerate(counts) for n in [*line[:row], *line[row + 1 :]]]
     # The color scale is for the mistakes; correct cells are darker.
     darkest = 2 * max(1, *mistakes)
-    figure = _new_figure(4.4, 4.9)
+    figure = _new_figure(4.4, 4.9, left=0.07, right=0.99, bottom=0.095, top=0.93)
     panel = figure.subplots()
     panel.imshow(counts, cmap="Reds", vmin=0, vmax=darkest)
     if classes <= 20:
@@ -248,7 +271,7 @@ def learning_curves(runs: Sequence[Run], best: Mapping[Loss, float], title: str)
         title: title of the figure.
     """
     variants = by_variant([run for run in runs if not run.diverged])
-    figure = _new_figure(12, 4.6)
+    figure = _new_figure(12, 4.6, left=0.05, right=0.99, bottom=0.18, top=0.84, wspace=0.24)
     by_epoch, by_lr, meter = figure.subplots(1, 3)
     shown: list[float] = []
     for color, loss in zip(("C0", "C1"), sorted(best), strict=False):
@@ -329,9 +352,9 @@ def training_curves(records: Sequence[Record], title: str) -> Figure:
         records: records from epoch 0; the epoch with the best validation accuracy is marked.
         title: title of the figure.
     """
-    figure = _new_figure(12, 4.4, layout=None)  # a constrained layout draws everything twice
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.24, "top": 0.86, "wspace": 0.18}
-    panels = figure.subplots(1, 3, gridspec_kw=margins)
+    figure = _new_figure(12, 4.4, **margins)
+    panels = figure.subplots(1, 3)
     epochs, best = [record.epoch for record in records], best_record(records).epoch
     for split, color in zip(records[0].loss, ("C0", "C1", "C2"), strict=True):
         panels[0].plot(epochs, [one.loss[split] for one in records], color=color, label=split)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -286,9 +287,9 @@ class Monitor:
             self._closing.add_images("weights/layer1", framed.float().cpu(), epoch)
         with torch.no_grad():
             z = network(split.x)
-        self._closing.add_figure("wrong", figures.wrong_examples(split, z), epoch)
+        self.log_figure("wrong", figures.wrong_examples(split, z), epoch)
         counts = confusion(network, split).tolist()
-        self._closing.add_figure("confusion", figures.confusion_matrix(counts), epoch)
+        self.log_figure("confusion", figures.confusion_matrix(counts), epoch)
 
     def log_hparams(self, config: Mapping[str, object], record: Record) -> None:
         """Add options and final metrics to the table of hyperparameters.
@@ -314,9 +315,14 @@ class Monitor:
         for summary in (experiment, *session):
             writer.add_summary(summary)
 
-    def log_figure(self, tag: str, figure: Figure) -> None:
-        """Add a figure."""
-        self._closing.add_figure(tag, figure)
+    def log_figure(self, tag: str, figure: Figure | bytes, epoch: int = 0) -> None:
+        """Add a figure, or its PNG file."""
+        png = figure if isinstance(figure, bytes) else figures.as_png(figure)
+        width, height = struct.unpack(">II", png[16:24])
+        rgba = 4
+        image = Summary.Image(width=width, height=height, colorspace=rgba, encoded_image_string=png)
+        writer: Any = self._closing.file_writer
+        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
     def log_text(self, tag: str, markdown: str) -> None:
         """Add a text in Markdown."""

@@ -100,7 +100,8 @@ def layer_figures(
     figures = [_output_layer(z[-1], dz, y)]
     for (W, _), z_hidden in zip(reversed(layers[1:]), reversed(z[:-1]), strict=True):
         da = (W.mT @ dz.mT).mT  # (7), in the memory layout of z
-        dz = rules.dz_hidden(da, z_hidden)  # (8)
-        figures.append(_hidden_layer(z_hidden, dz, da))
+        prime = rules.sigmoid_prime(z_hidden)
+        dz = da * prime  # (8)
+        figures.append(_figures(prime, dz, _shrinkage(da, prime)))
     by_network = torch.stack(figures[::-1], 1).tolist()  # [R, layers, 4]
     return [[LayerFigures(*layer) for layer in of_network] for of_network in by_network]

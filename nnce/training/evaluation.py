@@ -22,7 +22,7 @@ _LAYER_EXAMPLES = 1_000
 _EXAMPLES = 1_024
 # Outputs of the widest layer computed at once, over all networks of a part: on a CPU (True) as many
 # as fit the cache of a core, otherwise as many as fill a GPU.
-_NUMBERS = {True: 2**18, False: 2**26}
+_NUMBERS = {True: 2**19, False: 2**26}
 _LANES = 32
 
 
@@ -312,7 +312,9 @@ def _forward(layers: _Layers, first: _First, begin: int, end: int) -> list[Tenso
     n = end - begin
     # Padded, because the last numbers of an array, which do not fill a SIMD register, are rounded
     # differently.
-    z = [pad(first(begin, end).mT, (0, -n % _LANES)).mT]
+    z = [first(begin, end)]
+    if missing := -n % _LANES:
+        z = [pad(z[0].mT, (0, missing)).mT]
     for W, b in layers[1:]:
         z.append(torch.baddbmm(b.unsqueeze(-1), W, rules.sigmoid(z[-1]).mT).mT)  # (1)
     return [of_layer[:, :n] for of_layer in z]

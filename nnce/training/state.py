@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from nnce.modules import MLP
 from nnce.training.cursor import Cursor, generators
 from nnce.training.parallel import ALONE, World
 from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, hyperparameters
+
+_Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
 class Best(NamedTuple):
@@ -326,13 +329,31 @@ def _optimizer(
         values = hyperparameters(settings, n_train)
         engine = ensemble_engine(settings.engine)
         return Ensemble([network], [values], batch_size=settings.batch_size, engine=engine)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [linear.weight for linear in network.linears()],
-            "weight_decay": settings.l2 / n_train,
-        },
-        {"params": [linear.bias for linear in network.linears()]},
-    ]
+    weights = [linear.weight for linear in network.linears()]
+    biases = [linear.bias for linear in network.linears()]
+    groups: list[dict[str, Any]] = [{"params": [*weights, *biases]}]  # a step takes time by group
+    if decay := settings.l2 / n_train:
+        groups = [{"params": weights, "weight_decay": decay}, {"params": biases}]
     if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=settings.rate, fused=True)
-    return torch.optim.SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
+        return _without_dynamo(torch.optim.Adam)(groups, lr=settings.rate, fused=True)
+    sgd = _without_dynamo(torch.optim.SGD)
+    return sgd(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
+
+
+def _without_dynamo(optimizer: type[_Optimizer]) -> type[_Optimizer]:
+    """PyTorch's optimizer without its wrappers, which import dynamo (2 s) and slow down a step.
+
+    They serve `torch.compile`, profilers and hooks on the steps of all optimizers.
+    """
+    names = ("add_param_group", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods["step"] = torch.no_grad()(methods["step"])
+    methods["step"].hooked = True  # otherwise the constructor wraps it again
+    methods["zero_grad"] = _zero_grad
+    return cast(type[_Optimizer], type(optimizer.__name__, (optimizer,), methods))
+
+
+def _zero_grad(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

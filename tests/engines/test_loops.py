@@ -377,3 +377,22 @@ def test_where_loops_cannot_be_had(monkeypatch):
     x, y = drawn()
     together.train_epoch(x, y, orders(1)[0])
     assert together.engine == "products"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_that_has_waited_is_one_signal():
+    """A second Ctrl-C exits at once, and a single one must not be taken for it."""
+    program = """
+import os, signal, time
+from nnce.engines import loops
+from nnce.experiments import command_line
+def main():
+    with command_line.undisturbed():
+        with loops.interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        print("saved", flush=True)
+command_line.run_script(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (130, "saved\n")

@@ -35,6 +35,35 @@ def run(loss, lr, seed, curve, losses=None):
     return Run(settings, None, records)
 
 
+def test_records_in_checkpoints_of_earlier_versions_are_a_list(digits):
+    lrs = {"quadratic": [3.0], "cross-entropy": [0.5]}
+    settings = comparison.plan(BASE, lrs, 2, digits)
+    first, second = (
+        comparison.SideBySide(comparison.make_runs(settings, digits), digits, threads=1)
+        for _ in range(2)
+    )
+    for _ in first.epochs():
+        pass
+    state = first.state_dict()
+    second.load_state_dict({**state, "records": list(state["records"])})
+    assert [len(run.records) for run in second.runs] == [3] * 4
+    assert [run.records for run in second.runs] == [run.records for run in first.runs]
+
+
+def test_an_error_of_any_of_the_files_that_are_flushed_together_is_raised(tmp_path, monkeypatch):
+    with comparison_report.Log(tmp_path, {}) as log:
+        monitors = [log.monitor(Variant("quadratic", lr)) for lr in (0.1, 1.0, 3.0)]
+        log.flush()
+
+        def flush(monitor):
+            if monitor is monitors[1]:
+                raise OSError("disk full")
+
+        monkeypatch.setattr(comparison_report.Monitor, "flush", flush)
+        with pytest.raises(OSError, match="disk full"):
+            log.flush()
+
+
 def test_plan_pairs_every_loss_and_rate_with_every_seed(digits):
     lrs = {"quadratic": [3.0, 1.0, 3.0], "cross-entropy": [0.5]}
     settings = comparison.plan(BASE, lrs, 2, digits)

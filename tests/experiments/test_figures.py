@@ -1,5 +1,6 @@
 """That every figure draws what it is given; what they look like is seen in the browser's test."""
 
+import itertools
 import math
 
 import pytest
@@ -100,7 +101,41 @@ def test_wrong_examples_are_the_most_confident_ones(digits):
     z[7] = z[7].roll(1)
     shown = figures.wrong_examples(data.Split(x, y), z, count=1)
     label = int(y[7].argmax())
-    assert shown.axes[0].get_title() == f"{label}, predicted {(label + 1) % 10}"
+    images, outputs, deltas = shown.axes
+    (title,) = images.texts
+    assert title.get_text() == f"{label}, predicted {(label + 1) % 10}"
+    (image,) = images.get_images()
+    assert (image.get_array() == x[7].view(8, 8).numpy()).all()
+    a = 1 / (1 + (-z[7].double()).exp())
+    heights = torch.tensor([bar.get_height() for bar in outputs.patches])
+    assert torch.allclose(heights[:10].double(), a, atol=1e-6)
+    for line, factor in zip(deltas.lines, (1, a * (1 - a)), strict=True):
+        drawn = torch.tensor(line.get_ydata()[:10], dtype=torch.float64)
+        assert torch.allclose(drawn, (a - y[7]) * factor, atol=1e-6)
+
+
+def test_wrong_examples_are_apart_and_the_legend_is_below_them(digits):
+    """Each at its own ticks, with its own image between the same lines."""
+    z = (10 * digits.test.y - 5).roll(1, 1)
+    figure = figures.wrong_examples(digits.test, z)
+    FigureCanvasAgg(figure).draw()
+    images, outputs, deltas = figure.axes
+    assert len(images.texts) == len(images.get_images()) == 8
+    lines = [-1, *(float(line[0, 0]) for line in outputs.collections[0].get_segments()), 87]
+    for (left, right), image, title in zip(
+        itertools.pairwise(lines), images.get_images(), images.texts, strict=True
+    ):
+        first, last, *_ = image.get_extent()
+        assert left < first < title.get_position()[0] < last < right
+    ticks = [
+        (tick, label.get_text())
+        for tick, label in zip(deltas.get_xticks(), deltas.get_xticklabels(), strict=True)
+    ]
+    assert ticks == [(11 * k + c, str(c)) for k in range(8) for c in range(0, 10, 2)]
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    below = [deltas.xaxis.label, *deltas.get_xticklabels(), deltas]
+    assert not any(box.overlaps(artist.get_window_extent()) for artist in below)
 
 
 def test_a_single_neurons_story():

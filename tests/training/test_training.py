@@ -1,8 +1,12 @@
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.testing import assert_close
 
 from nnce import data, training
@@ -43,6 +47,59 @@ def test_engines_agree_over_200_steps(mnist_like, loss, momentum, share, l2):
     ):
         assert all((ours - their).abs().max() <= 1e-12 for their in theirs)
         assert (ours - before).abs().max() > 1e-3  # they agree on having learnt something
+
+
+WITH_OPTIMIZERS = [
+    Settings(engine="autograd", epochs=1),
+    Settings(engine="functions", l2=5.0, momentum=0.9, epochs=1),
+    Settings(engine="functions", l2=5.0, optimizer="adam", epochs=1),
+]
+
+
+@pytest.mark.parametrize("settings", WITH_OPTIMIZERS, ids=str)
+def test_steps_of_optimizers_are_pytorchs_to_the_bit(digits, settings):
+    """Also after loading the state, and for gradients of an earlier step that are left."""
+    state = training.initial_state(settings, digits)
+    twin = training.initial_state(settings, digits).network
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    more = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {}
+    weights, biases = zip(*twin.weights_and_biases(), strict=True)
+    groups = [
+        {"params": weights, "weight_decay": settings.l2 / len(digits.train.x)},
+        {"params": biases},
+    ]
+    theirs = kinds[settings.optimizer](groups, lr=settings.rate, fused=True, **more)
+    assert isinstance(state.optimizer, kinds[settings.optimizer])
+    for step in range(4):
+        if step == 2:
+            saved, state = state.state_dict(), training.initial_state(settings, digits)
+            state.load_state_dict(saved)
+        for network, optimizer in ((state.network, state.optimizer), (twin, theirs)):
+            optimizer.zero_grad()
+            some = slice(10 * step, 10 * step + 10)
+            network(digits.train.x[some]).square().sum().backward()
+            optimizer.step()
+    for ours, its in zip(state.network.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, its)
+
+
+def test_training_by_autograd_does_not_import_dynamo():
+    """Its import takes 2 s, a sixth of the README's first command."""
+    program = """
+import sys
+from test_training import WITH_OPTIMIZERS
+from nnce import data, training
+digits = data.load("digits", train_size=50)
+for settings in WITH_OPTIMIZERS:
+    state = training.initial_state(settings, digits)
+    assert len(list(training.train(state, settings, digits))) == 2
+    training.initial_state(settings, digits).load_state_dict(state.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    folders = [ROOT, *(ROOT / "tests" / name for name in ("", "training"))]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = subprocess.run([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
