@@ -4,9 +4,10 @@ Imports nothing from nnce. (`nnce/checks`, which imports nothing from nnce eithe
 uses of Numba's private API are in `kernels`.)
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,29 @@ def single_level_apply(function: type[Function]) -> Callable[..., Any]:
     base: Any = super(Function, function)
     apply: Callable[..., Any] = base.apply
     return apply
+
+
+_Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
+
+
+def optimizer_without_dynamo(optimizer: type[_Optimizer]) -> type[_Optimizer]:
+    """Return PyTorch's optimizer without its wrappers, which import dynamo and slow down a step.
+
+    The wrappers serve `torch.compile`, profilers and hooks on the steps of all optimizers; the
+    import takes 2 s. No public option leaves them out.
+    """
+
+    def zero_grad(self: torch.optim.Optimizer) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    names = ("add_param_group", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods["step"] = torch.no_grad()(methods["step"])
+    methods["step"].hooked = True  # otherwise the constructor wraps it again
+    methods["zero_grad"] = zero_grad
+    return cast(type[_Optimizer], type(optimizer.__name__, (optimizer,), methods))
 
 
 def assert_later(condition: Tensor) -> None:

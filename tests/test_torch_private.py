@@ -132,6 +132,23 @@ def test_single_level_apply():
     assert y == 9 and x.grad == 6
 
 
+def test_optimizer_without_dynamo(monkeypatch):
+    """The bits of its steps are in test_training.py; here, that no wrapper is left."""
+    breaks = []
+    monkeypatch.setattr(torch._dynamo, "graph_break", lambda: breaks.append(1))
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        w = torch.ones(2, requires_grad=True)
+        optimizer = _torch_private.optimizer_without_dynamo(kind)([w], lr=0.5)
+        w.grad = torch.ones(2)
+        optimizer.step()
+        assert isinstance(optimizer, kind) and torch.allclose(w, torch.full((2,), 0.5))
+        optimizer.zero_grad()
+        assert w.grad is None and not breaks
+        kind([w], lr=0.5).step()
+        assert breaks
+        breaks.clear()
+
+
 def test_assert_later():
     _torch_private.assert_later(torch.tensor(True))
     with pytest.raises(RuntimeError):  # on a CPU at once

@@ -2,23 +2,21 @@
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnce import data
 from nnce._memory import check_memory, shortage
+from nnce._torch_private import optimizer_without_dynamo
 from nnce.engines.ensemble import Ensemble
 from nnce.modules import MLP
 from nnce.training.cursor import Cursor, generators
 from nnce.training.parallel import ALONE, World
 from nnce.training.settings import ENSEMBLE_ENGINES, Settings, ensemble_engine, hyperparameters
-
-_Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
 class Best(NamedTuple):
@@ -335,25 +333,6 @@ def _optimizer(
     if decay := settings.l2 / n_train:
         groups = [{"params": weights, "weight_decay": decay}, {"params": biases}]
     if settings.optimizer == "adam":
-        return _without_dynamo(torch.optim.Adam)(groups, lr=settings.rate, fused=True)
-    sgd = _without_dynamo(torch.optim.SGD)
+        return optimizer_without_dynamo(torch.optim.Adam)(groups, lr=settings.rate, fused=True)
+    sgd = optimizer_without_dynamo(torch.optim.SGD)
     return sgd(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
-
-
-def _without_dynamo(optimizer: type[_Optimizer]) -> type[_Optimizer]:
-    """PyTorch's optimizer without its wrappers, which import dynamo (2 s) and slow down a step.
-
-    They serve `torch.compile`, profilers and hooks on the steps of all optimizers.
-    """
-    names = ("add_param_group", "step", "state_dict", "load_state_dict")
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-    methods["step"] = torch.no_grad()(methods["step"])
-    methods["step"].hooked = True  # otherwise the constructor wraps it again
-    methods["zero_grad"] = _zero_grad
-    return cast(type[_Optimizer], type(optimizer.__name__, (optimizer,), methods))
-
-
-def _zero_grad(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
