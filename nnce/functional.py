@@ -23,6 +23,7 @@ loaded.
 import inspect
 import warnings
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -112,9 +113,7 @@ class LinearFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save a_prev and W."""
-        a_prev, W, _ = inputs
-        ctx.save_for_backward(a_prev, W)
-        ctx.save_for_forward(a_prev, W)
+        _keep_inputs(ctx, inputs[:2], output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -679,14 +678,7 @@ def sigmoid_quadratic(
     >>> nnce.sigmoid_quadratic(z, y), nnce.sigmoid_quadratic(z, y, reduction="mean")
     (tensor(0.3750), tensor(0.1250))
     """
-    _, ignore_index = _python_numbers(0, ignore_index)
-    settings = _Settings("quadratic", reduction, 0, ignore_index)
-    if is_plain(z, y) and _fits_loss(z, y, None, None, settings):
-        return _fused_loss(z, y, None, None, settings)
-    z, wide_y = _float32_under_autocast(z, y)
-    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    settings = _Settings("quadratic", reduction, 0, ignore_index)
-    return _composed_loss(z, y, wide_y, None, None, settings)
+    return _loss(z, y, None, None, _Settings("quadratic", reduction, 0, ignore_index))
 
 
 def sigmoid_cross_entropy(
@@ -736,18 +728,8 @@ def sigmoid_cross_entropy(
     >>> z.grad
     tensor([[-1.1920e-01,  4.2484e-18]])
     """
-    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
-        z, y, weight, pos_weight, settings
-    ):
-        return _fused_loss(z, y, weight, pos_weight, settings)
-    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
-    label_smoothing = check_label_smoothing(label_smoothing)
-    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
-    settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
+    return _loss(z, y, weight, pos_weight, settings)
 
 
 def sigmoid_focal_loss(
@@ -791,7 +773,8 @@ def sigmoid_focal_loss(
             alpha is outside [0, 1], or ignore_index is 0 or 1.
     """
     focus = rules.Focus(*check_focus({"gamma": gamma}, 0, alpha))
-    return _focal_loss(z, y, weight, ignore_index, reduction, focus)
+    settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
+    return _loss(z, y, weight, None, settings)
 
 
 def sigmoid_asymmetric_loss(
@@ -837,26 +820,8 @@ def sigmoid_asymmetric_loss(
     """
     gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
     focus = rules.Focus(*check_focus(gammas, margin, None))
-    return _focal_loss(z, y, weight, ignore_index, reduction, focus)
-
-
-def _focal_loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    ignore_index: int | None,
-    reduction: Reduction,
-    focus: rules.Focus,
-) -> Tensor:
-    _, ignore_index = _python_numbers(0, ignore_index)
     settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
-    if is_plain(z, y, optional=(weight,)) and _fits_loss(z, y, weight, None, settings):
-        return _fused_loss(z, y, weight, None, settings)
-    z, wide_y, weight = _float32_under_autocast(z, y, weight)
-    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    check_alike({"z": z}, {"weight": weight})
-    settings = settings._replace(ignore_index=ignore_index)
-    return _composed_loss(z, y, wide_y, weight, None, settings)
+    return _loss(z, y, weight, None, settings)
 
 
 def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
@@ -909,27 +874,9 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
         reduction = _legacy_reduction(size_average, reduce)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"expected reduction 'none', 'sum' or 'mean', got {reduction!r}")
-    z, y = input, target
-    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     kind = cast(Reduction, reduction)
-    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
-        z, y, weight, pos_weight, settings
-    ):
-        return _to(_fused_loss(z, y, weight, pos_weight, settings), _value_dtype(z, y))
-    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
-    _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
-    _check_shape("target", y, "input", z)
-    label_smoothing = check_label_smoothing(label_smoothing)
-    ignore_index = check_ignore_index(ignore_index)
-    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    C = _composed_loss(z, y, wide_y, weight, pos_weight, settings)
-    return _to(C, _value_dtype(z, wide_y))
-
-
-def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype of C, as in PyTorch's function."""
-    return y.dtype if y.dtype.is_floating_point else z.dtype
+    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, promotes=True)
+    return _loss(input, target, weight, pos_weight, settings)
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -958,13 +905,44 @@ True
 # ----------------------------------------------------------------------------------- internals
 
 
-def _python_numbers(label_smoothing: float, ignore_index: int | None) -> tuple[float, int | None]:
-    """Convert NumPy's and other libraries' numbers to Python's; raise for non-numbers."""
-    if type(label_smoothing) not in (int, float):
-        label_smoothing = check_label_smoothing(label_smoothing)
-    if ignore_index is not None and type(ignore_index) is not int:
-        ignore_index = check_ignore_index(ignore_index)
-    return label_smoothing, ignore_index
+def _loss(
+    z: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """C by one pass of a kernel for plain tensors that fit, else by `_composed_loss`."""
+    smoothing, ignore_index = settings.label_smoothing, settings.ignore_index
+    if type(smoothing) not in (int, float) or type(ignore_index) not in (int, NoneType):
+        settings = _with_python_numbers(settings)
+    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
+        z, y, weight, pos_weight, settings
+    ):
+        if z.requires_grad and torch.is_grad_enabled():
+            C = _apply_loss(z, y, weight, pos_weight, settings)
+        else:
+            options = _options(weight, pos_weight, settings)
+            C, _ = fused.forward(z, y, options, settings.reduction, settings.loss)
+        return _to(C, _value_dtype(z, y)) if settings.promotes else C
+    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
+    settings = _with_python_numbers(settings)
+    if settings.promotes:
+        _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
+        _check_shape("target", y, "input", z)
+    else:
+        check_reduction(settings.reduction)
+        _check_target(z, wide_y)
+        check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
+    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
+
+
+def _with_python_numbers(settings: _Settings) -> _Settings:
+    """Convert NumPy's and other libraries' numbers to Python's; raise unless they are in range."""
+    return settings._replace(
+        label_smoothing=check_label_smoothing(settings.label_smoothing),
+        ignore_index=check_ignore_index(settings.ignore_index),
+    )
 
 
 def _fits_loss(
@@ -1019,19 +997,24 @@ def _composed_loss(
         wide_y: y in the dtype to compute in; y itself is compared with ignore_index.
     """
     loss, reduction, smoothing, *_, focus = settings
-    dtype = z.dtype
+    dtype = _value_dtype(z, wide_y)
     z, y, weight, pos_weight, counts = _operands(z, y, wide_y, weight, pos_weight, settings)
     if loss == "quadratic":
-        return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
-    if focus is not None:
+        C = _apply(SigmoidQuadraticFunction, z, y)
+    elif focus is not None:
         C = _apply(SigmoidFocalFunction, z, y, *focus)
-        C = C if weight is None else rules.weighted(weight, C)
-        return _to(_reduce(C, counts, reduction), dtype)
-    C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
-    if smoothing:
-        at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
-        C = (1 - smoothing) * C + smoothing * at_half
-    return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
+    else:
+        C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
+        if smoothing:
+            at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
+            C = (1 - smoothing) * C + smoothing * at_half
+    C = C if weight is None else rules.weighted(weight, C)
+    return _to(_reduce(C, counts, reduction), dtype)
+
+
+def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype of C, as in PyTorch's function."""
+    return y.dtype if y.dtype.is_floating_point else z.dtype
 
 
 def _operands(
@@ -1064,20 +1047,6 @@ _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 def _to(tensor: _OptionalTensor, dtype: torch.dtype) -> _OptionalTensor:
     """Convert if necessary: dynamo's vmap fails on a conversion to the same dtype."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _fused_loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
-    """C by a single pass of a kernel."""
-    if z.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _apply_loss(z, y, weight, pos_weight, settings))
-    options = _options(weight, pos_weight, settings)
-    return fused.forward(z, y, options, settings.reduction, settings.loss)[0]
 
 
 def _apply(function: type[Function], *arguments: Tensor | float | None) -> Tensor:
@@ -1135,9 +1104,7 @@ def _divisor(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor |
     return counts.sum() if reduction == "mean" else counts.any(-1).sum()
 
 
-def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> int | None:
-    check_reduction(reduction)
-    ignore_index = check_ignore_index(ignore_index)
+def _check_target(z: Tensor, y: Tensor) -> None:
     if not isinstance(y, Tensor) or y.dtype.is_floating_point or y.dtype.is_complex:
         check_alike({"z": z, "y": y})
     else:
@@ -1145,7 +1112,6 @@ def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) 
         check_dense("y", y)
         check_device("y", y, z.device, like="z")
     _check_shape("y", y, "z", z)
-    return ignore_index
 
 
 def _check_real(z: Tensor, others: dict[str, Tensor | None]) -> None:
