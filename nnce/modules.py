@@ -274,7 +274,45 @@ class MLP(nn.Sequential):
         return [(W, b) for W, b in pairs if b is not None]
 
 
-class SigmoidQuadraticLoss(nn.Module):
+def options_of(loss: nn.Module) -> str:
+    """A loss's reduction, and nnce's options that differ from their defaults."""
+    options = {
+        **{"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None},
+        **{"alpha": 0.25, "gamma": 2, "gamma_positive": 1, "gamma_negative": 4, "margin": 0.05},
+    }
+    unusual = [
+        f"{name}={getattr(loss, name)!r}"
+        for name, usual in options.items()
+        if getattr(loss, name, usual) != usual
+    ]
+    return ", ".join([f"reduction={loss.reduction!r}", *unusual])
+
+
+class _SigmoidLoss(nn.Module):
+    """The options that all of nnce's own losses have."""
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self, reduction: Reduction, ignore_index: int | None, **weights: Tensor | None
+    ) -> None:
+        """Check the options; register weights as buffers, after a single check of their values."""
+        super().__init__()
+        check_reduction(reduction)
+        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
+        for name, tensor in weights.items():
+            if not isinstance(tensor, Tensor | None):
+                raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+            # With negative weights, PyTorch would maximize the loss.
+            if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
+                raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
+            self.register_buffer(name, tensor)
+
+    extra_repr = options_of
+
+
+class SigmoidQuadraticLoss(_SigmoidLoss):
     """C = ½ ‖σ(z) − y‖², the notes' first loss: `nnce.functional.sigmoid_quadratic`.
 
     Args:
@@ -297,9 +335,7 @@ class SigmoidQuadraticLoss(nn.Module):
     def __init__(
         self, reduction: Reduction = "batchmean", *, ignore_index: int | None = None
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
+        super().__init__(reduction, ignore_index)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -307,12 +343,8 @@ class SigmoidQuadraticLoss(nn.Module):
             z, y, ignore_index=self.ignore_index, reduction=self.reduction
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
-
-class SigmoidCrossEntropyLoss(nn.Module):
+class SigmoidCrossEntropyLoss(_SigmoidLoss):
     """C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))]: `nnce.functional.sigmoid_cross_entropy`.
 
     The default reduction averages over the examples: all dimensions except the last. For z of shape
@@ -320,15 +352,13 @@ class SigmoidCrossEntropyLoss(nn.Module):
     replace that loss, use `BCEWithLogitsLoss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
+        reduction, ignore_index: as for `SigmoidQuadraticLoss`.
         weight: multiplies C; at least 0, of a shape that broadcasts to z's.
         pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
             to z's, [components] for one per component. Both weights are buffers, as in PyTorch.
         label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: a target such as −100: components with this target are ignored.
 
-    Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
-        "none".
+    Shape: as for `SigmoidQuadraticLoss`.
 
     Raises:
         TypeError: a weight is not a tensor, label_smoothing is not a number, or ignore_index is not
@@ -343,9 +373,6 @@ class SigmoidCrossEntropyLoss(nn.Module):
     tensor(2.7726)
     """
 
-    weight: Tensor | None
-    pos_weight: Tensor | None
-
     def __init__(
         self,
         reduction: Reduction = "batchmean",
@@ -355,11 +382,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
+        super().__init__(reduction, ignore_index, weight=weight, pos_weight=pos_weight)
         self.label_smoothing = check_label_smoothing(label_smoothing)
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        _register_weights(self, weight=weight, pos_weight=pos_weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -373,34 +397,16 @@ class SigmoidCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
-
-def _register_weights(loss: nn.Module, **weights: Tensor | None) -> None:
-    """Register weights as buffers, after a single check of their values."""
-    for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor | None):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-        # With negative weights, PyTorch would maximize the loss.
-        if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
-            raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
-        loss.register_buffer(name, tensor)
-
-
-class SigmoidFocalLoss(nn.Module):
+class SigmoidFocalLoss(_SigmoidLoss):
     """C = α_t (1 − p_t)^γ · cross-entropy of σ(z): `nnce.functional.sigmoid_focal_loss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
+        reduction, weight, ignore_index: as for `SigmoidCrossEntropyLoss`.
         alpha: weight of positive targets in [0, 1], or None or −1 for no weights.
         gamma: exponent, from 0 to 10⁶.
-        weight: multiplies C; at least 0, of a shape that broadcasts to z's; a buffer.
-        ignore_index: an integer other than 0 and 1: components with this target are ignored.
 
-    Shape: z and y [..., components], y in [0, 1] or ignore_index -> z's shape for "none", else a
-        scalar.
+    Shape: as for `SigmoidQuadraticLoss`.
 
     Raises:
         TypeError: weight is not a tensor, or another option is not a number.
@@ -413,8 +419,6 @@ class SigmoidFocalLoss(nn.Module):
     tensor(0.0433)
     """
 
-    weight: Tensor | None
-
     def __init__(
         self,
         reduction: Reduction = "none",
@@ -424,11 +428,8 @@ class SigmoidFocalLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
+        super().__init__(reduction, ignore_index, weight=weight)
         self.gamma, _, _, self.alpha = check_focus({"gamma": gamma}, 0, alpha)
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        _register_weights(self, weight=weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -442,19 +443,14 @@ class SigmoidFocalLoss(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
-
-class SigmoidAsymmetricLoss(nn.Module):
+class SigmoidAsymmetricLoss(_SigmoidLoss):
     """Focal loss with two exponents and a margin: `nnce.functional.sigmoid_asymmetric_loss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
+        reduction, weight, ignore_index: as for `SigmoidCrossEntropyLoss`.
         gamma_positive, gamma_negative: exponents for positive and negative targets, at least 0.
         margin: in [0, 1), subtracted from σ(z) for negative targets.
-        weight, ignore_index: as for `SigmoidFocalLoss`.
 
     Shape, raises: as for `SigmoidFocalLoss`.
 
@@ -463,8 +459,6 @@ class SigmoidAsymmetricLoss(nn.Module):
     >>> nnce.SigmoidAsymmetricLoss()(torch.zeros(2, 3), torch.ones(2, 3))  # 3/2 ln 2
     tensor(1.0397)
     """
-
-    weight: Tensor | None
 
     def __init__(
         self,
@@ -476,13 +470,10 @@ class SigmoidAsymmetricLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
+        super().__init__(reduction, ignore_index, weight=weight)
         gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
         checked = check_focus(gammas, margin, None)
         self.gamma_positive, self.gamma_negative, self.margin, _ = checked
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        _register_weights(self, weight=weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -496,10 +487,6 @@ class SigmoidAsymmetricLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
         )
-
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -556,20 +543,4 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             ignore_index=self.ignore_index,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and nnce's options that differ from their defaults."""
-        return options_of(self)
-
-
-def options_of(loss: nn.Module) -> str:
-    """A loss's reduction, and nnce's options that differ from their defaults."""
-    options = {
-        **{"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None},
-        **{"alpha": 0.25, "gamma": 2, "gamma_positive": 1, "gamma_negative": 4, "margin": 0.05},
-    }
-    unusual = [
-        f"{name}={getattr(loss, name)!r}"
-        for name, usual in options.items()
-        if getattr(loss, name, usual) != usual
-    ]
-    return ", ".join([f"reduction={loss.reduction!r}", *unusual])
+    extra_repr = options_of
