@@ -919,6 +919,7 @@ def _loss(
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
         z, y, weight, pos_weight, settings
     ):
+        C: Tensor
         if z.requires_grad and torch.is_grad_enabled():
             C = _apply_loss(z, y, weight, pos_weight, settings)
         else:

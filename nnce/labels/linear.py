@@ -16,8 +16,8 @@ from nnce._arguments import (
     shape_of,
 )
 from nnce.functional import Reduction, autocast_dtype
-from nnce.labels.function import BlockByBlock, apply_at_once, refuse_tangents, suits_at_once
-from nnce.labels.operator import OPERATOR, VERSION, Operands
+from nnce.labels.function import BlockByBlock, Task, apply_at_once, refuse_tangents, suits_at_once
+from nnce.labels.operator import OPERATOR, VERSION
 from nnce.labels.positives import Target, targets_of
 
 if TYPE_CHECKING:  # not every build of PyTorch has it
@@ -239,20 +239,17 @@ def _walked_loss(
     pos_weight = check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = check_weight("example_weight", example_weight, n, input.device)
     inputs = (input, linear_weight, linear_bias)
-    operands = Operands(
+    operands = (
         *targets,
         *(weight, pos_weight, float(label_smoothing), example_weight, reduction),
-        *(block, product_dtype, options.check_values),
-        VERSION,
+        *(block, product_dtype, options.check_values, VERSION + (focus is not None)),
+        None if focus is None else [*focus[:3], -1.0 if focus[3] is None else focus[3]],
     )
-    if focus is not None:
-        alpha = -1.0 if focus[3] is None else focus[3]
-        operands = operands._replace(version=VERSION + 1, focus=[*focus[:3], alpha])
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
         return cast(Tensor, getattr(torch.ops.nnce, OPERATOR)(*inputs, *operands))
-    task = operands.task(num_labels)._replace(group=group, offset=offset)
+    task = Task(*operands, group, offset, num_labels)
     if input.is_meta:
         shape = (n,) if reduction == "none" else ()
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
