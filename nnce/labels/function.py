@@ -49,14 +49,14 @@ class Task(NamedTuple):
     block: int | None
     product_dtype: torch.dtype
     check_values: bool | None
-    version: int
+    version: int = 0
     """VERSION, plus 1 with a focus, which an older nnce would ignore."""
-    focus: Sequence[float] | None
+    focus: Sequence[float] | None = None
     """Both gammas, margin, and alpha or −1; None for the cross-entropy."""
-    group: "ProcessGroup | None"
-    offset: int
+    group: "ProcessGroup | None" = None
+    offset: int = 0
     """The number of this process's first label."""
-    num_labels: int
+    num_labels: int = 0
     """The number of labels of all processes."""
 
     @property

@@ -47,12 +47,12 @@ class _OperatorTask(Task):
 
 
 def _task(W: Tensor, operands: Sequence[Any]) -> Task:
-    """The task of an operator's arguments, which is one of a single process.
+    """The task of an operator's arguments (without trailing defaults), of a single process.
 
     Raises:
         RuntimeError: the call comes from a file exported by a different version of nnce.
     """
-    task = Task._make((*operands, None, 0, W.shape[0]))
+    task = Task(*operands)._replace(num_labels=W.shape[0])
     expected = VERSION + (task.focus is not None)
     if task.version != expected:
         raise RuntimeError(
@@ -109,7 +109,7 @@ def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any
             "a compiled or exported loss that is walked block by block has no derivatives by "
             "torch.func: transform nnce.linear_sigmoid_cross_entropy itself"
         )
-    task = _OperatorTask._make((*operands, None, 0, W.shape[0]))
+    task = _OperatorTask(*operands)._replace(num_labels=W.shape[0])
     C, *_ = BlockByBlock.apply(x, W, b, task, (True, *wants))
     return cast(Tensor, C)
 
