@@ -5,11 +5,11 @@ equations. A backward that needs σ uses this module's own `sigmoid`, so that de
 order follow the rules and stay exact where a rounds to 0 or 1. Only inputs are saved for the
 backward: a saved intermediate would give silently wrong second derivatives.
 
-Each Function has two versions: one with a `jvp`, for forward-mode derivatives and the transforms of
-`torch.func` that use them, and one without, because `torch.compile` rejects a Function with a
-`jvp`. Neither works for nested forward mode: PyTorch disables the outer level while it calls a
-`jvp`, so the result would silently lack a term. There the rules are differentiated as plain code.
-`_apply` chooses the version.
+Each Function has two versions: one with its `tangent` as `jvp`, for forward-mode derivatives and
+the transforms of `torch.func` that use them, and one without, because `torch.compile` rejects a
+Function with a `jvp`. Neither works for nested forward mode: PyTorch disables the outer level while
+it calls a `jvp`, so the result would silently lack a term. There the rules are differentiated as
+plain code. `_apply` chooses the version.
 
 Plain eager code (`is_plain`) needs none of this, and the overhead would dominate a small training
 step. It uses a third version, which saves the same inputs but calls the fused kernels, and builds
@@ -127,6 +127,13 @@ class LinearFunction(Function):
             rules.db(dz) if wants_b else None,
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dz = W da_prev + dW a_prev + db."""
+        da_prev, dW, db = tangents
+        a_prev, W = ctx.saved_tensors
+        return linear(da_prev, W) + linear(a_prev, dW, db)
+
 
 @_with_signature
 class SigmoidFunction(Function):
@@ -156,6 +163,13 @@ class SigmoidFunction(Function):
         (da,) = upstream
         (z,) = ctx.saved_tensors
         return rules.dz_hidden(da, z, sigmoid)
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """da = σ'(z) dz."""
+        (dz,) = tangents
+        (z,) = ctx.saved_tensors
+        return rules.dz_hidden(dz, z, sigmoid)
 
 
 @_with_signature
@@ -191,6 +205,13 @@ class SigmoidQuadraticFunction(Function):
             -dC * rules.residual(z, y, sigmoid) if wants_y else None,
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = (a − y) σ'(z) dz − (a − y) dy."""
+        dz, dy = tangents
+        z, y = ctx.saved_tensors
+        return rules.dz_quadratic(z, y, sigmoid) * dz - rules.residual(z, y, sigmoid) * dy
+
 
 @_with_signature
 class SigmoidCrossEntropyFunction(Function):
@@ -225,6 +246,17 @@ class SigmoidCrossEntropyFunction(Function):
             rules.weighted(dC, _cross_entropy_dy(z, pos_weight)) if wants_y else None,
             rules.weighted(dC * y, _minus_ln_a(z)) if wants_pos_weight else None,
         )
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = (a − y) dz − z dy − y ln a d pos_weight."""
+        dz, dy, d_pos_weight = tangents
+        z, y, pos_weight = ctx.saved_tensors
+        dC = rules.dz_cross_entropy(z, y, sigmoid, pos_weight) * dz
+        dC = dC + rules.weighted(dy, _cross_entropy_dy(z, pos_weight))
+        if pos_weight is None:
+            return dC
+        return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
 
 
 @_with_signature
@@ -274,6 +306,14 @@ class SigmoidFocalFunction(Function):
             *(None for _ in others),
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = dC/dz dz + dC/dy dy."""
+        dz, dy, *_ = tangents
+        z, y = ctx.saved_tensors
+        dC = rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) * dz
+        return dC + rules.dy_focal(z, y, ctx.focus, sigmoid, _softplus) * dy
+
 
 def _softplus(z: Tensor) -> Tensor:
     return _minus_ln_a(-z)
@@ -294,72 +334,24 @@ def _cross_entropy_dy(z: Tensor, pos_weight: Tensor | None) -> Tensor:
 # --------------------------------------------------- Functions with forward-mode derivatives
 
 
-class LinearWithJvp(LinearFunction):
-    """`LinearFunction` with its derivative along tangents (dX is the tangent of X)."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dz = W da_prev + dW a_prev + db."""
-        da_prev, dW, db = tangents
-        a_prev, W = ctx.saved_tensors
-        return linear(da_prev, W) + linear(a_prev, dW, db)
-
-
-class SigmoidWithJvp(SigmoidFunction):
-    """`SigmoidFunction` with its derivative along a tangent."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """da = σ'(z) dz."""
-        (dz,) = tangents
-        (z,) = ctx.saved_tensors
-        return rules.dz_hidden(dz, z, sigmoid)
-
-
-class SigmoidQuadraticWithJvp(SigmoidQuadraticFunction):
-    """`SigmoidQuadraticFunction` with its derivative along tangents."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dC = (a − y) σ'(z) dz − (a − y) dy."""
-        dz, dy = tangents
-        z, y = ctx.saved_tensors
-        return rules.dz_quadratic(z, y, sigmoid) * dz - rules.residual(z, y, sigmoid) * dy
-
-
-class SigmoidCrossEntropyWithJvp(SigmoidCrossEntropyFunction):
-    """`SigmoidCrossEntropyFunction` with its derivative along tangents."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dC = (a − y) dz − z dy − y ln a d pos_weight."""
-        dz, dy, d_pos_weight = tangents
-        z, y, pos_weight = ctx.saved_tensors
-        dC = rules.dz_cross_entropy(z, y, sigmoid, pos_weight) * dz
-        dC = dC + rules.weighted(dy, _cross_entropy_dy(z, pos_weight))
-        if pos_weight is None:
-            return dC
-        return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
-
-
-class SigmoidFocalWithJvp(SigmoidFocalFunction):
-    """`SigmoidFocalFunction` with its derivative along tangents."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dC = dC/dz dz + dC/dy dy."""
-        dz, dy, *_ = tangents
-        z, y = ctx.saved_tensors
-        dC = rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) * dz
-        return dC + rules.dy_focal(z, y, ctx.focus, sigmoid, _softplus) * dy
+def _with_jvp(function: Any) -> type[Function]:
+    """The subclass of a Function that has its `tangent` as `jvp`."""
+    name = function.__name__.replace("Function", "WithJvp")
+    with_jvp: type[Function] = type(function)(
+        name, (function,), {"jvp": staticmethod(function.tangent)}
+    )
+    return with_jvp
 
 
 _WITH_JVP: dict[type[Function], type[Function]] = {
-    LinearFunction: LinearWithJvp,
-    SigmoidFunction: SigmoidWithJvp,
-    SigmoidQuadraticFunction: SigmoidQuadraticWithJvp,
-    SigmoidCrossEntropyFunction: SigmoidCrossEntropyWithJvp,
-    SigmoidFocalFunction: SigmoidFocalWithJvp,
+    function: _with_jvp(function)
+    for function in (
+        LinearFunction,
+        SigmoidFunction,
+        SigmoidQuadraticFunction,
+        SigmoidCrossEntropyFunction,
+        SigmoidFocalFunction,
+    )
 }
 
 
@@ -767,10 +759,8 @@ def sigmoid_focal_loss(
         C: z's shape for "none", else a scalar.
 
     Raises:
-        TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
-            from z's, or an option is not a number.
-        ValueError: shapes or devices do not match, the reduction is unknown, gamma is negative,
-            alpha is outside [0, 1], or ignore_index is 0 or 1.
+        TypeError, ValueError: as for `sigmoid_cross_entropy`, or gamma or alpha is not a number or
+            out of range.
     """
     focus = rules.Focus(*check_focus({"gamma": gamma}, 0, alpha))
     settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
@@ -813,10 +803,8 @@ def sigmoid_asymmetric_loss(
         C: z's shape for "none", else a scalar.
 
     Raises:
-        TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
-            from z's, or an option is not a number.
-        ValueError: shapes or devices do not match, the reduction is unknown, an exponent is
-            negative, margin is outside [0, 1), or ignore_index is 0 or 1.
+        TypeError, ValueError: as for `sigmoid_cross_entropy`, or an exponent or margin is not a
+            number or out of range.
     """
     gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
     focus = rules.Focus(*check_focus(gammas, margin, None))
@@ -1038,7 +1026,11 @@ def _operands(
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
     counts = _counts(y, settings.ignore_index)
-    z, y = _masked(counts, z, wide_y)
+    y = _to(wide_y, z.dtype)
+    if counts is not None:
+        # Zeros for ignored components, so that a NaN there has no effect. `where` makes their
+        # derivatives 0, of any order and in both modes.
+        z, y = z.where(counts, 0.0), y.where(counts, 0.0)
     return z, y, weight, pos_weight, counts
 
 
@@ -1075,15 +1067,6 @@ def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:
     return torch.ones_like(y, dtype=torch.bool)
 
 
-def _masked(counts: Tensor | None, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """z and y in z's dtype, with zeros for ignored components, so that a NaN there has no effect.
-
-    `where` makes the derivatives of these components 0, of any order and in both modes.
-    """
-    y = _to(y, z.dtype)
-    return (z, y) if counts is None else (z.where(counts, 0.0), y.where(counts, 0.0))
-
-
 def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
     if counts is not None:
         C = C.where(counts, 0.0)
@@ -1118,10 +1101,8 @@ def _check_target(z: Tensor, y: Tensor) -> None:
 def _check_real(z: Tensor, others: dict[str, Tensor | None]) -> None:
     """Raise unless all are dense tensors on one device, z floating-point and the others real."""
     check_alike({"input": z})
-    if "target" in others and not isinstance(others["target"], Tensor):
-        raise TypeError(f"expected target to be a tensor, got {type(others['target']).__name__}")
     for name, tensor in others.items():
-        if tensor is None:
+        if tensor is None and name != "target":
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
