@@ -3,6 +3,7 @@
 The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -111,15 +112,12 @@ class Linear(nn.Linear):
                 f"expected positive whole sizes, got in_features={in_features!r}, "
                 f"out_features={out_features!r}"
             )
-        in_features, out_features = int(in_features), int(out_features)
-        init = check_init(init)
+        in_features, out_features, init = int(in_features), int(out_features), check_init(init)
         if not isinstance(dtype, torch.dtype | None):
             raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
         if not (dtype is None or dtype.is_floating_point):
             raise ValueError(f"expected a floating-point dtype, got {dtype}")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.init = init
+        self.in_features, self.out_features, self.init = in_features, out_features, init
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype)
         )
@@ -217,7 +215,7 @@ class MLP(nn.Sequential):
             )
         self.sizes = tuple(map(int, given))
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(self.sizes):
             layers += [
                 Linear(n_in, n_out, init=init, generator=generator, device=device, dtype=dtype),
                 Sigmoid(),
@@ -242,9 +240,8 @@ class MLP(nn.Sequential):
         alternate = all(
             isinstance(layer, Sigmoid if index % 2 else Linear) for index, layer in enumerate(self)
         )
-        if sizes != list(zip(self.sizes[:-1], self.sizes[1:], strict=True)) or not (
-            alternate and len(self) == 2 * len(linears) - 1
-        ):
+        whole = alternate and len(self) == 2 * len(linears) - 1
+        if not whole or sizes != list(itertools.pairwise(self.sizes)):
             raise ValueError(
                 f"expected the layers of an MLP of sizes {self.sizes}, but some have been added, "
                 f"replaced or taken out"
@@ -316,8 +313,7 @@ class SigmoidQuadraticLoss(_SigmoidLoss):
     """C = ½ ‖σ(z) − y‖², the notes' first loss: `nnce.functional.sigmoid_quadratic`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
-        ignore_index: a target such as −100: components with this target are ignored.
+        reduction, ignore_index: as for the function.
 
     Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
         "none".
@@ -352,11 +348,8 @@ class SigmoidCrossEntropyLoss(_SigmoidLoss):
     replace that loss, use `BCEWithLogitsLoss`.
 
     Args:
-        reduction, ignore_index: as for `SigmoidQuadraticLoss`.
-        weight: multiplies C; at least 0, of a shape that broadcasts to z's.
-        pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
-            to z's, [components] for one per component. Both weights are buffers, as in PyTorch.
-        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
+        reduction, label_smoothing, ignore_index: as for the function.
+        weight, pos_weight: as for the function; at least 0, and buffers as in PyTorch.
 
     Shape: as for `SigmoidQuadraticLoss`.
 
@@ -402,9 +395,8 @@ class SigmoidFocalLoss(_SigmoidLoss):
     """C = α_t (1 − p_t)^γ · cross-entropy of σ(z): `nnce.functional.sigmoid_focal_loss`.
 
     Args:
-        reduction, weight, ignore_index: as for `SigmoidCrossEntropyLoss`.
-        alpha: weight of positive targets in [0, 1], or None or −1 for no weights.
-        gamma: exponent, from 0 to 10⁶.
+        reduction, alpha, gamma, ignore_index: as for the function.
+        weight: as for `SigmoidCrossEntropyLoss`.
 
     Shape: as for `SigmoidQuadraticLoss`.
 
@@ -448,9 +440,8 @@ class SigmoidAsymmetricLoss(_SigmoidLoss):
     """Focal loss with two exponents and a margin: `nnce.functional.sigmoid_asymmetric_loss`.
 
     Args:
-        reduction, weight, ignore_index: as for `SigmoidCrossEntropyLoss`.
-        gamma_positive, gamma_negative: exponents for positive and negative targets, at least 0.
-        margin: in [0, 1), subtracted from σ(z) for negative targets.
+        reduction, gamma_positive, gamma_negative, margin, ignore_index: as for the function.
+        weight: as for `SigmoidCrossEntropyLoss`.
 
     Shape, raises: as for `SigmoidFocalLoss`.
 
@@ -496,12 +487,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     C = −[y ln σ(z) + (1−y) ln(1 − σ(z))], with dC/dz = σ(z) − y.
 
     Args:
-        weight: multiplies C; of a shape that broadcasts to z's.
-        size_average, reduce: deprecated as in PyTorch.
-        reduction: "none", "sum" or "mean", over all elements.
-        pos_weight: multiplies the term of positive targets; shape as weight. Both are buffers.
-        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: an integer other than 0 and 1: elements with this target are ignored.
+        weight, pos_weight: as for the function; buffers as in PyTorch.
+        size_average, reduce, reduction, label_smoothing, ignore_index: as for the function.
 
     Shape: input and target of one shape -> a scalar, or that shape for "none".
 
