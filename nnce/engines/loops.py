@@ -8,6 +8,7 @@ number of threads, or the division of the steps into calls.
 
 import concurrent.futures
 import contextlib
+import functools
 import signal
 import sys
 import threading
@@ -322,13 +323,15 @@ class _Network:
                     parameter.copy_(torch.from_numpy(place))
 
 
+_Job = tuple[_Network, "Array"]
+"""A network and its order of the examples."""
+
+
 class Loops:
     """Train networks of one shape by loops.
 
     Args:
-        networks: MLPs of one shape and dtype, float32 or float64, on the CPU.
-        hyperparameters: one for each network.
-        batch_size: number of examples in a mini-batch.
+        networks, hyperparameters, batch_size: as for `Ensemble`, in float32 or float64, on a CPU.
         dense: process all inputs instead of skipping those that are 0.
     """
 
@@ -362,11 +365,12 @@ class Loops:
         with interrupts_wait():  # the first call for a dtype compiles
             self._networks[0].train(inputs, targets, jobs[0][1][:0])
         stop = threading.Event()
+        walk = functools.partial(self._walk, inputs, targets, stop)
         try:
             if min(threads, len(jobs)) == 1:
-                self._walk(inputs, targets, jobs, stop)
+                walk(jobs)
             else:
-                self._share_out(inputs, targets, jobs, min(threads, len(jobs)), stop)
+                _share_out(walk, jobs, min(threads, len(jobs)), stop)
         finally:
             with interrupts_wait():
                 for network in self._networks:
@@ -405,31 +409,8 @@ class Loops:
         with interrupts_wait():  # the first call for a dtype compiles
             return torch.from_numpy(network.outputs(inputs, len(x)))
 
-    def _share_out(
-        self,
-        inputs: "Inputs",
-        y: "Array",
-        jobs: "list[tuple[_Network, Array]]",
-        threads: int,
-        stop: threading.Event,
-    ) -> None:
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            try:
-                walks = [
-                    pool.submit(self._walk, inputs, y, jobs[thread::threads], stop)
-                    for thread in range(threads)
-                ]
-                for walk in walks:
-                    walk.result()
-            finally:
-                stop.set()  # after Ctrl-C; blocks in progress are finished
-
     def _walk(
-        self,
-        inputs: "Inputs",
-        y: "Array",
-        jobs: "list[tuple[_Network, Array]]",
-        stop: threading.Event,
+        self, inputs: "Inputs", y: "Array", stop: threading.Event, jobs: "Sequence[_Job]"
     ) -> None:
         """Train all networks block by block, so that a thread reads the data from memory once."""
         length = len(jobs[0][1])
@@ -440,3 +421,16 @@ class Loops:
                     if stop.is_set():
                         return
                     network.train(inputs, y, order[begin : begin + size])
+
+
+def _share_out(
+    walk: "Callable[[Sequence[_Job]], None]",
+    jobs: "Sequence[_Job]",
+    threads: int,
+    stop: threading.Event,
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            list(pool.map(walk, [jobs[thread::threads] for thread in range(threads)]))
+        finally:
+            stop.set()  # after Ctrl-C; blocks in progress are finished

@@ -41,11 +41,7 @@ Call = Callable[..., object]
 class Products:
     """Train networks of one shape by products; their parameters become views of shared memory.
 
-    Args:
-        networks: MLPs of one shape, dtype and device.
-        hyperparameters: one for each network.
-        batch_size: number of examples in a mini-batch.
-        graph: replay the steps as a CUDA graph; no effect on a CPU.
+    The arguments are those of `Ensemble`.
     """
 
     def __init__(
@@ -91,10 +87,7 @@ class Products:
             torch.autograd.graph.increment_version(self._parameters)
 
     def velocities(self) -> list[Tensor]:
-        """Velocities of each parameter, [networks, *shape]; [] if no network has momentum.
-
-        The velocity of a network without momentum is 0.
-        """
+        """As `Loops.velocities`."""
         return [
             torch.stack([by_network[r] for r in range(len(by_network))])
             for by_network in self._by_network()
