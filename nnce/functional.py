@@ -475,6 +475,10 @@ class _Settings(NamedTuple):
     """Makes the cross-entropy a focal loss."""
 
 
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Tensor arguments of a loss: z, y, weight and pos_weight."""
+
+
 class _EagerSigmoidLoss(Function):
     """A loss including its reduction: one pass for the value, one for dC/dz."""
 
@@ -504,7 +508,7 @@ class _EagerSigmoidLoss(Function):
             options = _options(weight, pos_weight, settings)
             dz = fused.backward(z, y, options, dC, ctx.divisor, settings.loss)
         else:
-            dz = _differentiable_dz(dC, z, y, weight, pos_weight, settings)
+            dz = _differentiable_dz(dC, (z, y, weight, pos_weight), settings)
         return dz, None, None, None, None
 
 
@@ -518,18 +522,11 @@ def _options(
     return fused.Options(weight, pos_weight, smoothing, ignore_index, focus)
 
 
-def _differentiable_dz(
-    dC: Tensor,
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
+def _differentiable_dz(dC: Tensor, tensors: _Tensors, settings: _Settings) -> Tensor:
     """dC/dz by differentiable operations: PyTorch's and `sigmoid`."""
     loss, reduction, smoothing, *_, focus = settings
-    dtype = z.dtype
-    z, y, weight, pos_weight, counts = _operands(z, y, y, weight, pos_weight, settings)
+    dtype = tensors[0].dtype
+    (z, y, weight, pos_weight), counts = _operands(tensors, tensors[1], settings)
     dC = _to(dC, z.dtype)
     if reduction in ("mean", "batchmean"):
         wide = _to(dC, torch.promote_types(dC.dtype, torch.float32))
@@ -670,7 +667,7 @@ def sigmoid_quadratic(
     >>> nnce.sigmoid_quadratic(z, y), nnce.sigmoid_quadratic(z, y, reduction="mean")
     (tensor(0.3750), tensor(0.1250))
     """
-    return _loss(z, y, None, None, _Settings("quadratic", reduction, 0, ignore_index))
+    return _loss((z, y, None, None), _Settings("quadratic", reduction, 0, ignore_index))
 
 
 def sigmoid_cross_entropy(
@@ -721,7 +718,7 @@ def sigmoid_cross_entropy(
     tensor([[-1.1920e-01,  4.2484e-18]])
     """
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    return _loss(z, y, weight, pos_weight, settings)
+    return _loss((z, y, weight, pos_weight), settings)
 
 
 def sigmoid_focal_loss(
@@ -764,7 +761,7 @@ def sigmoid_focal_loss(
     """
     focus = rules.Focus(*check_focus({"gamma": gamma}, 0, alpha))
     settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
-    return _loss(z, y, weight, None, settings)
+    return _loss((z, y, weight, None), settings)
 
 
 def sigmoid_asymmetric_loss(
@@ -809,7 +806,7 @@ def sigmoid_asymmetric_loss(
     gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
     focus = rules.Focus(*check_focus(gammas, margin, None))
     settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
-    return _loss(z, y, weight, None, settings)
+    return _loss((z, y, weight, None), settings)
 
 
 def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
@@ -864,7 +861,7 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
         raise ValueError(f"expected reduction 'none', 'sum' or 'mean', got {reduction!r}")
     kind = cast(Reduction, reduction)
     settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, promotes=True)
-    return _loss(input, target, weight, pos_weight, settings)
+    return _loss((input, target, weight, pos_weight), settings)
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -893,20 +890,13 @@ True
 # ----------------------------------------------------------------------------------- internals
 
 
-def _loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
+def _loss(tensors: _Tensors, settings: _Settings) -> Tensor:
     """C by one pass of a kernel for plain tensors that fit, else by `_composed_loss`."""
+    z, y, weight, pos_weight = tensors
     smoothing, ignore_index = settings.label_smoothing, settings.ignore_index
     if type(smoothing) not in (int, float) or type(ignore_index) not in (int, NoneType):
         settings = _with_python_numbers(settings)
-    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
-        z, y, weight, pos_weight, settings
-    ):
+    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(tensors, settings):
         C: Tensor
         if z.requires_grad and torch.is_grad_enabled():
             C = _apply_loss(z, y, weight, pos_weight, settings)
@@ -914,7 +904,7 @@ def _loss(
             options = _options(weight, pos_weight, settings)
             C, _ = fused.forward(z, y, options, settings.reduction, settings.loss)
         return _to(C, _value_dtype(z, y)) if settings.promotes else C
-    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
+    z, wide_y, weight, pos_weight = _float32_under_autocast(*tensors)
     settings = _with_python_numbers(settings)
     if settings.promotes:
         _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
@@ -923,7 +913,7 @@ def _loss(
         check_reduction(settings.reduction)
         _check_target(z, wide_y)
         check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
-    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
+    return _composed_loss((z, wide_y, weight, pos_weight), y, settings)
 
 
 def _with_python_numbers(settings: _Settings) -> _Settings:
@@ -934,17 +924,12 @@ def _with_python_numbers(settings: _Settings) -> _Settings:
     )
 
 
-def _fits_loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> bool:
+def _fits_loss(tensors: _Tensors, settings: _Settings) -> bool:
     """Whether all checks would pass and the kernels support the loss and its gradients.
 
     The kernels compute no gradients with respect to y or weights, and work in z's dtype.
     """
+    z, y, *weights = tensors
     _, reduction, smoothing, ignore_index, any_dtype, focus = settings
     if focus is not None and not z.is_cpu:  # the Triton kernels do not support focal losses
         return False
@@ -959,7 +944,7 @@ def _fits_loss(
         return False
     if not 0 <= smoothing < 1 or ignore_index in (0, 1):
         return False
-    for tensor in (weight, pos_weight):
+    for tensor in weights:
         if tensor is None:
             continue
         dtype = tensor.dtype
@@ -972,22 +957,16 @@ def _fits_loss(
     return not (y.requires_grad and torch.is_grad_enabled())
 
 
-def _composed_loss(
-    z: Tensor,
-    y: Tensor,
-    wide_y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
+def _composed_loss(tensors: _Tensors, target: Tensor, settings: _Settings) -> Tensor:
     """C by a Function per component and PyTorch's operations; works in every context.
 
     Args:
-        wide_y: y in the dtype to compute in; y itself is compared with ignore_index.
+        tensors: y among them is in the dtype to compute in.
+        target: y as it was given, which is compared with ignore_index.
     """
     loss, reduction, smoothing, *_, focus = settings
-    dtype = _value_dtype(z, wide_y)
-    z, y, weight, pos_weight, counts = _operands(z, y, wide_y, weight, pos_weight, settings)
+    dtype = _value_dtype(*tensors[:2])
+    (z, y, weight, pos_weight), counts = _operands(tensors, target, settings)
     if loss == "quadratic":
         C = _apply(SigmoidQuadraticFunction, z, y)
     elif focus is not None:
@@ -1007,31 +986,27 @@ def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
 
 
 def _operands(
-    z: Tensor,
-    y: Tensor,
-    wide_y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """z, y and weights in one dtype and shape, and the mask of components that count, or None."""
+    tensors: _Tensors, target: Tensor, settings: _Settings
+) -> tuple[_Tensors, Tensor | None]:
+    """The tensors in one dtype and shape, and the mask of components that count, or None."""
+    z, y, weight, pos_weight = tensors
     if settings.promotes:
-        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
+        dtype = torch.promote_types(_value_dtype(z, y), z.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
     if settings.focus is not None:  # the power has γ times the relative error of q
         dtype = torch.float64 if z.dtype == torch.float32 else torch.float32
         dtype = torch.promote_types(dtype, z.dtype)
-        z, wide_y, weight = _to(z, dtype), _to(wide_y, dtype), _to(weight, dtype)
+        z, y, weight = _to(z, dtype), _to(y, dtype), _to(weight, dtype)
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
-    counts = _counts(y, settings.ignore_index)
-    y = _to(wide_y, z.dtype)
+    counts = _counts(target, settings.ignore_index)
+    y = _to(y, z.dtype)
     if counts is not None:
         # Zeros for ignored components, so that a NaN there has no effect. `where` makes their
         # derivatives 0, of any order and in both modes.
         z, y = z.where(counts, 0.0), y.where(counts, 0.0)
-    return z, y, weight, pos_weight, counts
+    return (z, y, weight, pos_weight), counts
 
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
