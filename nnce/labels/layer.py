@@ -49,8 +49,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         weight, pos_weight: weights of the loss, [num_labels]; stored as buffers `label_weight` and
             `pos_weight`, because `weight` is the layer's W.
         label_smoothing, reduction, block, group: as for `linear_sigmoid_cross_entropy`.
-        generator: source of the random numbers; None for PyTorch's global generator.
-        device, dtype: device and dtype of the parameters.
+        generator, device, dtype: as for `nnce.Linear`.
 
     The parameters are `weight` W [num_labels, in_features], from N(0, 1/in_features), and `bias` b
     [num_labels], or None; a `state_dict` of `torch.nn.Linear`, with the same names, can be loaded.

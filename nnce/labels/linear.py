@@ -97,16 +97,11 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     >>> C.detach()  # 1000 ln 2
     tensor(693.1472)
     """
-    return _walked_loss(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        _Options(
-            *(weight, example_weight, pos_weight, check_label_smoothing(label_smoothing)),
-            *(reduction, block, group, check_values),
-        ),
+    smoothing = check_label_smoothing(label_smoothing)
+    options = _Options(
+        *(weight, example_weight, pos_weight, smoothing, reduction, block, group, check_values)
     )
+    return _walked_loss((input, linear_weight, linear_bias), target, options)
 
 
 def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's losses
@@ -151,7 +146,7 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
     options = _Options(
         *(weight, example_weight, None, 0, reduction, block, group, check_values), focus
     )
-    return _walked_loss(input, linear_weight, target, linear_bias, options)
+    return _walked_loss((input, linear_weight, linear_bias), target, options)
 
 
 def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's losses
@@ -201,7 +196,7 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
         *(weight, example_weight, None, 0, reduction, block, group, check_values),
         check_focus(gammas, margin, None),
     )
-    return _walked_loss(input, linear_weight, target, linear_bias, options)
+    return _walked_loss((input, linear_weight, linear_bias), target, options)
 
 
 class _Options(NamedTuple):
@@ -219,16 +214,13 @@ class _Options(NamedTuple):
 
 
 def _walked_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Target,
-    linear_bias: Tensor | None,
-    options: _Options,
+    inputs: tuple[Tensor, Tensor, Tensor | None], target: Target, options: _Options
 ) -> Tensor:
+    input, linear_weight, _ = inputs
     weight, example_weight, pos_weight, label_smoothing, reduction, *_ = options
     group, focus = options.group, options.focus
     check_reduction(reduction)
-    product_dtype = check_layer(input, linear_weight, linear_bias)
+    product_dtype = check_layer(*inputs)
     block = check_block(options.block)
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = shard(own_labels, input, group)
@@ -238,7 +230,6 @@ def _walked_loss(
     weight = check_weight("weight", weight, own_labels, input.device)
     pos_weight = check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = check_weight("example_weight", example_weight, n, input.device)
-    inputs = (input, linear_weight, linear_bias)
     operands = (
         *targets,
         *(weight, pos_weight, float(label_smoothing), example_weight, reduction),
