@@ -7,7 +7,7 @@ between examples, walks the blocks again.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from nnce.labels.blocks import (
     walk,
 )
 from nnce.labels.positives import Targets
-
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
 
 
 class Task(NamedTuple):
@@ -53,7 +50,8 @@ class Task(NamedTuple):
     """VERSION, plus 1 with a focus, which an older nnce would ignore."""
     focus: Sequence[float] | None = None
     """Both gammas, margin, and alpha or −1; None for the cross-entropy."""
-    group: "ProcessGroup | None" = None
+    # Quoted, here and elsewhere: not every build of PyTorch has process groups.
+    group: "torch.distributed.ProcessGroup | None" = None
     offset: int = 0
     """The number of this process's first label."""
     num_labels: int = 0

@@ -1,7 +1,7 @@
 """A linear layer and its cross-entropy as a module, with top-k prediction."""
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from nnce.labels.linear import (
 )
 from nnce.labels.positives import Target
 from nnce.modules import options_of
-
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
 
 
 class LinearSigmoidCrossEntropyLoss(nn.Module):
@@ -83,7 +80,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0,
         reduction: Reduction = "batchmean",
         block: int | None = None,
-        group: "ProcessGroup | None" = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -241,7 +238,9 @@ def _first_of_the_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, at.gather(1, order)
 
 
-def _merged(z: Tensor, labels: Tensor, k: int, group: "ProcessGroup") -> tuple[Tensor, Tensor]:
+def _merged(
+    z: Tensor, labels: Tensor, k: int, group: "torch.distributed.ProcessGroup"
+) -> tuple[Tensor, Tensor]:
     """Merge the top k of each process into the top k overall."""
     sizes = gathered_sizes(z.shape[1], z, group)
     everyone = [z.new_empty(len(z), size) for size in sizes]

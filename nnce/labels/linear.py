@@ -1,6 +1,6 @@
 """A linear layer and its cross-entropy over very many labels, in bounded memory."""
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from nnce.labels.function import BlockByBlock, Task, apply_at_once, refuse_tange
 from nnce.labels.operator import OPERATOR, VERSION
 from nnce.labels.positives import Target, targets_of
 
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
-
 
 def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's losses
     input: Tensor,
@@ -36,7 +33,7 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     label_smoothing: float = 0,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """Compute `sigmoid_cross_entropy(linear(x, W, b), y)` without storing all of z.
@@ -116,7 +113,7 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
     example_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """Compute `sigmoid_focal_loss(linear(x, W, b), y)` without storing all of z.
@@ -162,7 +159,7 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
     example_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """Compute `sigmoid_asymmetric_loss(linear(x, W, b), y)` without storing all of z.
@@ -208,7 +205,7 @@ class _Options(NamedTuple):
     label_smoothing: float
     reduction: Reduction
     block: int | None
-    group: "ProcessGroup | None"
+    group: "torch.distributed.ProcessGroup | None"
     check_values: bool | None
     focus: tuple[float, float, float, float | None] | None = None
 
@@ -310,7 +307,9 @@ def check_weight(
     return weight.expand(size)
 
 
-def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int, int]:
+def shard(
+    own_labels: int, x: Tensor, group: "torch.distributed.ProcessGroup | None"
+) -> tuple[int, int]:
     """Return the number of this process's first label, and the total number of labels."""
     if group is None:
         return 0, own_labels
@@ -318,7 +317,7 @@ def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int
     return sum(sizes[: torch.distributed.get_rank(group)]), sum(sizes)
 
 
-def gathered_sizes(own: int, x: Tensor, group: "ProcessGroup") -> list[int]:
+def gathered_sizes(own: int, x: Tensor, group: "torch.distributed.ProcessGroup") -> list[int]:
     """Gather one number per process, in rank order, using x's device.
 
     Raises:
