@@ -434,7 +434,6 @@ class _EagerLinear(LinearFunction):
 
     @staticmethod
     def forward(ctx: Any, a_prev: Tensor, W: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
-        """z = W a_prev + b."""
         ctx.save_for_backward(a_prev, W)
         return rules.linear(a_prev, W, b)
 
@@ -446,7 +445,6 @@ class _EagerSigmoid(SigmoidFunction):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
-        """a = σ(z)."""
         ctx.save_for_backward(z)
         return rules.sigmoid(z)
 

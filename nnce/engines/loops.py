@@ -353,8 +353,7 @@ class Loops:
         """Train each network for one epoch, in its own order.
 
         Args:
-            x: inputs [N, n_in].
-            y: targets [N, n_out].
+            x, y: as for `Ensemble.train_epoch`.
             orders: indices of the examples, one tensor per network, all of the same length.
             threads: number of threads, which share the networks.
         """
@@ -397,12 +396,7 @@ class Loops:
                 place[...] = values[r].numpy()
 
     def outputs(self, number: int, x: Tensor) -> Tensor:
-        """z of the last layer of one network, [n, n_out]. Thread-safe for different networks.
-
-        Args:
-            number: index of the network.
-            x: inputs [n, n_in].
-        """
+        """As `Ensemble.outputs`."""
         network = self._networks[number]
         network.read_parameters()
         inputs = INPUTS.get(x, dense=self._dense)

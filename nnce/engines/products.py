@@ -65,13 +65,7 @@ class Products:
         self._blocks: dict[tuple[int, int], _Block] = {}
 
     def train(self, x: Tensor, y: Tensor, order: Tensor) -> None:
-        """Train all networks for one epoch.
-
-        Args:
-            x: inputs [N, n_in].
-            y: targets [N, n_out].
-            order: indices of the examples, [n] for all networks, or [networks, n].
-        """
+        """As `Ensemble.train_epoch`."""
         try:
             # Not no_grad(), under which each of a step's dozen small calls takes a little longer.
             with torch.inference_mode():
