@@ -226,8 +226,8 @@ class _Network:
         import numpy as np
 
         self._kernels = _kernels()
-        self._pairs = network.weights_and_biases()
-        self._like = self._pairs[0][0].detach()
+        self._parameters = [p for pair in network.weights_and_biases() for p in pair]
+        self._like = self._parameters[0].detach()
         self._n_outs = network.sizes[1:]
         self.widths = [padded_width(n) for n in self._n_outs]
         total = sum(self.widths)
@@ -285,42 +285,38 @@ class _Network:
                 **{name: self._zeros(size) for name, size in small.items()}
             )
 
-    def _places(self, *, velocities: bool = False) -> "Iterator[tuple[Array, Array]]":
+    def _places(self, *, velocities: bool = False) -> "Iterator[Array]":
         """Views of W [n_out, n_in] and b [n_out] of each layer, or of their velocities."""
         layers = self._layers
         W, bs, V = (
             (layers.uW, layers.ub, layers.uV) if velocities else (layers.W, layers.b, layers.V)
         )
         b, v = 0, 0
-        width_below = 0
-        for layer, (n_out, width) in enumerate(zip(self._n_outs, self.widths, strict=True)):
-            bias = bs[b : b + n_out]
-            if layer == 0:
-                yield W.reshape(-1, width)[:-1, :n_out].T, bias
+        n_below, width_below = 0, 0
+        for n_out, width in zip(self._n_outs, self.widths, strict=True):
+            if width_below == 0:
+                yield W.reshape(-1, width)[:-1, :n_out].T
             else:
-                whole = V[v : v + n_out * width_below].reshape(n_out, width_below)
-                yield whole[:, : self._n_outs[layer - 1]], bias
+                yield V[v : v + n_out * width_below].reshape(n_out, width_below)[:, :n_below]
                 v += n_out * width_below
+            yield bs[b : b + n_out]
             b += width
-            width_below = width
+            n_below, width_below = n_out, width
 
     def velocities(self) -> "list[Array]":
         """Views of the velocity of each parameter; [] without momentum."""
-        pairs = self._places(velocities=True) if self.moves else ()
-        return [place for pair in pairs for place in pair]
+        return list(self._places(velocities=True)) if self.moves else []
 
     def read_parameters(self) -> None:
         """Copy the network's parameters into the loops' memory."""
-        for pair, places in zip(self._pairs, self._places(), strict=True):
-            for parameter, place in zip(pair, places, strict=True):
-                place[...] = parameter.detach().numpy()
+        for parameter, place in zip(self._parameters, self._places(), strict=True):
+            place[...] = parameter.detach().numpy()
 
     def write_parameters(self) -> None:
         """Copy the parameters from the loops' memory to the network, in place."""
         with torch.no_grad():
-            for pair, places in zip(self._pairs, self._places(), strict=True):
-                for parameter, place in zip(pair, places, strict=True):
-                    parameter.copy_(torch.from_numpy(place))
+            for parameter, place in zip(self._parameters, self._places(), strict=True):
+                parameter.copy_(torch.from_numpy(place))
 
 
 _Job = tuple[_Network, "Array"]
