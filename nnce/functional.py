@@ -72,25 +72,26 @@ Reduction = Literal["none", "sum", "mean", "batchmean"]
 
 # ------------------------------------------------------------------------------- the Functions
 
-_F = TypeVar("_F", bound=type[Function])
+
+class _Rule(Function):
+    """A Function that saves its inputs, and whose vmap PyTorch derives from its two passes."""
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        # Function.apply calls inspect.signature(forward) every time, which took a sixth of a
+        # training step. inspect uses __signature__ if it is set.
+        forward: Any = cls.forward
+        forward.__signature__ = inspect.signature(forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the inputs for backward and jvp; a saved intermediate would have no derivatives."""
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
 
-def _with_signature(function: _F) -> _F:
-    # Function.apply calls inspect.signature(forward) every time, which took a sixth of a training
-    # step. inspect uses __signature__ if it is set.
-    forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)
-    return function
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save the inputs for backward and jvp; a saved intermediate would have no derivatives."""
-    ctx.save_for_backward(*inputs)
-    ctx.save_for_forward(*inputs)
-
-
-@_with_signature
-class LinearFunction(Function):
+class LinearFunction(_Rule):
     """Equation 1 forward, equations 6 and 7 backward.
 
     z = W a_prev + b for a_prev [..., n_in], W [n_out, n_in], b [n_out] or None -> z [..., n_out];
@@ -103,8 +104,6 @@ class LinearFunction(Function):
     tensor([[2., 2.]])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(a_prev: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """z = W a_prev + b."""
@@ -113,7 +112,7 @@ class LinearFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save a_prev and W."""
-        _keep_inputs(ctx, inputs[:2], output)
+        _Rule.setup_context(ctx, inputs[:2], output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,8 +134,7 @@ class LinearFunction(Function):
         return linear(da_prev, W) + linear(a_prev, dW, db)
 
 
-@_with_signature
-class SigmoidFunction(Function):
+class SigmoidFunction(_Rule):
     """Equation 1 forward, equation 8 backward, from z.
 
     a = σ(z) and dC/dz = dC/da ∘ σ'(z), of z's shape. Arguments are not checked: `sigmoid` does.
@@ -147,21 +145,16 @@ class SigmoidFunction(Function):
     tensor([2.5000e-01, 4.2484e-18])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor) -> Tensor:
         """a = σ(z)."""
         return rules.sigmoid(z)
 
-    # z and not a: σ'(z) = a (1−a) is 0 as soon as a rounds to 1.
-    setup_context = staticmethod(_keep_inputs)
-
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         """dC/dz = dC/da ∘ σ'(z)."""
         (da,) = upstream
-        (z,) = ctx.saved_tensors
+        (z,) = ctx.saved_tensors  # not a: σ'(z) = a (1−a) is 0 as soon as a rounds to 1
         return rules.dz_hidden(da, z, sigmoid)
 
     @staticmethod
@@ -172,8 +165,7 @@ class SigmoidFunction(Function):
         return rules.dz_hidden(dz, z, sigmoid)
 
 
-@_with_signature
-class SigmoidQuadraticFunction(Function):
+class SigmoidQuadraticFunction(_Rule):
     """Equation 2 forward, equation 4 backward, per component.
 
     C = ½ (σ(z) − y)² and dC/dz = (a − y) ∘ σ'(z); z, y and C of one shape. Arguments are not
@@ -185,14 +177,10 @@ class SigmoidQuadraticFunction(Function):
     tensor([-0.1250])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor, y: Tensor) -> Tensor:
         """C = ½ (σ(z) − y)²."""
         return rules.quadratic(z, y)
-
-    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -213,8 +201,7 @@ class SigmoidQuadraticFunction(Function):
         return rules.dz_quadratic(z, y, sigmoid) * dz - rules.residual(z, y, sigmoid) * dy
 
 
-@_with_signature
-class SigmoidCrossEntropyFunction(Function):
+class SigmoidCrossEntropyFunction(_Rule):
     """Equation 3 forward, equation 5 backward, per component.
 
     C = −[y ln σ(z) + (1−y) ln(1 − σ(z))] and dC/dz = a − y; z, y, pos_weight (or None) and C of one
@@ -226,14 +213,10 @@ class SigmoidCrossEntropyFunction(Function):
     tensor([-0.5000])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
         """C = −[y ln σ(z) + (1−y) ln(1 − σ(z))]."""
         return rules.cross_entropy(z, y, pos_weight)
-
-    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -259,8 +242,7 @@ class SigmoidCrossEntropyFunction(Function):
         return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
 
 
-@_with_signature
-class SigmoidFocalFunction(Function):
+class SigmoidFocalFunction(_Rule):
     """The focal loss of `rules.Focus` forward and its derivatives backward, per component.
 
     C = α_t q^γ_t L and dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z, y and C of one shape. Arguments are
@@ -272,8 +254,6 @@ class SigmoidFocalFunction(Function):
     >>> z.grad
     tensor([-0.2983])
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(  # separate arguments: dynamo does not support *args here
@@ -291,7 +271,7 @@ class SigmoidFocalFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save z and y."""
         z, y, *focus = inputs
-        _keep_inputs(ctx, (z, y), output)
+        _Rule.setup_context(ctx, (z, y), output)
         ctx.focus = rules.Focus(*focus)
 
     @staticmethod

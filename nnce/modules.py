@@ -145,10 +145,7 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The sizes, bias and initialization."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, init={self.init!r}"
-        )
+        return f"{super().extra_repr()}, init={self.init!r}"
 
 
 def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
