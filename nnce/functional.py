@@ -23,7 +23,6 @@ loaded.
 import inspect
 import warnings
 from collections.abc import Callable
-from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -73,6 +72,12 @@ Reduction = Literal["none", "sum", "mean", "batchmean"]
 # ------------------------------------------------------------------------------- the Functions
 
 
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save the inputs for backward and jvp; a saved intermediate would have no derivatives."""
+    ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
+
+
 class _Rule(Function):
     """A Function that saves its inputs, and whose vmap PyTorch derives from its two passes."""
 
@@ -84,11 +89,7 @@ class _Rule(Function):
         forward: Any = cls.forward
         forward.__signature__ = inspect.signature(forward)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the inputs for backward and jvp; a saved intermediate would have no derivatives."""
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    setup_context = staticmethod(_keep_inputs)
 
 
 class LinearFunction(_Rule):
@@ -112,7 +113,7 @@ class LinearFunction(_Rule):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save a_prev and W."""
-        _Rule.setup_context(ctx, inputs[:2], output)
+        _keep_inputs(ctx, inputs[:2], output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,7 +272,7 @@ class SigmoidFocalFunction(_Rule):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save z and y."""
         z, y, *focus = inputs
-        _Rule.setup_context(ctx, (z, y), output)
+        _keep_inputs(ctx, (z, y), output)
         ctx.focus = rules.Focus(*focus)
 
     @staticmethod
@@ -872,7 +873,8 @@ def _loss(tensors: _Tensors, settings: _Settings) -> Tensor:
     """C by one pass of a kernel for plain tensors that fit, else by `_composed_loss`."""
     z, y, weight, pos_weight = tensors
     smoothing, ignore_index = settings.label_smoothing, settings.ignore_index
-    if type(smoothing) not in (int, float) or type(ignore_index) not in (int, NoneType):
+    whole = ignore_index is None or type(ignore_index) is int
+    if type(smoothing) not in (int, float) or not whole:
         settings = _with_python_numbers(settings)
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(tensors, settings):
         C: Tensor
