@@ -873,9 +873,11 @@ def _loss(tensors: _Tensors, settings: _Settings) -> Tensor:
     """C by one pass of a kernel for plain tensors that fit, else by `_composed_loss`."""
     z, y, weight, pos_weight = tensors
     smoothing, ignore_index = settings.label_smoothing, settings.ignore_index
-    whole = ignore_index is None or type(ignore_index) is int
-    if type(smoothing) not in (int, float) or not whole:
-        settings = _with_python_numbers(settings)
+    # NumPy's and other libraries' numbers become Python's.
+    if type(smoothing) not in (int, float):
+        settings = settings._replace(label_smoothing=check_label_smoothing(smoothing))
+    if ignore_index is not None and type(ignore_index) is not int:
+        settings = settings._replace(ignore_index=check_ignore_index(ignore_index))
     if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(tensors, settings):
         C: Tensor
         if z.requires_grad and torch.is_grad_enabled():
@@ -885,23 +887,17 @@ def _loss(tensors: _Tensors, settings: _Settings) -> Tensor:
             C, _ = fused.forward(z, y, options, settings.reduction, settings.loss)
         return _to(C, _value_dtype(z, y)) if settings.promotes else C
     z, wide_y, weight, pos_weight = _float32_under_autocast(*tensors)
-    settings = _with_python_numbers(settings)
     if settings.promotes:
         _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
         _check_shape("target", y, "input", z)
-    else:
-        check_reduction(settings.reduction)
+    smoothing = check_label_smoothing(settings.label_smoothing)
+    check_reduction(settings.reduction)
+    ignore_index = check_ignore_index(settings.ignore_index)
+    if not settings.promotes:
         _check_target(z, wide_y)
         check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
+    settings = settings._replace(label_smoothing=smoothing, ignore_index=ignore_index)
     return _composed_loss((z, wide_y, weight, pos_weight), y, settings)
-
-
-def _with_python_numbers(settings: _Settings) -> _Settings:
-    """Convert NumPy's and other libraries' numbers to Python's; raise unless they are in range."""
-    return settings._replace(
-        label_smoothing=check_label_smoothing(settings.label_smoothing),
-        ignore_index=check_ignore_index(settings.ignore_index),
-    )
 
 
 def _fits_loss(tensors: _Tensors, settings: _Settings) -> bool:
