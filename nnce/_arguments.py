@@ -66,11 +66,8 @@ def check_reduction(reduction: str) -> None:
 
 def check_label_smoothing(label_smoothing: float) -> int | float:
     """Return a Python number; TypeError for a non-number, ValueError outside [0, 1)."""
-    if not is_number(label_smoothing):
-        kind = type(label_smoothing).__name__
-        raise TypeError(f"expected label_smoothing to be a number, got {kind}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"expected label_smoothing in [0, 1), got {label_smoothing}")
+    inside = is_number(label_smoothing) and 0 <= label_smoothing < 1
+    _check_range("label_smoothing", label_smoothing, inside, "in [0, 1)")
     return plain(label_smoothing)
 
 

@@ -98,7 +98,17 @@ def backprop(
     if y.shape != (len(x), n_out):
         raise ValueError(f"expected y of shape ({len(x)}, {n_out}), got {tuple(y.shape)}")
     with torch.no_grad():
-        return _backprop(layers, x, y, loss)
+        z, a, dz = deltas(layers, x, y, loss)
+
+        # Gradients, averaged over the examples.
+        n = len(x)
+        gradients: dict[str, Tensor] = {}
+        for layer, ((_, b), a_prev) in enumerate(zip(layers, [x, *a[:-1]], strict=True)):
+            name = 2 * layer  # every second module of an MLP is a sigmoid
+            gradients[f"{name}.weight"] = rules.dW(dz[layer], a_prev) / n  # (6)
+            if b is not None:
+                gradients[f"{name}.bias"] = rules.db(dz[layer]) / n  # (6)
+    return Pass(z, a, dz, gradients)
 
 
 _Layer = tuple[Tensor, Tensor | None]
@@ -165,17 +175,3 @@ def deltas(
         dz.append(rules.dz_hidden(da, z_hidden))  # (8)
     dz.reverse()
     return z, a, dz
-
-
-def _backprop(layers: list[_Layer], x: Tensor, y: Tensor, loss: Loss) -> Pass:
-    z, a, dz = deltas(layers, x, y, loss)
-
-    # Gradients, averaged over the examples.
-    n = len(x)
-    gradients: dict[str, Tensor] = {}
-    for layer, ((_, b), a_prev) in enumerate(zip(layers, [x, *a[:-1]], strict=True)):
-        name = 2 * layer  # every second module of an MLP is a sigmoid
-        gradients[f"{name}.weight"] = rules.dW(dz[layer], a_prev) / n  # (6)
-        if b is not None:
-            gradients[f"{name}.bias"] = rules.db(dz[layer]) / n  # (6)
-    return Pass(z, a, dz, gradients)

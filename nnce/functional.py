@@ -5,11 +5,11 @@ equations. A backward that needs σ uses this module's own `sigmoid`, so that de
 order follow the rules and stay exact where a rounds to 0 or 1. Only inputs are saved for the
 backward: a saved intermediate would give silently wrong second derivatives.
 
-Each Function has two versions: one with a `jvp`, for forward-mode derivatives and the transforms of
-`torch.func` that use them, and one without, because `torch.compile` rejects a Function with a
-`jvp`. Neither works for nested forward mode: PyTorch disables the outer level while it calls a
-`jvp`, so the result would silently lack a term. There the rules are differentiated as plain code.
-`_apply` chooses the version.
+Each Function has two versions: one with its `tangent` as `jvp`, for forward-mode derivatives and
+the transforms of `torch.func` that use them, and one without, because `torch.compile` rejects a
+Function with a `jvp`. Neither works for nested forward mode: PyTorch disables the outer level while
+it calls a `jvp`, so the result would silently lack a term. There the rules are differentiated as
+plain code. `_apply` chooses the version.
 
 Plain eager code (`is_plain`) needs none of this, and the overhead would dominate a small training
 step. It uses a third version, which saves the same inputs but calls the fused kernels, and builds
@@ -71,16 +71,6 @@ Reduction = Literal["none", "sum", "mean", "batchmean"]
 
 # ------------------------------------------------------------------------------- the Functions
 
-_F = TypeVar("_F", bound=type[Function])
-
-
-def _with_signature(function: _F) -> _F:
-    # Function.apply calls inspect.signature(forward) every time, which took a sixth of a training
-    # step. inspect uses __signature__ if it is set.
-    forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)
-    return function
-
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the inputs for backward and jvp; a saved intermediate would have no derivatives."""
@@ -88,8 +78,21 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(*inputs)
 
 
-@_with_signature
-class LinearFunction(Function):
+class _Rule(Function):
+    """A Function that saves its inputs, and whose vmap PyTorch derives from its two passes."""
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        # Function.apply calls inspect.signature(forward) every time, which took a sixth of a
+        # training step. inspect uses __signature__ if it is set.
+        forward: Any = cls.forward
+        forward.__signature__ = inspect.signature(forward)
+
+    setup_context = staticmethod(_keep_inputs)
+
+
+class LinearFunction(_Rule):
     """Equation 1 forward, equations 6 and 7 backward.
 
     z = W a_prev + b for a_prev [..., n_in], W [n_out, n_in], b [n_out] or None -> z [..., n_out];
@@ -102,8 +105,6 @@ class LinearFunction(Function):
     tensor([[2., 2.]])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(a_prev: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """z = W a_prev + b."""
@@ -112,9 +113,7 @@ class LinearFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save a_prev and W."""
-        a_prev, W, _ = inputs
-        ctx.save_for_backward(a_prev, W)
-        ctx.save_for_forward(a_prev, W)
+        _keep_inputs(ctx, inputs[:2], output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,9 +127,15 @@ class LinearFunction(Function):
             rules.db(dz) if wants_b else None,
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dz = W da_prev + dW a_prev + db."""
+        da_prev, dW, db = tangents
+        a_prev, W = ctx.saved_tensors
+        return linear(da_prev, W) + linear(a_prev, dW, db)
 
-@_with_signature
-class SigmoidFunction(Function):
+
+class SigmoidFunction(_Rule):
     """Equation 1 forward, equation 8 backward, from z.
 
     a = σ(z) and dC/dz = dC/da ∘ σ'(z), of z's shape. Arguments are not checked: `sigmoid` does.
@@ -141,26 +146,27 @@ class SigmoidFunction(Function):
     tensor([2.5000e-01, 4.2484e-18])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor) -> Tensor:
         """a = σ(z)."""
         return rules.sigmoid(z)
 
-    # z and not a: σ'(z) = a (1−a) is 0 as soon as a rounds to 1.
-    setup_context = staticmethod(_keep_inputs)
-
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         """dC/dz = dC/da ∘ σ'(z)."""
         (da,) = upstream
-        (z,) = ctx.saved_tensors
+        (z,) = ctx.saved_tensors  # not a: σ'(z) = a (1−a) is 0 as soon as a rounds to 1
         return rules.dz_hidden(da, z, sigmoid)
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """da = σ'(z) dz."""
+        (dz,) = tangents
+        (z,) = ctx.saved_tensors
+        return rules.dz_hidden(dz, z, sigmoid)
 
-@_with_signature
-class SigmoidQuadraticFunction(Function):
+
+class SigmoidQuadraticFunction(_Rule):
     """Equation 2 forward, equation 4 backward, per component.
 
     C = ½ (σ(z) − y)² and dC/dz = (a − y) ∘ σ'(z); z, y and C of one shape. Arguments are not
@@ -172,14 +178,10 @@ class SigmoidQuadraticFunction(Function):
     tensor([-0.1250])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor, y: Tensor) -> Tensor:
         """C = ½ (σ(z) − y)²."""
         return rules.quadratic(z, y)
-
-    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -192,9 +194,15 @@ class SigmoidQuadraticFunction(Function):
             -dC * rules.residual(z, y, sigmoid) if wants_y else None,
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = (a − y) σ'(z) dz − (a − y) dy."""
+        dz, dy = tangents
+        z, y = ctx.saved_tensors
+        return rules.dz_quadratic(z, y, sigmoid) * dz - rules.residual(z, y, sigmoid) * dy
 
-@_with_signature
-class SigmoidCrossEntropyFunction(Function):
+
+class SigmoidCrossEntropyFunction(_Rule):
     """Equation 3 forward, equation 5 backward, per component.
 
     C = −[y ln σ(z) + (1−y) ln(1 − σ(z))] and dC/dz = a − y; z, y, pos_weight (or None) and C of one
@@ -206,14 +214,10 @@ class SigmoidCrossEntropyFunction(Function):
     tensor([-0.5000])
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
         """C = −[y ln σ(z) + (1−y) ln(1 − σ(z))]."""
         return rules.cross_entropy(z, y, pos_weight)
-
-    setup_context = staticmethod(_keep_inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,9 +231,19 @@ class SigmoidCrossEntropyFunction(Function):
             rules.weighted(dC * y, _minus_ln_a(z)) if wants_pos_weight else None,
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = (a − y) dz − z dy − y ln a d pos_weight."""
+        dz, dy, d_pos_weight = tangents
+        z, y, pos_weight = ctx.saved_tensors
+        dC = rules.dz_cross_entropy(z, y, sigmoid, pos_weight) * dz
+        dC = dC + rules.weighted(dy, _cross_entropy_dy(z, pos_weight))
+        if pos_weight is None:
+            return dC
+        return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
 
-@_with_signature
-class SigmoidFocalFunction(Function):
+
+class SigmoidFocalFunction(_Rule):
     """The focal loss of `rules.Focus` forward and its derivatives backward, per component.
 
     C = α_t q^γ_t L and dC/dz = α_t q^γ_t (dL + γ_t dq L/q); z, y and C of one shape. Arguments are
@@ -241,8 +255,6 @@ class SigmoidFocalFunction(Function):
     >>> z.grad
     tensor([-0.2983])
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(  # separate arguments: dynamo does not support *args here
@@ -275,6 +287,14 @@ class SigmoidFocalFunction(Function):
             *(None for _ in others),
         )
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor) -> Tensor:
+        """dC = dC/dz dz + dC/dy dy."""
+        dz, dy, *_ = tangents
+        z, y = ctx.saved_tensors
+        dC = rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) * dz
+        return dC + rules.dy_focal(z, y, ctx.focus, sigmoid, _softplus) * dy
+
 
 def _softplus(z: Tensor) -> Tensor:
     return _minus_ln_a(-z)
@@ -295,72 +315,24 @@ def _cross_entropy_dy(z: Tensor, pos_weight: Tensor | None) -> Tensor:
 # --------------------------------------------------- Functions with forward-mode derivatives
 
 
-class LinearWithJvp(LinearFunction):
-    """`LinearFunction` with its derivative along tangents (dX is the tangent of X)."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dz = W da_prev + dW a_prev + db."""
-        da_prev, dW, db = tangents
-        a_prev, W = ctx.saved_tensors
-        return linear(da_prev, W) + linear(a_prev, dW, db)
-
-
-class SigmoidWithJvp(SigmoidFunction):
-    """`SigmoidFunction` with its derivative along a tangent."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """da = σ'(z) dz."""
-        (dz,) = tangents
-        (z,) = ctx.saved_tensors
-        return rules.dz_hidden(dz, z, sigmoid)
-
-
-class SigmoidQuadraticWithJvp(SigmoidQuadraticFunction):
-    """`SigmoidQuadraticFunction` with its derivative along tangents."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dC = (a − y) σ'(z) dz − (a − y) dy."""
-        dz, dy = tangents
-        z, y = ctx.saved_tensors
-        return rules.dz_quadratic(z, y, sigmoid) * dz - rules.residual(z, y, sigmoid) * dy
-
-
-class SigmoidCrossEntropyWithJvp(SigmoidCrossEntropyFunction):
-    """`SigmoidCrossEntropyFunction` with its derivative along tangents."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dC = (a − y) dz − z dy − y ln a d pos_weight."""
-        dz, dy, d_pos_weight = tangents
-        z, y, pos_weight = ctx.saved_tensors
-        dC = rules.dz_cross_entropy(z, y, sigmoid, pos_weight) * dz
-        dC = dC + rules.weighted(dy, _cross_entropy_dy(z, pos_weight))
-        if pos_weight is None:
-            return dC
-        return dC + rules.weighted(y * d_pos_weight, _minus_ln_a(z))
-
-
-class SigmoidFocalWithJvp(SigmoidFocalFunction):
-    """`SigmoidFocalFunction` with its derivative along tangents."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        """dC = dC/dz dz + dC/dy dy."""
-        dz, dy, *_ = tangents
-        z, y = ctx.saved_tensors
-        dC = rules.dz_focal(z, y, ctx.focus, sigmoid, _softplus) * dz
-        return dC + rules.dy_focal(z, y, ctx.focus, sigmoid, _softplus) * dy
+def _with_jvp(function: Any) -> type[Function]:
+    """The subclass of a Function that has its `tangent` as `jvp`."""
+    name = function.__name__.replace("Function", "WithJvp")
+    with_jvp: type[Function] = type(function)(
+        name, (function,), {"jvp": staticmethod(function.tangent)}
+    )
+    return with_jvp
 
 
 _WITH_JVP: dict[type[Function], type[Function]] = {
-    LinearFunction: LinearWithJvp,
-    SigmoidFunction: SigmoidWithJvp,
-    SigmoidQuadraticFunction: SigmoidQuadraticWithJvp,
-    SigmoidCrossEntropyFunction: SigmoidCrossEntropyWithJvp,
-    SigmoidFocalFunction: SigmoidFocalWithJvp,
+    function: _with_jvp(function)
+    for function in (
+        LinearFunction,
+        SigmoidFunction,
+        SigmoidQuadraticFunction,
+        SigmoidCrossEntropyFunction,
+        SigmoidFocalFunction,
+    )
 }
 
 
@@ -449,7 +421,6 @@ class _EagerLinear(LinearFunction):
 
     @staticmethod
     def forward(ctx: Any, a_prev: Tensor, W: Tensor, b: Tensor | None) -> Tensor:  # type: ignore[override]
-        """z = W a_prev + b."""
         ctx.save_for_backward(a_prev, W)
         return rules.linear(a_prev, W, b)
 
@@ -461,7 +432,6 @@ class _EagerSigmoid(SigmoidFunction):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
-        """a = σ(z)."""
         ctx.save_for_backward(z)
         return rules.sigmoid(z)
 
@@ -488,6 +458,10 @@ class _Settings(NamedTuple):
     """Whether dtypes may differ, as in PyTorch's function."""
     focus: rules.Focus | None = None
     """Makes the cross-entropy a focal loss."""
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Tensor arguments of a loss: z, y, weight and pos_weight."""
 
 
 class _EagerSigmoidLoss(Function):
@@ -519,7 +493,7 @@ class _EagerSigmoidLoss(Function):
             options = _options(weight, pos_weight, settings)
             dz = fused.backward(z, y, options, dC, ctx.divisor, settings.loss)
         else:
-            dz = _differentiable_dz(dC, z, y, weight, pos_weight, settings)
+            dz = _differentiable_dz(dC, (z, y, weight, pos_weight), settings)
         return dz, None, None, None, None
 
 
@@ -533,18 +507,11 @@ def _options(
     return fused.Options(weight, pos_weight, smoothing, ignore_index, focus)
 
 
-def _differentiable_dz(
-    dC: Tensor,
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
+def _differentiable_dz(dC: Tensor, tensors: _Tensors, settings: _Settings) -> Tensor:
     """dC/dz by differentiable operations: PyTorch's and `sigmoid`."""
     loss, reduction, smoothing, *_, focus = settings
-    dtype = z.dtype
-    z, y, weight, pos_weight, counts = _operands(z, y, y, weight, pos_weight, settings)
+    dtype = tensors[0].dtype
+    (z, y, weight, pos_weight), counts = _operands(tensors, tensors[1], settings)
     dC = _to(dC, z.dtype)
     if reduction in ("mean", "batchmean"):
         wide = _to(dC, torch.promote_types(dC.dtype, torch.float32))
@@ -685,14 +652,7 @@ def sigmoid_quadratic(
     >>> nnce.sigmoid_quadratic(z, y), nnce.sigmoid_quadratic(z, y, reduction="mean")
     (tensor(0.3750), tensor(0.1250))
     """
-    _, ignore_index = _python_numbers(0, ignore_index)
-    settings = _Settings("quadratic", reduction, 0, ignore_index)
-    if is_plain(z, y) and _fits_loss(z, y, None, None, settings):
-        return _fused_loss(z, y, None, None, settings)
-    z, wide_y = _float32_under_autocast(z, y)
-    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    settings = _Settings("quadratic", reduction, 0, ignore_index)
-    return _composed_loss(z, y, wide_y, None, None, settings)
+    return _loss((z, y, None, None), _Settings("quadratic", reduction, 0, ignore_index))
 
 
 def sigmoid_cross_entropy(
@@ -742,18 +702,8 @@ def sigmoid_cross_entropy(
     >>> z.grad
     tensor([[-1.1920e-01,  4.2484e-18]])
     """
-    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
-        z, y, weight, pos_weight, settings
-    ):
-        return _fused_loss(z, y, weight, pos_weight, settings)
-    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
-    label_smoothing = check_label_smoothing(label_smoothing)
-    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
-    settings = _Settings("cross-entropy", reduction, label_smoothing, ignore_index)
-    return _composed_loss(z, y, wide_y, weight, pos_weight, settings)
+    return _loss((z, y, weight, pos_weight), settings)
 
 
 def sigmoid_focal_loss(
@@ -791,13 +741,12 @@ def sigmoid_focal_loss(
         C: z's shape for "none", else a scalar.
 
     Raises:
-        TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
-            from z's, or an option is not a number.
-        ValueError: shapes or devices do not match, the reduction is unknown, gamma is negative,
-            alpha is outside [0, 1], or ignore_index is 0 or 1.
+        TypeError, ValueError: as for `sigmoid_cross_entropy`, or gamma or alpha is not a number or
+            out of range.
     """
     focus = rules.Focus(*check_focus({"gamma": gamma}, 0, alpha))
-    return _focal_loss(z, y, weight, ignore_index, reduction, focus)
+    settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
+    return _loss((z, y, weight, None), settings)
 
 
 def sigmoid_asymmetric_loss(
@@ -836,33 +785,13 @@ def sigmoid_asymmetric_loss(
         C: z's shape for "none", else a scalar.
 
     Raises:
-        TypeError: z or y is not a tensor, z is not floating-point, a floating-point dtype differs
-            from z's, or an option is not a number.
-        ValueError: shapes or devices do not match, the reduction is unknown, an exponent is
-            negative, margin is outside [0, 1), or ignore_index is 0 or 1.
+        TypeError, ValueError: as for `sigmoid_cross_entropy`, or an exponent or margin is not a
+            number or out of range.
     """
     gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
     focus = rules.Focus(*check_focus(gammas, margin, None))
-    return _focal_loss(z, y, weight, ignore_index, reduction, focus)
-
-
-def _focal_loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    ignore_index: int | None,
-    reduction: Reduction,
-    focus: rules.Focus,
-) -> Tensor:
-    _, ignore_index = _python_numbers(0, ignore_index)
     settings = _Settings("cross-entropy", reduction, 0, ignore_index, focus=focus)
-    if is_plain(z, y, optional=(weight,)) and _fits_loss(z, y, weight, None, settings):
-        return _fused_loss(z, y, weight, None, settings)
-    z, wide_y, weight = _float32_under_autocast(z, y, weight)
-    ignore_index = _check_loss(z, wide_y, ignore_index, reduction)
-    check_alike({"z": z}, {"weight": weight})
-    settings = settings._replace(ignore_index=ignore_index)
-    return _composed_loss(z, y, wide_y, weight, None, settings)
+    return _loss((z, y, weight, None), settings)
 
 
 def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
@@ -915,27 +844,9 @@ def binary_cross_entropy_with_logits(  # noqa: PLR0913  PyTorch's signature
         reduction = _legacy_reduction(size_average, reduce)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"expected reduction 'none', 'sum' or 'mean', got {reduction!r}")
-    z, y = input, target
-    label_smoothing, ignore_index = _python_numbers(label_smoothing, ignore_index)
     kind = cast(Reduction, reduction)
-    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(
-        z, y, weight, pos_weight, settings
-    ):
-        return _to(_fused_loss(z, y, weight, pos_weight, settings), _value_dtype(z, y))
-    z, wide_y, weight, pos_weight = _float32_under_autocast(z, y, weight, pos_weight)
-    _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
-    _check_shape("target", y, "input", z)
-    label_smoothing = check_label_smoothing(label_smoothing)
-    ignore_index = check_ignore_index(ignore_index)
-    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, True)
-    C = _composed_loss(z, y, wide_y, weight, pos_weight, settings)
-    return _to(C, _value_dtype(z, wide_y))
-
-
-def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype of C, as in PyTorch's function."""
-    return y.dtype if y.dtype.is_floating_point else z.dtype
+    settings = _Settings("cross-entropy", kind, label_smoothing, ignore_index, promotes=True)
+    return _loss((input, target, weight, pos_weight), settings)
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -964,26 +875,43 @@ True
 # ----------------------------------------------------------------------------------- internals
 
 
-def _python_numbers(label_smoothing: float, ignore_index: int | None) -> tuple[float, int | None]:
-    """Convert NumPy's and other libraries' numbers to Python's; raise for non-numbers."""
-    if type(label_smoothing) not in (int, float):
-        label_smoothing = check_label_smoothing(label_smoothing)
+def _loss(tensors: _Tensors, settings: _Settings) -> Tensor:
+    """C by one pass of a kernel for plain tensors that fit, else by `_composed_loss`."""
+    z, y, weight, pos_weight = tensors
+    smoothing, ignore_index = settings.label_smoothing, settings.ignore_index
+    # NumPy's and other libraries' numbers become Python's.
+    if type(smoothing) not in (int, float):
+        settings = settings._replace(label_smoothing=check_label_smoothing(smoothing))
     if ignore_index is not None and type(ignore_index) is not int:
-        ignore_index = check_ignore_index(ignore_index)
-    return label_smoothing, ignore_index
+        settings = settings._replace(ignore_index=check_ignore_index(ignore_index))
+    if is_plain(z, y, optional=(weight, pos_weight)) and _fits_loss(tensors, settings):
+        C: Tensor
+        if z.requires_grad and torch.is_grad_enabled():
+            C = _apply_loss(z, y, weight, pos_weight, settings)
+        else:
+            options = _options(weight, pos_weight, settings)
+            C, _ = fused.forward(z, y, options, settings.reduction, settings.loss)
+        return _to(C, _value_dtype(z, y)) if settings.promotes else C
+    z, wide_y, weight, pos_weight = _float32_under_autocast(*tensors)
+    if settings.promotes:
+        _check_real(z, {"target": y, "weight": weight, "pos_weight": pos_weight})
+        _check_shape("target", y, "input", z)
+    smoothing = check_label_smoothing(settings.label_smoothing)
+    check_reduction(settings.reduction)
+    ignore_index = check_ignore_index(settings.ignore_index)
+    if not settings.promotes:
+        _check_target(z, wide_y)
+        check_alike({"z": z}, {"weight": weight, "pos_weight": pos_weight})
+    settings = settings._replace(label_smoothing=smoothing, ignore_index=ignore_index)
+    return _composed_loss((z, wide_y, weight, pos_weight), y, settings)
 
 
-def _fits_loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> bool:
+def _fits_loss(tensors: _Tensors, settings: _Settings) -> bool:
     """Whether all checks would pass and the kernels support the loss and its gradients.
 
     The kernels compute no gradients with respect to y or weights, and work in z's dtype.
     """
+    z, y, *weights = tensors
     _, reduction, smoothing, ignore_index, any_dtype, focus = settings
     if focus is not None and not z.is_cpu:  # the Triton kernels do not support focal losses
         return False
@@ -998,7 +926,7 @@ def _fits_loss(
         return False
     if not 0 <= smoothing < 1 or ignore_index in (0, 1):
         return False
-    for tensor in (weight, pos_weight):
+    for tensor in weights:
         if tensor is None:
             continue
         dtype = tensor.dtype
@@ -1011,57 +939,56 @@ def _fits_loss(
     return not (y.requires_grad and torch.is_grad_enabled())
 
 
-def _composed_loss(
-    z: Tensor,
-    y: Tensor,
-    wide_y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
+def _composed_loss(tensors: _Tensors, target: Tensor, settings: _Settings) -> Tensor:
     """C by a Function per component and PyTorch's operations; works in every context.
 
     Args:
-        wide_y: y in the dtype to compute in; y itself is compared with ignore_index.
+        tensors: y among them is in the dtype to compute in.
+        target: y as it was given, which is compared with ignore_index.
     """
     loss, reduction, smoothing, *_, focus = settings
-    dtype = z.dtype
-    z, y, weight, pos_weight, counts = _operands(z, y, wide_y, weight, pos_weight, settings)
+    dtype = _value_dtype(*tensors[:2])
+    (z, y, weight, pos_weight), counts = _operands(tensors, target, settings)
     if loss == "quadratic":
-        return _reduce(_apply(SigmoidQuadraticFunction, z, y), counts, reduction)
-    if focus is not None:
+        C = _apply(SigmoidQuadraticFunction, z, y)
+    elif focus is not None:
         C = _apply(SigmoidFocalFunction, z, y, *focus)
-        C = C if weight is None else rules.weighted(weight, C)
-        return _to(_reduce(C, counts, reduction), dtype)
-    C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
-    if smoothing:
-        at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
-        C = (1 - smoothing) * C + smoothing * at_half
-    return _reduce(C if weight is None else rules.weighted(weight, C), counts, reduction)
+    else:
+        C = _apply(SigmoidCrossEntropyFunction, z, y, pos_weight)
+        if smoothing:
+            at_half = _apply(SigmoidCrossEntropyFunction, z, torch.full_like(z, 0.5), pos_weight)
+            C = (1 - smoothing) * C + smoothing * at_half
+    C = C if weight is None else rules.weighted(weight, C)
+    return _to(_reduce(C, counts, reduction), dtype)
+
+
+def _value_dtype(z: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype of C, as in PyTorch's function."""
+    return y.dtype if y.dtype.is_floating_point else z.dtype
 
 
 def _operands(
-    z: Tensor,
-    y: Tensor,
-    wide_y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """z, y and weights in one dtype and shape, and the mask of components that count, or None."""
+    tensors: _Tensors, target: Tensor, settings: _Settings
+) -> tuple[_Tensors, Tensor | None]:
+    """The tensors in one dtype and shape, and the mask of components that count, or None."""
+    z, y, weight, pos_weight = tensors
     if settings.promotes:
-        dtype = torch.promote_types(_value_dtype(z, wide_y), z.dtype)
+        dtype = torch.promote_types(_value_dtype(z, y), z.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         z, weight, pos_weight = _to(z, dtype), _to(weight, dtype), _to(pos_weight, dtype)
     if settings.focus is not None:  # the power has γ times the relative error of q
         dtype = torch.float64 if z.dtype == torch.float32 else torch.float32
         dtype = torch.promote_types(dtype, z.dtype)
-        z, wide_y, weight = _to(z, dtype), _to(wide_y, dtype), _to(weight, dtype)
+        z, y, weight = _to(z, dtype), _to(y, dtype), _to(weight, dtype)
     weight = _expand("weight", weight, z)
     pos_weight = _expand("pos_weight", pos_weight, z)
-    counts = _counts(y, settings.ignore_index)
-    z, y = _masked(counts, z, wide_y)
-    return z, y, weight, pos_weight, counts
+    counts = _counts(target, settings.ignore_index)
+    y = _to(y, z.dtype)
+    if counts is not None:
+        # Zeros for ignored components, so that a NaN there has no effect. `where` makes their
+        # derivatives 0, of any order and in both modes.
+        z, y = z.where(counts, 0.0), y.where(counts, 0.0)
+    return (z, y, weight, pos_weight), counts
 
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
@@ -1070,20 +997,6 @@ _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 def _to(tensor: _OptionalTensor, dtype: torch.dtype) -> _OptionalTensor:
     """Convert if necessary: dynamo's vmap fails on a conversion to the same dtype."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _fused_loss(
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
-    """C by a single pass of a kernel."""
-    if z.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _apply_loss(z, y, weight, pos_weight, settings))
-    options = _options(weight, pos_weight, settings)
-    return fused.forward(z, y, options, settings.reduction, settings.loss)[0]
 
 
 def _apply(function: type[Function], *arguments: Tensor | float | None) -> Tensor:
@@ -1111,15 +1024,6 @@ def _counts(y: Tensor, ignore_index: int | None) -> Tensor | None:
     return torch.ones_like(y, dtype=torch.bool)
 
 
-def _masked(counts: Tensor | None, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """z and y in z's dtype, with zeros for ignored components, so that a NaN there has no effect.
-
-    `where` makes the derivatives of these components 0, of any order and in both modes.
-    """
-    y = _to(y, z.dtype)
-    return (z, y) if counts is None else (z.where(counts, 0.0), y.where(counts, 0.0))
-
-
 def _reduce(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor:
     if counts is not None:
         C = C.where(counts, 0.0)
@@ -1141,9 +1045,7 @@ def _divisor(C: Tensor, counts: Tensor | None, reduction: Reduction) -> Tensor |
     return counts.sum() if reduction == "mean" else counts.any(-1).sum()
 
 
-def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) -> int | None:
-    check_reduction(reduction)
-    ignore_index = check_ignore_index(ignore_index)
+def _check_target(z: Tensor, y: Tensor) -> None:
     if not isinstance(y, Tensor) or y.dtype.is_floating_point or y.dtype.is_complex:
         check_alike({"z": z, "y": y})
     else:
@@ -1151,16 +1053,13 @@ def _check_loss(z: Tensor, y: Tensor, ignore_index: int | None, reduction: str) 
         check_dense("y", y)
         check_device("y", y, z.device, like="z")
     _check_shape("y", y, "z", z)
-    return ignore_index
 
 
 def _check_real(z: Tensor, others: dict[str, Tensor | None]) -> None:
     """Raise unless all are dense tensors on one device, z floating-point and the others real."""
     check_alike({"input": z})
-    if "target" in others and not isinstance(others["target"], Tensor):
-        raise TypeError(f"expected target to be a tensor, got {type(others['target']).__name__}")
     for name, tensor in others.items():
-        if tensor is None:
+        if tensor is None and name != "target":
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")

@@ -3,6 +3,7 @@
 The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -111,15 +112,12 @@ class Linear(nn.Linear):
                 f"expected positive whole sizes, got in_features={in_features!r}, "
                 f"out_features={out_features!r}"
             )
-        in_features, out_features = int(in_features), int(out_features)
-        init = check_init(init)
+        in_features, out_features, init = int(in_features), int(out_features), check_init(init)
         if not isinstance(dtype, torch.dtype | None):
             raise TypeError(f"expected dtype to be a torch.dtype, got {dtype!r}")
         if not (dtype is None or dtype.is_floating_point):
             raise ValueError(f"expected a floating-point dtype, got {dtype}")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.init = init
+        self.in_features, self.out_features, self.init = in_features, out_features, init
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype)
         )
@@ -147,10 +145,7 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The sizes, bias and initialization."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, init={self.init!r}"
-        )
+        return f"{super().extra_repr()}, init={self.init!r}"
 
 
 def _standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -217,7 +212,7 @@ class MLP(nn.Sequential):
             )
         self.sizes = tuple(map(int, given))
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(self.sizes):
             layers += [
                 Linear(n_in, n_out, init=init, generator=generator, device=device, dtype=dtype),
                 Sigmoid(),
@@ -242,9 +237,8 @@ class MLP(nn.Sequential):
         alternate = all(
             isinstance(layer, Sigmoid if index % 2 else Linear) for index, layer in enumerate(self)
         )
-        if sizes != list(zip(self.sizes[:-1], self.sizes[1:], strict=True)) or not (
-            alternate and len(self) == 2 * len(linears) - 1
-        ):
+        whole = alternate and len(self) == 2 * len(linears) - 1
+        if not whole or sizes != list(itertools.pairwise(self.sizes)):
             raise ValueError(
                 f"expected the layers of an MLP of sizes {self.sizes}, but some have been added, "
                 f"replaced or taken out"
@@ -274,12 +268,49 @@ class MLP(nn.Sequential):
         return [(W, b) for W, b in pairs if b is not None]
 
 
-class SigmoidQuadraticLoss(nn.Module):
+def options_of(loss: nn.Module) -> str:
+    """A loss's reduction, and nnce's options that differ from their defaults."""
+    options = {
+        **{"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None},
+        **{"alpha": 0.25, "gamma": 2, "gamma_positive": 1, "gamma_negative": 4, "margin": 0.05},
+    }
+    unusual = [
+        f"{name}={getattr(loss, name)!r}"
+        for name, usual in options.items()
+        if getattr(loss, name, usual) != usual
+    ]
+    return ", ".join([f"reduction={loss.reduction!r}", *unusual])
+
+
+class _SigmoidLoss(nn.Module):
+    """The options that all of nnce's own losses have."""
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self, reduction: Reduction, ignore_index: int | None, **weights: Tensor | None
+    ) -> None:
+        """Check the options; register weights as buffers, after a single check of their values."""
+        super().__init__()
+        check_reduction(reduction)
+        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
+        for name, tensor in weights.items():
+            if not isinstance(tensor, Tensor | None):
+                raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+            # With negative weights, PyTorch would maximize the loss.
+            if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
+                raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
+            self.register_buffer(name, tensor)
+
+    extra_repr = options_of
+
+
+class SigmoidQuadraticLoss(_SigmoidLoss):
     """C = ½ ‖σ(z) − y‖², the notes' first loss: `nnce.functional.sigmoid_quadratic`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
-        ignore_index: a target such as −100: components with this target are ignored.
+        reduction, ignore_index: as for the function.
 
     Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
         "none".
@@ -297,9 +328,7 @@ class SigmoidQuadraticLoss(nn.Module):
     def __init__(
         self, reduction: Reduction = "batchmean", *, ignore_index: int | None = None
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
+        super().__init__(reduction, ignore_index)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -307,12 +336,8 @@ class SigmoidQuadraticLoss(nn.Module):
             z, y, ignore_index=self.ignore_index, reduction=self.reduction
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
-
-class SigmoidCrossEntropyLoss(nn.Module):
+class SigmoidCrossEntropyLoss(_SigmoidLoss):
     """C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))]: `nnce.functional.sigmoid_cross_entropy`.
 
     The default reduction averages over the examples: all dimensions except the last. For z of shape
@@ -320,15 +345,10 @@ class SigmoidCrossEntropyLoss(nn.Module):
     replace that loss, use `BCEWithLogitsLoss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
-        weight: multiplies C; at least 0, of a shape that broadcasts to z's.
-        pos_weight: multiplies the term of positive targets; at least 0, of a shape that broadcasts
-            to z's, [components] for one per component. Both weights are buffers, as in PyTorch.
-        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: a target such as −100: components with this target are ignored.
+        reduction, label_smoothing, ignore_index: as for the function.
+        weight, pos_weight: as for the function; at least 0, and buffers as in PyTorch.
 
-    Shape: z and y [..., components], y in [0, 1] or ignore_index -> a scalar, or z's shape for
-        "none".
+    Shape: as for `SigmoidQuadraticLoss`.
 
     Raises:
         TypeError: a weight is not a tensor, label_smoothing is not a number, or ignore_index is not
@@ -343,9 +363,6 @@ class SigmoidCrossEntropyLoss(nn.Module):
     tensor(2.7726)
     """
 
-    weight: Tensor | None
-    pos_weight: Tensor | None
-
     def __init__(
         self,
         reduction: Reduction = "batchmean",
@@ -355,11 +372,8 @@ class SigmoidCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
+        super().__init__(reduction, ignore_index, weight=weight, pos_weight=pos_weight)
         self.label_smoothing = check_label_smoothing(label_smoothing)
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        _register_weights(self, weight=weight, pos_weight=pos_weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -373,34 +387,15 @@ class SigmoidCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
-
-def _register_weights(loss: nn.Module, **weights: Tensor | None) -> None:
-    """Register weights as buffers, after a single check of their values."""
-    for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor | None):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-        # With negative weights, PyTorch would maximize the loss.
-        if tensor is not None and not tensor.is_meta and not bool((tensor >= 0).all()):
-            raise ValueError(f"expected {name} of at least 0, got {tensor.tolist()}")
-        loss.register_buffer(name, tensor)
-
-
-class SigmoidFocalLoss(nn.Module):
+class SigmoidFocalLoss(_SigmoidLoss):
     """C = α_t (1 − p_t)^γ · cross-entropy of σ(z): `nnce.functional.sigmoid_focal_loss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
-        alpha: weight of positive targets in [0, 1], or None or −1 for no weights.
-        gamma: exponent, from 0 to 10⁶.
-        weight: multiplies C; at least 0, of a shape that broadcasts to z's; a buffer.
-        ignore_index: an integer other than 0 and 1: components with this target are ignored.
+        reduction, alpha, gamma, ignore_index: as for the function.
+        weight: as for `SigmoidCrossEntropyLoss`.
 
-    Shape: z and y [..., components], y in [0, 1] or ignore_index -> z's shape for "none", else a
-        scalar.
+    Shape: as for `SigmoidQuadraticLoss`.
 
     Raises:
         TypeError: weight is not a tensor, or another option is not a number.
@@ -413,8 +408,6 @@ class SigmoidFocalLoss(nn.Module):
     tensor(0.0433)
     """
 
-    weight: Tensor | None
-
     def __init__(
         self,
         reduction: Reduction = "none",
@@ -424,11 +417,8 @@ class SigmoidFocalLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
+        super().__init__(reduction, ignore_index, weight=weight)
         self.gamma, _, _, self.alpha = check_focus({"gamma": gamma}, 0, alpha)
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        _register_weights(self, weight=weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -442,19 +432,13 @@ class SigmoidFocalLoss(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
 
-
-class SigmoidAsymmetricLoss(nn.Module):
+class SigmoidAsymmetricLoss(_SigmoidLoss):
     """Focal loss with two exponents and a margin: `nnce.functional.sigmoid_asymmetric_loss`.
 
     Args:
-        reduction: "none", "sum", "mean" (over all elements) or "batchmean" (over the examples).
-        gamma_positive, gamma_negative: exponents for positive and negative targets, at least 0.
-        margin: in [0, 1), subtracted from σ(z) for negative targets.
-        weight, ignore_index: as for `SigmoidFocalLoss`.
+        reduction, gamma_positive, gamma_negative, margin, ignore_index: as for the function.
+        weight: as for `SigmoidCrossEntropyLoss`.
 
     Shape, raises: as for `SigmoidFocalLoss`.
 
@@ -463,8 +447,6 @@ class SigmoidAsymmetricLoss(nn.Module):
     >>> nnce.SigmoidAsymmetricLoss()(torch.zeros(2, 3), torch.ones(2, 3))  # 3/2 ln 2
     tensor(1.0397)
     """
-
-    weight: Tensor | None
 
     def __init__(
         self,
@@ -476,13 +458,10 @@ class SigmoidAsymmetricLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
+        super().__init__(reduction, ignore_index, weight=weight)
         gammas = {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative}
         checked = check_focus(gammas, margin, None)
         self.gamma_positive, self.gamma_negative, self.margin, _ = checked
-        self.reduction, self.ignore_index = reduction, check_ignore_index(ignore_index)
-        _register_weights(self, weight=weight)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C for the weighted inputs z of the last layer and the targets y."""
@@ -497,10 +476,6 @@ class SigmoidAsymmetricLoss(nn.Module):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and the options that differ from their defaults."""
-        return options_of(self)
-
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """Exact `torch.nn.BCEWithLogitsLoss`: `nnce.functional.binary_cross_entropy_with_logits`.
@@ -509,12 +484,8 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     C = −[y ln σ(z) + (1−y) ln(1 − σ(z))], with dC/dz = σ(z) − y.
 
     Args:
-        weight: multiplies C; of a shape that broadcasts to z's.
-        size_average, reduce: deprecated as in PyTorch.
-        reduction: "none", "sum" or "mean", over all elements.
-        pos_weight: multiplies the term of positive targets; shape as weight. Both are buffers.
-        label_smoothing: s in [0, 1): y becomes y (1−s) + s/2.
-        ignore_index: an integer other than 0 and 1: elements with this target are ignored.
+        weight, pos_weight: as for the function; buffers as in PyTorch.
+        size_average, reduce, reduction, label_smoothing, ignore_index: as for the function.
 
     Shape: input and target of one shape -> a scalar, or that shape for "none".
 
@@ -556,20 +527,4 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             ignore_index=self.ignore_index,
         )
 
-    def extra_repr(self) -> str:
-        """The reduction, and nnce's options that differ from their defaults."""
-        return options_of(self)
-
-
-def options_of(loss: nn.Module) -> str:
-    """A loss's reduction, and nnce's options that differ from their defaults."""
-    options = {
-        **{"prior": None, "label_smoothing": 0, "ignore_index": None, "block": None},
-        **{"alpha": 0.25, "gamma": 2, "gamma_positive": 1, "gamma_negative": 4, "margin": 0.05},
-    }
-    unusual = [
-        f"{name}={getattr(loss, name)!r}"
-        for name, usual in options.items()
-        if getattr(loss, name, usual) != usual
-    ]
-    return ", ".join([f"reduction={loss.reduction!r}", *unusual])
+    extra_repr = options_of

@@ -303,16 +303,7 @@ def _sklearn() -> Any:
 
 def _torchvision(name: str, data_dir: Path) -> tuple[list[_Part], list[str]]:
     """The three parts, and the names of the classes."""
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        # A torchvision from a different build than torch fails here: "operator torchvision::nms
-        # does not exist".
-        raise DataError(
-            f"{name} needs a torchvision of the same build as torch {torch.__version__}: "
-            f"pip install --upgrade torch torchvision ({str(error).splitlines()[0]})"
-        ) from error
-    loader = getattr(datasets, _TORCHVISION[name])
+    loader = getattr(own.torchvision_datasets(name), _TORCHVISION[name])
     x, labels = _read(loader, name, data_dir, train=True)
     x_test, labels_test = _read(loader, name, data_dir, train=False)
     parts = [

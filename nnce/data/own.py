@@ -53,6 +53,24 @@ def read(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return x.flatten(1), labels, {"image": shape if len(shape) == 2 else None, "classes": classes}
 
 
+def torchvision_datasets(user: str) -> Any:
+    """Import `torchvision.datasets`; `user` is what needs it, in the error message.
+
+    Raises:
+        DataError: there is no torchvision, or not a working one.
+    """
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        # A torchvision from a different build than torch fails here: "operator torchvision::nms
+        # does not exist".
+        raise DataError(
+            f"{user} needs a torchvision of the same build as torch {torch.__version__}: "
+            f"pip install --upgrade torch torchvision ({str(error).splitlines()[0]})"
+        ) from error
+    return datasets
+
+
 def _archive(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     try:
         import numpy as np
@@ -109,16 +127,9 @@ def _inputs(x: Any, path: Path) -> Tensor:
 
 
 def _folder(path: Path) -> tuple[Tensor, Tensor, list[str]]:
+    datasets = torchvision_datasets("a folder of images")
     try:
-        from torchvision.datasets import ImageFolder
-    except (ImportError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise DataError(
-            f"a folder of images needs a torchvision of the same build as torch "
-            f"{torch.__version__}: pip install --upgrade torch torchvision ({why})"
-        ) from error
-    try:
-        found = ImageFolder(path)
+        found = datasets.ImageFolder(path)
     except OSError as error:  # torchvision's message, or the system's
         why = error.strerror or " ".join(str(error).split())
         raise DataError(f"{path}: expected a folder of images for each class: {why}") from error

@@ -8,6 +8,7 @@ number of threads, or the division of the steps into calls.
 
 import concurrent.futures
 import contextlib
+import functools
 import signal
 import sys
 import threading
@@ -230,8 +231,8 @@ class _Network:
         import numpy as np
 
         self._kernels = _kernels()
-        self._pairs = network.weights_and_biases()
-        self._like = self._pairs[0][0].detach()
+        self._parameters = [p for pair in network.weights_and_biases() for p in pair]
+        self._like = self._parameters[0].detach()
         self._n_outs = network.sizes[1:]
         self.widths = [padded_width(n) for n in self._n_outs]
         total = sum(self.widths)
@@ -289,51 +290,49 @@ class _Network:
                 **{name: self._zeros(size) for name, size in small.items()}
             )
 
-    def _places(self, *, velocities: bool = False) -> "Iterator[tuple[Array, Array]]":
+    def _places(self, *, velocities: bool = False) -> "Iterator[Array]":
         """Views of W [n_out, n_in] and b [n_out] of each layer, or of their velocities."""
         layers = self._layers
         W, bs, V = (
             (layers.uW, layers.ub, layers.uV) if velocities else (layers.W, layers.b, layers.V)
         )
         b, v = 0, 0
-        width_below = 0
-        for layer, (n_out, width) in enumerate(zip(self._n_outs, self.widths, strict=True)):
-            bias = bs[b : b + n_out]
-            if layer == 0:
-                yield W.reshape(-1, width)[:-1, :n_out].T, bias
+        n_below, width_below = 0, 0
+        for n_out, width in zip(self._n_outs, self.widths, strict=True):
+            if width_below == 0:
+                yield W.reshape(-1, width)[:-1, :n_out].T
             else:
-                whole = V[v : v + n_out * width_below].reshape(n_out, width_below)
-                yield whole[:, : self._n_outs[layer - 1]], bias
+                yield V[v : v + n_out * width_below].reshape(n_out, width_below)[:, :n_below]
                 v += n_out * width_below
+            yield bs[b : b + n_out]
             b += width
-            width_below = width
+            n_below, width_below = n_out, width
 
     def velocities(self) -> "list[Array]":
         """Views of the velocity of each parameter; [] without momentum."""
-        pairs = self._places(velocities=True) if self.moves else ()
-        return [place for pair in pairs for place in pair]
+        return list(self._places(velocities=True)) if self.moves else []
 
     def read_parameters(self) -> None:
         """Copy the network's parameters into the loops' memory."""
-        for pair, places in zip(self._pairs, self._places(), strict=True):
-            for parameter, place in zip(pair, places, strict=True):
-                place[...] = parameter.detach().numpy()
+        for parameter, place in zip(self._parameters, self._places(), strict=True):
+            place[...] = parameter.detach().numpy()
 
     def write_parameters(self) -> None:
         """Copy the parameters from the loops' memory to the network, in place."""
         with torch.no_grad():
-            for pair, places in zip(self._pairs, self._places(), strict=True):
-                for parameter, place in zip(pair, places, strict=True):
-                    parameter.copy_(torch.from_numpy(place))
+            for parameter, place in zip(self._parameters, self._places(), strict=True):
+                parameter.copy_(torch.from_numpy(place))
+
+
+_Job = tuple[_Network, "Array"]
+"""A network and its order of the examples."""
 
 
 class Loops:
     """Train networks of one shape by loops.
 
     Args:
-        networks: MLPs of one shape and dtype, float32 or float64, on the CPU.
-        hyperparameters: one for each network.
-        batch_size: number of examples in a mini-batch.
+        networks, hyperparameters, batch_size: as for `Ensemble`, in float32 or float64, on a CPU.
         dense: process all inputs instead of skipping those that are 0.
     """
 
@@ -355,8 +354,7 @@ class Loops:
         """Train each network for one epoch, in its own order.
 
         Args:
-            x: inputs [N, n_in].
-            y: targets [N, n_out].
+            x, y: as for `Ensemble.train_epoch`.
             orders: indices of the examples, one tensor per network, all of the same length.
             threads: number of threads, which share the networks.
         """
@@ -367,11 +365,12 @@ class Loops:
         with interrupts_wait():  # the first call for a dtype compiles
             self._networks[0].train(inputs, targets, jobs[0][1][:0])
         stop = threading.Event()
+        walk = functools.partial(self._walk, inputs, targets, stop)
         try:
             if min(threads, len(jobs)) == 1:
-                self._walk(inputs, targets, jobs, stop)
+                walk(jobs)
             else:
-                self._share_out(inputs, targets, jobs, min(threads, len(jobs)), stop)
+                _share_out(walk, jobs, min(threads, len(jobs)), stop)
         finally:
             with interrupts_wait():
                 for network in self._networks:
@@ -398,43 +397,15 @@ class Loops:
                 place[...] = values[r].numpy()
 
     def outputs(self, number: int, x: Tensor) -> Tensor:
-        """z of the last layer of one network, [n, n_out]. Thread-safe for different networks.
-
-        Args:
-            number: index of the network.
-            x: inputs [n, n_in].
-        """
+        """As `Ensemble.outputs`."""
         network = self._networks[number]
         network.read_parameters()
         inputs = INPUTS.get(x, dense=self._dense)
         with interrupts_wait():  # the first call for a dtype compiles
             return torch.from_numpy(network.outputs(inputs, len(x)))
 
-    def _share_out(
-        self,
-        inputs: "Inputs",
-        y: "Array",
-        jobs: "list[tuple[_Network, Array]]",
-        threads: int,
-        stop: threading.Event,
-    ) -> None:
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            try:
-                walks = [
-                    pool.submit(self._walk, inputs, y, jobs[thread::threads], stop)
-                    for thread in range(threads)
-                ]
-                for walk in walks:
-                    walk.result()
-            finally:
-                stop.set()  # after Ctrl-C; blocks in progress are finished
-
     def _walk(
-        self,
-        inputs: "Inputs",
-        y: "Array",
-        jobs: "list[tuple[_Network, Array]]",
-        stop: threading.Event,
+        self, inputs: "Inputs", y: "Array", stop: threading.Event, jobs: "Sequence[_Job]"
     ) -> None:
         """Train all networks block by block, so that a thread reads the data from memory once."""
         length = len(jobs[0][1])
@@ -445,3 +416,16 @@ class Loops:
                     if stop.is_set():
                         return
                     network.train(inputs, y, order[begin : begin + size])
+
+
+def _share_out(
+    walk: "Callable[[Sequence[_Job]], None]",
+    jobs: "Sequence[_Job]",
+    threads: int,
+    stop: threading.Event,
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            list(pool.map(walk, [jobs[thread::threads] for thread in range(threads)]))
+        finally:
+            stop.set()  # after Ctrl-C; blocks in progress are finished

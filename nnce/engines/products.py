@@ -41,11 +41,7 @@ Call = Callable[..., object]
 class Products:
     """Train networks of one shape by products; their parameters become views of shared memory.
 
-    Args:
-        networks: MLPs of one shape, dtype and device.
-        hyperparameters: one for each network.
-        batch_size: number of examples in a mini-batch.
-        graph: replay the steps as a CUDA graph; no effect on a CPU.
+    The arguments are those of `Ensemble`.
     """
 
     def __init__(
@@ -69,13 +65,7 @@ class Products:
         self._blocks: dict[tuple[int, int], _Block] = {}
 
     def train(self, x: Tensor, y: Tensor, order: Tensor) -> None:
-        """Train all networks for one epoch.
-
-        Args:
-            x: inputs [N, n_in].
-            y: targets [N, n_out].
-            order: indices of the examples, [n] for all networks, or [networks, n].
-        """
+        """As `Ensemble.train_epoch`."""
         try:
             # Not no_grad(), under which each of a step's dozen small calls takes a little longer.
             with torch.inference_mode():
@@ -91,10 +81,7 @@ class Products:
             torch.autograd.graph.increment_version(self._parameters)
 
     def velocities(self) -> list[Tensor]:
-        """Velocities of each parameter, [networks, *shape]; [] if no network has momentum.
-
-        The velocity of a network without momentum is 0.
-        """
+        """As `Loops.velocities`."""
         return [
             torch.stack([by_network[r] for r in range(len(by_network))])
             for by_network in self._by_network()

@@ -181,21 +181,14 @@ def _block_of_zeros(
     return total
 
 
-def _block_of_list(
-    z: Tensor,
-    rows: Tensor,
-    labels: Tensor,
-    values: Tensor | None,
-    counts: Tensor | None,
-    options: Options,
-    how: _Rows,
-) -> Tensor | None:
+def _block_of_list(z: Tensor, listed: "_Listed", options: Options, how: _Rows) -> Tensor | None:
     """Σ C over a block's labels for listed targets; z is overwritten with dC/dz.
 
     The result is one number per example, in float64. Targets are 0 except for those in the list:
     sorted rows, labels relative to the block, and values. counts is 0 for repeated targets, which
     have already been counted.
     """
+    rows, labels, values, counts = listed
     weight, pos_weight = options.weight, options.pos_weight
     at = (rows, labels)
     z_listed = z[at]
@@ -300,7 +293,7 @@ def walk(
             if targets.dense is not None:
                 C = _block_of_dense(z, targets.dense[rows, labels], of_block, how)
             else:
-                C = _block_of_list(z, *next(listed), of_block, how)
+                C = _block_of_list(z, next(listed), of_block, how)
             if made.C is not None and C is not None:
                 made.C[rows] += C
             if made.db is not None:

@@ -7,7 +7,7 @@ between examples, walks the blocks again.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,25 +29,51 @@ from nnce.labels.blocks import (
 )
 from nnce.labels.positives import Targets
 
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
-
 
 class Task(NamedTuple):
-    """All arguments of the loss except x, W and b."""
+    """All arguments of the loss except x, W and b: those of the operators, then of processes."""
 
-    targets: Targets
-    options: Options
+    dense: Tensor | None
+    rows: Tensor | None
+    labels: Tensor | None
+    values: Tensor | None
+    once: bool
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    label_smoothing: float
     example_weight: Tensor | None
     reduction: Reduction
     block: int | None
     product_dtype: torch.dtype
     check_values: bool | None
-    group: "ProcessGroup | None"
-    offset: int
+    version: int = 0
+    """VERSION, plus 1 with a focus, which an older nnce would ignore."""
+    focus: Sequence[float] | None = None
+    """Both gammas, margin, and alpha or −1; None for the cross-entropy."""
+    # Quoted, here and elsewhere: not every build of PyTorch has process groups.
+    group: "torch.distributed.ProcessGroup | None" = None
+    offset: int = 0
     """The number of this process's first label."""
-    num_labels: int
+    num_labels: int = 0
     """The number of labels of all processes."""
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The operators' arguments after x, W and b, in order."""
+        return self[:-3]
+
+    @property
+    def targets(self) -> Targets:
+        """The targets of all examples."""
+        return Targets(*self[:5])
+
+    @property
+    def options(self) -> Options:
+        """The options for all labels, without biases."""
+        focus = None if self.focus is None else rules.Focus(*self.focus)
+        if focus is not None and focus.alpha == -1:
+            focus = focus._replace(alpha=None)
+        return Options(None, *self[5:8], focus)
 
     def check(self) -> None:
         """Check values: on a CPU by default, on CUDA only on request and asynchronously.
@@ -57,13 +83,13 @@ class Task(NamedTuple):
                 (On CUDA, a RuntimeError at a later call.)
         """
         labels = f"labels from 0 to {self.num_labels - 1}, or -1 for none"
-        self._check_all(self.targets.labels, (-1, self.num_labels - 1), labels)
-        for soft in (self.targets.dense, self.targets.values):
+        self._check_all(self.labels, (-1, self.num_labels - 1), labels)
+        for soft in (self.dense, self.values):
             if soft is not None and soft.is_floating_point():
                 self._check_all(soft, (0, 1), "target in [0, 1]")
         for name, weight in (
-            ("weight", self.options.weight),
-            ("pos_weight", self.options.pos_weight),
+            ("weight", self.weight),
+            ("pos_weight", self.pos_weight),
             ("example_weight", self.example_weight),
         ):
             self._check_all(weight, (0, math.inf), f"{name} of at least 0")
@@ -95,9 +121,9 @@ class Task(NamedTuple):
         factor = self.factor(x, upstream)
         block = self.block or default_block(len(x), len(W), x.shape[1], self.product_dtype)
         targets = self.targets
-        if targets.labels is not None and self.offset:
-            labels = targets.labels
-            targets = targets._replace(labels=(labels - self.offset).where(labels >= 0, -1))
+        if self.labels is not None and self.offset:
+            labels = (self.labels - self.offset).where(self.labels >= 0, -1)
+            targets = targets._replace(labels=labels)
         C, dx, *others = walk(
             *(x, W, targets, self.options._replace(b=b), factor),
             *(min(block, max(len(W), 1)), self.product_dtype, Wants(*wants)),
@@ -124,8 +150,7 @@ class Task(NamedTuple):
 
     def constants(self) -> list[Tensor]:
         """The targets and weights, which have no gradients."""
-        found = (*self.targets[:4], *self.options[1:3], self.example_weight)
-        return [t for t in found if isinstance(t, Tensor)]
+        return [t for t in self if isinstance(t, Tensor)]
 
     def _denominator(self, n: int) -> int:
         return {"mean": n * self.num_labels, "batchmean": n}.get(self.reduction, 1)
@@ -191,9 +216,9 @@ class _Once(Function):
 class BlockByBlock(Function):
     """Equations 1, 3, 5, 6 and 7 in the forward; the backward scales, or walks again.
 
-    Takes the inputs of a task (x, W and b, or x, y, scale and bias), the task (a `Task`, an
-    operator's `Operands`, or the pairs' ring), and the flags of `Wants`. Returns C, and the
-    gradients for an upstream gradient of 1.
+    Takes the inputs of a task (x, W and b, or x, y, scale and bias), the task (a `Task`, or the
+    pairs' ring), and the flags of `Wants`. Returns C, and the gradients for an upstream gradient of
+    1.
     """
 
     @staticmethod
@@ -241,7 +266,7 @@ class AtOnce(Function):
         task.check()
         z = rules.linear(x, W, b)
         factor = task.factor(x, dtype=x.dtype)
-        options = fused.Options(*task.options[1:4], None, task.options.focus)
+        options = fused.Options(*task[5:8], None, task.options.focus)
         C = fused.joint(z, task.targets.dense_for(*z.shape), factor, options)
         ctx.save_for_backward(x, W, z, *(() if b is None else (b,)))
         return task.reduced(C)

@@ -1,7 +1,7 @@
 """A linear layer and its cross-entropy as a module, with top-k prediction."""
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from nnce.labels.linear import (
 from nnce.labels.positives import Target
 from nnce.modules import options_of
 
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
-
 
 class LinearSigmoidCrossEntropyLoss(nn.Module):
     """Output layer for many labels with its loss, `linear_sigmoid_cross_entropy`.
@@ -49,8 +46,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         weight, pos_weight: weights of the loss, [num_labels]; stored as buffers `label_weight` and
             `pos_weight`, because `weight` is the layer's W.
         label_smoothing, reduction, block, group: as for `linear_sigmoid_cross_entropy`.
-        generator: source of the random numbers; None for PyTorch's global generator.
-        device, dtype: device and dtype of the parameters.
+        generator, device, dtype: as for `nnce.Linear`.
 
     The parameters are `weight` W [num_labels, in_features], from N(0, 1/in_features), and `bias` b
     [num_labels], or None; a `state_dict` of `torch.nn.Linear`, with the same names, can be loaded.
@@ -84,7 +80,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0,
         reduction: Reduction = "batchmean",
         block: int | None = None,
-        group: "ProcessGroup | None" = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -242,7 +238,9 @@ def _first_of_the_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, at.gather(1, order)
 
 
-def _merged(z: Tensor, labels: Tensor, k: int, group: "ProcessGroup") -> tuple[Tensor, Tensor]:
+def _merged(
+    z: Tensor, labels: Tensor, k: int, group: "torch.distributed.ProcessGroup"
+) -> tuple[Tensor, Tensor]:
     """Merge the top k of each process into the top k overall."""
     sizes = gathered_sizes(z.shape[1], z, group)
     everyone = [z.new_empty(len(z), size) for size in sizes]

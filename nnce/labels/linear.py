@@ -1,6 +1,6 @@
 """A linear layer and its cross-entropy over very many labels, in bounded memory."""
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,9 @@ from nnce._arguments import (
     shape_of,
 )
 from nnce.functional import Reduction, autocast_dtype
-from nnce.labels.function import BlockByBlock, apply_at_once, refuse_tangents, suits_at_once
-from nnce.labels.operator import OPERATOR, VERSION, Operands
+from nnce.labels.function import BlockByBlock, Task, apply_at_once, refuse_tangents, suits_at_once
+from nnce.labels.operator import OPERATOR, VERSION
 from nnce.labels.positives import Target, targets_of
-
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
 
 
 def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's losses
@@ -36,7 +33,7 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     label_smoothing: float = 0,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """Compute `sigmoid_cross_entropy(linear(x, W, b), y)` without storing all of z.
@@ -97,16 +94,11 @@ def linear_sigmoid_cross_entropy(  # noqa: PLR0913  like torch.nn.functional's l
     >>> C.detach()  # 1000 ln 2
     tensor(693.1472)
     """
-    return _walked_loss(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        _Options(
-            *(weight, example_weight, pos_weight, check_label_smoothing(label_smoothing)),
-            *(reduction, block, group, check_values),
-        ),
+    smoothing = check_label_smoothing(label_smoothing)
+    options = _Options(
+        *(weight, example_weight, pos_weight, smoothing, reduction, block, group, check_values)
     )
+    return _walked_loss((input, linear_weight, linear_bias), target, options)
 
 
 def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's losses
@@ -121,7 +113,7 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
     example_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """Compute `sigmoid_focal_loss(linear(x, W, b), y)` without storing all of z.
@@ -151,7 +143,7 @@ def linear_sigmoid_focal_loss(  # noqa: PLR0913  like torch.nn.functional's loss
     options = _Options(
         *(weight, example_weight, None, 0, reduction, block, group, check_values), focus
     )
-    return _walked_loss(input, linear_weight, target, linear_bias, options)
+    return _walked_loss((input, linear_weight, linear_bias), target, options)
 
 
 def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's losses
@@ -167,7 +159,7 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
     example_weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
     check_values: bool | None = None,
 ) -> Tensor:
     """Compute `sigmoid_asymmetric_loss(linear(x, W, b), y)` without storing all of z.
@@ -201,7 +193,7 @@ def linear_sigmoid_asymmetric_loss(  # noqa: PLR0913  like torch.nn.functional's
         *(weight, example_weight, None, 0, reduction, block, group, check_values),
         check_focus(gammas, margin, None),
     )
-    return _walked_loss(input, linear_weight, target, linear_bias, options)
+    return _walked_loss((input, linear_weight, linear_bias), target, options)
 
 
 class _Options(NamedTuple):
@@ -213,22 +205,19 @@ class _Options(NamedTuple):
     label_smoothing: float
     reduction: Reduction
     block: int | None
-    group: "ProcessGroup | None"
+    group: "torch.distributed.ProcessGroup | None"
     check_values: bool | None
     focus: tuple[float, float, float, float | None] | None = None
 
 
 def _walked_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Target,
-    linear_bias: Tensor | None,
-    options: _Options,
+    inputs: tuple[Tensor, Tensor, Tensor | None], target: Target, options: _Options
 ) -> Tensor:
+    input, linear_weight, _ = inputs
     weight, example_weight, pos_weight, label_smoothing, reduction, *_ = options
     group, focus = options.group, options.focus
     check_reduction(reduction)
-    product_dtype = check_layer(input, linear_weight, linear_bias)
+    product_dtype = check_layer(*inputs)
     block = check_block(options.block)
     n, own_labels = input.shape[0], linear_weight.shape[0]
     offset, num_labels = shard(own_labels, input, group)
@@ -238,21 +227,17 @@ def _walked_loss(
     weight = check_weight("weight", weight, own_labels, input.device)
     pos_weight = check_weight("pos_weight", pos_weight, own_labels, input.device)
     example_weight = check_weight("example_weight", example_weight, n, input.device)
-    inputs = (input, linear_weight, linear_bias)
-    operands = Operands(
+    operands = (
         *targets,
         *(weight, pos_weight, float(label_smoothing), example_weight, reduction),
-        *(block, product_dtype, options.check_values),
-        VERSION,
+        *(block, product_dtype, options.check_values, VERSION + (focus is not None)),
+        None if focus is None else [*focus[:3], -1.0 if focus[3] is None else focus[3]],
     )
-    if focus is not None:
-        alpha = -1.0 if focus[3] is None else focus[3]
-        operands = operands._replace(version=VERSION + 1, focus=[*focus[:3], alpha])
     if torch.compiler.is_compiling():
         if group is not None:
             raise ValueError("expected no process group under torch.compile")
         return cast(Tensor, getattr(torch.ops.nnce, OPERATOR)(*inputs, *operands))
-    task = operands.task(num_labels)._replace(group=group, offset=offset)
+    task = Task(*operands, group, offset, num_labels)
     if input.is_meta:
         shape = (n,) if reduction == "none" else ()
         parts = sum(t.sum() * 0 for t in inputs if t is not None)
@@ -322,7 +307,9 @@ def check_weight(
     return weight.expand(size)
 
 
-def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int, int]:
+def shard(
+    own_labels: int, x: Tensor, group: "torch.distributed.ProcessGroup | None"
+) -> tuple[int, int]:
     """Return the number of this process's first label, and the total number of labels."""
     if group is None:
         return 0, own_labels
@@ -330,7 +317,7 @@ def shard(own_labels: int, x: Tensor, group: "ProcessGroup | None") -> tuple[int
     return sum(sizes[: torch.distributed.get_rank(group)]), sum(sizes)
 
 
-def gathered_sizes(own: int, x: Tensor, group: "ProcessGroup") -> list[int]:
+def gathered_sizes(own: int, x: Tensor, group: "torch.distributed.ProcessGroup") -> list[int]:
     """Gather one number per process, in rank order, using x's device.
 
     Raises:

@@ -1,16 +1,14 @@
 """The loss over many labels as a registered operator, for torch.compile and torch.export."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from nnce import _torch_private, rules
-from nnce.functional import Reduction
-from nnce.labels.blocks import Options, Wants, has_unit
-from nnce.labels.function import BlockByBlock, Kind, Task, refuse_tangents
-from nnce.labels.positives import Targets
+from nnce import _torch_private
+from nnce.labels.blocks import Wants, has_unit
+from nnce.labels.function import BlockByBlock, Task, refuse_tangents
 
 # Under torch.compile and torch.export the loss is one opaque operator. Its autograd kernel computes
 # the gradients through a second operator, because a compiled graph records the calls of this
@@ -33,70 +31,40 @@ for _signature in (
     _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-class Operands(NamedTuple):
-    """The operators' arguments after x, W and b, in order: a `Task` of a single process."""
-
-    dense: Tensor | None
-    rows: Tensor | None
-    labels: Tensor | None
-    values: Tensor | None
-    once: bool
-    weight: Tensor | None
-    pos_weight: Tensor | None
-    label_smoothing: float
-    example_weight: Tensor | None
-    reduction: Reduction
-    block: int | None
-    product_dtype: torch.dtype
-    check_values: bool | None
-    version: int = 0
-    """VERSION, plus 1 with a focus, which an older nnce would ignore."""
-    focus: Sequence[float] | None = None
-    """Both gammas, margin, and alpha or −1; None for the cross-entropy."""
-
-    def task(self, num_labels: int) -> Task:
-        """Return the equivalent `Task`.
-
-        Raises:
-            RuntimeError: the call comes from a file exported by a different version of nnce.
-        """
-        expected = VERSION + (self.focus is not None)
-        if self.version != expected:
-            raise RuntimeError(
-                f"expected nnce::{OPERATOR} of version {expected}, got {self.version} from a "
-                f"model that an older nnce exported: export it again"
-            )
-        focus = None if self.focus is None else rules.Focus(*self.focus)
-        if focus is not None and focus.alpha == -1:
-            focus = focus._replace(alpha=None)
-        targets, options = Targets(*self[:5]), Options(None, *self[5:8], focus)
-        return Task(targets, options, *self[8:13], None, 0, num_labels)
+class _OperatorTask(Task):
+    """The operator's task, which walks by calling the other operator."""
 
     def check(self) -> None:
         """Do nothing: the operator itself checks the values."""
-
-    def constants(self) -> list[Tensor]:
-        """The targets and weights."""
-        return [t for t in self if isinstance(t, Tensor)]
 
     def run(
         self, x: Tensor, W: Tensor, b: Tensor | None, upstream: Tensor | None, wants: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Call `Task.run` as an operator."""
-        found = getattr(torch.ops.nnce, _WALK)(x, W, b, *self, upstream, *wants)
+        found = getattr(torch.ops.nnce, _WALK)(x, W, b, *self.operands, upstream, *wants)
         there = (*wants, has_unit(W, Wants(*wants)))
         return tuple(t if is_there else None for t, is_there in zip(found, there, strict=True))
 
-    def gradient_kinds(
-        self, x: Tensor, W: Tensor, b: Tensor | None, wants: Sequence[bool]
-    ) -> list[Kind | None]:
-        """Return `Task.gradient_kinds`."""
-        return self.task(W.shape[0]).gradient_kinds(x, W, b, wants)
+
+def _task(W: Tensor, operands: Sequence[Any]) -> Task:
+    """The task of an operator's arguments (without trailing defaults), of a single process.
+
+    Raises:
+        RuntimeError: the call comes from a file exported by a different version of nnce.
+    """
+    task = Task(*operands)._replace(num_labels=W.shape[0])
+    expected = VERSION + (task.focus is not None)
+    if task.version != expected:
+        raise RuntimeError(
+            f"expected nnce::{OPERATOR} of version {expected}, got {task.version} from a "
+            f"model that an older nnce exported: export it again"
+        )
+    return task
 
 
 def _walk(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     *operands, upstream, value, dx, dW, db = arguments
-    task = Operands(*operands).task(len(W))
+    task = _task(W, operands)
     if upstream is None:
         task.check()
     found = task.run(x, W, b, upstream, (value, dx, dW, db))
@@ -107,7 +75,7 @@ def _walk_without_data(
     x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *operands, _, value, dx, dW, db = arguments
-    kinds = Operands(*operands).gradient_kinds(x, W, b, (value, dx, dW, db))
+    kinds = _task(W, operands).gradient_kinds(x, W, b, (value, dx, dW, db))
     return (
         _value_without_data(x, W, b, *operands) if value else x.new_empty(0),
         *(
@@ -122,15 +90,15 @@ def _value(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
 
 
 def _value_without_data(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
-    task = Operands(*operands).task(W.shape[0])
+    task = _task(W, operands)
     shape = x.shape[:1] if task.reduction == "none" else ()
     return x.new_empty(shape, dtype=task.value_dtype)
 
 
-def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *arguments: Any) -> Tensor:
-    operands = Operands(*arguments)
-    refuse_tangents(x, W, b, *operands.constants())
-    if any(t.requires_grad for t in operands.constants()):
+def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *operands: Any) -> Tensor:
+    constants = [t for t in operands if isinstance(t, Tensor)]
+    refuse_tangents(x, W, b, *constants)
+    if any(t.requires_grad for t in constants):
         raise ValueError("expected targets and weights that need no gradient: none is computed")
     wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, W, b)]
     if not any(wants):
@@ -141,7 +109,8 @@ def _value_with_gradients(x: Tensor, W: Tensor, b: Tensor | None, *arguments: An
             "a compiled or exported loss that is walked block by block has no derivatives by "
             "torch.func: transform nnce.linear_sigmoid_cross_entropy itself"
         )
-    C, *_ = BlockByBlock.apply(x, W, b, operands, (True, *wants))
+    task = _OperatorTask(*operands)._replace(num_labels=W.shape[0])
+    C, *_ = BlockByBlock.apply(x, W, b, task, (True, *wants))
     return cast(Tensor, C)
 
 

@@ -6,7 +6,7 @@ several processes, the rows of y are passed around a ring.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from nnce.labels.function import BlockByBlock, Kind
 from nnce.labels.linear import check_layer, gathered_sizes, linear_sigmoid_cross_entropy
 from nnce.labels.positives import Targets
 
-if TYPE_CHECKING:  # not every build of PyTorch has it
-    from torch.distributed import ProcessGroup
-
 
 def pair_sigmoid_cross_entropy(
     x: Tensor,
@@ -38,7 +35,7 @@ def pair_sigmoid_cross_entropy(
     *,
     reduction: Reduction = "batchmean",
     block: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Cross-entropy over all n × n pairs of embeddings, with positives on the diagonal.
 
@@ -123,7 +120,7 @@ def _one_number(name: str, value: object, like: Tensor) -> Tensor:
 class _Ring(NamedTuple):
     """The ring of processes that exchange y, and the options of the loss."""
 
-    group: "ProcessGroup"
+    group: "torch.distributed.ProcessGroup"
     sizes: list[int]
     """The number of pairs of each process."""
     reduction: Reduction

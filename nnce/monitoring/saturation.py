@@ -41,25 +41,17 @@ def slowdown(pull: Tensor, z: Tensor) -> float:
     return float(_shrinkage(pull, rules.sigmoid_prime(z)))
 
 
-def hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> LayerFigures:
-    """Figures of a hidden layer, from z, dC/dz and dC/da, [n, neurons] each."""
-    return LayerFigures(*_hidden_layer(z, dz, da).tolist())
+# z, dC/dz, dC/da and y below are [..., n, neurons]; figures are [..., 4], those of `LayerFigures`.
 
 
-def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> LayerFigures:
-    """Figures of the last layer, from z, dC/dz and the targets, [n, neurons] each."""
-    return LayerFigures(*_output_layer(z, dz, y).tolist())
-
-
-# z, dC/dz, dC/da and y below are [..., n, neurons]; figures are [..., 4], a row per network.
-
-
-def _hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> Tensor:
+def hidden_layer(z: Tensor, dz: Tensor, da: Tensor) -> Tensor:
+    """Figures of a hidden layer, from z, dC/dz and dC/da."""
     prime = rules.sigmoid_prime(z)
     return _figures(prime, dz, _shrinkage(da, prime))
 
 
-def _output_layer(z: Tensor, dz: Tensor, y: Tensor) -> Tensor:
+def output_layer(z: Tensor, dz: Tensor, y: Tensor) -> Tensor:
+    """Figures of the last layer, from z, dC/dz and the targets."""
     prime, error = rules.sigmoid_prime(z), rules.dz_cross_entropy(z, y)
     wrong = (error.abs() > 0.5).any(-1, keepdim=True)  # [..., n, 1]
     shrinkage = _shrinkage(torch.where(wrong, error, 0.0), torch.where(wrong, prime, 0.0))
@@ -97,7 +89,7 @@ def layer_figures(
         For each network, the figures of its layers with weights, first to last.
     """
     dz = LOSSES[loss].dz_last(z[-1], y)  # (4) or (5)
-    figures = [_output_layer(z[-1], dz, y)]
+    figures = [output_layer(z[-1], dz, y)]
     for (W, _), z_hidden in zip(reversed(layers[1:]), reversed(z[:-1]), strict=True):
         da = (W.mT @ dz.mT).mT  # (7), in the memory layout of z
         prime = rules.sigmoid_prime(z_hidden)

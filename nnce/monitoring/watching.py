@@ -275,7 +275,7 @@ class Watcher:
         else:
             figures = saturation.hidden_layer(z, dz, error)
         name = "" if self._name is None else f"/{self._name}"
-        for figure, value in figures._asdict().items():
+        for figure, value in zip(saturation.LayerFigures._fields, figures.tolist(), strict=True):
             if math.isfinite(value):
                 self._writer.add_scalar(f"{figure}{name}/layer{layer.number}", value, layer.step)
 

@@ -28,11 +28,6 @@ def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
     return start, order
 
 
-def restore_generator(generator: torch.Generator, state: Tensor) -> None:
-    """Call `generator.set_state` on a copy: it crashes on a row of a tensor (PyTorch 2.14)."""
-    generator.set_state(state.clone())
-
-
 @dataclass
 class Cursor:
     """Position of a run between two steps, for one network or for many side by side.
@@ -143,7 +138,7 @@ class Cursor:
     def _restore(self, states: Tensor | None) -> None:
         assert states is not None
         for generator, state in zip(self.generators.values(), states, strict=True):
-            restore_generator(generator, state)
+            generator.set_state(state.clone())  # it crashes on a row of a tensor (PyTorch 2.14)
 
 
 _NUMBERS: dict[str, type] = {

@@ -1,8 +1,9 @@
 """Settings of a training run, validated on construction."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from nnce import data
 from nnce._arguments import is_integer, is_number, is_size, plain
@@ -108,14 +109,14 @@ class Settings:
         check_loss(self.loss)
         object.__setattr__(self, "init", check_init(self.init))
         check_schedule(self.schedule)
-        _check(self, _CHECKS_BEFORE_DEFAULTS)
+        _raise_first(_checks_before_defaults(self))
         if self.engine is None:
             graph = self.optimizer != "sgd" or self.has_dropout
             object.__setattr__(self, "engine", "functions" if graph else "backprop")
         if self.lr is None:
             lr = LOSSES[self.loss].textbook_lr if self.optimizer == "sgd" else _ADAM_LR
             object.__setattr__(self, "lr", lr)
-        _check(self, _CHECKS)
+        _raise_first(_checks(self))
         object.__setattr__(self, "hidden", tuple(map(int, self.hidden)))
         for name in _NUMBERS:
             object.__setattr__(self, name, plain(getattr(self, name)))
@@ -136,106 +137,78 @@ class Settings:
         return self.rate * self.schedule.factor(epoch)
 
 
-_Check = tuple[Callable[[Settings], bool], Callable[[Settings], str]]
-"""A condition on the settings, and the error message if they do not meet it."""
-
-
-def _check(settings: Settings, checks: tuple[_Check, ...]) -> None:
-    for is_met, sentence in checks:
-        if not is_met(settings):
-            raise ValueError(f"expected {sentence(settings)}")
-
-
-def _field(name: str, is_right: Callable[[Any], bool], expected: str) -> _Check:
-    return (
-        lambda settings: is_right(getattr(settings, name)),
-        lambda settings: f"{expected}, got {getattr(settings, name)!r}",
-    )
-
-
-def _number(name: str, is_right: Callable[[float], bool], expected: str) -> tuple[_Check, _Check]:
-    return (
-        _field(name, is_number, f"{name} to be a number"),
-        _field(name, is_right, expected),
-    )
-
-
-def _one_of(name: str, values: tuple[str, ...]) -> _Check:
-    return _field(name, lambda value: value in values, f"{name} {' or '.join(map(repr, values))}")
-
-
-def _is_share(value: object) -> bool:
-    return is_number(value) and 0 <= value < 1
-
-
-def _is_seed(value: object) -> bool:
-    return is_integer(value) and 0 <= value < 2**32
-
-
 _NUMBERS = ("epochs", "batch_size", "lr", "momentum", "l2", "dropout", "input_dropout", "seed")
+_Checks = Iterator[tuple[bool, str]]
+"""Conditions, each with the error message for settings that do not meet it. They are evaluated one
+by one, so that a condition may rely on those before it."""
 
 
-def _keeps_a_positive_rate(settings: Settings) -> bool:
-    changing = settings.schedule != CONSTANT
-    first = range(min(settings.epochs, _EPOCHS_CHECKED) if changing else 0)
-    return all(settings.rate_of(epoch) > 0 for epoch in (*first, settings.epochs - 1))
+def _raise_first(checks: _Checks) -> None:
+    for is_met, sentence in checks:
+        if not is_met:
+            raise ValueError(f"expected {sentence}")
 
 
-_CHECKS_BEFORE_DEFAULTS: tuple[_Check, ...] = (
-    _one_of("optimizer", OPTIMIZERS),
-    _field("dropout", _is_share, "dropout to be a number in [0, 1)"),
-    _field("input_dropout", _is_share, "input_dropout to be a number in [0, 1)"),
-)
-_CHECKS: tuple[_Check, ...] = (
-    _one_of("engine", ENGINES),
-    (
-        lambda s: s.optimizer == "sgd" or s.engine not in ENSEMBLE_ENGINES,
-        lambda s: (
-            f"optimizer 'sgd' for engine {s.engine!r}, got {s.optimizer!r}; use engine 'functions'"
-        ),
-    ),
-    (
-        lambda s: not s.has_dropout or s.engine not in ENSEMBLE_ENGINES,
-        lambda s: (
-            f"no dropout for engine {s.engine!r}, got dropout={s.dropout} and "
-            f"input_dropout={s.input_dropout}; use engine 'functions'"
-        ),
-    ),
-    _field(
-        "hidden",
-        lambda hidden: isinstance(hidden, tuple) and all(map(is_size, hidden)),
-        "positive hidden sizes",
-    ),
-    _field("epochs", is_size, "epochs of at least 1, a whole number"),
-    _field("batch_size", is_size, "batch_size of at least 1, a whole number"),
-    *_number("lr", lambda lr: 0 < lr < float("inf"), "a positive learning rate"),
-    *_number("momentum", lambda momentum: 0 <= momentum < 1, "momentum in [0, 1)"),
-    *_number("l2", lambda l2: 0 <= l2 < float("inf"), "l2 of at least 0"),
-    (
-        lambda s: not s.momentum or s.optimizer == "sgd",
-        lambda s: f"no momentum for optimizer {s.optimizer!r}, which has its own, got {s.momentum}",
-    ),
-    (
-        lambda s: not s.dropout or bool(s.hidden),
-        lambda s: (
-            f"hidden neurons for dropout, got hidden={s.hidden}; use input_dropout for dropout of "
-            f"inputs"
-        ),
-    ),
-    _field(
-        "distortion",
-        lambda value: value is None or isinstance(value, data.Distortion),
-        "an nnce.data.Distortion",
-    ),
-    (
-        _keeps_a_positive_rate,
-        lambda s: (
-            f"a schedule that leaves a positive rate for all {s.epochs} epochs, got {s.schedule}"
-        ),
-    ),
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(map(repr, names))
+
+
+def _checks_before_defaults(s: Settings) -> _Checks:
+    yield s.optimizer in OPTIMIZERS, f"optimizer {_either(OPTIMIZERS)}, got {s.optimizer!r}"
+    for name in ("dropout", "input_dropout"):
+        p = getattr(s, name)
+        yield is_number(p) and 0 <= p < 1, f"{name} to be a number in [0, 1), got {p!r}"
+
+
+def _checks(s: Settings) -> _Checks:
+    has_graph = s.engine not in ENSEMBLE_ENGINES
+    yield s.engine in ENGINES, f"engine {_either(ENGINES)}, got {s.engine!r}"
+    yield (
+        has_graph or s.optimizer == "sgd",
+        f"optimizer 'sgd' for engine {s.engine!r}, got {s.optimizer!r}; use engine 'functions'",
+    )
+    yield (
+        has_graph or not s.has_dropout,
+        f"no dropout for engine {s.engine!r}, got dropout={s.dropout} and "
+        f"input_dropout={s.input_dropout}; use engine 'functions'",
+    )
+    yield (
+        isinstance(s.hidden, tuple) and all(map(is_size, s.hidden)),
+        f"positive hidden sizes, got {s.hidden!r}",
+    )
+    for name in ("epochs", "batch_size"):
+        size = getattr(s, name)
+        yield is_size(size), f"{name} of at least 1, a whole number, got {size!r}"
+    yield is_number(s.lr), f"lr to be a number, got {s.lr!r}"
+    yield 0 < s.rate < math.inf, f"a positive learning rate, got {s.lr!r}"
+    yield is_number(s.momentum), f"momentum to be a number, got {s.momentum!r}"
+    yield 0 <= s.momentum < 1, f"momentum in [0, 1), got {s.momentum!r}"
+    yield is_number(s.l2), f"l2 to be a number, got {s.l2!r}"
+    yield 0 <= s.l2 < math.inf, f"l2 of at least 0, got {s.l2!r}"
+    yield (
+        not s.momentum or s.optimizer == "sgd",
+        f"no momentum for optimizer {s.optimizer!r}, which has its own, got {s.momentum}",
+    )
+    yield (
+        not s.dropout or bool(s.hidden),
+        f"hidden neurons for dropout, got hidden={s.hidden}; use input_dropout for dropout of "
+        f"inputs",
+    )
+    yield (
+        s.distortion is None or isinstance(s.distortion, data.Distortion),
+        f"an nnce.data.Distortion, got {s.distortion!r}",
+    )
+    changing = s.schedule != CONSTANT
+    first = range(min(s.epochs, _EPOCHS_CHECKED) if changing else 0)
+    yield (
+        all(s.rate_of(epoch) > 0 for epoch in (*first, s.epochs - 1)),
+        f"a schedule that leaves a positive rate for all {s.epochs} epochs, got {s.schedule}",
+    )
     # PyTorch's CPU generator uses 32 bits of a seed.
-    _field("seed", _is_seed, "a seed from 0 to 2**32 - 1"),
-)
+    yield (
+        is_integer(s.seed) and 0 <= s.seed < 2**32,
+        f"a seed from 0 to 2**32 - 1, got {s.seed!r}",
+    )
 
 
 def hyperparameters(settings: Settings, n_train: int) -> Hyperparameters:

@@ -9,6 +9,10 @@ from nnce.algorithm import backprop
 from nnce.monitoring import saturation
 
 
+def output_layer(z, dz, y):
+    return saturation.LayerFigures(*saturation.output_layer(z, dz, y).tolist())
+
+
 def column(*values):
     return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
 
@@ -28,12 +32,12 @@ def test_slowdown_is_what_sigma_prime_lets_through():
 def test_the_meter_looks_at_what_is_wrong_by_more_than_half():
     """z = 5 where y is 0 is wrong, z = −5 is right: only the first counts."""
     z, y = column(5.0, -5.0), column(0.0, 0.0)
-    figures = saturation.output_layer(z, rules.dz_quadratic(z, y), y)
+    figures = output_layer(z, rules.dz_quadratic(z, y), y)
     prime = rules.sigmoid_prime(z)
     assert figures.slowdown == pytest.approx(prime[0].item())
     assert figures.sigmoid_prime == pytest.approx(prime.mean().item())
     assert figures.saturated == 1.0
-    right = saturation.output_layer(-z.abs(), rules.dz_quadratic(z, y), y)
+    right = output_layer(-z.abs(), rules.dz_quadratic(z, y), y)
     assert math.isnan(right.slowdown)
 
 
@@ -71,6 +75,6 @@ def test_layer_figures_are_those_of_each_network_s_pass(loss, generator):
 
 def test_an_output_that_is_nan_does_not_hide_the_meter():
     z, y = column(5.0, math.nan), column(0.0, 0.0)
-    figures = saturation.output_layer(z, rules.dz_quadratic(z, y), y)
+    figures = output_layer(z, rules.dz_quadratic(z, y), y)
     assert figures.slowdown == pytest.approx(rules.sigmoid_prime(z)[0].item())
     assert math.isnan(figures.sigmoid_prime)
