@@ -7,6 +7,7 @@ import killed
 import matplotlib.font_manager  # noqa: F401  makes its cache; scripts would say that they make it
 import pytest
 import torch
+import undrawn
 
 from nnce import data
 
@@ -18,8 +19,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# The networks here are small: one thread is as fast, also while other programs are busy.
+# The networks here are small: one thread is as fast, also while other programs are busy. More of
+# them in the processes that are started here would wait for each other at the expense of other tests.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+undrawn.replace()
 # The same examples everywhere, however long one of them takes while other programs are busy.
 hypothesis.settings.register_profile("nnce", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("nnce")
@@ -88,6 +92,13 @@ def refused(tmp_path, monkeypatch, capsys):
         return err
 
     return run
+
+
+@pytest.fixture
+def drawn():
+    """Figures with their content, which other tests do without (tests/undrawn.py)."""
+    with undrawn.drawn():
+        yield
 
 
 @pytest.fixture

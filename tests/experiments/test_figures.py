@@ -13,6 +13,8 @@ from nnce.experiments.proof import precision
 from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record, Settings
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def test_the_atlas_marks_where_bce_loss_ends():
     _, curves = precision.measure(torch.float32)

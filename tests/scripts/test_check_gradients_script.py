@@ -15,7 +15,7 @@ def check(script):
     return script("check_gradients")
 
 
-def test_a_run(check, tmp_path, capsys):
+def test_a_run(check, tmp_path, capsys, drawn):
     assert check.main(["--no-matrix", "--hidden", "12", "8", "--run-dir", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert err == ""

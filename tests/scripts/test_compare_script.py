@@ -9,6 +9,7 @@ import sys
 
 import killed
 import pytest
+import undrawn
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -37,7 +38,7 @@ def finished(compare, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("compare") / "run"
     options = ["--seeds", "3", "--lrs", "0.5", "3", "--epochs", str(EPOCHS)]
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), undrawn.drawn():
         assert compare.main([*options, "--run-dir", str(run_dir)]) == 0
     (run_dir / "out").write_text(out.getvalue(), encoding="utf-8")
     return run_dir, json.loads((run_dir / "results.json").read_text())
@@ -311,7 +312,7 @@ def test_when_everything_diverges_it_is_said(compare, tmp_path, capsys):
 
 
 def test_when_all_of_both_losses_diverge_there_is_a_picture_all_the_same(
-    compare, tmp_path, capsys, monkeypatch
+    compare, tmp_path, capsys, monkeypatch, drawn
 ):
     figures = []
     whole = compare.report.write_figure

@@ -65,7 +65,7 @@ def test_it_ends_with_the_answer(slowdown, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["answer"] == answer
 
 
-def test_picture_and_curves(slowdown, tmp_path, capsys):
+def test_picture_and_curves(slowdown, tmp_path, capsys, drawn):
     run_dir = tmp_path / "run"
     options = ["--start", "1", "1", "--epochs", "5", "--run-dir", str(run_dir)]
     assert slowdown.main(options) == 0

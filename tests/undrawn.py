@@ -1,0 +1,49 @@
+"""Empty figures in place of those of nnce.experiments.figures.
+
+Drawing takes most of the time of a short run, and most tests of runs look at other things. Files are
+written and images logged all the same. The tests that look at figures draw them (`drawn`), and
+one run of each script does.
+"""
+
+import contextlib
+import functools
+import inspect
+
+from matplotlib.figure import Figure
+
+from nnce.experiments import figures
+
+DRAWN = {
+    name: function
+    for name, function in inspect.getmembers(figures, inspect.isfunction)
+    if inspect.signature(function).return_annotation == "Figure" and not name.startswith("_")
+}
+
+
+def _empty(function):
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def empty(*arguments, **more):
+        signature.bind(*arguments, **more)
+        return Figure(figsize=(1, 1))
+
+    return empty
+
+
+EMPTY = {name: _empty(function) for name, function in DRAWN.items()}
+
+
+def replace():
+    """Make every figure empty from now on."""
+    vars(figures).update(EMPTY)
+
+
+@contextlib.contextmanager
+def drawn():
+    """Draw the figures within."""
+    vars(figures).update(DRAWN)
+    try:
+        yield
+    finally:
+        replace()
