@@ -19,8 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# The networks here are small: one thread is as fast, also while other programs are busy. The threads
-# of a process that is started here would wait busily for each other, at the expense of other tests.
+# The networks here are small: one thread is as fast, also while other programs are busy. In the
+# processes that are started here, threads would wait busily for each other, and slow other tests.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 undrawn.replace()

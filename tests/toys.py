@@ -1,6 +1,11 @@
-"""Small stand-ins that several test files share: a row of a table, and blank files of MNIST's."""
+"""What several test files share: a row of a table, blank files of MNIST's, and measured errors."""
+
+import functools
+
+import torch
 
 from nnce.data import Distortion
+from nnce.experiments.proof import precision
 from nnce.experiments.published import Row
 from nnce.training import Settings
 from nnce.training.schedules import Schedule
@@ -38,3 +43,9 @@ def write_blank(folder):
         with (folder / name).open("wb") as file:
             file.write(header(name))
             file.truncate(size_of(name))
+
+
+@functools.cache
+def measured(dtype: torch.dtype):
+    """precision.measure on the CPU, which takes seconds."""
+    return precision.measure(dtype)
