@@ -40,9 +40,9 @@ def replace():
 
 
 @contextlib.contextmanager
-def drawn():
-    """Draw the figures within."""
-    vars(figures).update(DRAWN)
+def drawn(*names):
+    """Draw these figures within, or all."""
+    vars(figures).update({name: DRAWN[name] for name in names or DRAWN})
     try:
         yield
     finally:
