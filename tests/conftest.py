@@ -5,6 +5,7 @@ from pathlib import Path
 import hypothesis
 import killed
 import matplotlib.font_manager  # noqa: F401  makes its cache; scripts would say that they make it
+import peak
 import pytest
 import torch
 import undrawn
@@ -104,6 +105,13 @@ def drawn():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def peak_memory():
+    """Peak of memory of a loss, each time in a process of its own (tests/peak.py)."""
+    with peak.meter() as measured:
+        yield measured
 
 
 @pytest.fixture(scope="session")

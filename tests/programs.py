@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,9 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 PRELOADED = [
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "mpmath", "numba", "psutil"),
     *("sklearn.datasets", "sklearn.model_selection", "tensorboard.summary.writer.record_writer"),
-    *("torch.utils.tensorboard", "nnce", "nnce.experiments.comparison_report", "undrawn"),
-    *("nnce.engines.loops", "nnce.kernels.training", "nnce.kernels.losses", "programs"),
+    *("tensorboard.backend.event_processing.event_accumulator", "torch.utils.tensorboard"),
+    *("nnce.engines.loops", "nnce.kernels.training", "nnce.kernels.losses"),
+    *("nnce.experiments.comparison_report", "undrawn", "programs"),
 ]
 
 
@@ -103,6 +105,23 @@ class Program:
             self.kill()
             self.wait()
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def job(size, name, *options, before=""):
+    """As many processes as torchrun would start, without torchrun, which starts Python for each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+    every |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in map(str, range(size)):
+            own = f"import os\nos.environ |= {every | {'RANK': rank, 'LOCAL_RANK': rank}}\n"
+            program = Program(name, *options, before=own + before)
+            processes.append(stack.enter_context(program))
+        yield processes
 
 
 def run(name, *options, before=""):

@@ -39,10 +39,15 @@ def replace():
     vars(figures).update(EMPTY)
 
 
+def restore(*names):
+    """Draw these figures from now on, or all."""
+    vars(figures).update({name: DRAWN[name] for name in names or DRAWN})
+
+
 @contextlib.contextmanager
 def drawn(*names):
     """Draw these figures within, or all."""
-    vars(figures).update({name: DRAWN[name] for name in names or DRAWN})
+    restore(*names)
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 
 import killed
@@ -408,16 +407,12 @@ def test_a_used_run_directory_is_refused(compare, tmp_path, refused):
 
 
 @pytest.mark.slow
-def test_the_default_comparison_stays_small(tmp_path):
+def test_the_default_comparison_stays_small(compare, tmp_path, capsys, drawn):
     """Under 20 MB in all; what logging costs is in results.json."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "compare.py"), "--run-dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert " points of test accuracy after 30 epochs (95 % " in done.stdout and done.stderr == ""
-    assert len(done.stdout.splitlines()) <= 60
+    assert compare.main(["--run-dir", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert " points of test accuracy after 30 epochs (95 % " in out and err == ""
+    assert len(out.splitlines()) <= 60
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 20e6
     results = json.loads((tmp_path / "run" / "results.json").read_text())
