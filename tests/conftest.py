@@ -30,6 +30,31 @@ hypothesis.settings.register_profile("nnce", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("nnce")
 
 
+# They take longest, so they come first: at the end, one process would wait for another.
+LONGEST = (
+    "test_it_runs_to_the_outputs_in_the_file",
+    "test_interpreted",
+    "test_a_killed_worker_is_noticed",
+    "test_several_processes_train_the_same_network",
+    "test_two_hosts_survive",
+    "test_the_default_comparison_stays_small",
+    "test_killed_over_and_over",
+    "test_a_recipe_prints_its_result",
+    "test_what_is_right_works_without_a_reference",
+    "test_torch_is_all_that_is_needed",
+)
+
+
+@pytest.hookimpl(trylast=True)  # when what is not to be run has been taken out
+def pytest_collection_modifyitems(items):
+    """Begin both halves, of which each process takes one, with some of the longest tests."""
+    longest = [item for item in items if item.name.startswith(LONGEST)]
+    others = [item for item in items if not item.name.startswith(LONGEST)]
+    first, second = longest[::2], longest[1::2]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *others[:middle], *second, *others[middle:]]
+
+
 def missing(what, why):
     """Skip, or fail where $NNCE_REQUIRE says that this machine must have it."""
     if what in os.environ.get("NNCE_REQUIRE", "").split(","):
