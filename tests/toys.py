@@ -2,8 +2,6 @@
 
 import functools
 
-import torch
-
 from nnce.data import Distortion
 from nnce.experiments.proof import precision
 from nnce.experiments.published import Row
@@ -45,7 +43,5 @@ def write_blank(folder):
             file.truncate(size_of(name))
 
 
-@functools.cache
-def measured(dtype: torch.dtype):
-    """precision.measure on the CPU, which takes seconds."""
-    return precision.measure(dtype)
+# precision.measure, which takes seconds, once for all tests of its results.
+measured = functools.cache(precision.measure)
