@@ -24,7 +24,7 @@ PRELOADED = [
     *("sklearn.datasets", "sklearn.model_selection", "tensorboard.summary.writer.record_writer"),
     *("tensorboard.backend.event_processing.event_accumulator", "torch.utils.tensorboard"),
     *("nnce.engines.loops", "nnce.kernels.training", "nnce.kernels.losses"),
-    *("nnce.experiments.comparison_report", "undrawn", "programs"),
+    *("nnce.experiments.comparison_report", "undrawn", "programs", "pytest"),
 ]
 
 
