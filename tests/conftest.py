@@ -5,8 +5,10 @@ from pathlib import Path
 import hypothesis
 import killed
 import matplotlib.font_manager  # noqa: F401  makes its cache; scripts would say that they make it
+import peak
 import pytest
 import torch
+import undrawn
 
 from nnce import data
 
@@ -18,11 +20,39 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# The networks here are small: one thread is as fast, also while other programs are busy.
+# The networks here are small: one thread is as fast, also while other programs are busy. In the
+# processes that are started here, threads would wait busily for each other, and slow other tests.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+undrawn.replace()
 # The same examples everywhere, however long one of them takes while other programs are busy.
 hypothesis.settings.register_profile("nnce", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("nnce")
+
+
+# They take longest, so they come first: at the end, one process would wait for another.
+LONGEST = (
+    "test_it_runs_to_the_outputs_in_the_file",
+    "test_interpreted",
+    "test_a_killed_worker_is_noticed",
+    "test_several_processes_train_the_same_network",
+    "test_two_hosts_survive",
+    "test_the_default_comparison_stays_small",
+    "test_killed_over_and_over",
+    "test_a_recipe_prints_its_result",
+    "test_what_is_right_works_without_a_reference",
+    "test_torch_is_all_that_is_needed",
+)
+
+
+@pytest.hookimpl(trylast=True)  # when what is not to be run has been taken out
+def pytest_collection_modifyitems(items):
+    """Begin both halves, of which each process takes one, with some of the longest tests."""
+    longest = [item for item in items if item.name.startswith(LONGEST)]
+    others = [item for item in items if not item.name.startswith(LONGEST)]
+    first, second = longest[::2], longest[1::2]
+    middle = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *others[:middle], *second, *others[middle:]]
 
 
 def missing(what, why):
@@ -91,8 +121,22 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def drawn():
+    """Figures with their content, which other tests do without (tests/undrawn.py)."""
+    with undrawn.drawn():
+        yield
+
+
+@pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def peak_memory():
+    """Peak of memory of a loss, each time in a process of its own (tests/peak.py)."""
+    with peak.meter() as measured:
+        yield measured
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,18 @@
 
 A process of its own, which imports everything once and then forks a process for each run:
 
-    python tests/killed.py SCRIPT FOLDER KILLS SEED OPTIONS…
+    python tests/killed.py SCRIPT FOLDER KILLS SEED FIGURES OPTIONS…
 
-prints how many kills there were, at how many of them something was being written, and how often the
-run was asked to stop between (SIGINT, SIGTERM, SIGHUP). It fails unless what comes out in the end
-is, bit for bit, the outcome of a run that is left alone.
+with figures `drawn` or `empty` (tests/undrawn.py), prints how many kills there were, at how many of
+them something was being written, and how often the run was asked to stop between (SIGINT, SIGTERM,
+SIGHUP). It fails unless what comes out in the end is, bit for bit, the outcome of a run that is
+left alone.
 """
 
 import contextlib
 import csv
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -23,6 +25,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import programs
 
 ROOT = Path(__file__).parent.parent
 # What differs from run to run: how long it took, and where it was.
@@ -216,13 +219,15 @@ def check(run_dir, alone):
     assert not wrong, (run_dir, wrong[:5])
 
 
-def main(name, folder, kills, seed, *options):
+def main(name, folder, kills, seed, figures, *options):
     # All that a run imports, once. Nothing else is done here: threads would not be in a fork.
-    import matplotlib.pyplot  # noqa: F401
-    import sklearn.datasets
-    import sklearn.model_selection  # noqa: F401
-
+    for module in programs.PRELOADED:
+        importlib.import_module(module)
     loaded(name)
+    if figures == "empty":
+        import undrawn
+
+        undrawn.replace()
     several_stops_in_an_epoch()
     chance = random.Random(int(seed))
     folder, kills = Path(folder), int(kills)

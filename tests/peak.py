@@ -1,10 +1,12 @@
-"""The peak of memory beyond inputs, parameters and gradients, of a process of its own.
+"""The peak of memory of a loss and its backward, of a process of its own.
 
 Hooks on saved tensors would not see what a Function keeps on its context, and a process that has
 done other things has freed memory that does not show.
 """
 
 import contextlib
+import os
+import subprocess
 import sys
 
 import torch
@@ -52,8 +54,8 @@ def pairs(n, features):
     return (x, y, scale, bias), lambda: pair_sigmoid_cross_entropy(x, y, scale, bias)
 
 
-if __name__ == "__main__":
-    what, *options = sys.argv[1:]
+def measured(what, *options):
+    """MB of 10⁶ bytes that a loss and its backward take beyond inputs, parameters and gradients."""
     problem = {"labels": labels, "focal": focal, "checkpointed": checkpointed, "pairs": pairs}[what]
     sizes = [int(option) for option in options if option.isdigit()]
     dtypes = [getattr(torch, option) for option in options if not option.isdigit()]
@@ -64,4 +66,33 @@ if __name__ == "__main__":
     tensors, loss = problem(*sizes, *dtypes)
     _, bytes_more = timing.peak_memory(lambda: loss().backward(), torch.device("cpu"))
     gradients = sum(t.grad.numel() * t.grad.element_size() for t in tensors)
-    print((bytes_more - gradients) / 1e6)
+    return (bytes_more - gradients) / 1e6
+
+
+@contextlib.contextmanager
+def meter():
+    """A function like `measured`, whose every call is done in a process of its own."""
+    command = [sys.executable, __file__]
+    # glibc gives large blocks back to the system at once only below a fixed threshold.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, bufsize=1, **pipes) as process:
+
+        def measured(*arguments):
+            print(*arguments, file=process.stdin)
+            return float(process.stdout.readline())
+
+        yield measured
+        process.stdin.close()
+
+
+if __name__ == "__main__":
+    # A fork for each line. Only imports precede it, some of which happen in the first calls.
+    tiny = ("2", "2", str(SMALL + 1))
+    for arguments in ("labels", *tiny), ("checkpointed", *tiny), ("pairs", *tiny[:2]):
+        measured(*arguments)
+    for line in sys.stdin:
+        if not os.fork():
+            print(measured(*line.split()), flush=True)
+            os._exit(0)
+        os.wait()

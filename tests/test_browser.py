@@ -13,7 +13,9 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import killed
 import pytest
+import undrawn
 from conftest import ROOT, missing
 
 from nnce.experiments import report
@@ -202,8 +204,8 @@ def runs(worker_id):
         ("train", ["--epochs", "5"]),
         ("slowdown", ["--epochs", "50"]),
     ):
-        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *options]
-        subprocess.run([*command, "--run-dir", str(runs / script)], check=True, capture_output=True)
+        with undrawn.drawn():
+            assert killed.loaded(script).main([*options, "--run-dir", str(runs / script)]) == 0
     return runs
 
 

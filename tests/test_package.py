@@ -136,8 +136,9 @@ sys.meta_path.insert(0, Wall())
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch
+import nnce  # whose __init__ precedes any module of it
 for module in sys.argv[2:]:
-    child = os.fork()  # from a process that has imported torch, and nothing of nnce
+    child = os.fork()
     if child == 0:
         importlib.import_module(module)
         for name in ("numpy", "matplotlib", "scipy", "tensorboard", "sklearn", "torchvision"):

@@ -1,11 +1,5 @@
-"""What test_parallel.py has several processes do, each started by torchrun.
+"""What test_parallel.py has several processes do."""
 
-    torchrun … tests/together.py FOLDER CASE…
-
-trains the networks of these cases, and leaves their parameters in FOLDER.
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -48,11 +42,11 @@ def trained(settings, world):
     return dict(state.network.state_dict())
 
 
-if __name__ == "__main__":
+def train_all(folder):
+    """Train the networks of all cases, and leave their parameters in a folder."""
     torch.set_num_threads(1)
     world = parallel.join()
-    folder, *names = sys.argv[1:]
-    found = {name: trained(CASES[name], world) for name in names}
+    found = {name: trained(settings, world) for name, settings in CASES.items()}
     # Every process has the same network.
     everyone = world.exchange({name: state["0.weight"].tolist() for name, state in found.items()})
     assert all(one == everyone[0] for one in everyone)
@@ -64,4 +58,3 @@ if __name__ == "__main__":
     if world.rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     parallel.leave()
-    parallel.exit_at_once(0)

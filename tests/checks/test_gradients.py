@@ -45,7 +45,7 @@ def visit(animal, n, seed, elements=64):
 )
 def test_no_wrong_one_is_right_and_no_right_one_wrong(animal):
     for seed, n in enumerate(SOME_SIZES):
-        visit(animal, n, seed, elements=16)
+        visit(animal, n, seed, elements=6)  # of 33 elements some, where they depend on each other
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""What the scripts share, mostly in processes of their own: what stops them, and what stays."""
+"""What the scripts share, mostly in processes of their own: what stops them, and what stays.
+
+The processes are forked (tests/programs.py) but where the start of Python matters.
+"""
 
 import contextlib
 import csv
@@ -17,6 +20,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, slow_unless
+from programs import Program, run
 
 import nnce
 from nnce import _memory, data, training
@@ -32,20 +36,6 @@ QUICK = {
 ENDLESS = {name: [*options, "--epochs", "100000"] for name, options in QUICK.items()}
 ACKNOWLEDGED = "stopping after this step ... (Ctrl-C again exits at once)"
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, limits and streams of POSIX")
-
-
-def command(name, *options, change=""):
-    """A script with its options, and what is to be changed before it runs."""
-    code = f"import runpy, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\n{change}\n"
-    code += f"sys.argv[0] = '{name}.py'\n"
-    code += f"runpy.run_path({str(SCRIPTS / (name + '.py'))!r}, run_name='__main__')"
-    return [sys.executable, "-c", code, *options]
-
-
-def run(name, *options, change=""):
-    return subprocess.run(
-        command(name, *options, change=change), capture_output=True, text=True, timeout=120
-    )
 
 
 def results(run_dir):
@@ -67,21 +57,12 @@ def csv_epochs(run_dir):
 @contextlib.contextmanager
 def begun(name, run_dir, change=""):
     """A run without end in a process of its own, some epochs of it finished."""
-    process = subprocess.Popen(
-        command(name, *ENDLESS[name], "--run-dir", str(run_dir), change=change),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            # The first checkpoint is written before the first epoch.
-            while len(list(run_dir.glob("checkpoint-*"))) < 2:
-                assert process.poll() is None
-                time.sleep(0.02)
-            yield process
-        finally:
-            process.kill()
+    with Program(name, *ENDLESS[name], "--run-dir", str(run_dir), before=change) as process:
+        # The first checkpoint is written before the first epoch.
+        while len(list(run_dir.glob("checkpoint-*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        yield process
 
 
 @posix
@@ -104,7 +85,7 @@ def test_a_signal_stops_a_run_which_says_how_to_go_on(name, first, tmp_path):
                 process.kill()
             time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
-        at_once, first_line, how_to_go_on = process.stderr.read().splitlines()
+        at_once, first_line, how_to_go_on = process.output()[1].splitlines()
     assert process.returncode == 128 + first and first_line.startswith("Interrupted")
     assert at_once == ACKNOWLEDGED
     assert how_to_go_on.endswith(f"--resume {run_dir}")
@@ -139,7 +120,7 @@ nnce.experiments.comparison.conclude = for_ever
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert process.stderr.read() == f"{ACKNOWLEDGED}\n"
+        assert process.output()[1] == f"{ACKNOWLEDGED}\n"
     assert not (run_dir / "results.json").exists()
     assert nnce.training.checkpoints.latest_checkpoint(run_dir).damaged == []
 
@@ -170,7 +151,7 @@ def disturbed(*arguments, **more):
     return whole(*arguments, **more)
 {target}.{function} = disturbed
 """
-    done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
+    done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), before=change)
     assert done.returncode == 130
     assert ("Interrupted after step 0; epochs 0 to 0 are kept;" in done.stderr) == interrupted
     assert done.stderr.startswith(f"{ACKNOWLEDGED}\n")
@@ -184,12 +165,11 @@ def disturbed(*arguments, **more):
 
 
 def scripted(main, before=""):
-    """A script whose main() has these lines, in a process of its own."""
+    """A script whose main() has these lines."""
     lines = "\n    ".join(main.strip().splitlines())
     code = "import hashlib, os, signal, sys, time\nfrom nnce.experiments import command_line\n"
     code += f"def main():\n    {lines}\n    return 0\n{before}\ncommand_line.run_script(main)"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    return Program("", before=code)
 
 
 @posix
@@ -197,7 +177,7 @@ def scripted(main, before=""):
     "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 )
 def test_a_signal_waits_for_the_end_of_an_undisturbed_block(number):
-    process = scripted(f"""
+    main = f"""
 try:
     with command_line.undisturbed():
         signal.raise_signal({int(number)})
@@ -209,10 +189,10 @@ try:
 finally:
     signal.raise_signal(signal.SIGTERM)  # of a script that is closing
     print("closed")
-""")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (128 + number, "undisturbed\nclosed\n")
-    assert err == f"{ACKNOWLEDGED}\n"
+"""
+    with scripted(main) as process:
+        assert process.wait() == 128 + number
+        assert process.output() == ["undisturbed\nclosed\n", f"{ACKNOWLEDGED}\n"]
 
 
 @posix
@@ -220,24 +200,21 @@ finally:
 def test_a_signal_is_acknowledged_while_the_main_thread_is_in_compiled_code(held):
     """As Numba's compiler is for seconds, where no handler of Python's can run."""
     where = "command_line.undisturbed()" if held else "open(os.devnull)"
-    process = scripted(f"""
+    main = f"""
 with {where}:
     print("at it")
     hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)  # minutes, with the GIL released
-""")
-    with process:
-        try:
-            assert process.stdout.readline() == "at it\n"
-            used = psutil.Process(process.pid).cpu_times().user
-            while psutil.Process(process.pid).cpu_times().user < used + 0.3:
-                time.sleep(0.05)  # until it is in there
-            process.send_signal(signal.SIGINT)
-            expected = ACKNOWLEDGED if held else "stopping ... (Ctrl-C again exits at once)"
-            assert process.stderr.readline() == f"{expected}\n"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 130
-        finally:
-            process.kill()
+"""
+    with scripted(main) as process:
+        process.until("at it\n", "")
+        used = psutil.Process(process.pid).cpu_times().user
+        while psutil.Process(process.pid).cpu_times().user < used + 0.3:
+            time.sleep(0.05)  # until it is in there
+        process.send_signal(signal.SIGINT)
+        expected = ACKNOWLEDGED if held else "stopping ... (Ctrl-C again exits at once)"
+        process.until("at it\n", f"{expected}\n")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
 
 
 @posix
@@ -254,8 +231,8 @@ print("still here")
 """,
         before="signal.signal(signal.SIGINT, signal.SIG_IGN)",
     )
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "still here\n", "")
+    with process:
+        assert process.wait() == 0 and process.output() == ["still here\n", ""]
 
 
 @posix
@@ -318,7 +295,7 @@ def full_after(whole, calls):
 )
 def test_a_full_disk_is_one_sentence_and_takes_nothing_away(change, epochs, tmp_path):
     run_dir = tmp_path / "run"
-    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=FULL + change)
+    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), before=FULL + change)
     assert done.returncode == 1
     assert done.stderr == (
         f"train.py: error: No space left on device; finished results are kept in {run_dir}\n"
@@ -335,7 +312,7 @@ def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
     run_dir = tmp_path / "run"
     change = FULL + "nnce.experiments.report.write_json = full"
     change = change.replace("import nnce.", "import nnce.experiments.report, nnce.", 1)
-    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
+    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), before=change)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "finished results are kept in" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
@@ -345,7 +322,7 @@ def test_where_not_even_the_results_fit_the_network_stays(tmp_path):
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
     change = FULL + "records.RecordWriter.write = full"
-    done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), change=change)
+    done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), before=change)
     assert done.returncode == 1
     assert done.stderr == "train.py: error: No space left on device\n"
     assert list(tmp_path.iterdir()) == []
@@ -360,7 +337,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path):
 )
 def test_a_full_disk_under_a_comparison(change, epochs, tmp_path):
     run_dir = tmp_path / "run"
-    done = run("compare", *QUICK["compare"], "--run-dir", str(run_dir), change=FULL + change)
+    done = run("compare", *QUICK["compare"], "--run-dir", str(run_dir), before=FULL + change)
     assert done.returncode == 1
     assert done.stderr == (
         f"compare.py: error: No space left on device; finished results are kept in {run_dir}\n"
@@ -401,7 +378,7 @@ def test_an_error_of_ours_still_has_its_traceback(tmp_path):
     """And takes nothing finished away, either."""
     run_dir = tmp_path / "run"
     change = "from nnce.experiments.tensorboard import Monitor\nMonitor.log_images = None"
-    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), change=change)
+    done = run("train", *QUICK["train"], "--run-dir", str(run_dir), before=change)
     assert done.returncode == 1 and "TypeError: 'NoneType'" in done.stderr
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
 
@@ -447,7 +424,7 @@ def test_no_memory_is_one_sentence(name, tmp_path):
     options = ["--hidden", "2000000", "--run-dir", str(tmp_path / "run")]
     if name == "compare":
         options += ["--seeds", "1", "--lrs", "1"]
-    done = run(name, *options, change=LITTLE_MEMORY)
+    done = run(name, *options, before=LITTLE_MEMORY)
     assert done.returncode in (1, 2)
     assert done.stderr.startswith(f"{name}.py: error: ") and done.stderr.count("\n") == 1
     assert "there is not enough memory: " in done.stderr
@@ -621,11 +598,7 @@ def test_a_deleted_directory_is_not_called_kept(finished, dry_run, tmp_path):
 
 def killed_in(path, *names):
     """What a run leaves that is killed outright before anything is finished, and its checkpoint."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"""
+    work = f"""
 import os
 from pathlib import Path
 from nnce.experiments import command_line
@@ -633,10 +606,8 @@ with command_line.run_directory(Path({str(path)!r}), "run") as run_dir:
     for name in {names!r}:
         (run_dir / name).touch()
     os._exit(9)
-""",
-        ]
-    )
-    assert done.returncode == 9 and path.is_dir()
+"""
+    assert run("", before=work).returncode == 9 and path.is_dir()
 
 
 def test_a_run_begins_again_where_one_was_killed_before_its_first_checkpoint(tmp_path):
@@ -718,7 +689,7 @@ def test_a_name_under_an_ascii_locale(name, sentence, tmp_path):
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     path = os.fsencode(tmp_path) + b"/" + name
     done = subprocess.run(
-        [*command("slowdown"), "--run-dir", path],
+        [sys.executable, str(SCRIPTS / "slowdown.py"), "--run-dir", path],
         env={**os.environ, **ascii_only},
         capture_output=True,
         text=True,

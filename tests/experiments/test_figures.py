@@ -5,18 +5,20 @@ import math
 
 import pytest
 import torch
+import toys
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nnce import data
 from nnce.experiments import figures
 from nnce.experiments.comparison import Run
-from nnce.experiments.proof import precision
 from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record, Settings
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def test_the_atlas_marks_where_bce_loss_ends():
-    _, curves = precision.measure(torch.float32)
+    _, curves = toys.measured(torch.float32)
     atlas = figures.saturation_atlas(curves[:1], curves[1:2], curves[2:3])
     labels = [line.get_label() for line in atlas.axes[0].lines]
     assert "cross-entropy, nnce" in labels and "BCELoss of σ(z)" in labels

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import killed
 import peak
+import programs
 import pytest
 import torch
+import undrawn
 from conftest import ROOT, slow_unless
 
 import nnce
@@ -172,6 +174,25 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     same_as_alone(alone["train"], run_dir)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "figure"),
+    [("train", TRAIN, "training_curves"), ("compare", COMPARE, "learning_curves")],
+)
+def test_the_figure_of_a_run_that_was_stopped_is_as_if_it_had_not(
+    name, options, figure, script, tmp_path, monkeypatch
+):
+    """It is empty in the other tests."""
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    with undrawn.drawn(figure):
+        assert script(name).main([*options, "--run-dir", str(alone)]) == 0
+        killed.stopped_after(monkeypatch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            script(name).main([*options, "--run-dir", str(run_dir)])
+        assert script(name).main(["--resume", str(run_dir)]) == 0
+    assert (alone / "learning-curves.png").stat().st_size > 20_000
+    same_as_alone(alone, run_dir)
+
+
 @pytest.fixture(scope="module")
 def stopped_early(tmp_path_factory):
     """An uninterrupted run that --patience ends, not to be changed."""
@@ -256,7 +277,7 @@ def test_a_comparison_of_more_epochs_chooses_its_controls_anew(begun, compare, t
 @pytest.mark.parametrize("name", ["train", "compare"])
 def test_killed_over_and_over_it_comes_to_the_same(name, tmp_path):
     kills, options = (2, TRAIN) if name == "train" else (1, COMPARE)
-    kill(name, kills, 0, tmp_path, *options)
+    kill(name, kills, 0, tmp_path, "empty", *options)
 
 
 KILLED = {
@@ -283,14 +304,14 @@ def test_killed_50_times_it_comes_to_the_same(what, tmp_path, record_property):
     options = KILLED[what]
     if "an epoch" not in what:
         options = [*options, "--checkpoint-every", "0.05s"]
-    record_property("trials", kill(what.split(",")[0], 50, 1, tmp_path, *options))
+    record_property("trials", kill(what.split(",")[0], 50, 1, tmp_path, "drawn", *options))
 
 
-def kill(name, kills, seed, folder, *options):
+def kill(name, kills, seed, folder, figures, *options):
     """Kill runs this many times (tests/killed.py); return its last line."""
     command = [sys.executable, str(ROOT / "tests" / "killed.py"), name, str(folder / "killed")]
     done = subprocess.run(
-        [*command, str(kills), str(seed), *options],
+        [*command, str(kills), str(seed), figures, *options],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -465,8 +486,6 @@ def test_deleted_curves_are_written_again(name, alone, script, tmp_path):
 
 @pytest.mark.slow
 def test_a_directory_that_is_deleted_during_the_run_is_not_called_kept(tmp_path):
-    from test_command_line import command
-
     run_dir = tmp_path / "run"
     change = f"""
 import shutil
@@ -478,8 +497,7 @@ def deleted(*arguments, epoch, **more):
     return whole(*arguments, epoch=epoch, **more)
 loop.records = deleted
 """
-    process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
-    done = subprocess.run(process, capture_output=True, text=True, timeout=120)
+    done = programs.run("train", *TRAIN, "--run-dir", str(run_dir), before=change)
     expected = f"train.py: error: the run directory {run_dir} was deleted during the run\n"
     assert (done.returncode, done.stderr) == (1, expected)
     assert "Results" not in done.stdout and not run_dir.exists()
@@ -637,8 +655,6 @@ def small_disk(folder, size):
 )
 def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_property):
     """At a random moment; with free space, the run continues to the same results."""
-    from test_command_line import command
-
     chance = random.Random(name)
     options = TRAIN if name == "train" else COMPARE
     stopped = on_disk = 0
@@ -648,8 +664,7 @@ def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_p
         run_dir = place / "run"
         change = "" if disk else full_after(chance.randrange(1, 40))
         try:
-            process = command(name, *options, "--run-dir", str(run_dir), change=change)
-            done = subprocess.run(process, capture_output=True, text=True, timeout=120)
+            done = programs.run(name, *options, "--run-dir", str(run_dir), before=change)
             if done.returncode == 0:
                 continue
             stopped += 1
@@ -675,12 +690,9 @@ def test_a_full_disk_takes_nothing_away(name, moments, alone, tmp_path, record_p
 @pytest.mark.slow
 def test_a_lost_permission_is_one_sentence(tmp_path):
     """In the midst of a run; what was finished stays."""
-    from test_command_line import command
-
     change = full_after(30).replace("ENOSPC", "EACCES").replace("No space left on device", "denied")
     run_dir = tmp_path / "run"
-    process = command("train", *TRAIN, "--run-dir", str(run_dir), change=change)
-    done = subprocess.run(process, capture_output=True, text=True, timeout=120)
+    done = programs.run("train", *TRAIN, "--run-dir", str(run_dir), before=change)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "denied" in done.stderr
     assert checkpoints.latest_checkpoint(run_dir).damaged == []
 

@@ -71,7 +71,7 @@ def test_nothing_but_the_chosen_one_is_measured_on_the_test_data(finished, digit
     assert "-".join(map(str, chosen.sizes[1:-1])) == results["chosen"]["hidden"]
 
 
-def test_the_screen(compare, tmp_path, capsys):
+def test_the_screen(compare, tmp_path, capsys, drawn):
     run_dir = tmp_path / "run"
     options = ["--seeds", "1", "--epochs", "1", "--train-size", "50", "--run-dir", str(run_dir)]
     assert compare.main([*options, "--sweep", "lr=0.1,0.3,1", "l2=0,1,5", "init=scaled,0.5,2"]) == 0
@@ -130,7 +130,7 @@ def test_groups_are_as_few_as_shapes_allow(compare, digits):
         assert {s.loss for s in settings} == set(LOSSES) and {s.l2 for s in settings} == {0, 3}
 
 
-def test_a_heat_map_has_each_value_in_order_and_the_others_as_chosen():
+def test_a_heat_map_has_each_value_in_order_and_the_others_as_chosen(drawn):
     def combination(lr, l2, init, share):
         state = training.Record(1, 1, 0.0, {"validation": 1.0}, {"validation": share}, [])
         run = sweep.Run(Settings(), None, [state], stopped=math.isnan(share))

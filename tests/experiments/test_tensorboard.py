@@ -177,7 +177,7 @@ def test_histograms_at_some_epochs_alone(tmp_path, digits):
     assert events.Histograms("output/z")[0].histogram_value.num == 10 * len(digits.validation.x)
 
 
-def test_weights_that_are_all_0_are_drawn_grey(tmp_path, digits):
+def test_weights_that_are_all_0_are_drawn_grey(tmp_path, digits, drawn):
     network = nnce.MLP((64, 10))
     with torch.no_grad():
         network[0].weight.zero_()

@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import os
-import subprocess
 import sys
 
 import mpmath
 import pytest
 import torch
-from conftest import ROOT, slow_unless
+from conftest import slow_unless
 
 from nnce import linear_sigmoid_cross_entropy
 from nnce.labels import blocks
@@ -91,23 +89,13 @@ MEMORY_IN = (
         itertools.product((1000, 2500), MEMORY_IN),
     ),
 )
-def test_a_loss_takes_the_memory_that_is_stated(n, dtypes):
+def test_a_loss_takes_the_memory_that_is_stated(n, dtypes, peak_memory):
     """Within 10 %, for parameters in the first dtype and autocast to the second."""
     sizes = (n, 8_000, 32)
-    command = [sys.executable, "tests/peak.py", "labels", *map(str, (n, 32, 8_000)), *dtypes]
-    # glibc gives large blocks back to the system at once only below a fixed threshold.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     stated = blocks.memory(*sizes, *(getattr(torch, name) for name in dtypes)) / 1e6
-
-    def peak():
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
-        )
-        return float(done.stdout)
-
-    found = peak()
+    found = peak_memory("labels", n, 32, 8_000, *dtypes)
     if found > 1.1 * stated:  # once in hundreds of runs, 2 MB are mapped that are not the walk's
-        found = peak()
+        found = peak_memory("labels", n, 32, 8_000, *dtypes)
     assert found == pytest.approx(stated, rel=0.1)
 
 

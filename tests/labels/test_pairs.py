@@ -1,11 +1,9 @@
 """All pairs of two embeddings, against the whole n × n tensor."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.checkpoint import checkpoint
 
 from nnce import pair_sigmoid_cross_entropy
@@ -167,14 +165,12 @@ def test_hooks_unpack_each_saved_tensor_once(group, grouped):
 @pytest.mark.parametrize(
     "n",
     [
-        pytest.param("10000", marks=pytest.mark.slow),  # one n × n tensor would be 400 MB
-        pytest.param("32768", marks=pytest.mark.exhaustive),  # and here 4 GB
+        pytest.param(10_000, marks=pytest.mark.slow),  # one n × n tensor would be 400 MB
+        pytest.param(32_768, marks=pytest.mark.exhaustive),  # and here 4 GB
     ],
 )
-def test_memory_is_linear_in_n(n):
-    command = [sys.executable, "tests/peak.py", "pairs", n, "256"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 200
+def test_memory_is_linear_in_n(n, peak_memory):
+    assert peak_memory("pairs", n, 64) < 200
 
 
 @pytest.mark.parametrize(

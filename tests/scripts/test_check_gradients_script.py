@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+import toys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nnce import rules
@@ -15,7 +16,7 @@ def check(script):
     return script("check_gradients")
 
 
-def test_a_run(check, tmp_path, capsys):
+def test_a_run(check, tmp_path, capsys, drawn):
     assert check.main(["--no-matrix", "--hidden", "12", "8", "--run-dir", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -47,7 +48,8 @@ def test_a_run(check, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_on_mnist_in_float64(check, mnist, tmp_path, capsys):
+def test_on_mnist_in_float64(check, mnist, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(precision, "measure", toys.measured)
     options = ["--data", "mnist", "--hidden", "100", "30", "--dtype", "float64"]
     assert check.main([*options, "--no-matrix", "--run-dir", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -63,6 +65,7 @@ def test_a_wrong_rule_and_a_wrong_gradient_break_the_promise(check, tmp_path, mo
         "dz_cross_entropy",
         lambda z, y, sigmoid=torch.sigmoid, pos_weight=None: sigmoid(z) - y,
     )
+    monkeypatch.setattr(precision, "DTYPES", [torch.float64])
     row = table.rows()["sigmoid"]._replace(reference=torch.tanh)
     monkeypatch.setattr(table, "rows", lambda: {"sigmoid": row})
     assert check.main(["--no-matrix", "--run-dir", str(tmp_path)]) == 1
@@ -78,6 +81,7 @@ def test_the_matrix(check, tmp_path, capsys, monkeypatch):
     kept = {name: composability.COLUMNS[name] for name in ("func.grad", "compile, double backward")}
     for module in (composability, check):
         monkeypatch.setattr(module, "COLUMNS", kept)
+    monkeypatch.setattr(precision, "measure", toys.measured)
     assert check.main(["--run-dir", str(tmp_path)]) == 0
     grad, double = json.loads((tmp_path / "results.json").read_text())["matrix"]
     assert grad["linear"] == grad["sigmoid_cross_entropy"] == "works"

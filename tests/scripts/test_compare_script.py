@@ -4,11 +4,11 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 
 import killed
 import pytest
+import undrawn
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -37,7 +37,7 @@ def finished(compare, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("compare") / "run"
     options = ["--seeds", "3", "--lrs", "0.5", "3", "--epochs", str(EPOCHS)]
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), undrawn.drawn():
         assert compare.main([*options, "--run-dir", str(run_dir)]) == 0
     (run_dir / "out").write_text(out.getvalue(), encoding="utf-8")
     return run_dir, json.loads((run_dir / "results.json").read_text())
@@ -311,7 +311,7 @@ def test_when_everything_diverges_it_is_said(compare, tmp_path, capsys):
 
 
 def test_when_all_of_both_losses_diverge_there_is_a_picture_all_the_same(
-    compare, tmp_path, capsys, monkeypatch
+    compare, tmp_path, capsys, monkeypatch, drawn
 ):
     figures = []
     whole = compare.report.write_figure
@@ -407,16 +407,12 @@ def test_a_used_run_directory_is_refused(compare, tmp_path, refused):
 
 
 @pytest.mark.slow
-def test_the_default_comparison_stays_small(tmp_path):
+def test_the_default_comparison_stays_small(compare, tmp_path, capsys, drawn):
     """Under 20 MB in all; what logging costs is in results.json."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "compare.py"), "--run-dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert " points of test accuracy after 30 epochs (95 % " in done.stdout and done.stderr == ""
-    assert len(done.stdout.splitlines()) <= 60
+    assert compare.main(["--run-dir", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert " points of test accuracy after 30 epochs (95 % " in out and err == ""
+    assert len(out.splitlines()) <= 60
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 20e6
     results = json.loads((tmp_path / "run" / "results.json").read_text())

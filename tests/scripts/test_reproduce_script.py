@@ -54,7 +54,7 @@ def test_without_arguments_it_lists_everything(reproduce, capsys):
 # ------------------------------------------------------------------------------------ what is done
 
 
-def test_a_run(reproduce, toy, tmp_path, capsys):
+def test_a_run(reproduce, toy, tmp_path, capsys, drawn):
     options = ["toy", "--data", "digits", "--run-dir", str(tmp_path / "run")]
     assert reproduce.main(options) == 0
     out, err = capsys.readouterr()

@@ -2,6 +2,7 @@ import json
 import math
 import sys
 
+import killed
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,10 +13,11 @@ def slowdown(script):
     return script("slowdown")
 
 
-@pytest.fixture
-def stories(slowdown, tmp_path, capsys):
-    assert slowdown.main(["--run-dir", str(tmp_path / "run")]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("slowdown") / "run"
+    assert killed.loaded("slowdown").main(["--run-dir", str(run_dir)]) == 0
+    results = json.loads((run_dir / "results.json").read_text())
     return {(row["w"], row["b"], row["rule"]): row for row in results["rows"]}
 
 
@@ -65,7 +67,7 @@ def test_it_ends_with_the_answer(slowdown, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["answer"] == answer
 
 
-def test_picture_and_curves(slowdown, tmp_path, capsys):
+def test_picture_and_curves(slowdown, tmp_path, capsys, drawn):
     run_dir = tmp_path / "run"
     options = ["--start", "1", "1", "--epochs", "5", "--run-dir", str(run_dir)]
     assert slowdown.main(options) == 0

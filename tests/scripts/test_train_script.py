@@ -23,7 +23,7 @@ def train(script):
     return script("train")
 
 
-def test_a_run(train, tmp_path, capsys, digits):
+def test_a_run(train, tmp_path, capsys, digits, drawn):
     run_dir = tmp_path / "run"
     status = train.main(["--epochs", "2", "--hidden", "12", "8", "--run-dir", str(run_dir)])
     assert status == 0
@@ -378,7 +378,7 @@ def test_as_a_program(tmp_path):
     assert done.stderr == "train.py: error: expected a positive learning rate, got -1.0\n"
 
 
-def test_a_schedule_and_a_distortion(train, tmp_path):
+def test_a_schedule_and_a_distortion(train, tmp_path, drawn):
     """By plain options, and they are where one looks for them."""
     options = ["--epochs", "2", "--schedule", "step", "--step-size", "1", "--init", "0.1"]
     options += ["--rotation", "9", "--elastic", "34", "--run-dir", str(tmp_path / "run")]

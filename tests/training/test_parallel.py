@@ -1,4 +1,7 @@
-"""One network trained by several processes, and many shared out over them, over gloo."""
+"""One network trained by several processes, and many shared out over them, over gloo.
+
+The processes are started by torchrun where one of them ends too soon, else forked.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ import time
 from pathlib import Path
 
 import killed
+import programs
 import psutil
 import pytest
 import together
@@ -35,25 +39,21 @@ def torchrun(processes, *command, restarts=0, **more):
     )
 
 
-EACH_ENGINE = [name for name in together.CASES if "cross-entropy, sgd, momentum 0.9" in name]
+def ended(processes):
+    """The exit status of each process of a job."""
+    return [process.wait(timeout=300) for process in processes]
 
 
-@pytest.mark.parametrize(
-    ("processes", "names"),
-    [
-        pytest.param(3, EACH_ENGINE, id="each engine"),
-        pytest.param(3, list(together.CASES), marks=pytest.mark.slow, id="all"),
-        pytest.param(2, list(together.CASES), marks=pytest.mark.exhaustive, id="all of two"),
-    ],
-)
-def test_several_processes_train_the_same_network(processes, names, tmp_path):
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_several_processes_train_the_same_network(size, tmp_path):
     """As one does on the same mini-batches, the short last ones included."""
-    job = torchrun(processes, ROOT / "tests" / "together.py", tmp_path, *names)
-    assert job.wait(timeout=300) == 0
+    work = f"import together\ntogether.train_all({str(tmp_path)!r})"
+    with programs.job(size, "", before=work) as processes:
+        assert ended(processes) == [0] * size, [process.output() for process in processes]
     found = torch.load(tmp_path / "found.pt")
-    assert found.keys() == set(names) and len(names) in (4, 20)
-    for name in names:
-        for parameter, expected in together.trained(together.CASES[name], ALONE).items():
+    assert found.keys() == together.CASES.keys() and len(found) == 20
+    for name, settings in together.CASES.items():
+        for parameter, expected in together.trained(settings, ALONE).items():
             torch.testing.assert_close(
                 found[name][parameter], expected, rtol=0, atol=1e-12, msg=f"{name}, {parameter}"
             )
@@ -66,17 +66,14 @@ def test_several_processes_train_the_same_network(processes, names, tmp_path):
 def test_networks_shared_out_over_processes_are_the_same_bits(options, tmp_path):
     """More networks of one kind than processes, and fewer controls."""
     options = ["--epochs", "2", "--seeds", "3", "--train-size", "200", *options]
-    outcomes = []
-    for name in ("alone", "shared"):
-        command = [ROOT / "scripts" / "compare.py", *options, "--run-dir", tmp_path / name]
-        if name == "alone":
-            job = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-        else:
-            job = torchrun(2, *command, stdout=subprocess.DEVNULL)
-        assert job.wait(timeout=300) == 0
-        outcomes.append(killed.outcome(tmp_path / name))
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert programs.run("compare", *options, "--run-dir", str(alone)).returncode == 0
+    with programs.job(2, "compare", *options, "--run-dir", str(shared)) as processes:
+        assert ended(processes) == [0, 0], [process.output() for process in processes]
+    outcomes = [killed.outcome(alone), killed.outcome(shared)]
+    for outcome in outcomes:
         for of_processes in ("side by side", "controls"):  # as many parts as processes
-            outcomes[-1].pop(of_processes, None)
+            outcome.pop(of_processes, None)
     assert killed.differences(*outcomes) == []
 
 
@@ -112,11 +109,9 @@ def workers(job):
 def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path):
     """From its last checkpoint, to the same bits."""
     options = ["--epochs", "8", "--engine", "functions", "--checkpoint-every", "0.2s"]
-    alone = torchrun(
-        2, ROOT / "scripts" / "train.py", *options, "--run-dir", tmp_path / "alone",
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert alone.wait(timeout=300) == 0
+    alone, draw = str(tmp_path / "alone"), "import undrawn\nundrawn.restore()"
+    with programs.job(2, "train", *options, "--run-dir", alone, before=draw) as processes:
+        assert ended(processes) == [0, 0]
     job, run_dir = begun(tmp_path, *options, restarts=1)
     first = workers(job)
     first[rank].kill()
@@ -135,9 +130,8 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_by_itself(rank, tmp_path
 @pytest.mark.parametrize("engine", ["backprop", "functions"])
 def test_processes_stop_together_where_patience_ends(engine, tmp_path):
     options = ["--patience", "2", "--train-size", "300", "--engine", engine]
-    command = [ROOT / "scripts" / "train.py", *options, "--run-dir", tmp_path / "run"]
-    job = torchrun(2, *command, stdout=subprocess.DEVNULL)
-    assert job.wait(timeout=300) == 0
+    with programs.job(2, "train", *options, "--run-dir", str(tmp_path / "run")) as processes:
+        assert ended(processes) == [0, 0], [process.output() for process in processes]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     accuracies = [record["accuracy"]["validation"] for record in results["epochs"]]
     assert results["stopped_early"] and len(accuracies) < 31

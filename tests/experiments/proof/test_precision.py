@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import toys
 from oracles import ulp_distance
 
 from nnce.experiments.proof import precision
@@ -25,7 +26,7 @@ LIMITS = {
 
 @pytest.fixture(scope="module", params=precision.DTYPES, ids=str)
 def measured(request):
-    rows, _ = precision.measure(request.param)
+    rows, _ = toys.measured(request.param)
     return {(row.quantity, row.by): row for row in rows}
 
 
@@ -56,7 +57,7 @@ def test_pytorch_is_seen_to_be_wrong_where_it_is(measured):
 
 
 def test_bce_loss_is_0_from_17_on_in_float32():
-    rows, _ = precision.measure(torch.float32)
+    rows, _ = toys.measured(torch.float32)
     (row,) = [r for r in rows if r.quantity == "cross-entropy, dC/dz" and "BCELoss" in r.by]
     assert 16 < row.zero_from <= 17
 
