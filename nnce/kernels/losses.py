@@ -568,7 +568,9 @@ def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
 
 
 # Each short loop is a separate function, so that the compiler keeps all constants in registers and
-# the processor overlaps several elements.
+# the processor overlaps several elements. Where it may choose which of two products of a sum it
+# rounds, the function is inlined: otherwise the linker would take the copy that was compiled first,
+# and bits would depend on what is in the cache.
 
 
 @njit(fastmath=_EXACT)
@@ -578,7 +580,7 @@ def _all_e(z, first, e, n, z_dtype, work):
         _write(e, i, work, _exp(-abs(_read(z, first + i, z_dtype, one)), one))
 
 
-@njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT, forceinline=True)
 def _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work):
     one = _one(work)
     for i in range(n):
@@ -587,7 +589,7 @@ def _all_C(z, first, e, terms, out, n, options, loss, z_dtype, y_dtype, work):
         _write(out, i, work, _C(x, t, p, q, both, one, loss))
 
 
-@njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT, forceinline=True)
 def _all_dz(z, first, e, terms, scale, out, at, n, options, loss, z_dtype, y_dtype, work):
     one = _one(work)
     factor = _as(scale, one)
@@ -641,7 +643,7 @@ def _block_of_focal_dz(
     _multiply_by_powers(e, terms, out, at, n, options, focus, y_dtype, work)
 
 
-@njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT, forceinline=True)
 def _all_focal(z, first, terms, q, out, at, n, options, focus, scale, loss, z_dtype, y_dtype, work):
     """Write q, and C (if scale is None) or scale times dC/dz, without the factor q^γ_t."""
     one = _one(work)
@@ -705,7 +707,7 @@ def _multiply(q, out, at, n, times, work):
             _write(out, at + i, work, _read(out, at + i, work, one) * root)
 
 
-@njit(fastmath=_EXACT)
+@njit(fastmath=_EXACT, forceinline=True)
 def _multiply_by_any_powers(q, terms, out, at, n, gamma, gamma_of_0, options, y_dtype, work):
     for i in range(n):
         negative, positive, _ = _term(terms, i, options, y_dtype, work)

@@ -605,6 +605,34 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
     assert float(done.stdout) == pytest.approx((math.log(2) + math.log1p(math.e)) / 2)
 
 
+BITS = """
+import nnce, torch
+generator = torch.Generator().manual_seed(0)
+z = (8 * torch.randn(3_000, generator=generator)).requires_grad_()
+y = torch.rand(3_000, generator=generator)
+for C in (
+    nnce.sigmoid_cross_entropy(z, y, label_smoothing=0.1, reduction="sum"),
+    nnce.sigmoid_quadratic(z, y, reduction="sum"),
+    nnce.sigmoid_focal_loss(z, y, gamma=3.3, reduction="sum"),
+    nnce.sigmoid_asymmetric_loss(z, y, reduction="sum"),
+):
+    (dz,) = torch.autograd.grad(C, z)
+    print(C.item(), dz.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_kernels_from_the_cache_give_the_bits_of_those_just_compiled(tmp_path):
+    """A function compiled by itself may round otherwise than the same one inside another."""
+    command = [sys.executable, "-c", BITS]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path)}
+    compiled, cached = (
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert compiled.count("\n") == 4 and compiled == cached
+
+
 def test_without_numba_pytorch_does_the_same(tmp_path):
     (tmp_path / "numba.py").write_text("raise ModuleNotFoundError('no numba', name='numba')")
     done = run_copy(tmp_path, numba=False, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
