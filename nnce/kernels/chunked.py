@@ -14,7 +14,7 @@ from nnce import rules
 from nnce.losses import Loss
 from nnce.rules import Focus
 
-BLOCK = 2**16
+BLOCK = 2**17
 """Elements in a chunk."""
 
 
@@ -58,7 +58,6 @@ class _Chunk(NamedTuple):
     """negative + positive; None if it is 1."""
     first: Tensor
     second: Tensor
-    third: Tensor
 
 
 class _Work:
@@ -72,7 +71,7 @@ class _Work:
     def __init__(self, z: Tensor, options: Packed) -> None:
         self._options = options
         self._dtype = torch.promote_types(z.dtype, torch.float32)
-        self._memory = z.new_empty(5, min(z.numel(), BLOCK), dtype=self._dtype)
+        self._memory = z.new_empty(4, min(z.numel(), BLOCK), dtype=self._dtype)
 
     def chunks(self, z: Tensor, y: Tensor) -> Iterator[tuple[slice, _Chunk]]:
         """Yield the chunks of whole arrays, with their slices."""
@@ -196,23 +195,18 @@ def _quadratic(chunk: _Chunk) -> Tensor:
 
 
 def _cross_entropy(chunk: _Chunk) -> Tensor:
-    z, negative, positive, *_, both, first, second, third = chunk
-    # ln(1 + t) = t · ln(u) / (u − 1) with t = e^(−|z|) and u = 1 + t rounded, where the error of u
-    # cancels (Kahan; Higham, Accuracy and Stability of Numerical Algorithms, 2002, §1.14.1).
-    # PyTorch's log1p takes ten times as long for float32 on a CPU.
-    t, u = torch.abs(z, out=first).neg_().exp_(), second
-    torch.add(t, 1, out=u).clamp_(min=1 + torch.finfo(u.dtype).eps)
-    C = t.div_(torch.sub(u, 1, out=third)).mul_(u.log_())
+    z, negative, positive, *_, both, first, second = chunk
+    C = torch.abs(z, out=first).neg_().exp_().log1p_()
     # softplus(±z) = max(±z, 0) + ln(1 + t)
     if both is not None:
         C.mul_(both)
-    C.addcmul_(negative, torch.clamp(z, min=0, out=third))
-    return C.addcmul_(positive, torch.clamp(z, max=0, out=third), value=-1)
+    C.addcmul_(negative, torch.clamp(z, min=0, out=second))
+    return C.addcmul_(positive, torch.clamp(z, max=0, out=second), value=-1)
 
 
 def _cross_entropy_at_infinity(chunk: _Chunk) -> Tensor:
     """C with 0 · ∞ = 0, which is slower, or a focal loss, computed in float64."""
-    z, negative, positive, *_, focus, _, _, _, _ = chunk
+    z, negative, positive, *_, focus, _, _, _ = chunk
     if focus is not None:
         return rules.focal(z.double(), positive.double(), focus).to(z.dtype)
     term = rules.weighted(negative, rules.softplus(z))
@@ -221,7 +215,7 @@ def _cross_entropy_at_infinity(chunk: _Chunk) -> Tensor:
 
 def _residual(chunk: _Chunk) -> Tensor:
     """a − y = (1−y) σ(z) − y σ(−z), equation 5."""
-    z, negative, positive, *_, first, second, _ = chunk
+    z, negative, positive, *_, first, second = chunk
     a = torch.sigmoid(z, out=first).mul_(negative)
     return a.addcmul_(torch.neg(z, out=second).sigmoid_(), positive, value=-1)
 
