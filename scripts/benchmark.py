@@ -9,6 +9,7 @@ if __name__ == "__main__":
     import startup  # noqa: F401  must be first
 
 
+import argparse
 import math
 import sys
 import time
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, suited=torch.get_num_threads())  # checks the options
     with options_parser.run_directory(options, f"benchmark-{options.what}") as run_dir:
         command_line.announce_threads(options)
-        rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
+        rows = measure(options, device)
         report.write_results(
             run_dir,
             config=vars(options),
@@ -74,6 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Run the chosen benchmark; one row for each workload and contender."""
+    rows: list[dict[str, Any]] = BENCHMARKS[options.what].measure_all(options, device)
+    return rows
 
 
 def complaint(row: dict[str, Any]) -> str | None:
