@@ -218,7 +218,7 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
             findings = write(training, log, command, interrupted=ending.stopped is not None)
     kept = ""
     if log.finished >= 1:
-        kept = "finished networks are in the table; "
+        kept = f"epochs 0 to {log.finished} are in the table; "
         answer = comparison_report.answer(findings)
         print(f"\n{answer}\n\n{comparison_report.overview(findings)}\n")
         print(training.costs.summary(runs, log))

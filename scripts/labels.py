@@ -635,7 +635,7 @@ def learn(learning: Learning, run_dir: Path) -> None:
         path = command_line.from_here(run_dir / MODEL)
         conclusion += f"\nModel: labels.load_model({path!r})"
     report.print_end(conclusion, "Results", run_dir)
-    ending.close(f"Interrupted; {learning.epoch} epochs are kept; resume with:")
+    ending.close(f"Interrupted after step {len(learning.losses):,}; resume with:")
 
 
 def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from nnce.checks._torch_private import (
     narrowest,
     operators_without_tangents,
     refuses_derivative,
+    version,
 )
 
 # A gradient smaller than this is 0 to within rounding.
@@ -271,10 +272,16 @@ class Derivatives:
         upstream: Tensor | Sequence[Tensor],
         **options: Any,
     ) -> tuple[Tensor, ...]:
+        given = [upstream] if isinstance(upstream, Tensor) else upstream
+        if self.subject.writes_upstream:
+            given = [t.clone() for t in given]
+        before = [version(t) for t in given]
+        outputs = [output] if isinstance(output, Tensor) else output
         try:
-            gradients = torch.autograd.grad(output, inputs, upstream, allow_unused=True, **options)
+            gradients = torch.autograd.grad(outputs, inputs, given, allow_unused=True, **options)
         except Exception as error:  # any error from the user's backward
             name = self.subject.name
             raise Broken(f"the backward of {name} failed: {sentence(error)}") from error
+        self.subject.writes_upstream |= before != [version(t) for t in given]
         pairs = zip(gradients, inputs, strict=True)
         return tuple(torch.zeros_like(t) if g is None else g for g, t in pairs)

@@ -29,6 +29,8 @@ class Subject:
         self.arguments = [_wide(value) for value in arguments]
         self.writes = False
         """Whether the function overwrites an argument; if so, it receives copies."""
+        self.writes_upstream = False
+        """Whether its backward has overwritten an upstream gradient."""
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

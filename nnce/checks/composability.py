@@ -5,10 +5,10 @@ check computes a result with one PyTorch feature and compares it with the plain 
 called eagerly and differentiated once by `backward`, which `check_gradients` tests.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -591,11 +591,8 @@ def _threads(case: _Case) -> None:
     each = [[t / i for t in case.inputs] for i in range(1, 9)]
     leaves = [[t.clone().requires_grad_() for t in inputs] for inputs in each]
     outputs = [case.number(*inputs) for inputs in leaves]
-    workers = [threading.Thread(target=output.backward) for output in outputs]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with concurrent.futures.ThreadPoolExecutor(len(outputs)) as pool:
+        list(pool.map(torch.Tensor.backward, outputs))
     for inputs, of_call in zip(each, leaves, strict=True):
         got = _zeros_for_none([leaf.grad for leaf in of_call], inputs)
         _same("gradient of one of eight threads", got, case.gradients(*inputs))

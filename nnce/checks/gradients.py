@@ -149,7 +149,8 @@ def check_gradients(
       slopes nearby shrink to 0 as a power of the distance.
     - wrong: the numerical derivative is certain to three digits, and they differ by more than rtol
       and twice its uncertainty, or the computed one is not finite; or the derivative changes under
-      one of the conditions above; or the jvp raises.
+      one of the conditions above; or the backward overwrites its upstream gradient; or the jvp
+      raises.
     - cannot tell: all other cases, such as saturation; a kink, where the derivatives from below and
       above differ; a pole; or some elements not probed.
 
@@ -233,9 +234,12 @@ def _check(
     except Broken as error:
         raise ValueError(str(error)) from error
     start = Setting(resolution, value, first, upstream, resolution.along, *computed, draw.mask)
+    found = _changes(start, rtol)
+    if ours.subject.writes_upstream:
+        found["first"] = "the backward overwrites its upstream gradient, which others may need"
     changes = {
         name: getattr(report, name)._replace(verdict="wrong", error=math.nan, detail=detail)
-        for name, detail in _changes(start, rtol).items()
+        for name, detail in found.items()
         if getattr(report, name).verdict != "wrong"
     }
     return report._replace(**changes)

@@ -679,3 +679,29 @@ def test_a_gradient_that_is_rounding_noise_is_not_taken_for_half_precision():
     for function in (lambda x: torch.nn.functional.layer_norm(x, (3,)), lambda x: x.softmax(-1)):
         subject = Subject(function, (x,), "the function")
         assert Derivatives(subject).dtype == torch.float64
+
+
+class _Overwrites(torch.autograd.Function):
+    """A right gradient, written into the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.mul_(ctx.saved_tensors[0].cos())
+
+
+@pytest.mark.parametrize("reference", [None, torch.sin])
+def test_a_backward_that_overwrites_its_upstream_gradient_is_told_so(reference):
+    x = torch.tensor([[0.3, -1.0], [2.0, 0.7]])
+    report = nnce.check_gradients(_Overwrites.apply, x, reference=reference)
+    assert report.first.verdict == "wrong"
+    assert report.first.detail.startswith("the backward overwrites its upstream gradient")
+    # Where the upstream gradient is of something else too, this matters.
+    x.requires_grad_()
+    shared = _Overwrites.apply(x) + x
+    shared.backward(torch.ones(2, 2))
+    assert not torch.allclose(x.grad, x.detach().cos() + 1)

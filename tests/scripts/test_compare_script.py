@@ -351,7 +351,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_so(
     out, err = capsys.readouterr()
     assert "**Interrupted after epoch 2.**" in out
     first, second = err.splitlines()
-    assert first == "Interrupted; finished networks are in the table; resume with:"
+    assert first == "Interrupted; epochs 0 to 2 are in the table; resume with:"
     assert second.endswith(f" --resume {run_dir}")
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and {row["epochs"] for row in results["rows"]} == {2}
