@@ -89,24 +89,17 @@ def single_level_apply(function: type[Function]) -> Callable[..., Any]:
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
-def optimizer_without_dynamo(optimizer: type[_Optimizer]) -> type[_Optimizer]:
-    """Return PyTorch's optimizer without its wrappers, which import dynamo and slow down a step.
-
-    The wrappers serve `torch.compile`, profilers and hooks on the steps of all optimizers; the
-    import takes 2 s. No public option leaves them out.
-    """
-
-    def zero_grad(self: torch.optim.Optimizer) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-    names = ("add_param_group", "step", "state_dict", "load_state_dict")
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+def _without_dynamo(optimizer: type[_Optimizer]) -> type[_Optimizer]:
+    names = ("add_param_group", "step", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
     methods["step"] = torch.no_grad()(methods["step"])
-    methods["step"].hooked = True  # otherwise the constructor wraps it again
-    methods["zero_grad"] = zero_grad
     return cast(type[_Optimizer], type(optimizer.__name__, (optimizer,), methods))
+
+
+# PyTorch's optimizers without the wrappers that serve `torch.compile`: they import dynamo, which
+# takes 2 s, and slow down a step. No public option leaves them out.
+SGD = _without_dynamo(torch.optim.SGD)
+Adam = _without_dynamo(torch.optim.Adam)
 
 
 def assert_later(condition: Tensor) -> None:

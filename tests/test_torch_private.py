@@ -1,5 +1,6 @@
 """One test for each use of PyTorch's private API: it says what it is taken to say."""
 
+import pickle
 import warnings
 
 import pytest
@@ -132,21 +133,29 @@ def test_single_level_apply():
     assert y == 9 and x.grad == 6
 
 
-def test_optimizer_without_dynamo(monkeypatch):
-    """The bits of its steps are in test_training.py; here, that no wrapper is left."""
-    breaks = []
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_optimizers_without_dynamo(kind, monkeypatch):
+    """The bits of their steps are in test_training.py; here, that all else is PyTorch's."""
+    breaks, hooks = [], []
     monkeypatch.setattr(torch._dynamo, "graph_break", lambda: breaks.append(1))
-    for kind in (torch.optim.SGD, torch.optim.Adam):
-        w = torch.ones(2, requires_grad=True)
-        optimizer = _torch_private.optimizer_without_dynamo(kind)([w], lr=0.5)
-        w.grad = torch.ones(2)
-        optimizer.step()
-        assert isinstance(optimizer, kind) and torch.allclose(w, torch.full((2,), 0.5))
-        optimizer.zero_grad()
-        assert w.grad is None and not breaks
-        kind([w], lr=0.5).step()
-        assert breaks
-        breaks.clear()
+    w = torch.ones(2, requires_grad=True)
+    optimizer, theirs = getattr(_torch_private, kind)([w], lr=0.5), getattr(torch.optim, kind)
+    assert isinstance(optimizer, theirs)
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: hooks.append("post"))
+    w.grad = torch.ones(2)
+    optimizer.step()
+    assert hooks == ["pre", "post"] and torch.allclose(w, torch.full((2,), 0.5))
+    optimizer.zero_grad(set_to_none=False)
+    assert (w.grad == 0).all()
+    optimizer.zero_grad()
+    assert w.grad is None and not breaks
+    theirs([w], lr=0.5).step()
+    assert breaks
+    again = pickle.loads(pickle.dumps(getattr(_torch_private, kind)([w], lr=0.25)))
+    assert again.param_groups[0]["lr"] == 0.25 and torch.equal(
+        again.param_groups[0]["params"][0], w
+    )
 
 
 def test_assert_later():

@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,20 +98,18 @@ def interrupts_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before = [
-        signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS
-    ]
+    came: list[tuple[int, FrameType | None]] = []
+    before = [signal.signal(number, lambda *signal: came.append(signal)) for number in SIGNALS]
     try:
         yield
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    for waiting in came:
+    for waiting, frame in came:
         handler = signal.getsignal(waiting)
         # Raised again, it would be a second signal to who reads `signal.set_wakeup_fd`.
         if callable(handler):
-            handler(waiting, None)
+            handler(waiting, frame)
         else:
             signal.raise_signal(waiting)
 

@@ -115,43 +115,60 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     if not len(order):
         figure.suptitle("All examples are classified correctly")
         return figure
-    classes, side = y.shape[1], math.isqrt(x.shape[1])
     # A panel for each example would take ten times as long. The examples are side by side, with a
     # gap of one class.
+    classes, slots = y.shape[1], len(order) * (y.shape[1] + 1)
+    first, at = range(0, slots, classes + 1), range(slots)
     images, outputs, deltas = figure.subplots(3)
-    first = range(0, count * (classes + 1), classes + 1)
+    titles = [f"{true[i]}, predicted {predicted[i]}" for i in order]
+    _show_images(images, x[order], titles, classes + 1)
 
     def joined(values: Tensor) -> list[float]:
         return pad(values[order].double(), (0, 1), value=math.nan).flatten().tolist()
 
-    at = range(len(order) * (classes + 1))
-    for left, i in zip(first, order.tolist(), strict=False):
-        if side**2 == x.shape[1]:
-            extent = (left - 0.5, left + classes - 0.5, 0, 1)
-            images.imshow(x[i].view(side, side).tolist(), "gray_r", extent=extent, aspect="auto")
-        title = f"{true[i]}, predicted {predicted[i]}"
-        images.text(left + classes / 2 - 0.5, 1.04, title, fontsize=9, ha="center")
-    images.set_axis_off()
     outputs.bar(at, pad(a[order], (0, 1)).flatten().tolist(), color="0.6")
     outputs.step(at, joined(y), where="mid", color="black", lw=0.8)
     slow, fast = (rule(z, y) for rule in (rules.dz_quadratic, rules.dz_cross_entropy))
     deltas.plot(at, joined(fast), "o", ms=3, color="C0", label="cross-entropy")
     deltas.plot(at, joined(slow), "x", ms=4, color="C1", label="quadratic")
     shown = range(0, classes, max(1, classes // 5))
-    ticks = [left + c for left in first[: len(order)] for c in shown]
+    ticks = [left + c for left in first for c in shown]
     deltas.set_xticks(ticks, [*shown] * len(order))
     outputs.set_xticks([])
     for panel in (images, outputs, deltas):
         between, height = [left - 1 for left in first[1:]], panel.get_xaxis_transform()
         panel.vlines(between, 0, 1, "0.8", transform=height)
         panel.tick_params(labelsize=7)
-        panel.set_xlim(-1, count * (classes + 1) - 1)
+        panel.set_xlim(-1, slots - 1)
     deltas.set_xlabel("output neuron", fontsize=8)
     outputs.set_ylabel("output a, target y")
     deltas.set_ylabel("dC/dz")
     _legend_below(figure, deltas)
     figure.suptitle("The most confidently misclassified examples, and dC/dz of each loss")
     return figure
+
+
+def _show_images(panel: Any, x: Tensor, titles: Sequence[str], slot: int) -> None:
+    """Show images side by side, with square pixels, each in a slot of this width that begins at −1.
+
+    Inputs whose number is no square are not shown, only their titles.
+    """
+    side, box = math.isqrt(x.shape[1]), panel.get_position()
+    width, height = (
+        box.width * panel.figure.get_figwidth(),
+        box.height * panel.figure.get_figheight(),
+    )
+    high = len(x) * slot * height / width  # the panel's height in units of x
+    wide = min(high, slot - 1)
+    for k, (image, title) in enumerate(zip(x, titles, strict=True)):
+        middle = (k + 0.5) * slot - 1
+        if side**2 == x.shape[1]:
+            extent = (middle - wide / 2, middle + wide / 2, 0, wide / high)
+            panel.imshow(image.view(side, side).tolist(), "gray_r", extent=extent, aspect="auto")
+        place = {"ha": "center", "transform": panel.get_xaxis_transform()}
+        panel.text(middle, 1.04, title, fontsize=9, **place)
+    panel.set_ylim(0, 1)
+    panel.set_axis_off()
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]]) -> Figure:

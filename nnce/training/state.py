@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnce import data
 from nnce._memory import check_memory, shortage
-from nnce._torch_private import optimizer_without_dynamo
+from nnce._torch_private import SGD, Adam
 from nnce.engines.ensemble import Ensemble
 from nnce.modules import MLP
 from nnce.training.cursor import Cursor, generators
@@ -333,6 +333,5 @@ def _optimizer(
     if decay := settings.l2 / n_train:
         groups = [{"params": weights, "weight_decay": decay}, {"params": biases}]
     if settings.optimizer == "adam":
-        return optimizer_without_dynamo(torch.optim.Adam)(groups, lr=settings.rate, fused=True)
-    sgd = optimizer_without_dynamo(torch.optim.SGD)
-    return sgd(groups, lr=settings.rate, momentum=settings.momentum, fused=True)
+        return Adam(groups, lr=settings.rate, fused=True)
+    return SGD(groups, lr=settings.rate, momentum=settings.momentum, fused=True)

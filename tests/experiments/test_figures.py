@@ -140,6 +140,26 @@ def test_wrong_examples_are_apart_and_the_legend_is_below_them(digits):
     assert not any(box.overlaps(artist.get_window_extent()) for artist in below)
 
 
+@pytest.mark.parametrize(("features", "classes"), [(60, 4), (64, 2), (64, 30)])
+def test_titles_of_wrong_examples_are_in_the_figure(features, classes):
+    """Also where there is no image, and pixels are square, however many classes there are."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.eye(classes)[torch.arange(50) % classes]
+    x, z = torch.rand(50, features, generator=generator), y.roll(1, 1)
+    figure = figures.wrong_examples(data.Split(x, y), z)
+    FigureCanvasAgg(figure).draw()
+    images = figure.axes[0]
+    assert len(images.texts) == 8
+    for title in images.texts:
+        box = title.get_window_extent()
+        assert box.y0 > 0 and box.y1 < figure.bbox.height
+    for image in images.get_images():
+        left, right, bottom, top = image.get_extent()
+        corners = images.transData.transform([(left, bottom), (right, top)])
+        width, height = corners[1] - corners[0]
+        assert width == pytest.approx(height)
+
+
 def test_a_single_neurons_story():
     stories = [("start", {"quadratic": ([1.0, 0.9], [0.5, 0.4], [0.1, 0.2])})]
     figure = figures.single_neuron(stories)
