@@ -24,19 +24,26 @@ UNDECIDED = {
     },
 }
 """Right functions of which it cannot tell, and why."""
+AT_SOME_POINTS = {
+    f"{dtype} both ways: {of}": "a second derivative that rounding leaves uncertain by a tenth"
+    for dtype in ("float16", "bfloat16")
+    for of in ("softmax", "mean of tanh")
+}
+"""The same at a few of many random points."""
 
 
 def verdict(report):
     return str(report).partition(":")[0]
 
 
-def visit(animal, n, seed, elements=64):
+def visit(animal, n, seed, elements=64, also=()):
     """The verdict on one of the zoo, as a whole."""
     inputs = animal.inputs(n, torch.Generator().manual_seed(seed))
     report = nnce.check_gradients(animal.function, *inputs, seed=seed, elements=elements)
     assert verdict(report) != ("wrong" if animal.right else "right"), f"{n}, seed {seed}\n{report}"
     if animal.right and report.first.probed == report.first.elements:
-        assert animal.name in UNDECIDED or report.right, f"{n} elements, seed {seed}\n{report}"
+        known = animal.name in UNDECIDED or animal.name in also
+        assert known or report.right, f"{n} elements, seed {seed}\n{report}"
     return verdict(report)
 
 
@@ -70,7 +77,7 @@ def test_the_whole_zoo_over_20_seeds(seed, capsys):
         undecided = []
         for animal in ZOO:
             try:
-                if visit(animal, n, seed) == "cannot tell":
+                if visit(animal, n, seed, also=AT_SOME_POINTS) == "cannot tell":
                     undecided.append(animal.name)
             except AssertionError as fault:
                 faults.append(f"{animal.name}: {fault}")
