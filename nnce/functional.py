@@ -389,7 +389,7 @@ def is_plain(*tensors: Any, optional: tuple[Any, ...] = ()) -> bool:
 
 
 def _runs_kernels(tensors: tuple[Any, ...], optional: tuple[Any, ...]) -> bool:
-    """`is_plain`, under autocast too."""
+    """Like `is_plain`, but also True under autocast."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:

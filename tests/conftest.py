@@ -45,7 +45,7 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(trylast=True)  # when what is not to be run has been taken out
+@pytest.hookimpl(trylast=True)  # after deselection
 def pytest_collection_modifyitems(items):
     """Begin both halves, of which each process takes one, with some of the longest tests."""
     longest = [item for item in items if item.name.startswith(LONGEST)]

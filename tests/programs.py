@@ -1,8 +1,8 @@
-"""Scripts in processes forked from one that has imported already what they import.
+"""Scripts in processes forked from one that has already imported everything.
 
-Their start takes milliseconds instead of seconds. Two things differ from a start of Python: imports
-are not tested, nor is what depends on the state of standard streams or of the environment at the
-start. Figures are empty (tests/undrawn.py).
+They start in milliseconds instead of seconds. Unlike a new interpreter, they test neither imports
+nor what depends on standard streams or the environment at the start. Figures are empty
+(tests/undrawn.py).
 """
 
 import contextlib

@@ -153,9 +153,8 @@ def test_optimizers_without_dynamo(kind, monkeypatch):
     theirs([w], lr=0.5).step()
     assert breaks
     again = pickle.loads(pickle.dumps(getattr(_torch_private, kind)([w], lr=0.25)))
-    assert again.param_groups[0]["lr"] == 0.25 and torch.equal(
-        again.param_groups[0]["params"][0], w
-    )
+    (group,) = again.param_groups
+    assert group["lr"] == 0.25 and torch.equal(group["params"][0], w)
 
 
 def test_assert_later():

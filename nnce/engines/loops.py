@@ -99,7 +99,7 @@ def interrupts_wait() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    before = [signal.signal(number, lambda *signal: came.append(signal)) for number in SIGNALS]
+    before = [signal.signal(number, lambda *arrived: came.append(arrived)) for number in SIGNALS]
     try:
         yield
     finally:
@@ -107,7 +107,7 @@ def interrupts_wait() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     for waiting, frame in came:
         handler = signal.getsignal(waiting)
-        # Raised again, it would be a second signal to who reads `signal.set_wakeup_fd`.
+        # If raised again, it would count twice for a reader of `signal.set_wakeup_fd`.
         if callable(handler):
             handler(waiting, frame)
         else:

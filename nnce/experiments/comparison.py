@@ -358,7 +358,7 @@ class SideBySide:
             "cursor": self._cursor.state_dict(),
             "ensembles": [ensemble for ensemble, _ in by_rank],
             "parameters": [parameters for _, parameters in by_rank],
-            # Of one length: a tensor is saved in a fraction of the time of one for each network.
+            # All have the same length, and one tensor is saved faster than one per network.
             "records": torch.stack([run.packed_records() for run in self.runs]),
             "stopped": [run.stopped for run in self.runs],
         }

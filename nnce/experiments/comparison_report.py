@@ -389,7 +389,7 @@ class Log:
 
     def flush(self) -> None:
         """Flush all files to disk."""
-        # Several at once, which takes a disk as long as one.
+        # Concurrently: a disk syncs several files in about the time of one.
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda file: file.flush(), [self._csv, *self._monitors.values()]))
 
@@ -432,7 +432,7 @@ class Log:
         Args:
             runs: all networks and controls.
             best: the best rate of each loss.
-            dataset: data of which the test examples are drawn.
+            dataset: source of the test examples that are plotted.
             page: the results in Markdown.
             curves: a PNG file of the learning curves.
         """

@@ -151,14 +151,10 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
 def _show_images(panel: Any, x: Tensor, titles: Sequence[str], slot: int) -> None:
     """Show images side by side, with square pixels, each in a slot of this width that begins at −1.
 
-    Inputs whose number is no square are not shown, only their titles.
+    If the number of inputs is not a square, only the titles are shown.
     """
-    side, box = math.isqrt(x.shape[1]), panel.get_position()
-    width, height = (
-        box.width * panel.figure.get_figwidth(),
-        box.height * panel.figure.get_figheight(),
-    )
-    high = len(x) * slot * height / width  # the panel's height in units of x
+    side = math.isqrt(x.shape[1])
+    high = len(x) * slot * panel.bbox.height / panel.bbox.width  # the panel's height in units of x
     wide = min(high, slot - 1)
     for k, (image, title) in enumerate(zip(x, titles, strict=True)):
         middle = (k + 0.5) * slot - 1

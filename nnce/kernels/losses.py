@@ -553,7 +553,7 @@ def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
     weight, period, _, _, smoothing, ignored, ignores = options
     one = _one(work)
     # This is 0, but LLVM does not know it. If x were written back unchanged where y counts, LLVM
-    # would write by mask, which takes several times as long on some processors.
+    # would use masked stores, which take several times as long on some processors.
     nothing = _as(0 * smoothing, one)
     if weight != 0:
         for i in range(n):
@@ -568,9 +568,9 @@ def _weighted(out, out_at, y, at, first, n, options, y_dtype, work):
 
 
 # Each short loop is a separate function, so that the compiler keeps all constants in registers and
-# the processor overlaps several elements. Where it may choose which of two products of a sum it
-# rounds, the function is inlined: otherwise the linker would take the copy that was compiled first,
-# and bits would depend on what is in the cache.
+# the processor overlaps several elements. Functions with a sum of two products are inlined: the
+# compiler chooses which product to round, and the linker would use whichever copy of the function
+# was compiled first, so that bits would depend on the contents of the cache.
 
 
 @njit(fastmath=_EXACT)

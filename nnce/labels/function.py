@@ -183,7 +183,7 @@ class Task(NamedTuple):
 def _extremes(values: Tensor) -> Tensor:
     """The smallest and largest values of each chunk, or NaN if a chunk contains one.
 
-    Chunks where there would be a copy: aminmax makes one of a non-contiguous tensor, and float8,
+    Only tensors that would be copied are split: aminmax copies a non-contiguous tensor, and float8,
     which it does not support, is converted.
     """
     copies = values.itemsize == 1 or not values.is_contiguous()

@@ -329,7 +329,7 @@ def _optimizer(
         return Ensemble([network], [values], batch_size=settings.batch_size, engine=engine)
     weights = [linear.weight for linear in network.linears()]
     biases = [linear.bias for linear in network.linears()]
-    groups: list[dict[str, Any]] = [{"params": [*weights, *biases]}]  # a step takes time by group
+    groups: list[dict[str, Any]] = [{"params": [*weights, *biases]}]  # one: groups take time
     if decay := settings.l2 / n_train:
         groups = [{"params": weights, "weight_decay": decay}, {"params": biases}]
     if settings.optimizer == "adam":

@@ -29,7 +29,7 @@ AT_SOME_POINTS = {
     for dtype in ("float16", "bfloat16")
     for of in ("softmax", "mean of tanh")
 }
-"""The same at a few of many random points."""
+"""Right functions of which it cannot tell at a few random points, and why."""
 
 
 def verdict(report):
@@ -707,7 +707,7 @@ def test_a_backward_that_overwrites_its_upstream_gradient_is_told_so(reference):
     report = nnce.check_gradients(_Overwrites.apply, x, reference=reference)
     assert report.first.verdict == "wrong"
     assert report.first.detail.startswith("the backward overwrites its upstream gradient")
-    # Where the upstream gradient is of something else too, this matters.
+    # It matters where another part of the graph has the same upstream gradient.
     x.requires_grad_()
     shared = _Overwrites.apply(x) + x
     shared.backward(torch.ones(2, 2))
