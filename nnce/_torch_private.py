@@ -1,4 +1,4 @@
-"""All uses of PyTorch's private API, one function and one reason each.
+"""All uses of PyTorch's private API, each with its reason.
 
 Imports nothing from nnce. (`nnce/checks`, which imports nothing from nnce either, has its own;
 uses of Numba's private API are in `kernels`.)
