@@ -20,6 +20,8 @@ from nnce.checks._torch_private import (
 
 # A gradient smaller than this is 0 to within rounding.
 _NOISE = 2.0**-40
+# A relative step over which most half-precision numbers change.
+_COARSE_STEP = 0.0137
 Arrange = Callable[[Tensor], Tensor]
 """Copies a tensor into one of the same shape, possibly of a different layout."""
 
@@ -44,6 +46,11 @@ class Recorded(NamedTuple):
 
     leaves: list[Tensor]
     output: Tensor
+
+
+def _keeps_changing(values: Tensor) -> bool:
+    """Whether an element changes more than once over the rows, as it would at a kink or a jump."""
+    return bool(((values[1:] != values[:-1]).sum(0) > 1).any())
 
 
 class Derivatives:
@@ -72,30 +79,37 @@ class Derivatives:
 
         Either PyTorch sees it convert numbers to that dtype, or its values form a staircase: all of
         them are half-precision numbers, or they do not change over a step that is small in float32
-        but change over a larger one.
+        but change over larger ones.
         """
         if self._narrowest != torch.float64:
             return self._narrowest
-        share = torch.linspace(0.5, 1.0, len(self.x), dtype=self.x.dtype, device=self.x.device)
-
         # With an upstream gradient of ones, the gradient of a normalization is rounding noise.
         value, generator = self.value(), torch.Generator().manual_seed(0)
         upstream = 2.0 ** torch.randint(3, value.shape, generator=generator).to(value)
-        for compute in (Derivatives.value, lambda ours: ours.first(upstream)):
-            values = torch.stack([compute(self.at(self.x * (1 + 0.0137 * k))) for k in (1, 2)])
-            if values.abs().max() < _NOISE:
-                continue
-            for dtype in (torch.bfloat16, torch.float16):
-                if torch.equal(values.to(dtype).to(values), values) and (values != values[0]).any():
-                    return dtype
-            here = compute(self)
-            large, small = (
-                torch.equal(compute(self.at(self.x * (1 + step * share))), here)
-                for step in (2.0**-11, 2.0**-39)
-            )
-            if small and not large:
-                return torch.float32
-        return torch.float64
+        return (
+            self._rounded_to(Derivatives.value)
+            or self._rounded_to(lambda ours: ours.first(upstream))
+            or torch.float64
+        )
+
+    def _rounded_to(self, compute: Callable[["Derivatives"], Tensor]) -> torch.dtype | None:
+        """The dtype to which the computed values are rounded, as seen in their changes."""
+
+        def moved(step: float | Tensor, *numbers: int) -> Tensor:
+            return torch.stack([compute(self.at(self.x * (1 + step * k))) for k in numbers])
+
+        first, second = values = moved(_COARSE_STEP, 1, 2)
+        if values.abs().max() < _NOISE:
+            return None
+        halves = (torch.bfloat16, torch.float16)
+        exact = [half for half in halves if torch.equal(values.to(half).to(values), values)]
+        rounded = exact and not torch.equal(first, second)
+        if rounded and _keeps_changing(moved(_COARSE_STEP, *range(1, 7))):
+            return exact[0]
+        share = torch.linspace(0.5, 1.0, len(self.x), dtype=self.x.dtype, device=self.x.device)
+        small, large = 2.0**-39 * share, 2.0**-11 * share
+        rounded = torch.equal(*moved(small, 0, 1)) and _keeps_changing(moved(large, *range(6)))
+        return torch.float32 if rounded else None
 
     @functools.cached_property
     def _narrowest(self) -> torch.dtype:

@@ -12,18 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nnce.checks._curves import Fit, fit
 from nnce.checks._derivatives import Broken
-from nnce.checks._numerical import (
-    COARSEST_JUMP,
-    EPS,
-    Fit,
-    Ladder,
-    Slopes,
-    fit,
-    quick,
-    scattered_steps,
-    slopes,
-)
+from nnce.checks._numerical import COARSEST_JUMP, EPS, Ladder, Slopes, quick, slopes
 
 # Steps to search for the end of a plateau, from a small fraction to many times the size of x.
 _GRID = tuple(4.0**k for k in range(-8, 4))
@@ -219,10 +210,23 @@ class Line:
     def fit(self) -> Fit:
         """Value and slope of values that scatter by rounding."""
         if self._fit is None:
-            steps = scattered_steps(self._x.device)
-            values = torch.stack([(self._weights * self._at(step)).sum(0) for step in steps])
-            self._fit = fit(values, self.precision.coarsest())
+            one_by_one = self.direction.apart and len(self._weights) > 1
+            cells = torch.arange(self._cells).split(1) if one_by_one else []  # less memory
+            fits = [self.of(cell)._fitted() for cell in cells] or [self._fitted()]
+            self._fit = Fit(*(torch.cat(each) for each in zip(*fits, strict=True)))
         return self._fit
+
+    def _fitted(self) -> Fit:
+        """`fit`, without the rows that do not depend on what is moved."""
+        ends = [self._at(self._x.new_tensor(side * _GRID[-1])) for side in (1.0, -1.0)]
+        depends = torch.stack([end != self._center for end in ends]).any(0)
+
+        def values(steps: Tensor) -> Tensor:
+            found = torch.stack([self._at(step) for step in steps])
+            moves = depends | (found != self._center).any(0)
+            return torch.where(moves, self._weights * found, 0.0)
+
+        return fit(values, self.precision.coarsest(), self._x.device)
 
     def plateau(self) -> Plateau:
         """Whether the values are constant around x, and how the plateau ends.

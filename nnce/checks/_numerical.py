@@ -4,8 +4,8 @@ Differences are computed over a ladder of steps, each a quarter of the previous 
 *cells* at once: a cell is a number to be differentiated, such as one element of the output.
 """
 
-import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,16 +26,6 @@ _CURVED, _DIGITS = 4096, 1e-3
 # the size of x; and the largest power of the distance with which slopes may shrink in between.
 _NEAR, _FAR = 6, 4
 _STEEPEST_POWER = 6
-# Polynomials are fitted over intervals of up to `_FIT_LARGEST` times the size of x, halved
-# repeatedly, with `_FIT_STEPS` values per octave on either side.
-_FIT_LARGEST, _FIT_OCTAVES, _FIT_STEPS = 2.0, 12, 10
-_FIT_DEGREES = (7, 5)
-# A polynomial needs at least this many values, this many changes between neighbors, and an interval
-# of this many units in the last place of x.
-_FIT_LEAST, _FIT_CHANGES, _FIT_UNITS = 32, 8, 64
-_MOST_ALIKE = 0.98
-# Curves over two intervals are consistent if they differ by at most this times the uncertainty.
-_WIDE = 3
 
 
 class Ladder(NamedTuple):
@@ -78,6 +68,8 @@ class Slopes(NamedTuple):
     toward x as a power of the distance; in saturation they shrink exponentially."""
     nearby: Tensor
     """The larger one-sided slope at a quarter of the size of x."""
+    even: Tensor
+    """Whether the one-sided slopes there have about the same size; in saturation one is smaller."""
 
 
 class _Estimates(NamedTuple):
@@ -125,7 +117,7 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
     noise = _noise(ladder, estimates.slope, unit)
     gaps = _gaps(estimates.slope)
     uncertainty = torch.maximum(gaps[:-1], _gaps(estimates.slope, 2)) + noise
-    best, row = _most_certain(estimates.slope, uncertainty)
+    best, row = most_certain(estimates.slope, uncertainty)
     known = row >= 0
 
     def at_best(table: Tensor) -> Tensor:
@@ -144,99 +136,8 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
         zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best, nothing, unit), -1.0),
         nothing=nothing,
         nearby=_steepness(ladder)[_FAR].nan_to_num(0.0, 0.0, 0.0),
+        even=2 * _steepness(ladder, torch.minimum)[_FAR] >= _steepness(ladder)[_FAR],
     )
-
-
-class Fit(NamedTuple):
-    """Value and slope of a smooth curve through values that scatter by rounding, at step 0."""
-
-    value: Tensor
-    value_uncertainty: Tensor
-    slope: Tensor
-    slope_uncertainty: Tensor
-    scatter: Tensor
-    """The largest distance of a value from the curve."""
-    typical: Tensor
-    """The median distance."""
-
-
-class _Design(NamedTuple):
-    """Polynomials of one degree, evaluated at the steps within a radius."""
-
-    powers: Tensor
-    inverse: Tensor
-
-
-@functools.cache
-def _steps_and_designs() -> tuple[Tensor, list[tuple[float, Tensor, list[_Design]]]]:
-    """Sorted steps of all sizes and both signs; for each radius, the steps and polynomials."""
-    generator = torch.Generator().manual_seed(0)
-    number = _FIT_OCTAVES * _FIT_STEPS
-    octave = torch.arange(number) + torch.rand(2, number, generator=generator, dtype=torch.float64)
-    sizes = _FIT_LARGEST * 2.0 ** (-octave / _FIT_STEPS)
-    steps = torch.cat([-sizes[0], sizes[1].flip(0)])
-    designs = []
-    for radius in (_FIT_LARGEST / 2**k for k in range(_FIT_OCTAVES)):
-        inside = (steps.abs() <= radius).nonzero().flatten()
-        powers = [(steps[inside, None] / radius) ** torch.arange(n + 1) for n in _FIT_DEGREES]
-        if len(inside) >= _FIT_LEAST:
-            designs.append((radius, inside, [_Design(p, torch.linalg.pinv(p)) for p in powers]))
-    return steps, designs
-
-
-def scattered_steps(device: torch.device) -> Tensor:
-    """The steps at which `fit` expects values."""
-    return _steps_and_designs()[0].to(device)
-
-
-def fit(values: Tensor, unit: float) -> Fit:
-    """Fit polynomials to values [steps, cells] over shrinking intervals.
-
-    The uncertainty of value and slope on each interval is estimated from the scatter of the values
-    about the polynomials, and from the difference between polynomials of two degrees.
-    """
-    found: list[list[Tensor]] = []
-    for radius, inside, designs in _steps_and_designs()[1]:
-        if radius < _FIT_UNITS * unit:
-            break
-        chosen = values[inside.to(values.device)]
-        high, low = (_polynomial(chosen, unit, design) for design in designs)
-        row = [high[0], 2 * high[1] + (high[0] - low[0]).abs(), high[2] / radius]
-        found.append([*row, (2 * high[3] + (high[2] - low[2]).abs()) / radius, *high[4:]])
-    value, off_value, slope, off_slope, *scatter = (
-        torch.stack(t) for t in zip(*found, strict=True)
-    )
-
-    def best(table: Tensor, off: Tensor, *others: Tensor) -> list[Tensor]:
-        width, row = _most_certain(table, _WIDE * off)
-        picked = [t.gather(0, row.clamp(min=0).unsqueeze(0)).squeeze(0) for t in (table, *others)]
-        return [*(torch.where(row >= 0, t, math.nan) for t in picked), width / _WIDE]
-
-    value, largest, typical, off = best(value, off_value, *scatter)
-    slope, off_slope = best(slope, off_slope)
-    return Fit(value, off, slope, off_slope, largest, typical)
-
-
-def _polynomial(values: Tensor, unit: float, design: _Design) -> tuple[Tensor, ...]:
-    """Value and slope at 0, each with its standard error; the largest and the median residual.
-
-    Neighbors on the same step of a staircase have the same error and count as one value. If values
-    rarely change, their uncertainty is their range, and that of slopes follows from it.
-    """
-    powers, inverse = (t.to(values.device) for t in design)
-    coefficients = inverse @ values
-    off = values - powers @ coefficients
-    changes = (values[1:] != values[:-1]).sum(0)
-    squares = off.square().sum(0)
-    alike = ((off[1:] * off[:-1]).sum(0) / squares).nan_to_num(0.0).clamp(0.0, _MOST_ALIKE)
-    sigma = (squares / (len(off) - powers.shape[1]) * (1 + alike) / (1 - alike)).sqrt()
-    span = values.amax(0) - values.amin(0)
-    hidden = span + unit * values.abs().amax(0)
-    error, few = inverse.norm(dim=1), changes < _FIT_CHANGES
-    off_value = torch.where(few, span, error[0] * sigma)
-    off_slope = torch.where(few, hidden, error[1] * sigma)
-    size = off.abs()
-    return coefficients[0], off_value, coefficients[1], off_slope, size.amax(0), size.median(0)[0]
 
 
 def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:
@@ -276,7 +177,7 @@ def _noise(ladder: Ladder, estimate: Tensor, unit: float) -> Tensor:
     return largest_below[1:] / step[:-2] + _rounding(ladder, unit)[1:-2]
 
 
-def _most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+def most_certain(estimate: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest uncertainty of consistent estimates, from the smallest step; and its row."""
     low = torch.full_like(estimate[0], -math.inf)
     high, best = -low, -low
@@ -306,9 +207,11 @@ def _kinked(kink: Tensor, noise: Tensor, best_row: Tensor, bound: Tensor) -> Ten
     return (telling.sum(0) > 1) & (least > bound) & (least >= most / 2)
 
 
-def _steepness(ladder: Ladder) -> Tensor:
+def _steepness(
+    ladder: Ladder, choose: Callable[[Tensor, Tensor], Tensor] = torch.maximum
+) -> Tensor:
     """The larger one-sided slope at each step."""
-    return torch.maximum((ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs())
+    return choose((ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs())
 
 
 def _nothing(ladder: Ladder) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nnce.checks._curves import Fit, fit
 from nnce.checks._derivatives import Broken, Derivatives
-from nnce.checks._numerical import Fit, fit, scattered_steps
 
 _COMPUTE: dict[str, Callable[[Derivatives, Tensor, Tensor], Tensor]] = {
     "value": lambda ours, upstream, along: ours.value(),
@@ -34,9 +34,11 @@ class Resolution:
     def of(self, name: str) -> Fit:
         """The curves for values, gradient, tangent or second derivatives, one per element."""
         if name not in self._fits:
-            steps = scattered_steps(self.along.device)
-            values = torch.stack([self._computed(name, step) for step in steps])
-            self._fits[name] = fit(values, self.ours.unit)
+
+            def values(steps: Tensor) -> Tensor:
+                return torch.stack([self._computed(name, step) for step in steps]).unsqueeze(1)
+
+            self._fits[name] = fit(values, self.ours.unit, self.along.device)
         return self._fits[name]
 
     def scatter(self, name: str) -> Tensor:

@@ -82,9 +82,10 @@ class Setting(NamedTuple):
 
         def in_range(factor: float) -> Variation:
             limits, sizes = torch.finfo(self.ours.dtype), (self.first, self.upstream)
-            largest = max(1.0, *(float(t.nan_to_num(0.0).abs().max()) for t in sizes))
-            most = limits.max / _MARGIN / largest
-            size = min(max(abs(factor), _MARGIN * limits.tiny), most)
+            largest = [float(t.nan_to_num(0.0).abs().max()) for t in sizes]
+            most = limits.max / _MARGIN / max(1.0, *largest)
+            least = _MARGIN * limits.tiny / min(1.0, *(size or 1.0 for size in largest))
+            size = min(max(abs(factor), least), most)
             return by(math.copysign(size, factor))
 
         return map(by, FACTORS)

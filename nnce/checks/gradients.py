@@ -42,6 +42,8 @@ _ROUGHLY = 1e-2
 _COARSE = 8
 # Values that deviate from a smooth curve by this fraction of a unit are in low precision.
 _LEAST_SCATTER = 2.0**-6
+# A derivative is 0 if the slopes on both sides are alike, and this many times its uncertainty.
+_CLEARLY = 4
 # Sums in low precision differ by a few units of their largest terms.
 _FEW = 4
 # Summing in a different order changes a sum by a few units in the last place of its largest terms.
@@ -900,11 +902,10 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     found = line.slopes(many, rtol)
     single = line.precision.unit() > EPS
     floor = piece.floor + piece.reordered
-    resolution = torch.zeros_like(computed)
     if single:
         certain, agrees, is_zero, resolution = _compared_coarsely(piece, found, rtol)
     else:
-        certain, agrees = _compared(computed, found, rtol)
+        certain, agrees, resolution = _compared(piece, found, rtol)
         is_zero = (found.zero >= 0) & (computed.abs() <= torch.maximum(floor, found.zero))
     known = found.uncertainty.isfinite() & ~found.kinked
     right = right | (known & (agrees | is_zero))
@@ -929,21 +930,26 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
     return _undecided(piece, found, fades, int(undecided[0])), undecided
 
 
-def _compared(computed: Tensor, found: Slopes, rtol: float) -> tuple[Tensor, Tensor]:
-    """Where a derivative certainly differs from the numerical one, and where the two agree.
+def _compared(piece: _Evidence, found: Slopes, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a derivative certainly differs from the numerical one, where the two agree; and how far
+    the derivative scatters if it is in low precision, relative to the largest.
 
     Near a zero of the derivative, it is enough that the uncertainty is negligible compared with
     nearby slopes.
     """
+    computed = piece.computed
     finite = computed.isfinite()
     difference = (computed - found.derivative).abs()
     size = torch.maximum(torch.where(finite, computed.abs(), 0.0), found.derivative.abs())
-    agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size)
-    certain = found.uncertainty <= _CERTAIN * size
     bound = 2 * found.uncertainty + rtol * size
+    scatter = torch.zeros_like(computed)
+    if piece.line.precision.coarsest() > EPS and not (difference <= rtol * size).all():
+        scatter = piece.own().scatter
+    agrees = finite & (found.uncertainty <= rtol * size) & (difference <= rtol * size + scatter)
+    certain = found.uncertainty <= _CERTAIN * size
     enough = found.uncertainty <= found.nothing
-    differs = ~(difference <= bound)
-    return certain & differs, agrees | (finite & enough & ~differs)
+    differs = ~(difference <= bound + scatter)
+    return certain & differs, agrees | (finite & enough & ~differs), scatter / piece.largest
 
 
 def _compared_coarsely(
@@ -968,7 +974,9 @@ def _compared_coarsely(
     largest = nearby.clamp(min=piece.largest)
     enough = found.uncertainty <= max(_ROUGHLY, _COARSE * unit) * largest
     zero = torch.maximum(found.zero, 2 * found.uncertainty + own.scatter)
-    is_zero = (found.zero >= 0) & (computed.abs() <= zero)
+    turns = found.even & (_CLEARLY * found.uncertainty <= found.nearby)
+    turns &= enough & (found.derivative.abs() <= 2 * found.uncertainty)
+    is_zero = ((found.zero >= 0) | turns) & (computed.abs() <= zero)
     agrees = finite & enough & ~differs & (computed != 0)
     resolution = (2 * found.uncertainty + (rtol + unit) * size + own.scatter) / largest
     return certain & differs, agrees, is_zero, torch.where(agrees, resolution, 0.0)
