@@ -24,7 +24,7 @@ from nnce.experiments.comparison import (
     by_variant,
 )
 from nnce.experiments.epochs import EpochsFile, epoch_row
-from nnce.experiments.estimates import Difference, Estimate
+from nnce.experiments.estimates import CONFIDENCE, Difference, Estimate
 from nnce.experiments.report import Row, table
 from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
@@ -164,6 +164,11 @@ def answer(findings: Findings) -> str:
         if (compared.quadratic_lr, compared.cross_entropy_lr) == (slow, fast)
     )
     first, last = difference["first epoch"], difference["last epoch"]
+    tests = sum(
+        math.isfinite(one.p_holm)
+        for compared in findings.comparisons.values()
+        for one in compared.difference.values()
+    )
     after = f"after {epochs} epochs" if epochs > 1 else "after the first epoch"
     sentence = (
         f"cross-entropy − quadratic, each at its best rate ({fast:g} and {slow:g}): "
@@ -171,18 +176,26 @@ def answer(findings: Findings) -> str:
     )
     if last.n < 2:
         return f"{sentence}; no interval from one seed: use --seeds 8."
-    lines = [f"{sentence} (95 % {_interval(last)}, n = {last.n}): {_verdict(last)}"]
+    lines = [f"{sentence} (95 % {_interval(last)}, n = {last.n}): {_verdict(last, tests)}"]
     if epochs > 1:
         lines.append(
             f"After the first epoch: {_points(first.mean)} (95 % {_interval(first)}): "
-            f"{_verdict(first)}"
+            f"{_verdict(first, tests)}"
         )
     return "\n".join(lines)
 
 
-def _verdict(difference: Difference) -> str:
+def _verdict(difference: Difference, tests: int) -> str:
+    """Conclude from the interval, and from p corrected for the number of tests."""
     if difference.low <= 0 <= difference.high:
         return "no difference shown"
+    if math.isnan(difference.p_holm):
+        return "no p-value, because all differences are equal"
+    if difference.p_holm >= 1 - CONFIDENCE:
+        return (
+            f"no difference shown after correction for {tests} comparisons "
+            f"(p = {difference.p_holm:.2g})"
+        )
     return f"{'cross-entropy' if difference.mean > 0 else 'quadratic'} is better"
 
 
