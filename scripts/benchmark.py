@@ -104,7 +104,7 @@ def answer(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"Fastest peer: {least['peer']}, {least['ratio']:.2f} times nnce's time "
         f"({least['ratio_least']:.2f} to {least['ratio_most']:.2f}; {least['work']}).\n"
-        f"nnce is faster than every peer in {slower} of {len(fastest)} workloads."
+        f"nnce is faster than every peer in {slower} of {report.counted(len(fastest), 'workload')}."
     )
 
 

@@ -27,6 +27,7 @@ from nnce.experiments import (
 )
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
+from nnce.experiments.report import counted
 from nnce.experiments.reproduction import Attempt, Outcome, Spread, repr_without_defaults
 from nnce.experiments.tensorboard import Monitor
 from nnce.training import Settings, parallel
@@ -230,7 +231,7 @@ def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resumin
     """Train all epochs of a row, with a progress bar."""
     epochs, done = settings.epochs, max(0, attempt.next_epoch - 1)
     with command_line.progress(total=epochs, initial=done, unit="epoch") as bar:
-        bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
+        bar.set_description(f"{attempt.row.name}, {counted(len(attempt.runs), 'network')}")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
             if new := attempt.records(epoch):
                 monitor.log(*new)
@@ -245,7 +246,7 @@ def introduce(work: Work) -> None:
     trial = " (shortened: not the published protocol)" if work.is_trial else ""
     done = f"\nresumed after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
     print(
-        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n"
+        f"{work.table.title}: {rows}, {counted(len(work.seeds), 'start')} each{trial}\n"
         f"{report.describe(work.options.data, work.dataset)}; "
         f"{work.options.dtype} on {report.device_name(work.dataset.train.x.device)}, threads "
         f"{threads}{done}",
@@ -301,7 +302,8 @@ def answer(work: Work) -> str:
     if any(row["verdict"] for row in rows):
         return reproduction.summary(rows)
     reason = "nothing published" if work.compares else "not the published protocol or data"
-    return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {reason}."
+    starts = counted(len(work.seeds), "start")
+    return f"{counted(len(rows), 'row')}, {starts} each, not compared: {reason}."
 
 
 def page(work: Work) -> str:

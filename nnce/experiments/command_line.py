@@ -650,7 +650,7 @@ def announce_threads(options: argparse.Namespace) -> None:
     """Warn if --threads exceeds the number of processors."""
     given, processors = options.threads, os.cpu_count() or 1
     if given is not None and given > processors:
-        print(f"--threads {given}: this machine has {processors} processors", file=sys.stderr)
+        print(f"--threads {given}: processors of this machine: {processors}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- the run's directory

@@ -25,7 +25,7 @@ from nnce.experiments.comparison import (
 )
 from nnce.experiments.epochs import EpochsFile, epoch_row
 from nnce.experiments.estimates import CONFIDENCE, Difference, Estimate
-from nnce.experiments.report import Row, table
+from nnce.experiments.report import Row, counted, table
 from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
 from nnce.training import Record
@@ -169,7 +169,7 @@ def answer(findings: Findings) -> str:
         for compared in findings.comparisons.values()
         for one in compared.difference.values()
     )
-    after = f"after {epochs} epochs" if epochs > 1 else "after the first epoch"
+    after = f"after {counted(epochs, 'epoch')}" if epochs > 1 else "after the first epoch"
     sentence = (
         f"cross-entropy − quadratic, each at its best rate ({fast:g} and {slow:g}): "
         f"{_points(last.mean)} points of test accuracy {after}"
@@ -192,9 +192,9 @@ def _verdict(difference: Difference, tests: int) -> str:
     if math.isnan(difference.p_holm):
         return "no p-value, because all differences are equal"
     if difference.p_holm >= 1 - CONFIDENCE:
+        comparisons = counted(tests, "comparison")
         return (
-            f"no difference shown after correction for {tests} comparisons "
-            f"(p = {difference.p_holm:.2g})"
+            f"no difference shown after correction for {comparisons} (p = {difference.p_holm:.2g})"
         )
     return f"{'cross-entropy' if difference.mean > 0 else 'quadratic'} is better"
 

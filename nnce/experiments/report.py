@@ -191,6 +191,11 @@ def in_percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Format a number with its noun: "1 seed", "1,197 seeds"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def print_end(
     answer: str, results: str, run_dir: Path, curves: Mapping[str, Path] | None = None
 ) -> None:
@@ -224,8 +229,10 @@ def tensorboard_command(folder: Path) -> str:
 
 def describe(name: str, dataset: data.Dataset) -> str:
     """Describe a data set: its name and the number of examples in each split."""
-    train, validation, test = (f"{len(split.x):,}" for split in dataset)
-    return f"{name}: {train} training, {validation} validation and {test} test examples"
+    train, validation, test = (len(split.x) for split in dataset)
+    return (
+        f"{name}: {train:,} training, {validation:,} validation and {counted(test, 'test example')}"
+    )
 
 
 def epoch_line(record: Record) -> str:

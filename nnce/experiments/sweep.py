@@ -19,7 +19,7 @@ from nnce.experiments.comparison_report import joined, percent
 from nnce.experiments.epochs import epoch_row
 from nnce.experiments.estimates import SHARE, Estimate, estimate
 from nnce.experiments.figures import HeatMap
-from nnce.experiments.report import Row, table
+from nnce.experiments.report import Row, counted, table
 from nnce.losses import LOSSES
 from nnce.training.parallel import World
 
@@ -230,7 +230,7 @@ def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
         accuracy = diverged if one.diverged else percent(one.validation, sd=False)
         rows.append({"": place, **one.values, "validation %": accuracy})
     left = len(conclusion.ranked) - len(rows)
-    return joined([table(rows), *([f"{left} more rows in results.md"] if left else [])])
+    return joined([table(rows), *([f"{counted(left, 'more row')} in results.md"] if left else [])])
 
 
 def heat_map(conclusion: Conclusion) -> HeatMap | None:
