@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows=rows,
             answer=answer(rows),
         )
-        print(report.table([readable(row) for row in rows]))
-        report.print_end(answer(rows), "Results", run_dir, curves={})
+        table = report.table([readable(row) for row in rows])
+        report.print_results(answer(rows), table, "Results", run_dir, curves={})
     wrong = [row for row in rows if complaint(row)]
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)

@@ -201,8 +201,8 @@ def write_sweep(
         figure = figures.heat_map(accuracies)
         report.write_figure(run_dir / "heat-map.png", figure, dpi=90)
         results = "Results (results.md, epochs.csv, heat-map.png)"
-    print(f"\n{answer}\n\n{sweep.ranking(conclusion)}\n\n{seconds:.1f} s")
-    report.print_end(answer, results, run_dir, curves={})
+    tables = f"{sweep.ranking(conclusion)}\n\n{seconds:.1f} s"
+    report.print_results(answer, tables, results, run_dir, curves={})
 
 
 def run(training: "Training", run_dir: Path, command: str) -> None:
@@ -222,10 +222,9 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
     if log.finished >= 1:
         kept = f"epochs 0 to {log.finished} are in the table; "
         answer = comparison_report.answer(findings)
-        print(f"\n{answer}\n\n{comparison_report.overview(findings)}\n")
-        print(training.costs.summary(runs, log))
+        tables = f"{comparison_report.overview(findings)}\n\n{training.costs.summary(runs, log)}"
         results = "results.md (all differences, p-values), epochs.csv and plots"
-        report.print_end(answer, results, run_dir, log.folders)
+        report.print_results(answer, tables, results, run_dir, log.folders)
     ending.close(f"Interrupted; {kept}resume with:")
 
 

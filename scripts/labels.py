@@ -633,12 +633,11 @@ def learn(learning: Learning, run_dir: Path) -> None:
         interrupted=ending.stopped is not None,
         memory=memory,
     )
-    print(f"\n{report.table([readable(row) for row in rows])}\n")
-    print(f"{learning.seconds:.1f} s")
+    table = f"{report.table([readable(row) for row in rows])}\n\n{learning.seconds:.1f} s"
     if learning.epoch:
         path = command_line.from_here(run_dir / MODEL)
         conclusion += f"\nModel: labels.load_model({path!r})"
-    report.print_end(conclusion, "Results", run_dir)
+    report.print_results(conclusion, table, "Results", run_dir)
     ending.close(f"Interrupted after step {len(learning.losses):,}; resume with:")
 
 

@@ -223,8 +223,8 @@ def run(work: Work, run_dir: Path) -> None:
             print(", ".join(f"{name} {value}" for name, value in cells if value), flush=True)
     ending.close("Interrupted; resume with:")
     write(work, run_dir)  # again, in case the run was killed before the last write
-    print(f"\n{page(work)}\n\n{work.seconds:.1f} s")
-    report.print_end(answer(work), "Results and reproduced.png", run_dir)
+    tables = f"{page(work)}\n\n{work.seconds:.1f} s"
+    report.print_results(answer(work), tables, "Results and reproduced.png", run_dir)
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:

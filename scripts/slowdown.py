@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epochs=[story._asdict() for story in stories],
         )
         log(stories, run_dir)
-        print(f"\n{report.table([readable(story) for story in stories])}")
-        report.print_end(answer(stories), "Results and single-neuron.png", run_dir)
+        table = report.table([readable(story) for story in stories])
+        report.print_results(answer(stories), table, "Results and single-neuron.png", run_dir)
     return 0
 
 

@@ -227,13 +227,12 @@ class Training:
             if records:
                 tables = self._write(monitor, seconds, interrupted=ending.stopped is not None)
         if records:
-            if not self.config["dry_run"]:
-                print(f"\n{self.answer()}")
-            print(f"\n{tables}\n")
-            print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
-            if not self.config["dry_run"]:
-                results = "Results, epochs.csv and learning-curves.png"
-                report.print_end(self.answer(), results, self.run_dir)
+            tables += f"\n\n{seconds:.1f} s in total, {self.training_seconds:.1f} s training"
+            files = "Results, epochs.csv and learning-curves.png"
+            if self.config["dry_run"]:
+                print(f"\n{tables}")
+            else:
+                report.print_results(self.answer(), tables, files, self.run_dir)
         kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
         ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}resume with:")
 

@@ -43,7 +43,9 @@ def test_it_learns_what_was_planted(labels, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "at most" in out and "tensorboard --logdir" in out
     best, usual = (f"{100 * row['precision@1']:.2f} %" for row in (epochs[-1], frequent))
-    (line,) = [line for line in out.splitlines()[-6:] if line.startswith("The top-ranked of ")]
+    before, _, after = out.partition("| epoch ")
+    (line,) = [line for line in before.splitlines() if line.startswith("The top-ranked of ")]
+    assert line in after.splitlines()[-6:]
     assert f"is right for {best} of the test examples after epoch " in line
     assert f"(most frequent label: {usual})" in line
     curves = EventAccumulator(str(tmp_path / "run")).Reload()
