@@ -25,7 +25,7 @@ from nnce.experiments.proof import precision, table
 from nnce.experiments.proof.precision import Measured
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
-from nnce.training import twin
+from nnce.training import Settings, twin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = command_line.device(options.device)
         dataset = command_line.load_data(options)
         x, y = dataset.train
-        sizes = (x.shape[1], *options.hidden, y.shape[1])
+        sizes = (x.shape[1], *Settings(hidden=tuple(options.hidden)).hidden, y.shape[1])
         _memory.check_memory(sizes, dtype=x.dtype, device=device)
         generator = torch.Generator().manual_seed(options.seed)
         network = MLP(sizes, generator=generator, device=device, dtype=x.dtype)

@@ -50,6 +50,14 @@ _DISTORTIONS = {
 _UNDISTORTED = data.Distortion()
 # Options that --config ignores.
 _NOT_FROM_CONFIG = ("run_dir", "name", "resume", "config", "quiet", "dry_run")
+# For each option whose setting has a different name in error messages: that name.
+_SETTINGS = {
+    "lr": "learning rate",
+    "lrs": "learning rate",
+    "max_epochs": "epochs",
+    "train_size": "train size",
+}
+_BEFORE_SETTING = "no |an? |at least one |positive |integer number of "
 # Products of sizes must fit in PyTorch's 64-bit integers.
 _LARGEST = 10**15
 
@@ -247,10 +255,18 @@ class ArgumentParser(argparse.ArgumentParser):
             yield
         except Exception as error:
             is_usage = isinstance(error, ValueError)
-            message = _external_failure(error) or (str(error) if is_usage else None)
+            message = _external_failure(error) or (self._named(str(error)) if is_usage else None)
             if message is None:
                 raise
             self.error(message)
+
+    def _named(self, message: str) -> str:
+        """Replace the setting that a message of the library is about by the option as typed."""
+        names = {action.dest: action.dest for action in self._actions if action.option_strings}
+        names |= {setting: name for name, setting in _SETTINGS.items() if name in names}
+        settings = "|".join(names)
+        pattern = rf"(^expected (?:{_BEFORE_SETTING})*|; use )({settings})\b(?! neurons)"
+        return re.sub(pattern, lambda found: found[1] + option(names[found[2]]), message)
 
     @contextlib.contextmanager
     def run_directory(self, options: argparse.Namespace, name: str, **more: Any) -> Iterator[Path]:

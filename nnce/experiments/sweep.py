@@ -102,12 +102,16 @@ def plan(
     swept, seeds = parse(options.sweep), range(options.seed, options.seed + options.seeds)
     if not 1 <= len(seeds) <= 1_000:
         raise ValueError(f"expected 1 to 1,000 --seeds, got {options.seeds:,}")
+    command_line.settings(argparse.Namespace(**vars(options)))  # errors that no value causes
     planned: list[tuple[Values, list[training.Settings]]] = []
     count = math.prod(map(len, swept.values())) * len(seeds)
     for texts in itertools.product(*swept.values()):
         values = dict(zip(swept, texts, strict=True))
         changed = {name: swept[name][text] for name, text in values.items()}
-        settings = command_line.settings(argparse.Namespace(**{**vars(options), **changed}))
+        try:
+            settings = command_line.settings(argparse.Namespace(**{**vars(options), **changed}))
+        except ValueError as error:
+            raise ValueError(f"--sweep {as_typed(values)}: {error}") from error
         if not planned or "hidden" in swept:
             comparison.check(settings, seeds, dataset, networks=count)
         planned.append((values, [dataclasses.replace(settings, seed=seed) for seed in seeds]))

@@ -92,7 +92,7 @@ def test_the_matrix(check, tmp_path, capsys, monkeypatch):
 def test_bad_input_is_one_line(check, tmp_path, refused):
     (tmp_path / "used").write_text("")
     for options, message in (
-        (["--hidden", "0"], "positive whole sizes"),
+        (["--hidden", "0"], "expected positive --hidden sizes, got (0,)"),
         (["--run-dir", str(tmp_path)], "already used"),
     ):
         assert message in refused(check.main, *options)

@@ -268,9 +268,15 @@ def test_a_run_with_another_protocol_cannot_be_gone_on_with(
         (("nielsen", "N9"), "expected a row of nielsen out of N1, N2"),
         (("nielsen", "N8x"), "did you mean N8"),
         (("nielsen", "--seeds", "0"), "expected 1 to 1,000 --seeds"),
-        (("nielsen", "--seed", "-1", "--data", "digits"), "expected a seed from 0 to 2**32"),
-        (("nielsen", "--seed", str(2**32 - 1), "--data", "digits"), "expected seeds below 2**32"),
-        (("nielsen", "--max-epochs", "0", "--data", "digits"), "expected epochs of at least 1"),
+        (("nielsen", "--seed", "-1", "--data", "digits"), "expected a --seed from 0 to 2**32"),
+        (
+            ("nielsen", "--seed", str(2**32 - 1), "--data", "digits"),
+            "expected all seeds below 2**32",
+        ),
+        (
+            ("nielsen", "--max-epochs", "0", "--data", "digits"),
+            "expected --max-epochs of at least 1",
+        ),
         (("nielsen", "--data-dir", "nowhere"), "mnist is not in nowhere"),
         (("nielsen", "--data", "kmnist", "--data-dir", "nowhere"), "kmnist is not in nowhere"),
     ],
