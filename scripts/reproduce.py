@@ -82,13 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def listing(name: str) -> str:
     """Describe a table and its rows."""
     table = TABLES[name]
-    lines = [f"{name}: {table.title} ({table.measure} in percent)"]
+    cells = [("row", "published, on", "network and training")]
     for row in table.rows:
         figure = "" if row.published is None else f"{row.published:g}, {row.of}"
-        lines.append(
-            f"  {row.name:8}{figure:38}{reproduction.protocol_line(row.settings, 784, 10)}"
-        )
-    return "\n".join(lines)
+        cells.append((row.name, figure, reproduction.protocol_line(row.settings, 784, 10)))
+    lines = [f"  {row:8}{figure:38}{protocol}" for row, figure, protocol in cells]
+    return "\n".join([f"{name}: {table.title} ({table.measure} in percent)", *lines])
 
 
 class Work:

@@ -45,6 +45,9 @@ def test_without_arguments_it_lists_everything(reproduce, capsys):
     assert err == ""
     for name, table in TABLES.items():
         assert f"{name}: {table.title}" in out
+        _, headings, first, *_ = out.partition(f"{name}: ")[2].splitlines()
+        assert headings.split() == ["row", "published,", "on", "network", "and", "training"]
+        assert first[headings.index("network") :].startswith("784-")
         for row in table.rows:
             assert f"  {row.name} " in out and (
                 row.published is None or f"{row.published:g}" in out
