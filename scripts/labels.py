@@ -384,11 +384,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, torch.get_num_threads())
         generator = torch.Generator().manual_seed(options.seed)
         data = load(options, generator)
-        learning = Learning(data, generator, options)
-        if start.found and start.run_dir:
+        if start.found:
             resuming.warn(start.found, ALONE)
-            with resuming.loading():
-                learning.load_state_dict(start.found, start.run_dir)
+        with command_line.announced("creating the classifier", quiet=options.quiet):
+            learning = Learning(data, generator, options)
+            if start.found and start.run_dir:
+                with resuming.loading():
+                    learning.load_state_dict(start.found, start.run_dir)
+            warm_up()
     with start.directory(options_parser, "labels") as run_dir:
         command_line.announce_threads(options)
         learn(learning, run_dir)
@@ -421,7 +424,8 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
     """Draw planted examples, or read the data files and write their binary copies."""
     if options.data_file is None:
         sizes = (options.examples, options.features, options.labels, options.positives)
-        return Data(*planted(*sizes, generator), None, options.labels)
+        with command_line.announced("drawing examples", quiet=options.quiet):
+            return Data(*planted(*sizes, generator), None, options.labels)
     parsed = {}
     read_from = {}
     for path in filter(None, (options.data_file, options.test_file)):
@@ -664,7 +668,6 @@ def introduce(learning: Learning) -> dict[str, float]:
     size = 4 * sum(p.numel() for p in learning.model.parameters()) / 1e6
     # The ranking uses a second block.
     block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
-    warm_up()
     before = resident() / 1e6
     of_adam = 1 if learning.optimizer.state else 3  # resumed averages are already in memory
     bound = before + of_adam * size + block + SLACK_MB

@@ -54,6 +54,13 @@ def test_it_learns_what_was_planted(labels, tmp_path, capsys):
     assert steps == list(range(3))
 
 
+def test_each_part_of_the_start_is_shown_on_a_terminal(labels, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert labels.main([*SMALL, "--run-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert "drawing examples …" in shown and "creating the classifier …" in shown
+
+
 @pytest.mark.slow
 def test_memory_stays_within_what_was_stated(tmp_path):
     """In a process of its own, since a peak is a whole process's."""
