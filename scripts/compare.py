@@ -469,6 +469,8 @@ def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
                 raise ValueError(
                     f"expected --lrs for {' or '.join(map(repr, LOSSES))}, got {text!r}"
                 )
+    for of_loss in lrs.values():
+        command_line.check_distinct("--lrs", of_loss, [f"{lr:g}" for lr in of_loss])
     return lrs
 
 

@@ -289,6 +289,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_distinct(name: str, values: Sequence[object], texts: Sequence[object]) -> None:
+    """Raise ValueError, with the text of the value, if an option has a value twice."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"expected each value of {name} once, got {texts[place]} again")
+
+
 def _whole_number(text: str) -> int:
     """Parse an integer option, and reject numbers beyond ±10¹⁵."""
     number = int(text)

@@ -79,14 +79,15 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
             raise ValueError(f"expected --sweep over options out of {names}, got {option!r}")
         if name in swept or not all(values.split(",")):
             raise ValueError(f"expected each option in --sweep once, as NAME=V,V, got {text!r}")
-        swept[name] = {}
-        for value in values.split(","):
+        texts = values.split(",")
+        found: list[object] = []
+        for value in texts:
             given = [f"{command_line.option(name)}={value}"]
             if name == "hidden" and value[0] != "-":
                 given = ["--hidden", *value.split("-")]
-            parsed = getattr(parser.parse_args(given), name)
-            if parsed not in swept[name].values():
-                swept[name][value] = parsed
+            found.append(getattr(parser.parse_args(given), name))
+        command_line.check_distinct(f"--sweep {option}", found, texts)
+        swept[name] = dict(zip(texts, found, strict=True))
     return swept
 
 

@@ -176,6 +176,8 @@ def test_a_heat_map_has_each_value_in_order_and_the_others_as_chosen(drawn):
         (["lr"], "expected each option in --sweep once, as NAME=V,V, got 'lr'"),
         (["lr=1,"], "expected each option in --sweep once, as NAME=V,V, got 'lr=1,'"),
         (["lr=1", "lr=2"], "expected each option in --sweep once, as NAME=V,V, got 'lr=2'"),
+        (["lr=1,3,1.0"], "expected each value of --sweep lr once, got 1.0 again"),
+        (["hidden=30-5,30-5"], "expected each value of --sweep hidden once, got 30-5 again"),
         (["hidden=10,1000000000000"], "would need"),
         (["lr=1", "--lrs", "3"], "expected --sweep or --lrs, got both"),
         (["lr=1", "--epochs", "0"], "error: expected --epochs of at least 1"),

@@ -391,6 +391,8 @@ def test_interrupted_in_the_first_epoch_there_is_no_table_yet(
         (["--lrs", "fast"], "expected numbers in --lrs, got 'fast'"),
         (["--lrs", "hinge=1"], "--lrs for 'quadratic' or 'cross-entropy', got 'hinge=1'"),
         (["--lrs", "quadratic=1"], "at least one --lrs for loss 'cross-entropy', got none"),
+        (["--lrs", "1", "3", "1.0"], "expected each value of --lrs once, got 1 again"),
+        (["--lrs", "1", "quadratic=1"], "expected each value of --lrs once, got 1 again"),
         (["--lrs", "0"], "expected a positive --lrs, got 0.0"),
         (["--epochs", "0"], "expected --epochs of at least 1"),
         (["--hidden", "1000000000000"], "would need"),

@@ -269,6 +269,7 @@ def test_a_run_with_another_protocol_cannot_be_gone_on_with(
         (("neilsen",), "expected a table out of nielsen"),
         (("neilsen",), "got 'neilsen'; did you mean nielsen?"),
         (("nielsen", "N9"), "expected a row of nielsen out of N1, N2"),
+        (("nielsen", "N1", "N2", "N1"), "expected each row once, got N1 2 times"),
         (("nielsen", "N8x"), "did you mean N8"),
         (("nielsen", "--seeds", "0"), "expected 1 to 1,000 --seeds"),
         (("nielsen", "--seed", "-1", "--data", "digits"), "expected a --seed from 0 to 2**32"),

@@ -105,6 +105,7 @@ def test_each_part_is_shown_on_a_terminal(slowdown, tmp_path, monkeypatch, capsy
         (["--lr", "nan"], "a positive --lr"),
         (["--start", "1", "inf"], "finite numbers for --start"),
         (["--start", "1"], "expected 2 arguments"),
+        (["--start", "1", "2", "--start", "1.0", "2"], "value of --start once, got 1 2 again"),
     ],
 )
 def test_bad_input_is_one_line(slowdown, options, message, refused):
