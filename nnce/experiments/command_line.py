@@ -533,6 +533,10 @@ class _Signals:
             self._waiting = False
             raise KeyboardInterrupt
 
+    def ignore_pending(self) -> None:
+        """Ignore a pending signal, because there is nothing left to stop."""
+        self._waiting = False
+
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Delay signals until the end of the outermost such block."""
@@ -555,6 +559,7 @@ _AT_ONCE = 0.5
 undisturbed = _signals.undisturbed
 waiting = _signals.waiting
 raise_pending = _signals.raise_pending
+ignore_pending = _signals.ignore_pending
 stop = _signals.stop
 
 

@@ -77,6 +77,7 @@ class Start(NamedTuple):
             more["resumed"] = True
         with command_line.undisturbed(), parser.run_directory(options, name, **more) as path:
             yield path
+            command_line.ignore_pending()  # of a run that is finished, with everything written
 
 
 def start(
@@ -286,12 +287,16 @@ class Saver:
             command_line.raise_pending()
 
     def after(self, epoch: int, *, is_last: bool) -> None:
-        """Save if a checkpoint is due, and stop if a signal is pending; call after an epoch."""
+        """Save if a checkpoint is due, and stop if a signal is pending; call after an epoch.
+
+        After the last one, a signal is left pending: there may be no step left to stop before.
+        """
         due = self._world.largest(int(self._is_time()))
         at_epoch = bool(epoch and self._epochs and epoch % self._epochs == 0)
         if due or at_epoch or is_last:
             self.save()
-        self.between(ask=1)
+        if not is_last:
+            self.between(ask=1)
 
     def _is_time(self) -> bool:
         return time.monotonic() - self._saved >= self._seconds

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -331,6 +332,28 @@ def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys)
     results = json.loads((run_dir / "results.json").read_text())
     assert results["interrupted"] and len(results["epochs"]) == 3
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
+
+
+@pytest.mark.parametrize("during", ["epoch_row", "figures"])
+def test_a_signal_in_a_run_that_is_finished_stops_nothing(during, train, tmp_path, monkeypatch):
+    """Before the last checkpoint, or while plotting: everything is written, and the status is 0."""
+    module, name = (train, during) if during == "epoch_row" else (train.figures, "training_curves")
+    work, run_dir = getattr(module, name), tmp_path / "run"
+    signaled = []
+
+    def signal_at_the_end(*arguments):
+        if during == "figures" or arguments[1].epoch == 2:
+            command_line.stop(signal.SIGINT)
+            signaled.append(command_line.waiting())
+        return work(*arguments)
+
+    monkeypatch.setattr(module, name, signal_at_the_end)
+    monkeypatch.setattr(command_line._signals, "first", None)
+    assert train.main(["--epochs", "2", "--train-size", "20", "--run-dir", str(run_dir)]) == 0
+    assert signaled == [signal.SIGINT] and command_line.waiting() == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    assert not results["interrupted"] and len(results["epochs"]) == 3
+    assert (run_dir / "learning-curves.png").exists()
 
 
 def program(*options, **more):
