@@ -282,6 +282,34 @@ def _difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
     ]
 
 
+def _engine_rows(findings: Findings) -> list[Row]:
+    """Rows of the table of differences between the engines and autograd."""
+    return [
+        {
+            "loss": difference.loss,
+            "engine": difference.engine,
+            "steps": difference.steps,
+            "largest difference of a parameter": f"{difference.difference:.1e}",
+        }
+        for difference in findings.engines
+    ]
+
+
+def _control_rows(findings: Findings) -> list[Row]:
+    """Rows of the table of differences between the controls and the networks they repeat."""
+    return [
+        {
+            "loss": difference.loss,
+            "rate": f"{difference.lr:g}",
+            "seed": difference.seed,
+            "first epoch": _points(difference.first_epoch),
+            "last epoch": _points(difference.last_epoch),
+            "largest": f"{100 * difference.largest:.2f}",
+        }
+        for difference in findings.controls
+    ]
+
+
 def page(findings: Findings, dtype: str) -> str:
     """Markdown page with the answer, all tables and explanations."""
     parts = [
@@ -301,32 +329,12 @@ def page(findings: Findings, dtype: str) -> str:
             table(differences),
             READING,
         ]
-    if findings.engines:
-        rows: list[Row] = [
-            {
-                "loss": difference.loss,
-                "engine": difference.engine,
-                "steps": difference.steps,
-                "largest difference of a parameter": f"{difference.difference:.1e}",
-            }
-            for difference in findings.engines
-        ]
+    if rows := _engine_rows(findings):
         parts += [
             "Difference from autograd after one epoch of at most 2,000 examples in float64:",
             table(rows),
         ]
-    if findings.controls:
-        rows = [
-            {
-                "loss": difference.loss,
-                "rate": f"{difference.lr:g}",
-                "seed": difference.seed,
-                "first epoch": _points(difference.first_epoch),
-                "last epoch": _points(difference.last_epoch),
-                "largest": f"{100 * difference.largest:.2f}",
-            }
-            for difference in findings.controls
-        ]
+    if rows := _control_rows(findings):
         parts += [
             f"Control (autograd, {dtype}) minus the same networks trained by the hand-written "
             f"rules, in points of test accuracy:",

@@ -119,20 +119,27 @@ def start(
     if any(getattr(options, name) for name in positional):  # if any is given, all are
         for name in positional:
             setattr(requested, name, getattr(options, name))
-    for name, value in vars(requested).items():
-        was = getattr(recorded, name)
-        option = name if name in positional else command_line.option(name)
-        if name in _MAY_RISE and value != was and (was is None or value < was):
-            parser.error(
-                f"{option} {value}: may only increase on resuming; the run has {was or 'no limit'}"
-            )
-        if value != was and name not in _MAY_CHANGE:
-            parser.error(
-                f"{option} {_as_typed(value)}: the run in {run_dir} was started with "
-                f"{_as_typed(was)}; omit it, or start a new run"
-            )
+    try:
+        for name, value in vars(requested).items():
+            typed = name if name in positional else command_line.option(name)
+            _check_change(name, typed, getattr(recorded, name), value, run_dir)
+    except ValueError as error:
+        parser.error(str(error))
     requested.resume = None
     return Start(requested, found, run_dir, found["command"])
+
+
+def _check_change(name: str, typed: str, was: Any, value: Any, run_dir: Path | None) -> None:
+    """Raise ValueError if the value of an option may not change to `value` on resuming."""
+    if name in _MAY_RISE and value != was and (was is None or value < was):
+        raise ValueError(
+            f"{typed} {value}: may only increase on resuming; the run has {was or 'no limit'}"
+        )
+    if value != was and name not in _MAY_CHANGE:
+        raise ValueError(
+            f"{typed} {_as_typed(value)}: the run in {run_dir} was started with "
+            f"{_as_typed(was)}; omit it, or start a new run"
+        )
 
 
 def _run_of_this_job(options: argparse.Namespace) -> Path | None:
