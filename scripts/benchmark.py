@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows=rows,
             answer=answer(rows),
         )
-        print(report.table([readable(row) for row in rows]))
-        report.print_end(answer(rows), "Results", run_dir, curves={})
+        table = report.table([readable(row) for row in rows])
+        report.print_results(answer(rows), table, "Results", run_dir, curves={})
     wrong = [row for row in rows if complaint(row)]
     for row in wrong:
         print(f"{row['work']}, {row['peer']}: {complaint(row)}", file=sys.stderr)
@@ -104,7 +104,7 @@ def answer(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"Fastest peer: {least['peer']}, {least['ratio']:.2f} times nnce's time "
         f"({least['ratio_least']:.2f} to {least['ratio_most']:.2f}; {least['work']}).\n"
-        f"nnce is faster than every peer in {slower} of {len(fastest)} workloads."
+        f"nnce is faster than every peer in {slower} of {report.counted(len(fastest), 'workload')}."
     )
 
 

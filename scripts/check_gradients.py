@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from nnce import _memory, data
 from nnce.algorithm import backprop
@@ -26,7 +25,7 @@ from nnce.experiments.proof import precision, table
 from nnce.experiments.proof.precision import Measured
 from nnce.losses import LOSSES, Loss
 from nnce.modules import MLP
-from nnce.training import twin
+from nnce.training import Settings, twin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = command_line.device(options.device)
         dataset = command_line.load_data(options)
         x, y = dataset.train
-        sizes = (x.shape[1], *options.hidden, y.shape[1])
+        sizes = (x.shape[1], *Settings(hidden=tuple(options.hidden)).hidden, y.shape[1])
         _memory.check_memory(sizes, dtype=x.dtype, device=device)
         generator = torch.Generator().manual_seed(options.seed)
         network = MLP(sizes, generator=generator, device=device, dtype=x.dtype)
@@ -69,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         walked = matrix(table.walked_rows()) if options.matrix else []
         checked = derivatives({**table.rows(), **table.walked_rows()})
         kept, broken = promises(measured, differences, checked)
-
         report.write_results(
             run_dir,
             config=vars(options),
@@ -84,30 +82,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             broken=broken,
         )
         report.write_figure(run_dir / "saturation-atlas.png", atlas, dpi=80)
-        with SummaryWriter(str(run_dir)) as writer:
-            writer.add_figure("saturation atlas", atlas)
-        print_measured(measured)
-        print(f"\n{report.table([*map(readable_difference, differences)])}\n")
-        print(report.table(checked))
-        if cells:
-            print(f"\n{report.table(cells)}\n\n{report.table(walked)}")
-        results = "Results and saturation-atlas.png"
-        report.print_end(answer(kept, broken), results, run_dir, {"In TensorBoard": run_dir})
+        found = [[*map(readable_difference, differences)], checked, cells, walked]
+        tables = [describe(measured), *map(report.table, filter(None, found))]
+        files = "Results and saturation-atlas.png"
+        report.print_results(answer(kept, broken), "\n\n".join(tables), files, run_dir, curves={})
     for promise in broken:
         print(f"{options_parser.prog}: {promise}", file=sys.stderr)
     return 1 if broken else 0
 
 
-def print_measured(measured: Sequence[Measured]) -> None:
-    """Print the errors, and from which z on each other contender is wrong."""
-    print(f"\n{report.table([readable(row) for row in measured])}\n")
+def describe(measured: Sequence[Measured]) -> str:
+    """Table of the errors, and from which z on each other contender is wrong."""
+    lines = [report.table([readable(row) for row in measured]), ""]
     for row in measured:
         if row.by not in precision.OURS and not math.isnan(row.wrong_from):
             zero = "" if math.isnan(row.zero_from) else f", and 0 from z = {row.zero_from:g}"
-            print(
+            lines.append(
                 f"{row.dtype}: {row.by}: {row.quantity} is off by more than 1 % from "
                 f"z = {row.wrong_from:.4g}{zero} (y = 0)"
             )
+    return "\n".join(lines)
 
 
 def measure_everywhere(device: torch.device) -> tuple[list[Measured], "Figure"]:

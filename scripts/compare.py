@@ -30,6 +30,7 @@ from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.comparison import Findings, Run, SideBySide, Variant
 from nnce.experiments.comparison_report import Log
 from nnce.experiments.epochs import as_csv
+from nnce.experiments.report import counted
 from nnce.losses import LOSSES, Loss
 from nnce.training import Settings, parallel
 from nnce.training.parallel import World
@@ -127,10 +128,11 @@ def sweep_all(options_parser: ArgumentParser, start: resuming.Start, world: Worl
     names = "-".join(text.partition("=")[0] for text in options.sweep)
     name = f"sweep-{command_line.data_name(options)}-{names}-seeds{options.seeds}"
     with start.directory(options_parser, name, world=world) as path:
-        groups = f"{len(swept.groups)} groups" if len(swept.groups) > 1 else "one group"
         print(
-            f"{report.describe(options.data, dataset)}\n{len(swept.combinations)} combinations "
-            f"from {options.seeds} starts each: {swept.networks} networks in {groups}",
+            f"{report.describe(options.data, dataset)}\n"
+            f"{counted(len(swept.combinations), 'combination')} from "
+            f"{counted(options.seeds, 'start')} each: {counted(swept.networks, 'network')} in "
+            f"{counted(len(swept.groups), 'group')}",
             flush=True,
         )
         train_sweep(swept, dataset, start, path, world, before)
@@ -199,8 +201,8 @@ def write_sweep(
         figure = figures.heat_map(accuracies)
         report.write_figure(run_dir / "heat-map.png", figure, dpi=90)
         results = "Results (results.md, epochs.csv, heat-map.png)"
-    print(f"\n{answer}\n\n{sweep.ranking(conclusion)}\n\n{seconds:.1f} s")
-    report.print_end(answer, results, run_dir, curves={})
+    tables = f"{sweep.ranking(conclusion)}\n\n{seconds:.1f} s"
+    report.print_results(answer, tables, results, run_dir, curves={})
 
 
 def run(training: "Training", run_dir: Path, command: str) -> None:
@@ -220,10 +222,9 @@ def run(training: "Training", run_dir: Path, command: str) -> None:
     if log.finished >= 1:
         kept = f"epochs 0 to {log.finished} are in the table; "
         answer = comparison_report.answer(findings)
-        print(f"\n{answer}\n\n{comparison_report.overview(findings)}\n")
-        print(training.costs.summary(runs, log))
+        tables = f"{comparison_report.overview(findings)}\n\n{training.costs.summary(runs, log)}"
         results = "results.md (all differences, p-values), epochs.csv and plots"
-        report.print_end(answer, results, run_dir, log.folders)
+        report.print_results(answer, tables, results, run_dir, log.folders)
     ending.close(f"Interrupted; {kept}resume with:")
 
 
@@ -333,7 +334,7 @@ class Training:
             self.saver.save()
         epochs = self.options.epochs
         with tqdm(total=epochs, unit="epoch", disable=None if log else True, leave=False) as bar:
-            bar.set_description(f"{len(self.side_by_side.runs)} networks together")
+            bar.set_description(f"{counted(len(self.side_by_side.runs), 'network')} together")
             with self.costs.of("side by side", log):
                 for epoch in self.side_by_side.epochs(functools.partial(self.saver.between, ask=1)):
                     if log:
@@ -419,7 +420,8 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Trai
     runs = training.side_by_side.runs
     variants = comparison.by_variant(runs)
     threads = command_line.threads(options) or parallel.processors()
-    processes = f" in each of {training.world.size} processes" if training.world.joined else ""
+    world = training.world
+    processes = f" in each of {counted(world.size, 'process', 'processes')}" if world.joined else ""
     after = f"\nresumed after epoch {runs[0].last.epoch}" if runs[0].records else ""
     grids = "; ".join(
         f"{loss} at {', '.join(f'{v.lr:g}' for v in variants if v.loss == loss)}" for loss in LOSSES
@@ -427,8 +429,8 @@ def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Trai
     command_line.announce_threads(options)
     print(
         f"{report.describe(options.data, dataset)}\n"
-        f"{len(runs)} networks {_memory.dashed(runs[0].network.sizes)}, "
-        f"{options.seeds} seeds; {grids}\n{options.dtype} on "
+        f"{counted(len(runs), 'network')} {_memory.dashed(runs[0].network.sizes)}, "
+        f"{counted(options.seeds, 'seed')}; {grids}\n{options.dtype} on "
         f"{report.device_name(dataset.train.x.device)}, threads {threads}{processes}{after}",
         flush=True,
     )
@@ -467,6 +469,8 @@ def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
                 raise ValueError(
                     f"expected --lrs for {' or '.join(map(repr, LOSSES))}, got {text!r}"
                 )
+    for of_loss in lrs.values():
+        command_line.check_distinct("--lrs", of_loss, [f"{lr:g}" for lr in of_loss])
     return lrs
 
 

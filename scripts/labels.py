@@ -31,6 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nnce import LinearSigmoidCrossEntropyLoss, Positives
 from nnce.experiments import command_line, report, resuming
 from nnce.experiments.command_line import ArgumentParser
+from nnce.experiments.report import counted
 from nnce.experiments.timing import resident
 from nnce.labels import blocks
 from nnce.saving import write_whole
@@ -226,7 +227,7 @@ def _parse(lines: Iterable[bytes]) -> tuple[Examples, int, int]:
     for number, line in numbered:
         if number > n + 1:
             if line.strip():
-                raise _BadLine(number, f"expected the file to end after {n:,} examples")
+                raise _BadLine(number, f"expected the file to end after {counted(n, 'example')}")
             continue
         its_labels, its_features, its_values = _example(number, line, features, labels)
         columns.extend(its_features)
@@ -236,7 +237,9 @@ def _parse(lines: Iterable[bytes]) -> tuple[Examples, int, int]:
         positives.extend(its_labels)
     read = len(starts) - 1
     if read < n:
-        raise _BadLine(number, f"expected {n:,} examples, but the file ends after {read:,}")
+        raise _BadLine(
+            number, f"expected {counted(n, 'example')}, but the file ends after {read:,}"
+        )
     matrix = scipy.sparse.csr_array((values, columns, starts), shape=(n, features))
     matrix.sort_indices()
     rows, col = (torch.tensor(numbers, dtype=torch.int64) for numbers in (examples, positives))
@@ -381,11 +384,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.set_speed(options, torch.get_num_threads())
         generator = torch.Generator().manual_seed(options.seed)
         data = load(options, generator)
-        learning = Learning(data, generator, options)
-        if start.found and start.run_dir:
+        if start.found:
             resuming.warn(start.found, ALONE)
-            with resuming.loading():
-                learning.load_state_dict(start.found, start.run_dir)
+        with command_line.announced("creating the classifier", quiet=options.quiet):
+            learning = Learning(data, generator, options)
+            if start.found and start.run_dir:
+                with resuming.loading():
+                    learning.load_state_dict(start.found, start.run_dir)
+            warm_up()
     with start.directory(options_parser, "labels") as run_dir:
         command_line.announce_threads(options)
         learn(learning, run_dir)
@@ -418,7 +424,8 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
     """Draw planted examples, or read the data files and write their binary copies."""
     if options.data_file is None:
         sizes = (options.examples, options.features, options.labels, options.positives)
-        return Data(*planted(*sizes, generator), None, options.labels)
+        with command_line.announced("drawing examples", quiet=options.quiet):
+            return Data(*planted(*sizes, generator), None, options.labels)
     parsed = {}
     read_from = {}
     for path in filter(None, (options.data_file, options.test_file)):
@@ -431,8 +438,9 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
         train, (test, *found_sizes) = examples, read_from[options.test_file]
         if found_sizes != [inputs, num_labels]:
             raise ValueError(
-                f"{options.test_file}: expected {inputs:,} features and {num_labels:,} labels like "
-                f"--data-file, got {found_sizes[0]:,} and {found_sizes[1]:,}"
+                f"{options.test_file}: expected {counted(inputs, 'feature')} and "
+                f"{counted(num_labels, 'label')} like --data-file, got {found_sizes[0]:,} and "
+                f"{found_sizes[1]:,}"
             )
     else:
         test, train = _split(examples, options.data_file, generator)
@@ -629,12 +637,11 @@ def learn(learning: Learning, run_dir: Path) -> None:
         interrupted=ending.stopped is not None,
         memory=memory,
     )
-    print(f"\n{report.table([readable(row) for row in rows])}\n")
-    print(f"{learning.seconds:.1f} s")
+    table = f"{report.table([readable(row) for row in rows])}\n\n{learning.seconds:.1f} s"
     if learning.epoch:
         path = command_line.from_here(run_dir / MODEL)
         conclusion += f"\nModel: labels.load_model({path!r})"
-    report.print_end(conclusion, "Results", run_dir)
+    report.print_results(conclusion, table, "Results", run_dir)
     ending.close(f"Interrupted after step {len(learning.losses):,}; resume with:")
 
 
@@ -661,14 +668,13 @@ def introduce(learning: Learning) -> dict[str, float]:
     size = 4 * sum(p.numel() for p in learning.model.parameters()) / 1e6
     # The ranking uses a second block.
     block = 2 * blocks.memory(min(options.batch_size, n), num_labels, options.features) / 1e6
-    warm_up()
     before = resident() / 1e6
     of_adam = 1 if learning.optimizer.state else 3  # resumed averages are already in memory
     bound = before + of_adam * size + block + SLACK_MB
     after = f"\nresumed after step {len(learning.losses):,}" if learning.losses else ""
     print(
-        f"{n:,} training and {len(data.test.positives):,} test examples, {num_labels:,} labels, "
-        f"threads {torch.get_num_threads()}{after}\n"
+        f"{n:,} training and {counted(len(data.test.positives), 'test example')}, "
+        f"{counted(num_labels, 'label')}, threads {torch.get_num_threads()}{after}\n"
         f"memory in MB: {before:,.0f} in use, including {size:,.0f} of parameters; "
         f"{3 * size:,.0f} for gradients and Adam, {block:,.0f} for blocks of labels: at most "
         f"{bound:,.0f} with a margin of {SLACK_MB} (all logits of a mini-batch would take "
@@ -686,8 +692,8 @@ def answer(rows: Sequence[report.Row], num_labels: int, peak: float, bound: floa
     )
     trained = f"after epoch {last['epoch']}" if len(rows) > 1 else "before training"
     return (
-        f"The top-ranked of {num_labels:,} labels is right for {best} of the test examples "
-        f"{trained} (most frequent label: {frequent}).\n"
+        f"The top-ranked of {counted(num_labels, 'label')} is right for {best} of the test "
+        f"examples {trained} (most frequent label: {frequent}).\n"
         f"Peak memory {peak:,.0f} MB, {'within' if peak <= bound else 'MORE THAN'} the "
         f"predicted {bound:,.0f} MB."
     )

@@ -27,6 +27,7 @@ from nnce.experiments import (
 )
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
+from nnce.experiments.report import counted
 from nnce.experiments.reproduction import Attempt, Outcome, Spread, repr_without_defaults
 from nnce.experiments.tensorboard import Monitor
 from nnce.training import Settings, parallel
@@ -81,13 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def listing(name: str) -> str:
     """Describe a table and its rows."""
     table = TABLES[name]
-    lines = [f"{name}: {table.title} ({table.measure} in percent)"]
+    cells = [("row", "published, on", "network and training")]
     for row in table.rows:
         figure = "" if row.published is None else f"{row.published:g}, {row.of}"
-        lines.append(
-            f"  {row.name:8}{figure:38}{reproduction.protocol_line(row.settings, 784, 10)}"
-        )
-    return "\n".join(lines)
+        cells.append((row.name, figure, reproduction.protocol_line(row.settings, 784, 10)))
+    lines = [f"  {row:8}{figure:38}{protocol}" for row, figure, protocol in cells]
+    return "\n".join([f"{name}: {table.title} ({table.measure} in percent)", *lines])
 
 
 class Work:
@@ -222,15 +222,15 @@ def run(work: Work, run_dir: Path) -> None:
             print(", ".join(f"{name} {value}" for name, value in cells if value), flush=True)
     ending.close("Interrupted; resume with:")
     write(work, run_dir)  # again, in case the run was killed before the last write
-    print(f"\n{page(work)}\n\n{work.seconds:.1f} s")
-    report.print_end(answer(work), "Results and reproduced.png", run_dir)
+    tables = f"{page(work)}\n\n{work.seconds:.1f} s"
+    report.print_results(answer(work), tables, "Results and reproduced.png", run_dir)
 
 
 def train(attempt: Attempt, settings: Settings, monitor: Monitor, saver: resuming.Saver) -> None:
     """Train all epochs of a row, with a progress bar."""
     epochs, done = settings.epochs, max(0, attempt.next_epoch - 1)
     with command_line.progress(total=epochs, initial=done, unit="epoch") as bar:
-        bar.set_description(f"{attempt.row.name}, {len(attempt.runs)} networks")
+        bar.set_description(f"{attempt.row.name}, {counted(len(attempt.runs), 'network')}")
         for epoch in attempt.epochs(functools.partial(saver.between, ask=1)):
             if new := attempt.records(epoch):
                 monitor.log(*new)
@@ -245,7 +245,7 @@ def introduce(work: Work) -> None:
     trial = " (shortened: not the published protocol)" if work.is_trial else ""
     done = f"\nresumed after {', '.join(work.outcomes) or 'the start'}" if work._before else ""
     print(
-        f"{work.table.title}: {rows}, {len(work.seeds)} starts each{trial}\n"
+        f"{work.table.title}: {rows}, {counted(len(work.seeds), 'start')} each{trial}\n"
         f"{report.describe(work.options.data, work.dataset)}; "
         f"{work.options.dtype} on {report.device_name(work.dataset.train.x.device)}, threads "
         f"{threads}{done}",
@@ -301,7 +301,8 @@ def answer(work: Work) -> str:
     if any(row["verdict"] for row in rows):
         return reproduction.summary(rows)
     reason = "nothing published" if work.compares else "not the published protocol or data"
-    return f"{len(rows)} rows, {len(work.seeds)} starts each, not compared: {reason}."
+    starts = counted(len(work.seeds), "start")
+    return f"{counted(len(rows), 'row')}, {starts} each, not compared: {reason}."
 
 
 def page(work: Work) -> str:

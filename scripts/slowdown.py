@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 1 <= options.epochs <= 100_000:
             raise ValueError(f"expected 1 to 100,000 --epochs, got {options.epochs:,}")
         starts = [tuple(start) for start in options.start or STARTS]
+        texts = [f"{w:g} {b:g}" for w, b in starts]  # which also name the folders of the curves
+        command_line.check_distinct("--start", texts, texts)
         numbers = torch.tensor([options.lr, *(value for start in starts for value in start)])
         if not (numbers.isfinite().all() and options.lr > 0):
             raise ValueError("expected finite numbers for --start and a positive --lr")
@@ -86,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epochs=[story._asdict() for story in stories],
         )
         log(stories, run_dir)
-        print(f"\n{report.table([readable(story) for story in stories])}")
-        report.print_end(answer(stories), "Results and single-neuron.png", run_dir)
+        table = report.table([readable(story) for story in stories])
+        report.print_results(answer(stories), table, "Results and single-neuron.png", run_dir)
     return 0
 
 

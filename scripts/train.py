@@ -227,13 +227,12 @@ class Training:
             if records:
                 tables = self._write(monitor, seconds, interrupted=ending.stopped is not None)
         if records:
-            if not self.config["dry_run"]:
-                print(f"\n{self.answer()}")
-            print(f"\n{tables}\n")
-            print(f"{seconds:.1f} s in total, {self.training_seconds:.1f} s training")
-            if not self.config["dry_run"]:
-                results = "Results, epochs.csv and learning-curves.png"
-                report.print_end(self.answer(), results, self.run_dir)
+            tables += f"\n\n{seconds:.1f} s in total, {self.training_seconds:.1f} s training"
+            files = "Results, epochs.csv and learning-curves.png"
+            if self.config["dry_run"]:
+                print(f"\n{tables}")
+            else:
+                report.print_results(self.answer(), tables, files, self.run_dir)
         kept = f"epochs 0 to {records[-1].epoch} are kept; " if records else ""
         ending.close(f"Interrupted after step {state.cursor.step:,}; {kept}resume with:")
 
@@ -246,12 +245,14 @@ class Training:
     def answer(self) -> str:
         """Summarize the accuracy of the last and the best network, and how to load them."""
         last, best = self.records[-1], training.best_record(self.records)
-        early = f": no higher validation accuracy in {self.patience} epochs"
+        early = ""
+        if self.stopped_early:
+            early = f": no higher validation accuracy in {report.counted(self.patience, 'epoch')}"
         _, validation, test = map(report.in_percent, best.accuracy.values())
         network, best_one = map(command_line.from_here, (self.network_path, self.best_path))
         return (
             f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch {last.epoch}"
-            f"{early if self.stopped_early else ''}.\n"
+            f"{early}.\n"
             f"Best on validation: {validation} after epoch {best.epoch}, with {test} on test.\n"
             f"Last network: nnce.load({network!r})\nBest network: nnce.load({best_one!r})"
         )
@@ -321,7 +322,8 @@ def introduce(
     config: Mapping[str, object],
 ) -> None:
     """Print a description of the network, the data and the hardware."""
-    processes = f", {state.world.size} processes" if state.world.joined else ""
+    joined = report.counted(state.world.size, "process", "processes")
+    processes = f", {joined}" if state.world.joined else ""
     after = f"\nresumed after step {state.cursor.step:,}" if state.cursor.step else ""
     print(
         f"{report.describe(str(config['data']), dataset)}\n"

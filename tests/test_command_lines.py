@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import re
 import urllib.request
 import warnings
 from collections import Counter
@@ -185,3 +186,23 @@ def test_a_wrong_command_line_is_one_line(name, trials, somewhere, monkeypatch, 
     assert found["refused"] >= trials / 4 and found["valid"] >= 1, found
     assert (somewhere / "folder" / "thesis.tex").read_text() == "precious"
     record_property("trials", dict(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("train", ["--epochs", "3", "--patience", "1", "--lr", "1e-9", "--train-size", "20"]),
+        ("compare", ["--seeds", "1", "--lrs", "1", "--epochs", "1", "--train-size", "20"]),
+        ("compare", ["--seeds", "1", "--sweep", "lr=1", "--epochs", "1", "--train-size", "20"]),
+        ("labels", ["--labels", "1", "--examples", "1", "--positives", "1", "--epochs", "1"]),
+        ("reproduce", ["nielsen", "N1", "--seeds", "1", "--max-epochs", "1", "--train-size", "20"]),
+    ],
+)
+def test_one_is_singular(name, line, tmp_path, capsys):
+    """Counts of 1 are followed by a singular noun in everything that a script prints."""
+    where = ["--run-dir", str(tmp_path / "run")]
+    where += ["--data", "digits"] if name == "reproduce" else []
+    assert killed.loaded(name).main([*line, *where]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\b1 [a-z]+\b", out)
+    assert not re.findall(r"(?<![\d,.])1 (?:\w+ )?[a-z]+[^s\W]s\b", out)

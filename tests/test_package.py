@@ -198,3 +198,19 @@ def test_a_function_of_the_face_shadows_no_file():
     public = {name for name in vars(nnce) if callable(getattr(nnce, name))}
     assert not public & set(FILES)
     assert importlib.metadata.version("nnce") == nnce.__version__
+
+
+def test_every_library_that_is_imported_is_in_an_extra():
+    """But for those that torch, Numba, scikit-learn and torchvision require themselves."""
+    names = {"sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
+    implied = {"torch", "mpmath", "triton", "llvmlite", "numpy", "PIL", "nnce", "startup"}
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    there = set(re.findall(r'"([\w-]+)', extras))
+    for folder in (PACKAGE, ROOT / "scripts"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                found = [node.module] if isinstance(node, ast.ImportFrom) else []
+                found = [a.name for a in node.names] if isinstance(node, ast.Import) else found
+                for name in {part(one) for one in found} - implied - sys.stdlib_module_names:
+                    assert names.get(name, name) in there, f"{path.name} imports {name}"

@@ -50,6 +50,14 @@ _DISTORTIONS = {
 _UNDISTORTED = data.Distortion()
 # Options that --config ignores.
 _NOT_FROM_CONFIG = ("run_dir", "name", "resume", "config", "quiet", "dry_run")
+# For each option whose setting has a different name in error messages: that name.
+_SETTINGS = {
+    "lr": "learning rate",
+    "lrs": "learning rate",
+    "max_epochs": "epochs",
+    "train_size": "train size",
+}
+_BEFORE_SETTING = "no |an? |at least one |positive |integer number of "
 # Products of sizes must fit in PyTorch's 64-bit integers.
 _LARGEST = 10**15
 
@@ -247,10 +255,18 @@ class ArgumentParser(argparse.ArgumentParser):
             yield
         except Exception as error:
             is_usage = isinstance(error, ValueError)
-            message = _external_failure(error) or (str(error) if is_usage else None)
+            message = _external_failure(error) or (self._named(str(error)) if is_usage else None)
             if message is None:
                 raise
             self.error(message)
+
+    def _named(self, message: str) -> str:
+        """Replace the setting that a message of the library is about by the option as typed."""
+        names = {action.dest: action.dest for action in self._actions if action.option_strings}
+        names |= {setting: name for name, setting in _SETTINGS.items() if name in names}
+        settings = "|".join(names)
+        pattern = rf"(^expected (?:{_BEFORE_SETTING})*|; use )({settings})\b(?! neurons)"
+        return re.sub(pattern, lambda found: found[1] + option(names[found[2]]), message)
 
     @contextlib.contextmanager
     def run_directory(self, options: argparse.Namespace, name: str, **more: Any) -> Iterator[Path]:
@@ -271,6 +287,13 @@ class ArgumentParser(argparse.ArgumentParser):
 def option(name: str) -> str:
     """Option of the command line by its name in the parsed options."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_distinct(name: str, values: Sequence[object], texts: Sequence[object]) -> None:
+    """Raise ValueError, with the text of the value, if an option has a value twice."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"expected each value of {name} once, got {texts[place]} again")
 
 
 def _whole_number(text: str) -> int:
@@ -510,6 +533,10 @@ class _Signals:
             self._waiting = False
             raise KeyboardInterrupt
 
+    def ignore_pending(self) -> None:
+        """Ignore a pending signal, because there is nothing left to stop."""
+        self._waiting = False
+
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Delay signals until the end of the outermost such block."""
@@ -532,6 +559,7 @@ _AT_ONCE = 0.5
 undisturbed = _signals.undisturbed
 waiting = _signals.waiting
 raise_pending = _signals.raise_pending
+ignore_pending = _signals.ignore_pending
 stop = _signals.stop
 
 
@@ -650,7 +678,7 @@ def announce_threads(options: argparse.Namespace) -> None:
     """Warn if --threads exceeds the number of processors."""
     given, processors = options.threads, os.cpu_count() or 1
     if given is not None and given > processors:
-        print(f"--threads {given}: this machine has {processors} processors", file=sys.stderr)
+        print(f"--threads {given}: processors of this machine: {processors}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- the run's directory

@@ -166,9 +166,7 @@ def check(
         DataError: the settings distort images, and the data are not square images.
     """
     if seeds.stop > 2**32:
-        raise ValueError(
-            f"expected seeds below 2**32, got {seeds.start} and {seeds.stop - seeds.start} in all"
-        )
+        raise ValueError(f"expected all seeds below 2**32, got {len(seeds)} from {seeds.start} on")
     dataclasses.replace(settings, seed=seeds.start)
     x = dataset.train.x
     check_engine(training.ensemble_engine(settings.engine), x.device, x.dtype)

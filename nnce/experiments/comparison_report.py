@@ -24,8 +24,8 @@ from nnce.experiments.comparison import (
     by_variant,
 )
 from nnce.experiments.epochs import EpochsFile, epoch_row
-from nnce.experiments.estimates import Difference, Estimate
-from nnce.experiments.report import Row, table
+from nnce.experiments.estimates import CONFIDENCE, Difference, Estimate
+from nnce.experiments.report import Row, counted, table
 from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
 from nnce.training import Record
@@ -164,25 +164,38 @@ def answer(findings: Findings) -> str:
         if (compared.quadratic_lr, compared.cross_entropy_lr) == (slow, fast)
     )
     first, last = difference["first epoch"], difference["last epoch"]
-    after = f"after {epochs} epochs" if epochs > 1 else "after the first epoch"
+    tests = sum(
+        math.isfinite(one.p_holm)
+        for compared in findings.comparisons.values()
+        for one in compared.difference.values()
+    )
+    after = f"after {counted(epochs, 'epoch')}" if epochs > 1 else "after the first epoch"
     sentence = (
         f"cross-entropy − quadratic, each at its best rate ({fast:g} and {slow:g}): "
         f"{_points(last.mean)} points of test accuracy {after}"
     )
     if last.n < 2:
         return f"{sentence}; no interval from one seed: use --seeds 8."
-    lines = [f"{sentence} (95 % {_interval(last)}, n = {last.n}): {_verdict(last)}"]
+    lines = [f"{sentence} (95 % {_interval(last)}, n = {last.n}): {_verdict(last, tests)}"]
     if epochs > 1:
         lines.append(
             f"After the first epoch: {_points(first.mean)} (95 % {_interval(first)}): "
-            f"{_verdict(first)}"
+            f"{_verdict(first, tests)}"
         )
     return "\n".join(lines)
 
 
-def _verdict(difference: Difference) -> str:
+def _verdict(difference: Difference, tests: int) -> str:
+    """Conclude from the interval, and from p corrected for the number of tests."""
     if difference.low <= 0 <= difference.high:
         return "no difference shown"
+    if math.isnan(difference.p_holm):
+        return "no p-value, because all differences are equal"
+    if difference.p_holm >= 1 - CONFIDENCE:
+        comparisons = counted(tests, "comparison")
+        return (
+            f"no difference shown after correction for {comparisons} (p = {difference.p_holm:.2g})"
+        )
     return f"{'cross-entropy' if difference.mean > 0 else 'quadratic'} is better"
 
 
@@ -269,6 +282,34 @@ def _difference_rows(comparisons: Mapping[str, Comparison]) -> list[Row]:
     ]
 
 
+def _engine_rows(findings: Findings) -> list[Row]:
+    """Rows of the table of differences between the engines and autograd."""
+    return [
+        {
+            "loss": difference.loss,
+            "engine": difference.engine,
+            "steps": difference.steps,
+            "largest difference of a parameter": f"{difference.difference:.1e}",
+        }
+        for difference in findings.engines
+    ]
+
+
+def _control_rows(findings: Findings) -> list[Row]:
+    """Rows of the table of differences between the controls and the networks they repeat."""
+    return [
+        {
+            "loss": difference.loss,
+            "rate": f"{difference.lr:g}",
+            "seed": difference.seed,
+            "first epoch": _points(difference.first_epoch),
+            "last epoch": _points(difference.last_epoch),
+            "largest": f"{100 * difference.largest:.2f}",
+        }
+        for difference in findings.controls
+    ]
+
+
 def page(findings: Findings, dtype: str) -> str:
     """Markdown page with the answer, all tables and explanations."""
     parts = [
@@ -288,32 +329,12 @@ def page(findings: Findings, dtype: str) -> str:
             table(differences),
             READING,
         ]
-    if findings.engines:
-        rows: list[Row] = [
-            {
-                "loss": difference.loss,
-                "engine": difference.engine,
-                "steps": difference.steps,
-                "largest difference of a parameter": f"{difference.difference:.1e}",
-            }
-            for difference in findings.engines
-        ]
+    if rows := _engine_rows(findings):
         parts += [
             "Difference from autograd after one epoch of at most 2,000 examples in float64:",
             table(rows),
         ]
-    if findings.controls:
-        rows = [
-            {
-                "loss": difference.loss,
-                "rate": f"{difference.lr:g}",
-                "seed": difference.seed,
-                "first epoch": _points(difference.first_epoch),
-                "last epoch": _points(difference.last_epoch),
-                "largest": f"{100 * difference.largest:.2f}",
-            }
-            for difference in findings.controls
-        ]
+    if rows := _control_rows(findings):
         parts += [
             f"Control (autograd, {dtype}) minus the same networks trained by the hand-written "
             f"rules, in points of test accuracy:",

@@ -71,6 +71,8 @@ def find(table: str, rows: Sequence[str] = ()) -> tuple[Table, tuple[Row, ...]]:
     for name in rows:
         if not any(_matches(name, one) for one in names):
             raise _unknown(f"row of {table}", name, names)
+        if rows.count(name) > 1:
+            raise ValueError(f"expected each row once, got {name} {rows.count(name)} times")
     chosen = tuple(
         row for row in found.rows if not rows or any(_matches(name, row.name) for name in rows)
     )

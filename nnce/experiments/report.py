@@ -191,22 +191,28 @@ def in_percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def print_end(
-    answer: str, results: str, run_dir: Path, curves: Mapping[str, Path] | None = None
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Format a number with its noun: "1 seed", "1,197 seeds"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def print_results(
+    answer: str, tables: str, files: str, run_dir: Path, curves: Mapping[str, Path] | None = None
 ) -> None:
-    """Print the last lines of a run: answer, run directory and TensorBoard commands.
+    """Print answer and tables, then the answer again, run directory and TensorBoard commands.
 
     Args:
         answer: the result in one or two sentences.
-        results: description of the files in the run directory.
+        tables: everything else; left out under --quiet.
+        files: description of the files in the run directory.
         run_dir: the run directory.
         curves: TensorBoard folders by title (default: the run directory).
     """
     out = unmuted_stdout()
     if out is not sys.stdout:  # --quiet
-        print(f"{answer}\n{results}: {from_here(run_dir)}", file=out)
+        print(f"{answer}\n{files}: {from_here(run_dir)}", file=out)
         return
-    print(f"\n{answer}\n{results}: {from_here(run_dir)}")
+    print(f"\n{answer}\n\n{tables}\n\n{answer}\n{files}: {from_here(run_dir)}")
     for title, folder in ({"Curves": run_dir} if curves is None else curves).items():
         print(f"{title}: {tensorboard_command(folder)}")
     if curves is None or curves:
@@ -224,8 +230,10 @@ def tensorboard_command(folder: Path) -> str:
 
 def describe(name: str, dataset: data.Dataset) -> str:
     """Describe a data set: its name and the number of examples in each split."""
-    train, validation, test = (f"{len(split.x):,}" for split in dataset)
-    return f"{name}: {train} training, {validation} validation and {test} test examples"
+    train, validation, test = (len(split.x) for split in dataset)
+    return (
+        f"{name}: {train:,} training, {validation:,} validation and {counted(test, 'test example')}"
+    )
 
 
 def epoch_line(record: Record) -> str:

@@ -20,6 +20,7 @@ from nnce.data import Distortion
 from nnce.experiments import comparison, estimates
 from nnce.experiments.comparison import InTurn, Run, SideBySide
 from nnce.experiments.published import Row, Table
+from nnce.experiments.report import counted
 from nnce.modules import MLP
 from nnce.training import Settings
 from nnce.training.schedules import CONSTANT, Schedule
@@ -216,7 +217,8 @@ def summary(rows: Sequence[Mapping[str, object]]) -> str:
     total = sum(map(len, verdicts.values()))
     within = len(verdicts.pop("within", []))
     others = [f"; {verdict} in {', '.join(names)}" for verdict, names in verdicts.items()]
-    of_all = f"{within} of {total} published figures are within the range of our starts"
+    figures = counted(total, "published figure is", "published figures are")
+    of_all = f"{within} of {figures} within the range of our starts"
     return f"{of_all}{''.join(others)}."
 
 
@@ -242,7 +244,7 @@ def protocol_line(settings: Settings, features: int, classes: int) -> str:
     )
     parts = [
         f"{sizes}, {settings.loss}, lr {settings.rate:g}, mini-batch {settings.batch_size}",
-        f"{settings.epochs} epoch{'s' * (settings.epochs > 1)}, weights from {start}",
+        f"{counted(settings.epochs, 'epoch')}, weights from {start}",
         f"λ = {settings.l2:g}" if settings.l2 else "",
         f"momentum {settings.momentum:g}" if settings.momentum else "",
         f"dropout {settings.dropout:g}" if settings.dropout else "",

@@ -77,6 +77,7 @@ class Start(NamedTuple):
             more["resumed"] = True
         with command_line.undisturbed(), parser.run_directory(options, name, **more) as path:
             yield path
+            command_line.ignore_pending()  # of a run that is finished, with everything written
 
 
 def start(
@@ -118,20 +119,27 @@ def start(
     if any(getattr(options, name) for name in positional):  # if any is given, all are
         for name in positional:
             setattr(requested, name, getattr(options, name))
-    for name, value in vars(requested).items():
-        was = getattr(recorded, name)
-        option = name if name in positional else command_line.option(name)
-        if name in _MAY_RISE and value != was and (was is None or value < was):
-            parser.error(
-                f"{option} {value}: may only increase on resuming; the run has {was or 'no limit'}"
-            )
-        if value != was and name not in _MAY_CHANGE:
-            parser.error(
-                f"{option} {_as_typed(value)}: the run in {run_dir} was started with "
-                f"{_as_typed(was)}; omit it, or start a new run"
-            )
+    try:
+        for name, value in vars(requested).items():
+            typed = name if name in positional else command_line.option(name)
+            _check_change(name, typed, getattr(recorded, name), value, run_dir)
+    except ValueError as error:
+        parser.error(str(error))
     requested.resume = None
     return Start(requested, found, run_dir, found["command"])
+
+
+def _check_change(name: str, typed: str, was: Any, value: Any, run_dir: Path | None) -> None:
+    """Raise ValueError if the value of an option may not change to `value` on resuming."""
+    if name in _MAY_RISE and value != was and (was is None or value < was):
+        raise ValueError(
+            f"{typed} {value}: may only increase on resuming; the run has {was or 'no limit'}"
+        )
+    if value != was and name not in _MAY_CHANGE:
+        raise ValueError(
+            f"{typed} {_as_typed(value)}: the run in {run_dir} was started with "
+            f"{_as_typed(was)}; omit it, or start a new run"
+        )
 
 
 def _run_of_this_job(options: argparse.Namespace) -> Path | None:
@@ -286,12 +294,16 @@ class Saver:
             command_line.raise_pending()
 
     def after(self, epoch: int, *, is_last: bool) -> None:
-        """Save if a checkpoint is due, and stop if a signal is pending; call after an epoch."""
+        """Save if a checkpoint is due, and stop if a signal is pending; call after an epoch.
+
+        After the last one, a signal is left pending: there may be no step left to stop before.
+        """
         due = self._world.largest(int(self._is_time()))
         at_epoch = bool(epoch and self._epochs and epoch % self._epochs == 0)
         if due or at_epoch or is_last:
             self.save()
-        self.between(ask=1)
+        if not is_last:
+            self.between(ask=1)
 
     def _is_time(self) -> bool:
         return time.monotonic() - self._saved >= self._seconds

@@ -19,7 +19,7 @@ from nnce.experiments.comparison_report import joined, percent
 from nnce.experiments.epochs import epoch_row
 from nnce.experiments.estimates import SHARE, Estimate, estimate
 from nnce.experiments.figures import HeatMap
-from nnce.experiments.report import Row, table
+from nnce.experiments.report import Row, counted, table
 from nnce.losses import LOSSES
 from nnce.training.parallel import World
 
@@ -79,14 +79,15 @@ def parse(texts: Sequence[str]) -> dict[str, dict[str, object]]:
             raise ValueError(f"expected --sweep over options out of {names}, got {option!r}")
         if name in swept or not all(values.split(",")):
             raise ValueError(f"expected each option in --sweep once, as NAME=V,V, got {text!r}")
-        swept[name] = {}
-        for value in values.split(","):
+        texts = values.split(",")
+        found: list[object] = []
+        for value in texts:
             given = [f"{command_line.option(name)}={value}"]
             if name == "hidden" and value[0] != "-":
                 given = ["--hidden", *value.split("-")]
-            parsed = getattr(parser.parse_args(given), name)
-            if parsed not in swept[name].values():
-                swept[name][value] = parsed
+            found.append(getattr(parser.parse_args(given), name))
+        command_line.check_distinct(f"--sweep {option}", found, texts)
+        swept[name] = dict(zip(texts, found, strict=True))
     return swept
 
 
@@ -102,12 +103,16 @@ def plan(
     swept, seeds = parse(options.sweep), range(options.seed, options.seed + options.seeds)
     if not 1 <= len(seeds) <= 1_000:
         raise ValueError(f"expected 1 to 1,000 --seeds, got {options.seeds:,}")
+    command_line.settings(argparse.Namespace(**vars(options)))  # errors that no value causes
     planned: list[tuple[Values, list[training.Settings]]] = []
     count = math.prod(map(len, swept.values())) * len(seeds)
     for texts in itertools.product(*swept.values()):
         values = dict(zip(swept, texts, strict=True))
         changed = {name: swept[name][text] for name, text in values.items()}
-        settings = command_line.settings(argparse.Namespace(**{**vars(options), **changed}))
+        try:
+            settings = command_line.settings(argparse.Namespace(**{**vars(options), **changed}))
+        except ValueError as error:
+            raise ValueError(f"--sweep {as_typed(values)}: {error}") from error
         if not planned or "hidden" in swept:
             comparison.check(settings, seeds, dataset, networks=count)
         planned.append((values, [dataclasses.replace(settings, seed=seed) for seed in seeds]))
@@ -230,7 +235,7 @@ def ranking(conclusion: Conclusion, most: int = _ROWS_SHOWN) -> str:
         accuracy = diverged if one.diverged else percent(one.validation, sd=False)
         rows.append({"": place, **one.values, "validation %": accuracy})
     left = len(conclusion.ranked) - len(rows)
-    return joined([table(rows), *([f"{left} more rows in results.md"] if left else [])])
+    return joined([table(rows), *([f"{counted(left, 'more row')} in results.md"] if left else [])])
 
 
 def heat_map(conclusion: Conclusion) -> HeatMap | None:

@@ -21,7 +21,7 @@ from nnce._arguments import (
     shape_of,
 )
 from nnce.functional import Reduction
-from nnce.labels.blocks import Options, Wants, default_block, multiplied, walk
+from nnce.labels.blocks import Options, Walk, Wants, default_block, multiplied, walk
 from nnce.labels.function import BlockByBlock, Kind
 from nnce.labels.linear import check_layer, gathered_sizes, linear_sigmoid_cross_entropy
 from nnce.labels.positives import Targets
@@ -154,20 +154,11 @@ class _Ring(NamedTuple):
         dx = x.new_zeros(x.shape, dtype=dtype) if wants_x or wants_scale else None
         db = x.new_zeros((), dtype=torch.float64) if wants_bias else None
         y_here, dy_here = y.contiguous(), y.new_zeros(y.shape, dtype=dtype) if wants_y else None
+        # One loop for all four results, which a split into functions would all pass on.
         for step in range(world):
             owner = (rank - step) % world
-            rows = torch.arange(len(x), device=x.device)
-            labels = rows if owner == rank else torch.full_like(rows, -1)
-            block = walk(
-                scaled,
-                y_here,
-                Targets(None, rows, labels, None, once=True),
-                Options(None if bias is None else bias.expand(len(y_here)), None, None, 0),
-                factor,
-                self.block or default_block(len(x), len(y_here), x.shape[1], self.product_dtype),
-                self.product_dtype,
-                Wants(wants_value, dx is not None, wants_y, wants_bias),
-            )
+            wanted = Wants(wants_value, dx is not None, wants_y, wants_bias)
+            block = self._walk(scaled, y_here, bias, factor, wanted, paired=owner == rank)
             if C is not None:
                 C += cast(Tensor, block.C)
             if dx is not None:
@@ -193,6 +184,30 @@ class _Ring(NamedTuple):
             d_scale,
             db,
             None,
+        )
+
+    def _walk(
+        self,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        factor: Tensor,
+        wants: Wants,
+        *,
+        paired: bool,
+    ) -> Walk:
+        """C and gradients for x here and the y of one process; x and y of its own are paired."""
+        rows = torch.arange(len(x), device=x.device)
+        labels = rows if paired else torch.full_like(rows, -1)
+        return walk(
+            x,
+            y,
+            Targets(None, rows, labels, None, once=True),
+            Options(None if bias is None else bias.expand(len(y)), None, None, 0),
+            factor,
+            self.block or default_block(len(x), len(y), x.shape[1], self.product_dtype),
+            self.product_dtype,
+            wants,
         )
 
     def gradient_kinds(

@@ -81,21 +81,8 @@ def sampled_sigmoid_cross_entropy(
     check_reduction(reduction)
     check_layer(input, linear_weight, linear_bias)
     n, num_labels = len(input), len(linear_weight)
-    for name, labels in (("positives", positives), ("negatives", negatives)):
-        check_whole(name, labels)
-        check_device(name, labels, input.device, like="input")
-        shared = name == "negatives" and labels.dim() == 1
-        if not shared and (labels.dim() not in (1, 2) or labels.shape[0] != n):
-            raise ValueError(
-                f"expected {name} of the {n} examples of input, got shape {shape_of(labels)}"
-            )
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
-            wrong = (labels < -1) | (labels >= num_labels)
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"expected {name} from 0 to {num_labels - 1}, or -1 for none, got "
-                    f"{some_of(labels[wrong])}"
-                )
+    _check_labels("positives", positives, input, num_labels)
+    _check_labels("negatives", negatives, input, num_labels)
     log_q = check_weight("log_q", log_q, num_labels, input.device)
     positives = positives.long() if positives.dim() == 2 else positives.long()[:, None]
     negatives = negatives.long()
@@ -118,3 +105,21 @@ def sampled_sigmoid_cross_entropy(
     if reduction == "none":
         return C.sum(1)
     return C.sum() / (named.sum() if reduction == "mean" else n if reduction == "batchmean" else 1)
+
+
+def _check_labels(name: str, labels: Tensor, input: Tensor, num_labels: int) -> None:
+    """Raise TypeError or ValueError unless these are label numbers of the input's examples."""
+    check_whole(name, labels)
+    check_device(name, labels, input.device, like="input")
+    n, shared = len(input), name == "negatives" and labels.dim() == 1
+    if not shared and (labels.dim() not in (1, 2) or labels.shape[0] != n):
+        raise ValueError(
+            f"expected {name} of the {n} examples of input, got shape {shape_of(labels)}"
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
+        wrong = (labels < -1) | (labels >= num_labels)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"expected {name} from 0 to {num_labels - 1}, or -1 for none, got "
+                f"{some_of(labels[wrong])}"
+            )

@@ -317,6 +317,33 @@ def test_the_answer_says_which_is_better(gain, verdict, digits):
     assert second.startswith("After the first epoch: ")
 
 
+@pytest.mark.parametrize(
+    ("lrs", "gains", "verdict"),
+    [
+        ([3.0], (0.10, 0.12, 0.14), "cross-entropy is better"),  # p = 0.0092, three times
+        (
+            [1.0, 3.0],
+            (0.10, 0.12, 0.14),
+            "no difference shown after correction for 6 comparisons (p = 0.055)",
+        ),
+        ([3.0], (0.10, 0.10, 0.10), "no p-value, because all differences are equal"),
+    ],
+)
+def test_the_answer_claims_no_more_than_the_corrected_p(lrs, gains, verdict, digits):
+    """The interval of each difference alone excludes 0."""
+    runs = [
+        run(loss, lr, seed, [0.1, 0.5 + has * gain, 0.6 + 0.01 * lr + has * noise])
+        for loss, has in (("quadratic", 0), ("cross-entropy", 1))
+        for lr in lrs
+        for seed, (gain, noise) in enumerate(
+            zip(gains if lr == 3.0 else (0.01, -0.01, 0.02), (0.01, -0.01, 0.005), strict=True)
+        )
+    ]
+    findings = comparison.conclude(runs, [], digits)
+    assert findings.comparisons["best: 3 and 3"].difference["first epoch"].low > 0
+    assert comparison_report.answer(findings).endswith(f": {verdict}")
+
+
 def test_the_overview_is_at_most_100_columns_wide(digits):
     """Also where intervals are long, marked and of the best rate."""
     curves = {0: [0.1, 0.2, 1.0], 1: [0.1, 0.2, 1.0], 2: [0.1, 0.2, 0.7]}

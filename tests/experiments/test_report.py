@@ -137,13 +137,13 @@ def test_figures_by_class_are_scikit_learns(generator):
 
 def test_the_end_names_folders_inside_the_run(tmp_path, capsys):
     """Wherever it is: the neighbors of a run are none of its curves."""
-    report.print_end("It works.", "Results", tmp_path / "x")
+    report.print_results("It works.", "| 1 |", "Results", tmp_path / "x")
     out = capsys.readouterr().out
-    assert out.startswith("\nIt works.\n")
+    assert out.startswith("\nIt works.\n\n| 1 |\n\nIt works.\nResults: ")
     (command,) = [line for line in out.splitlines() if "--logdir" in line]
     assert command.endswith(f"tensorboard --logdir {tmp_path / 'x'}")
     assert "http://localhost:6006/?smoothing=0&tagFilter=" in out and out.count("#timeseries") == 1
-    report.print_end("It works.", "Results", tmp_path / "x", curves={})
+    report.print_results("It works.", "| 1 |", "Results", tmp_path / "x", curves={})
     assert "tensorboard" not in capsys.readouterr().out
 
 

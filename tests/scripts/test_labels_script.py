@@ -43,13 +43,22 @@ def test_it_learns_what_was_planted(labels, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "at most" in out and "tensorboard --logdir" in out
     best, usual = (f"{100 * row['precision@1']:.2f} %" for row in (epochs[-1], frequent))
-    (line,) = [line for line in out.splitlines()[-6:] if line.startswith("The top-ranked of ")]
+    before, _, after = out.partition("| epoch ")
+    (line,) = [line for line in before.splitlines() if line.startswith("The top-ranked of ")]
+    assert line in after.splitlines()[-6:]
     assert f"is right for {best} of the test examples after epoch " in line
     assert f"(most frequent label: {usual})" in line
     curves = EventAccumulator(str(tmp_path / "run")).Reload()
     assert {"loss/step", "test/precision@5", "test/nDCG@3"} <= set(curves.Tags()["scalars"])
     steps = [event.step for event in curves.Scalars("loss/step")]
     assert steps == list(range(3))
+
+
+def test_each_part_of_the_start_is_shown_on_a_terminal(labels, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert labels.main([*SMALL, "--run-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert "drawing examples …" in shown and "creating the classifier …" in shown
 
 
 @pytest.mark.slow

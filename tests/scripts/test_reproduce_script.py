@@ -45,6 +45,9 @@ def test_without_arguments_it_lists_everything(reproduce, capsys):
     assert err == ""
     for name, table in TABLES.items():
         assert f"{name}: {table.title}" in out
+        _, headings, first, *_ = out.partition(f"{name}: ")[2].splitlines()
+        assert headings.split() == ["row", "published,", "on", "network", "and", "training"]
+        assert first[headings.index("network") :].startswith("784-")
         for row in table.rows:
             assert f"  {row.name} " in out and (
                 row.published is None or f"{row.published:g}" in out
@@ -266,11 +269,18 @@ def test_a_run_with_another_protocol_cannot_be_gone_on_with(
         (("neilsen",), "expected a table out of nielsen"),
         (("neilsen",), "got 'neilsen'; did you mean nielsen?"),
         (("nielsen", "N9"), "expected a row of nielsen out of N1, N2"),
+        (("nielsen", "N1", "N2", "N1"), "expected each row once, got N1 2 times"),
         (("nielsen", "N8x"), "did you mean N8"),
         (("nielsen", "--seeds", "0"), "expected 1 to 1,000 --seeds"),
-        (("nielsen", "--seed", "-1", "--data", "digits"), "expected a seed from 0 to 2**32"),
-        (("nielsen", "--seed", str(2**32 - 1), "--data", "digits"), "expected seeds below 2**32"),
-        (("nielsen", "--max-epochs", "0", "--data", "digits"), "expected epochs of at least 1"),
+        (("nielsen", "--seed", "-1", "--data", "digits"), "expected a --seed from 0 to 2**32"),
+        (
+            ("nielsen", "--seed", str(2**32 - 1), "--data", "digits"),
+            "expected all seeds below 2**32",
+        ),
+        (
+            ("nielsen", "--max-epochs", "0", "--data", "digits"),
+            "expected --max-epochs of at least 1",
+        ),
         (("nielsen", "--data-dir", "nowhere"), "mnist is not in nowhere"),
         (("nielsen", "--data", "kmnist", "--data-dir", "nowhere"), "kmnist is not in nowhere"),
     ],

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -232,13 +233,13 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lr", "0"], "positive learning rate, got 0.0"),
+        (["--lr", "0"], "expected a positive --lr, got 0.0"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
-        (["--batch-size", "0"], "batch_size of at least 1, a whole number, got 0"),
-        (["--epochs", "-1"], "epochs of at least 1, a whole number, got -1"),
-        (["--hidden", "30", "0"], "positive hidden sizes, got (30, 0)"),
-        (["--train-size", "2000"], "at most 1,197 for digits, got 2,000"),
-        (["--train-size", "0"], "at least 1, a whole number, got 0"),
+        (["--batch-size", "0"], "expected --batch-size of at least 1, a whole number, got 0"),
+        (["--epochs", "-1"], "expected --epochs of at least 1, a whole number, got -1"),
+        (["--hidden", "30", "0"], "expected positive --hidden sizes, got (30, 0)"),
+        (["--train-size", "2000"], "a --train-size of at most 1,197 for digits, got 2,000"),
+        (["--train-size", "0"], "a --train-size of at least 1, a whole number, got 0"),
         (["--data", "cifar"], "data sets digits, mnist, fashion-mnist, kmnist, got 'cifar'"),
         (["--loss", "hinge"], "invalid choice: 'hinge'"),
         (["--engine", "magic"], "invalid choice: 'magic'"),
@@ -249,10 +250,14 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--threads", "0"], "1 to 1,024 --threads, got 0"),
         (["--matmul-precision", "low"], "invalid choice: 'low'"),
-        (["--engine", "backprop", "--optimizer", "adam"], "use engine 'functions'"),
-        (["--optimizer", "adam", "--momentum", "0.9"], "no momentum for optimizer 'adam'"),
+        (["--engine", "backprop", "--optimizer", "adam"], "use --engine 'functions'"),
+        (["--dropout", "0.5", "--engine", "loops"], "expected no --dropout for engine 'loops'"),
+        (["--dropout", "0.5", "--hidden"], "hidden=(); use --input-dropout for dropout of inputs"),
+        (["--input-dropout", "1"], "expected --input-dropout to be a number in [0, 1), got 1.0"),
+        (["--l2", "-1"], "expected --l2 of at least 0, got -1.0"),
+        (["--optimizer", "adam", "--momentum", "0.9"], "no --momentum for optimizer 'adam'"),
         (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, but cpu has"),
-        (["--seed", "-1"], "seed from 0 to 2**32 - 1, got -1"),
+        (["--seed", "-1"], "expected a --seed from 0 to 2**32 - 1, got -1"),
         (
             ["--name", "a/b"],
             "expected a letter or digit, then at most 59 letters, digits or . _ + -, got 'a/b'",
@@ -329,6 +334,28 @@ def test_interrupted_run_keeps_what_it_has(train, tmp_path, monkeypatch, capsys)
     assert nnce.load(run_dir / "network.pt").sizes == (64, 30, 10)
 
 
+@pytest.mark.parametrize("during", ["epoch_row", "figures"])
+def test_a_signal_in_a_run_that_is_finished_stops_nothing(during, train, tmp_path, monkeypatch):
+    """Before the last checkpoint, or while plotting: everything is written, and the status is 0."""
+    module, name = (train, during) if during == "epoch_row" else (train.figures, "training_curves")
+    work, run_dir = getattr(module, name), tmp_path / "run"
+    signaled = []
+
+    def signal_at_the_end(*arguments):
+        if during == "figures" or arguments[1].epoch == 2:
+            command_line.stop(signal.SIGINT)
+            signaled.append(command_line.waiting())
+        return work(*arguments)
+
+    monkeypatch.setattr(module, name, signal_at_the_end)
+    monkeypatch.setattr(command_line._signals, "first", None)
+    assert train.main(["--epochs", "2", "--train-size", "20", "--run-dir", str(run_dir)]) == 0
+    assert signaled == [signal.SIGINT] and command_line.waiting() == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    assert not results["interrupted"] and len(results["epochs"]) == 3
+    assert (run_dir / "learning-curves.png").exists()
+
+
 def program(*options, **more):
     """The script in a process of its own, its output line by line."""
     command = [sys.executable, "-u", str(ROOT / "scripts" / "train.py"), *options]
@@ -375,7 +402,7 @@ def test_as_a_program(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train.py: error: expected a positive learning rate, got -1.0\n"
+    assert done.stderr == "train.py: error: expected a positive --lr, got -1.0\n"
 
 
 def test_a_schedule_and_a_distortion(train, tmp_path, drawn):
@@ -423,11 +450,14 @@ def test_plain_options_are_settings(options, expected, train):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--schedule", "step", "--step-size", "0"), "expected step_size from 1 to 100,000"),
+        (("--schedule", "step", "--step-size", "0"), "expected --step-size from 1 to 100,000"),
         (("--schedule", "linear"), "argument --schedule: invalid choice: 'linear'"),
-        (("--gamma", "0.3"), "expected no gamma for schedule 'constant', got 0.3"),
-        (("--schedule", "cosine", "--warmup", "30"), "expected cosine_epochs from 1 to 100,000"),
-        (("--schedule", "cosine", "--cosine-epochs", "3"), "a positive rate for all 30 epochs"),
+        (("--gamma", "0.3"), "expected no --gamma for schedule 'constant', got 0.3"),
+        (("--schedule", "cosine", "--warmup", "30"), "expected --cosine-epochs from 1 to 100,000"),
+        (
+            ("--schedule", "cosine", "--cosine-epochs", "3"),
+            "a --schedule that leaves a positive rate for all 30 epochs",
+        ),
         (("--elastic=-1",), "argument --elastic: expected a number from 0 to 1e+06, got -1.0"),
         (("--elastic-sigma", "0"), "argument --elastic-sigma: expected a number from 0.1 to"),
         (("--rotation", "far"), "argument --rotation: could not convert string to float: 'far'"),

@@ -185,7 +185,7 @@ def test_what_is_wrong_is_said_once(tmp_path):
     _, err = job.communicate(timeout=120)
     assert job.returncode != 0
     assert err.count("train.py: error: ") == 1
-    assert "expected an engine other than 'loops' for several processes" in err
+    assert "expected an --engine other than 'loops' for several processes" in err
 
 
 @pytest.fixture

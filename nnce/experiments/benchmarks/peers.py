@@ -353,6 +353,20 @@ def func_vmap(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     return _epoch(work, x, y, step), lambda: [p[0] for p in parameters.values()]
 
 
+def _jax_gradient(jax: Any) -> Any:
+    """Gradient of the cross-entropy with respect to the weights and biases of a network."""
+
+    def loss(parameters: Any, x: Array, y: Array) -> Array:
+        a = x
+        for W, b in parameters[:-1]:
+            a = jax.nn.sigmoid(a @ W.T + b)
+        W, b = parameters[-1]
+        z = a @ W.T + b
+        return (jax.nn.softplus(z) - y * z).sum() / len(x)
+
+    return jax.grad(loss)
+
+
 def jax_scan(
     work: Work, x: Tensor, y: Tensor, networks: list[MLP], *, side_by_side: bool = False
 ) -> Ready:
@@ -369,15 +383,7 @@ def jax_scan(
         parameters = _arrays(networks[0])
     parameters = jax.tree.map(jnp.asarray, parameters)
 
-    def loss(parameters: Any, x: Array, y: Array) -> Array:
-        a = x
-        for W, b in parameters[:-1]:
-            a = jax.nn.sigmoid(a @ W.T + b)
-        W, b = parameters[-1]
-        z = a @ W.T + b
-        return (jax.nn.softplus(z) - y * z).sum() / len(x)
-
-    gradient: Any = jax.grad(loss)
+    gradient = _jax_gradient(jax)
     if side_by_side:
         examples = 0 if work.own_orders and len(networks) > 1 else None
         gradient = jax.vmap(gradient, in_axes=(0, examples, examples))
