@@ -21,7 +21,7 @@ from nnce.kernels import fused
 from nnce.kernels.fused import Options
 
 triton = pytest.importorskip("triton")
-from nnce.kernels import triton_losses  # noqa: E402
+from nnce.kernels import triton_losses  # noqa: E402  needs Triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
