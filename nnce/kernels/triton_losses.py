@@ -25,7 +25,7 @@ from nnce.losses import Loss
 
 BLOCK = 1024
 """Elements per block."""
-_PROGRAMS = 4096
+PROGRAMS = 4096
 """Maximum number of programs, hence of sums in the first stage."""
 
 # ------------------------------------------------------------------------------ e^x and ln(1+e)
@@ -403,7 +403,7 @@ def forward(
         C = torch.empty_like(z)
         _launch(value, _blocks(n), z, y, C, None, None, n, 1, *chosen, quadratic=quadratic)
         return C, 1.0
-    steps = -(-max(1, _blocks(n)) // _PROGRAMS)
+    steps = -(-max(1, _blocks(n)) // PROGRAMS)
     programs = max(1, -(-_blocks(n) // steps))
     sums = z.new_empty(programs, dtype=torch.float64)
     divisor = 1.0 if reduction == "sum" else float(_rows(z, reduction)[0])
