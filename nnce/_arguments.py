@@ -21,14 +21,14 @@ def is_integer(value: object) -> TypeGuard[int]:
     """Whether value is an integer, of Python or another library, and not a bool."""
     if isinstance(value, bool):
         return False
-    return isinstance(value, int) or isinstance(value, numbers.Integral)  # noqa: SIM101
+    return isinstance(value, int) or isinstance(value, numbers.Integral)  # noqa: SIM101  see above
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether value is a real number, of Python or another library, and not a bool."""
     if isinstance(value, bool):
         return False
-    return isinstance(value, (int, float)) or isinstance(value, numbers.Real)  # noqa: SIM101
+    return isinstance(value, (int, float)) or isinstance(value, numbers.Real)  # noqa: SIM101  see above
 
 
 def is_size(value: object) -> TypeGuard[int]:

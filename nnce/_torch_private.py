@@ -133,6 +133,23 @@ def register_collate(kind: type, collate: Callable[..., Any]) -> None:
     default_collate_fn_map[kind] = collate
 
 
+class KeepsMissing(nn.Module):
+    """Module that keeps its own values of the tensors `may_be_missing` if a state_dict lacks them.
+
+    The public hook for this would be pickled with the module, and is missing in older pickles.
+    """
+
+    may_be_missing: tuple[str, ...] = ()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        for name in self.may_be_missing:
+            if getattr(self, name) is not None:
+                state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
 def hooks_of(module: nn.Module) -> list[object]:
     """The hooks of a module, for which PyTorch has no public name."""
     return [

@@ -222,7 +222,9 @@ class MLP(nn.Sequential):
     def __getitem__(self, index: slice | int) -> Any:
         """One layer, or for a slice a plain `torch.nn.Sequential` of layers."""
         if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+            every = self.named_modules(remove_duplicate=False)
+            layers = [(name, layer) for name, layer in every if name and "." not in name]
+            return nn.Sequential(OrderedDict(layers[index]))
         return super().__getitem__(index)
 
     def linears(self) -> list[Linear]:
@@ -248,7 +250,8 @@ class MLP(nn.Sequential):
             if type(layer).forward is not base.forward or "forward" in vars(layer):
                 raise ValueError(f"expected a {base.__name__} whose forward is its own")
         for layer in linears:
-            names = [*layer._parameters, *layer._buffers]
+            own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+            names = [name for name, _ in own]
             if not {"weight"} <= set(names) <= {"weight", "bias"}:
                 raise ValueError(
                     f"expected layers with a weight and a bias of their own, but one has been "

@@ -23,7 +23,7 @@ from nnce.experiments import command_line, pages, report
 from nnce.experiments.benchmarks import checks, labels, losses, networks
 from nnce.experiments.command_line import ArgumentParser
 
-_RUNS = Path(__file__).resolve().parents[1] / "runs"
+RUNS = Path(__file__).resolve().parents[1] / "runs"
 BENCHMARKS = {"networks": networks, "labels": labels, "losses": losses, "checks": checks}
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser()
     options = options_parser.parse_args(arguments)
     if options.page:
-        pages.write_benchmarks(_RUNS, {name: str(m.__doc__) for name, m in BENCHMARKS.items()})
+        pages.write_benchmarks(RUNS, {name: str(m.__doc__) for name, m in BENCHMARKS.items()})
         return 0
     began = time.perf_counter()
     with options_parser.user_errors():

@@ -33,7 +33,7 @@ from nnce.experiments.tensorboard import Monitor
 from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
 
-_RUNS = Path(__file__).resolve().parents[1] / "runs"
+RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 
 def parser() -> ArgumentParser:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = resuming.start(options_parser, arguments, "reproduce.py", ALONE)
     options = start.options
     if options.page:
-        pages.write_reproduced(_RUNS)
+        pages.write_reproduced(RUNS)
         return 0
     if options.table is None:
         print("\n\n".join(map(listing, TABLES)))

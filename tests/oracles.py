@@ -45,14 +45,16 @@ def focal_terms(z, y, focus):
 
     A rounding error of σ(z) − margin, whose terms are σ(z) and the margin, grows by 1 + γ.
     """
-    of_0, of_1 = (
-        rules._terms(z, torch.full_like(z, t), focus, torch.sigmoid, rules.softplus) for t in (0, 1)
-    )
-    gamma, alpha_t, L = focus.gamma(y), focus.alpha_t(y), (1 - y) * of_0.L + y * of_1.L
-    q = ((1 - y) * of_0.q + y * of_1.q).clamp(min=1e-300)
-    dL, dq = (1 - y) * of_0.dL - y * of_1.dL, (1 - y) * of_0.dq - y * of_1.dq
-    blur = (1 + gamma) * (1 - y) * (z.sigmoid() + focus.margin) / of_0.q if focus.margin else 0
-    power = alpha_t * q**gamma * (1 + blur)
+    a, not_a, gamma, margin = z.sigmoid(), (-z).sigmoid(), focus.gamma(y), focus.margin
+    p, dp, L, dL, blur = a, a * not_a, rules.softplus(z), a, 0
+    if margin:
+        p = (a - margin).clamp(min=torch.finfo(z.dtype).tiny)
+        dp = torch.where(a <= margin, 0.0, dp)
+        L, dL = -torch.log1p(-p), dp / (1 - p)
+        blur = (1 + gamma) * (1 - y) * (a + margin) / p
+    L, dL = (1 - y) * L + y * rules.softplus(-z), (1 - y) * dL + y * not_a
+    q, dq = ((1 - y) * p + y * not_a).clamp(min=1e-300), (1 - y) * dp + y * a * not_a
+    power = focus.alpha_t(y) * q**gamma * (1 + blur)
     return rules.weighted(power, L), power * (dL + gamma * rules.weighted(dq, L / q))
 
 

@@ -21,11 +21,6 @@ from nnce.experiments import timing
 from nnce.labels.function import SMALL
 
 
-def resident(which):
-    """VmRSS or VmHWM, its peak, in MB of 10⁶ bytes."""
-    return timing.resident(peak=which == "VmHWM") / 1e6
-
-
 def labels(n, features, num_labels, dtype=torch.float32, autocast=None, walked=None):
     x = torch.randn(n, features).to(dtype).requires_grad_()
     W = torch.empty(num_labels, features).normal_(0, features**-0.5).to(dtype).requires_grad_()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 PACKAGE = ROOT / "nnce"
@@ -106,6 +107,61 @@ def test_an_import_from_above_is_seen(tmp_path):
         "import nnce._memory"
     )
     assert imported(path) == {"training", "nnce", "data", "_memory"}
+
+
+PRIVATE = {
+    name
+    for of in (torch.Tensor, torch.nn.Module(), torch.optim.SGD([torch.zeros(1)]))
+    for name in dir(of)
+    if re.match("_[^_]", name)
+}
+
+
+def private_uses(path):
+    """The uses of PyTorch's private API in a file."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    names = {node.attr for node in attributes if not isinstance(node.ctx, ast.Store)} & PRIVATE
+    names -= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}  # its own
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            names |= {getattr(member, "name", None) for member in node.body} & PRIVATE
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    names |= {ast.unparse(node) for node in attributes}
+    return {
+        name for name in names if name in PRIVATE or re.fullmatch(r"torch[\w.]*\._[^_][\w.]*", name)
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("_torch_private")])
+def test_pytorchs_private_api_is_used_in_one_file(name):
+    assert not private_uses(FILES[name])
+
+
+def test_a_use_of_pytorchs_private_api_is_seen(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text(
+        "from torch._dynamo import reset\nimport torch._C\ntorch.utils._pytree.tree_map\n"
+        "x._version\nself._base = self._base\n"
+        "class Module:\n    def _save_to_state_dict(self): self._modules"
+    )
+    assert private_uses(path) == {
+        *("torch._dynamo.reset", "torch._C", "torch.utils._pytree.tree_map"),
+        *("torch.utils._pytree", "_version", "_save_to_state_dict", "_modules"),
+    }
+
+
+def test_every_exception_from_ruff_has_its_reason():
+    files = [
+        path for folder in ("nnce", "scripts", "tests") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    exceptions = [line for line in lines if re.search("# noqa: [A-Z]", line)]
+    assert exceptions
+    assert not [line for line in exceptions if not re.search("# noqa: [A-Z0-9, ]+  \\w", line)]
 
 
 def required(distribution, seen):

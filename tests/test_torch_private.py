@@ -200,6 +200,26 @@ def test_register_collate():
     assert default_collate([Example(), Example()]) == 2
 
 
+def test_keeps_missing():
+    class Scaled(_torch_private.KeepsMissing):
+        may_be_missing = ("scale", "shift")
+
+        def __init__(self, scale):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.register_buffer("scale", torch.tensor(scale))
+            self.register_buffer("shift", None)
+
+    nested = torch.nn.Sequential(Scaled(2.0), Scaled(3.0))
+    nested.load_state_dict(given := {f"{i}.weight": torch.tensor([5.0]) for i in range(2)})
+    assert len(given) == 2
+    assert [m.scale.item() for m in nested] == [2, 3] and (nested[1].weight == 5).all()
+    nested[0].load_state_dict({"weight": torch.zeros(1), "scale": torch.tensor(4.0)})
+    assert nested[0].scale == 4
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
+        nested[0].load_state_dict({})
+
+
 def test_hooks():
     module, parameter = torch.nn.Linear(2, 1), torch.nn.Parameter(torch.ones(1))
     assert _torch_private.hooks_of(module) == _torch_private.tensor_hooks_of(parameter) == []

@@ -255,7 +255,7 @@ _Part = tuple[Tensor, Tensor]  # images [n, features] in [0, 1], labels [n]
 
 def _digits() -> list[_Part]:
     """scikit-learn's digits, in the parts of `_stratified(labels, _DIGITS_HELD_OUT)`."""
-    if file := _digits_file():
+    if file := digits_file():
         import numpy as np
 
         table = torch.from_numpy(np.loadtxt(file, delimiter=","))
@@ -269,7 +269,7 @@ def _digits() -> list[_Part]:
     return [(x[chosen] / 16, labels[chosen]) for chosen in order.split(sizes)]
 
 
-def _digits_file() -> Path | None:
+def digits_file() -> Path | None:
     """The file in scikit-learn's folder, since the import of scikit-learn would take a second."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:

@@ -5,7 +5,7 @@ in the processor's cache.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
         """Whether there are no weights, no smoothing and no ignored value."""
         return self.weight is self.pos_weight is None and not (self[4] or self.ignores)
 
-    def addresses(self) -> tuple[Any, ...]:
+    def addresses(self) -> tuple[float, ...]:
         """Return the options as a tuple for the compiled kernels."""
         weight, pos_weight = (0 if t is None else t.data_ptr() for t in (self[0], self[2]))
         return (weight, self.weight_period, pos_weight, *self[3:7])

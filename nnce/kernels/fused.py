@@ -235,7 +235,7 @@ def uses_triton(device: torch.device) -> bool:
     if not torch.version.cuda or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401  tried only
     except ImportError:
         return False
     return True
@@ -361,7 +361,7 @@ def _pack(options: Options, z: Tensor, y: Tensor, block: int | None = None) -> P
     )
 
 
-def _addresses(packed: Packed) -> tuple[Any, ...] | None:
+def _addresses(packed: Packed) -> tuple[float, ...] | None:
     return None if packed.is_plain else packed.addresses()
 
 

@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nnce.kernels.chunked import Packed
 from nnce.losses import Loss
 
 BLOCK = 1024
 """Elements per block."""
-_PROGRAMS = 4096
+PROGRAMS = 4096
 """Maximum number of programs, hence of sums in the first stage."""
 
 # ------------------------------------------------------------------------------ e^x and ln(1+e)
@@ -385,11 +386,11 @@ def activation_gradient(z, da, dz, n, BLOCK: tl.constexpr):
 
 # ------------------------------------------------------------------------------------- launches
 
-# options is nnce.kernels.chunked.Packed; tensors are contiguous and on one device.
+# Tensors are contiguous and on one device.
 
 
 def forward(
-    z: Tensor, y: Tensor, options: Any, reduction: str, loss: Loss
+    z: Tensor, y: Tensor, options: Packed, reduction: str, loss: Loss
 ) -> tuple[Tensor, float | Tensor]:
     """Compute a loss, as `nnce.kernels.fused.forward` does.
 
@@ -402,7 +403,7 @@ def forward(
         C = torch.empty_like(z)
         _launch(value, _blocks(n), z, y, C, None, None, n, 1, *chosen, quadratic=quadratic)
         return C, 1.0
-    steps = -(-max(1, _blocks(n)) // _PROGRAMS)
+    steps = -(-max(1, _blocks(n)) // PROGRAMS)
     programs = max(1, -(-_blocks(n) // steps))
     sums = z.new_empty(programs, dtype=torch.float64)
     divisor = 1.0 if reduction == "sum" else float(_rows(z, reduction)[0])
@@ -424,7 +425,7 @@ def forward(
 def backward(
     z: Tensor,
     y: Tensor,
-    options: Any,
+    options: Packed,
     upstream: Tensor,
     divisor: float | Tensor,
     loss: Loss,
@@ -478,7 +479,7 @@ def _rows(z: Tensor, reduction: str) -> tuple[int, int]:
     return z.shape[:-1].numel(), z.shape[-1]
 
 
-def _arguments(options: Any, y: Tensor, n: int) -> tuple[Any, ...]:
+def _arguments(options: Packed, y: Tensor, n: int) -> tuple[Any, ...]:
     """Return the options as kernel arguments: None for an option without effect."""
     weight, period, pos_weight, pos_period, smoothing, ignored, ignores, _ = options
     return (

@@ -16,7 +16,7 @@ No autograd, and no state.
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -110,8 +110,8 @@ class _Rows(NamedTuple):
 def _loss_and_delta_inplace(
     z: Tensor,
     options: Options,
-    negative: Any,
-    positive: Any,
+    negative: Tensor | float | None,
+    positive: Tensor | None,
     factor: Tensor,
     how: _Rows,
 ) -> Tensor | None:
@@ -149,7 +149,7 @@ def _loss_and_delta_inplace(
     return C
 
 
-def _weighted(weight: Any, term: Tensor) -> Tensor:
+def _weighted(weight: Tensor | float, term: Tensor) -> Tensor:
     return rules.weighted(weight, term) if isinstance(weight, Tensor) else term.mul_(weight)
 
 

@@ -1,7 +1,7 @@
 """A linear layer and its cross-entropy as a module, with top-k prediction."""
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from nnce._arguments import (
     plain,
     some_of,
 )
+from nnce._torch_private import KeepsMissing
 from nnce.functional import Reduction, linear
 from nnce.labels.blocks import default_block, examples_at_a_time
 from nnce.labels.linear import (
@@ -29,7 +30,7 @@ from nnce.labels.positives import Target
 from nnce.modules import options_of
 
 
-class LinearSigmoidCrossEntropyLoss(nn.Module):
+class LinearSigmoidCrossEntropyLoss(KeepsMissing):
     """Output layer for many labels with its loss, `linear_sigmoid_cross_entropy`.
 
     z = x Wᵀ + b (equation 1) and C = −Σ [y ln σ(z) + (1−y) ln(1 − σ(z))] (3), using the memory of
@@ -63,6 +64,7 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
     torch.Size([1000, 64])
     """
 
+    may_be_missing = ("label_weight", "pos_weight")  # a torch.nn.Linear's state_dict has neither
     weight: nn.Parameter
     bias: nn.Parameter | None
     label_weight: Tensor | None
@@ -118,15 +120,6 @@ class LinearSigmoidCrossEntropyLoss(nn.Module):
             self.weight.normal_(0, self.in_features**-0.5, generator=generator)
             if self.bias is not None:
                 self.bias.fill_(math.log(prior / (1 - prior)))
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
-        """Keep label weights missing from a state_dict, such as a `torch.nn.Linear`'s."""
-        for name in ("label_weight", "pos_weight"):
-            if getattr(self, name) is not None:
-                state_dict.setdefault(prefix + name, getattr(self, name))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(
         self, input: Tensor, target: Target, example_weight: Tensor | None = None

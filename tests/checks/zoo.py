@@ -497,7 +497,7 @@ class LastCall(Sine):
 class Cached(Sine):
     """Keeps one buffer of cosines for all calls of a shape, overwritten by each forward."""
 
-    buffers: dict = {}  # noqa: RUF012
+    buffers: dict = {}  # noqa: RUF012  a mistake, on purpose
 
     @staticmethod
     def forward(ctx, z):

@@ -36,8 +36,8 @@ def test_digits_split_is_fixed_and_disjoint(digits):
 
 
 def test_digits_are_read_without_scikit_learn_as_with_it(digits, monkeypatch):
-    assert sources._digits_file() is not None
-    monkeypatch.setattr(sources, "_digits_file", lambda: None)
+    assert sources.digits_file() is not None
+    monkeypatch.setattr(sources, "digits_file", lambda: None)
     for ours, theirs in zip(digits, data.load("digits"), strict=True):
         assert torch.equal(ours.x, theirs.x) and torch.equal(ours.y, theirs.y)
 

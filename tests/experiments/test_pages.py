@@ -21,7 +21,7 @@ def copy(tmp_path):
 def test_the_page_of_published_tables_is_generated(script, copy):
     (copy / "reproduced" / "README.md").unlink()
     command = script("reproduce")
-    command._RUNS = copy
+    command.RUNS = copy
     assert command.main(["--page"]) == 0
     page = (copy / "reproduced" / "README.md").read_text(encoding="utf-8")
     assert page == (RUNS / "reproduced" / "README.md").read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def test_a_page_of_benchmarks(script, tmp_path):
     (tmp_path / "benchmarks").mkdir()
     for name in command.BENCHMARKS:
         (tmp_path / "benchmarks" / f"{name}.json").write_text(json.dumps(FOUND))
-    command._RUNS = tmp_path
+    command.RUNS = tmp_path
     assert command.main(["--page"]) == 0
     page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert page.count("## Benchmark of ") == len(command.BENCHMARKS)

@@ -16,7 +16,6 @@ import threading
 from pathlib import Path
 
 import killed
-import peak
 import programs
 import pytest
 import torch
@@ -27,7 +26,7 @@ import nnce
 from nnce import training
 from nnce.data import Distortion
 from nnce.engines import ensemble, products
-from nnce.experiments import command_line, report, resuming
+from nnce.experiments import command_line, report, resuming, timing
 from nnce.training import Settings, checkpoints, parallel
 from nnce.training.schedules import Schedule
 
@@ -716,12 +715,12 @@ def test_nothing_is_left_of_many_epochs_and_resumes(count, train, tmp_path, reco
         assert train.main(["--resume", run_dir, "--epochs", str(number)]) == 0
     gc.collect()  # what earlier tests have left
     handles = len(os.listdir("/proc/self/fd"))
-    threads, memory = threading.active_count(), peak.resident("VmRSS")
+    threads, memory = threading.active_count(), timing.resident()
     for number in range(6, 6 + count):
         assert train.main(["--resume", run_dir, "--epochs", str(number)]) == 0
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= handles
     assert threading.active_count() <= threads
-    grown = peak.resident("VmRSS") - memory
+    grown = (timing.resident() - memory) / 1e6
     record_property("trials", f"{count} resumes, {grown:.1f} MB more")
     assert grown < 5 + 0.1 * count

@@ -21,7 +21,7 @@ from nnce.kernels import fused
 from nnce.kernels.fused import Options
 
 triton = pytest.importorskip("triton")
-from nnce.kernels import triton_losses  # noqa: E402
+from nnce.kernels import triton_losses  # noqa: E402  needs Triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -278,7 +278,7 @@ def test_all_ignored():
 def test_sums_of_many_blocks(monkeypatch):
     """Several blocks to a program, and more sums than the second stage takes at a time."""
     monkeypatch.setattr(triton_losses, "BLOCK", 8)
-    monkeypatch.setattr(triton_losses, "_PROGRAMS", 13)  # of 25 blocks
+    monkeypatch.setattr(triton_losses, "PROGRAMS", 13)  # of 25 blocks
     z, y = 5 * drawn(9, 22), targets(9, 22)
     y[3] = -100
     check(z, y, Options(drawn(22, seed=3).abs(), ignore_index=-100), "mean")

@@ -42,7 +42,7 @@ def test_the_file_is_small_and_has_its_pictures():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_runs_to_the_outputs_in_the_file():
     try:
-        import ipykernel  # noqa: F401
+        import ipykernel  # noqa: F401  tried only
         import nbformat
         from nbclient import NotebookClient
     except ImportError as error:

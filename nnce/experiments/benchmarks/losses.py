@@ -28,7 +28,7 @@ from nnce.kernels import fused
 NNCE, BUILT_IN, COMPILED = "nnce", "built-in", "torch.compile of it"
 NO_NUMBA, TIMM = "nnce without Numba", "timm BinaryCrossEntropy"
 TORCHVISION = "torchvision sigmoid_focal_loss"
-_SHORTEST, _MOST_CALLS = 2_000_000, 300
+SHORTEST, _MOST_CALLS = 2_000_000, 300
 """Smallest number of elements per turn, and largest number of calls to reach it."""
 _SMOOTHING, _IGNORED = 0.1, -1
 
@@ -85,7 +85,7 @@ QUICK = tuple(
 )
 
 
-class _Case:
+class Case:
     """Tensors of a workload, the same for all peers, and the step of each peer."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
@@ -213,7 +213,7 @@ def _kept(step: Step, parameters: set[int]) -> int:
 def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str, Any]]:
     """Measure one workload: one row per peer."""
     torch.compiler.reset()  # compiled code of other sizes counts against a limit
-    case, rows = _Case(work, device), {}
+    case, rows = Case(work, device), {}
     steps = {peer: case.step(peer) for peer in (NNCE, *work.peers)}
     for peer, step in steps.items():
         rows[peer] = {
@@ -234,7 +234,7 @@ def measure(work: Work, device: torch.device, repetitions: int) -> list[dict[str
         if work.kind != "no_grad":
             rows[peer]["kept"] = _kept(step, case.parameters)
     of_built_in = rows[work.peers[0]]["kept"]
-    times = max(1, min(_SHORTEST // math.prod(work.shape), _MOST_CALLS))
+    times = max(1, min(SHORTEST // math.prod(work.shape), _MOST_CALLS))
     found = {peer: step for peer, step in steps.items() if step is not None}
     seconds = in_turns(found, found.__getitem__, repetitions, device, str(work), times)
     for peer, of_peer in seconds.items():

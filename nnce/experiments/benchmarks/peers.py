@@ -196,7 +196,7 @@ def _gradients_of(twin: nn.Module) -> Callable[..., dict[str, Tensor]]:
 
 def compiled(work: Work, x: Tensor, y: Tensor, networks: list[MLP]) -> Ready:
     """torch.compile of the whole step: forward, backward and update in one graph."""
-    torch._dynamo.reset()  # code compiled for other workloads counts towards a limit
+    torch.compiler.reset()  # code compiled for other workloads counts towards a limit
     twin = torch_twin(networks[0])
     parameters = {name: p.detach() for name, p in twin.named_parameters()}
     gradients = _gradients_of(twin)

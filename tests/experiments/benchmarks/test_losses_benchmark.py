@@ -12,7 +12,7 @@ KINDS = ("boolean target", "options", "ignore_index", "no_grad", "Sigmoid", "foc
 
 
 def rows_of(work, monkeypatch):
-    monkeypatch.setattr(losses, "_SHORTEST", 1)
+    monkeypatch.setattr(losses, "SHORTEST", 1)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(losses, "WORKS", (work,))
     options = argparse.Namespace(quick=False, repetitions=2)
@@ -49,7 +49,7 @@ def test_memory_kept_for_the_backward(monkeypatch):
 
 def test_the_built_in_with_options_is_the_same_loss(monkeypatch):
     for kind in ("options", "ignore_index"):
-        case = losses._Case(Work((40, 30), kind=kind), torch.device("cpu"))
+        case = losses.Case(Work((40, 30), kind=kind), torch.device("cpu"))
         gradients = []
         for peer in (losses.NNCE, losses.BUILT_IN):
             case.step(peer)()
