@@ -18,6 +18,8 @@ from nnce.checks._numerical import most_certain
 _LARGEST, _OCTAVES, _STEPS = 2.0, 12, 10
 _CLOSER = 2.0**-9
 _DEGREES = (7, 5)
+# The interval in which kinks are sought: a 16th of the size of x.
+_SMALL = 5
 # A polynomial needs at least this many values, an interval of this many units in the last place of
 # x, and in each row this many changes between neighbors.
 _LEAST, _UNITS, _CHANGES = 32, 64, 8
@@ -66,6 +68,18 @@ def fit(values_at: Callable[[Tensor], Tensor], unit: float, device: torch.device
     closer = _fit(values_at(_CLOSER * steps), unit, _CLOSER)
     better = closer.slope_uncertainty < found.slope_uncertainty
     return Fit(*(torch.where(better, c, f) for c, f in zip(closer, found, strict=True)))
+
+
+def small_steps(device: torch.device) -> Tensor:
+    """The steps at which `roughness` expects values."""
+    steps, designs = _steps_and_designs()
+    return steps[designs[_SMALL][1]].to(device)
+
+
+def roughness(values: Tensor) -> Tensor:
+    """How far values [steps, cells] near x are from a polynomial, as where there are kinks."""
+    powers, inverse = (t.to(values.device) for t in _steps_and_designs()[1][_SMALL][2][0])
+    return (values - powers @ (inverse @ values)).abs().amax(0)
 
 
 def _fit(values: Tensor, unit: float, scale: float = 1.0) -> Fit:

@@ -27,6 +27,8 @@ _LEAST = 2.0**-10
 # At an edge that is not a jump, a value has changed by at most `_FEW` units in its last place. A
 # little beyond an edge that fades out, it has changed by fewer than `_MANY`.
 _FEW, _MANY = 4.0, 16.0
+# Steps of a staircase after which its values have moved more than twice as far as at a jump.
+_SOME = 4.0
 # Units of float32 are smaller, and those of half precision larger.
 _SINGLE = 2.0**-16
 # Beyond a kink a value changes by this many times as much as at it; on a staircase by fewer.
@@ -310,6 +312,9 @@ class Line:
             far = self._amount(past, exact)
             kink |= continuous & (far >= _MANY + _STEEP * (past / outside - 1))
         jump = ~continuous & (moved * relative >= COARSEST_JUMP)
+        if unit > EPS:  # rounding x makes a staircase, which goes on
+            past = outside + outside.sign() * _SOME * unit * self._scale(outside)
+            jump &= self._amount(past, exact) * EPS / unit < 2 * moved
         return kink | jump, continuous & (further < many) & ~kink
 
     def _bisect(self, inside: Tensor, outside: Tensor, edge: float, exact: bool) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import slow_unless
 from torch.autograd import Function, gradcheck, gradgradcheck
-from zoo import LOW, ZOO, SinOnce
+from zoo import LOW, ZOO, SinOnce, normal
 
 import nnce
 from nnce.checks._derivatives import Derivatives
@@ -31,6 +31,7 @@ AT_SOME_POINTS = {
         for of in ("softmax", "mean of tanh")
     },
     "bfloat16 both ways: summed loss": "a first derivative that rounding leaves as uncertain",
+    "bfloat16: next to float64": "an inflection where rounding hides that it is one",
     "float16: a mask alone": "a jump within 64 units of float16",
     "bfloat16: a mask alone": "a jump within 64 units of bfloat16",
 }
@@ -90,6 +91,24 @@ UNUSUAL = [
 def test_right_functions_are_right_at_unusual_points(name, n, seed):
     animal = next(animal for animal in ZOO if animal.name == name)
     visit(animal, n, seed, elements=3 if "mean" in name else 64)
+
+
+@pytest.mark.parametrize(
+    "function, n, seed",
+    [
+        (lambda x: x.float().relu().sum().double(), 500, 2),
+        (lambda x: x.float().relu().sum().double(), 1500, 0),
+        (lambda x: x.float().abs().mean().double(), 3000, 1),
+    ],
+)
+def test_a_smooth_curve_through_many_kinks_proves_nothing(function, n, seed):
+    x = normal(n, torch.Generator().manual_seed(seed))
+    assert verdict(nnce.check_gradients(function, x, seed=seed, elements=8)) == "cannot tell"
+
+
+def test_changes_of_the_order_are_not_taken_for_low_precision():
+    x = normal(1500, torch.Generator().manual_seed(16))
+    assert Derivatives(Subject(lambda x: x.sort().values, [x], "sort")).dtype == torch.float64
 
 
 @pytest.mark.parametrize("step", [0.03, 2.0**-13])
