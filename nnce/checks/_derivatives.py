@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
 
 
 def _keeps_changing(values: Tensor) -> bool:
-    """Whether an element changes more than once over the rows, as it would at a kink or a jump."""
+    """Whether an element changes more than once over the rows; at a kink or a jump it does not."""
     return bool(((values[1:] != values[:-1]).sum(0) > 1).any())
 
 

@@ -949,11 +949,10 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
 
 
 def _compared(piece: _Evidence, found: Slopes, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a derivative certainly differs from the numerical one, where the two agree; and how far
-    the derivative scatters if it is in low precision, relative to the largest.
+    """Where a derivative certainly differs from the numerical one, where they agree; resolution.
 
     Near a zero of the derivative, it is enough that the uncertainty is negligible compared with
-    nearby slopes.
+    nearby slopes. A derivative in low precision may be off by its scatter, its resolution.
     """
     computed = piece.computed
     finite = computed.isfinite()
@@ -967,7 +966,8 @@ def _compared(piece: _Evidence, found: Slopes, rtol: float) -> tuple[Tensor, Ten
     certain = found.uncertainty <= _CERTAIN * size
     enough = found.uncertainty <= found.nothing
     differs = ~(difference <= bound + scatter)
-    return certain & differs, agrees | (finite & enough & ~differs), scatter / piece.largest
+    resolution = torch.where(scatter > 0, scatter / piece.largest, 0.0)
+    return certain & differs, agrees | (finite & enough & ~differs), resolution
 
 
 def _compared_coarsely(
