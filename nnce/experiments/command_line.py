@@ -261,11 +261,14 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(message)
 
     def _named(self, message: str) -> str:
-        """Replace the setting that a message of the library is about by the option as typed."""
+        """Replace the setting that a message of the library is about by the option as typed.
+
+        Not in "expected hidden neurons", nor in "expected a picture (PNG or JPEG)", an image file.
+        """
         names = {action.dest: action.dest for action in self._actions if action.option_strings}
         names |= {setting: name for name, setting in _SETTINGS.items() if name in names}
         settings = "|".join(names)
-        pattern = rf"(^expected (?:{_BEFORE_SETTING})*|; use )({settings})\b(?! neurons)"
+        pattern = rf"(^expected (?:{_BEFORE_SETTING})*|; use )({settings})\b(?! neurons| \()"
         return re.sub(pattern, lambda found: found[1] + option(names[found[2]]), message)
 
     @contextlib.contextmanager
