@@ -152,7 +152,7 @@ def disturbed(*arguments, **more):
 {target}.{function} = disturbed
 """
     done = run("train", *QUICK["train"], "--run-dir", str(tmp_path / "run"), before=change)
-    assert done.returncode == 130
+    assert done.returncode == (130 if interrupted else 0)  # a finished run has nothing to stop
     assert ("Interrupted after step 0; epochs 0 to 0 are kept;" in done.stderr) == interrupted
     assert done.stderr.startswith(f"{ACKNOWLEDGED}\n")
     assert ("--resume" in done.stderr) == interrupted
