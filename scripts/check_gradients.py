@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = command_line.device(options.device)
         dataset = command_line.load_data(options)
         x, y = dataset.train
-        sizes = (x.shape[1], *Settings(hidden=tuple(options.hidden)).hidden, y.shape[1])
+        hidden = Settings(hidden=tuple(options.hidden)).hidden  # checked
+        sizes = (x.shape[1], *hidden, y.shape[1])
         _memory.check_memory(sizes, dtype=x.dtype, device=device)
         generator = torch.Generator().manual_seed(options.seed)
         network = MLP(sizes, generator=generator, device=device, dtype=x.dtype)

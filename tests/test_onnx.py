@@ -13,7 +13,7 @@ def onnx():
     """The packages that torch.onnx's exporter needs, and ONNX's own evaluator."""
     try:
         import onnx.reference
-        import onnxscript  # noqa: F401  tried only
+        import onnxscript  # noqa: F401  tests whether it is installed
     except ImportError as error:
         missing("onnx", f"{error}; pip install -e '.[onnx]'")
     return onnx

@@ -14,11 +14,12 @@ from torch import Tensor
 from nnce.checks._numerical import most_certain
 
 # Polynomials are fitted over intervals of up to `_LARGEST` times the size of x, halved repeatedly,
-# with `_STEPS` values per octave on either side; near a kink or a pole, all times `_CLOSER`.
+# with `_STEPS` values per octave on either side. Near a kink or a pole, all steps are multiplied by
+# `_CLOSER`.
 _LARGEST, _OCTAVES, _STEPS = 2.0, 12, 10
 _CLOSER = 2.0**-9
 _DEGREES = (7, 5)
-# The interval in which kinks are sought: a 16th of the size of x.
+# Index of the interval that is searched for kinks: a 16th of the size of x.
 _SMALL = 5
 # A polynomial needs at least this many values, an interval of this many units in the last place of
 # x, and in each row this many changes between neighbors.
@@ -77,7 +78,7 @@ def small_steps(device: torch.device) -> Tensor:
 
 
 def roughness(values: Tensor) -> Tensor:
-    """How far values [steps, cells] near x are from a polynomial, as where there are kinks."""
+    """The largest distance of values [steps, cells] near x from a polynomial: large at kinks."""
     powers, inverse = (t.to(values.device) for t in _steps_and_designs()[1][_SMALL][2][0])
     return (values - powers @ (inverse @ values)).abs().amax(0)
 
@@ -90,10 +91,10 @@ def _fit(values: Tensor, unit: float, scale: float = 1.0) -> Fit:
     """
     found: list[list[Tensor]] = []
     for radius, inside, designs in _steps_and_designs()[1]:
-        chosen = values[inside.to(values.device)]
         reach = radius * scale
         if reach < _UNITS * unit:
             break
+        chosen = values[inside.to(values.device)]
         high, low = (_polynomial(chosen, unit, design) for design in designs)
         off, off_slope = (2 * high[i + 1] + (high[i] - low[i]).abs() for i in (0, 2))
         found.append([high[0], off, high[2] / reach, off_slope / reach, *high[4:]])

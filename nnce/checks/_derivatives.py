@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
 
 
 def _keeps_changing(values: Tensor) -> bool:
-    """Whether an element changes more than once over the rows; at a kink or a jump it does not."""
+    """Whether an element changes more than once over the rows; crossing a kink changes it once."""
     return bool(((values[1:] != values[:-1]).sum(0) > 1).any())
 
 
@@ -106,7 +106,7 @@ class Derivatives:
         rounded = exact and not torch.equal(first, second)
         if rounded and _keeps_changing(moved(_COARSE_STEP, *range(1, 7))):
             return exact[0]
-        # The larger an element, the larger its step, so that the order of elements stays.
+        # The larger an element, the larger its step, so that the order of elements does not change.
         rank = self.x.abs().argsort().argsort()
         share = 0.5 + 0.5 * rank.to(self.x) / len(rank)
         small, large = 2.0**-39 * share, 2.0**-11 * share

@@ -27,7 +27,7 @@ _LEAST = 2.0**-10
 # At an edge that is not a jump, a value has changed by at most `_FEW` units in its last place. A
 # little beyond an edge that fades out, it has changed by fewer than `_MANY`.
 _FEW, _MANY = 4.0, 16.0
-# Steps of a staircase after which its values have moved more than twice as far as at a jump.
+# This many units of x beyond its first step, a staircase has moved more than twice as far.
 _SOME = 4.0
 # Units of float32 are smaller, and those of half precision larger.
 _SINGLE = 2.0**-16
@@ -312,7 +312,7 @@ class Line:
             far = self._amount(past, exact)
             kink |= continuous & (far >= _MANY + _STEEP * (past / outside - 1))
         jump = ~continuous & (moved * relative >= COARSEST_JUMP)
-        if unit > EPS:  # rounding x makes a staircase, which goes on
+        if unit > EPS:  # not a step of a staircase, as produced by rounding x
             past = outside + outside.sign() * _SOME * unit * self._scale(outside)
             jump &= self._amount(past, exact) * EPS / unit < 2 * moved
         return kink | jump, continuous & (further < many) & ~kink

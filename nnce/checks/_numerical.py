@@ -5,7 +5,6 @@ Differences are computed over a ladder of steps, each a quarter of the previous 
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -123,8 +122,9 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
     def at_best(table: Tensor) -> Tensor:
         return table.gather(0, row.clamp(min=0).unsqueeze(0)).squeeze(0)
 
-    below = at_best((ladder.rise_down / ladder.down)[1:])
-    above = at_best((ladder.rise_up / ladder.up)[1:])
+    down, up = _one_sided(ladder)
+    below, above = at_best(down[1:]), at_best(up[1:])
+    smaller, larger = torch.stack([down[_FAR].abs(), up[_FAR].abs()]).aminmax(dim=0)
     steep = torch.maximum(above.abs(), below.abs())
     nothing = _nothing(ladder)
     return Slopes(
@@ -135,15 +135,16 @@ def slopes(ladder: Ladder, rtol: float, unit: float = EPS) -> Slopes:
         kinked=known & _kinked(estimates.kink, noise, row, rtol * steep),
         zero=torch.where(known, _zero(ladder, at_best(estimates.slope), best, nothing, unit), -1.0),
         nothing=nothing,
-        nearby=_steepness(ladder)[_FAR].nan_to_num(0.0, 0.0, 0.0),
-        even=2 * _steepness(ladder, torch.minimum)[_FAR] >= _steepness(ladder)[_FAR],
+        nearby=larger.nan_to_num(0.0, 0.0, 0.0),
+        even=2 * smaller >= larger,
     )
 
 
 def _slope_and_bend(ladder: Ladder) -> tuple[Tensor, Tensor]:
     """The mean of the one-sided slopes at each step, and their difference."""
     slope = (ladder.rise_up + ladder.rise_down) / (ladder.up + ladder.down)
-    bend = ladder.rise_up / ladder.up - ladder.rise_down / ladder.down
+    down, up = _one_sided(ladder)
+    bend = up - down
     nothing = torch.full_like(slope, math.nan)
     return torch.where(ladder.taken, slope, nothing), torch.where(ladder.taken, bend, nothing)
 
@@ -207,11 +208,15 @@ def _kinked(kink: Tensor, noise: Tensor, best_row: Tensor, bound: Tensor) -> Ten
     return (telling.sum(0) > 1) & (least > bound) & (least >= most / 2)
 
 
-def _steepness(
-    ladder: Ladder, choose: Callable[[Tensor, Tensor], Tensor] = torch.maximum
-) -> Tensor:
+def _one_sided(ladder: Ladder) -> tuple[Tensor, Tensor]:
+    """The slopes from below and above at each step."""
+    return ladder.rise_down / ladder.down, ladder.rise_up / ladder.up
+
+
+def _steepness(ladder: Ladder) -> Tensor:
     """The larger one-sided slope at each step."""
-    return choose((ladder.rise_up / ladder.up).abs(), (ladder.rise_down / ladder.down).abs())
+    down, up = _one_sided(ladder)
+    return torch.maximum(up.abs(), down.abs())
 
 
 def _nothing(ladder: Ladder) -> Tensor:

@@ -36,7 +36,8 @@ class Resolution:
         if name not in self._fits:
 
             def values(steps: Tensor) -> Tensor:
-                return torch.stack([self._computed(name, step) for step in steps]).unsqueeze(1)
+                each = [self.after(name, step * self.along) for step in steps]
+                return torch.stack(each).unsqueeze(1)
 
             self._fits[name] = fit(values, self.ours.unit, self.along.device)
         return self._fits[name]
@@ -57,9 +58,10 @@ class Resolution:
         typical = _largest(self.of(name).typical)
         return typical if typical > _MOST * self.rounded(name) else 0.0
 
-    def _computed(self, name: str, step: Tensor) -> Tensor:
-        moved = self.ours.at(self.ours.x + step * self.along)
+    def after(self, name: str, move: Tensor) -> Tensor:
+        """Values, gradient, tangent or second derivatives at x + move; NaN outside the domain."""
+        moved = self.ours.at(self.ours.x + move)
         try:
             return _COMPUTE[name](moved, self._upstream, self.along).detach().flatten()
         except (TypeError, ValueError, Broken):  # outside the function's domain
-            return torch.full_like(self._computed(name, torch.zeros_like(step)), torch.nan)
+            return torch.full_like(self.after(name, torch.zeros_like(move)), torch.nan)

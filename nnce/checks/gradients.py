@@ -595,13 +595,6 @@ class _ByDifferences:
     def _gradient(self, x: Tensor) -> Tensor:
         return self.ours.at(x).first(self.upstream)
 
-    def _derivative(self, of: str, step: Tensor) -> Tensor:
-        """The first or second derivatives after a step."""
-        moved = self.ours.at(self.ours.x + step)
-        if of == "first":
-            return moved.first(self.upstream)
-        return moved.second(self.upstream, self.everywhere.v)[0]
-
     def _of_f(self, direction: Direction) -> _Evidence:
         """The gradient along a direction."""
         line = self._line(False, direction, self.upstream, self.cells)
@@ -653,8 +646,8 @@ class _ByDifferences:
         def rough() -> Tensor:
             if elements is not None or self.cells > 1:
                 return self.ours.x.new_zeros(())
-            steps = small_steps(self.ours.x.device)
-            moved = [self._derivative(of, step * line.direction.v) for step in steps]
+            moves = (step * line.direction.v for step in small_steps(self.ours.x.device))
+            moved = [self.resolution.after(of, move)[: len(self.ours.x)] for move in moves]
             return roughness(torch.stack([self._along_line(at, line) for at in moved]))
 
         along = self._along_line(computed, line)
@@ -949,10 +942,10 @@ def _judge_one(piece: _Evidence, few: Tensor, many: Tensor, rtol: float) -> tupl
 
 
 def _compared(piece: _Evidence, found: Slopes, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a derivative certainly differs from the numerical one, where they agree; resolution.
+    """Where a derivative certainly differs from the numerical one, where it agrees; its resolution.
 
     Near a zero of the derivative, it is enough that the uncertainty is negligible compared with
-    nearby slopes. A derivative in low precision may be off by its scatter, its resolution.
+    nearby slopes. In low precision, a derivative may be off by its scatter.
     """
     computed = piece.computed
     finite = computed.isfinite()
@@ -985,7 +978,8 @@ def _compared_coarsely(
     off = (computed - found.derivative).abs() - own.scatter
     steady = (own.value - found.derivative).abs() - 2 * own.uncertainty
     off = torch.where(steady > off, steady, off)  # not where there is no curve
-    differs = ~(off <= 2 * found.uncertainty + (rtol + unit) * size)
+    bound = 2 * found.uncertainty + (rtol + unit) * size
+    differs = ~(off <= bound)
     certain = found.uncertainty <= max(_CERTAIN, _COARSE * unit) * nearby
     # In low precision a small derivative is known only relative to the largest one; a computed 0
     # must be confirmed by the values.
@@ -996,10 +990,10 @@ def _compared_coarsely(
     turns &= enough & (found.derivative.abs() <= 2 * found.uncertainty)
     is_zero = ((found.zero >= 0) | turns) & (computed.abs() <= zero)
     agrees = finite & enough & ~differs & (computed != 0)
-    resolution = (2 * found.uncertainty + (rtol + unit) * size + own.scatter) / largest
+    resolution = (bound + own.scatter) / largest
     wrong = certain & differs
-    if wrong.any():  # a curve through many kinks has the mean of nearby derivatives
-        wrong &= ~(off <= 2 * found.uncertainty + (rtol + unit) * size + piece.rough())
+    if wrong.any():  # the slope of a curve through many kinks is an average of nearby derivatives
+        wrong &= ~(off <= bound + piece.rough())
     return wrong, agrees, is_zero, torch.where(agrees, resolution, 0.0)
 
 

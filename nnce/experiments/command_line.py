@@ -261,7 +261,7 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(message)
 
     def _named(self, message: str) -> str:
-        """Replace the setting that a message of the library is about by the option as typed.
+        """Replace the name of a setting in an error message by the option as typed.
 
         Not in "expected hidden neurons", nor in "expected a picture (PNG or JPEG)", an image file.
         """
@@ -681,7 +681,7 @@ def announce_threads(options: argparse.Namespace) -> None:
     """Warn if --threads exceeds the number of processors."""
     given, processors = options.threads, os.cpu_count() or 1
     if given is not None and given > processors:
-        print(f"--threads {given}: processors of this machine: {processors}", file=sys.stderr)
+        print(f"--threads {given} exceeds the number of processors, {processors}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- the run's directory

@@ -77,7 +77,7 @@ class Start(NamedTuple):
             more["resumed"] = True
         with command_line.undisturbed(), parser.run_directory(options, name, **more) as path:
             yield path
-            command_line.ignore_pending()  # of a run that is finished, with everything written
+            command_line.ignore_pending()  # the run is finished and everything is written
 
 
 def start(

@@ -103,7 +103,7 @@ def plan(
     swept, seeds = parse(options.sweep), range(options.seed, options.seed + options.seeds)
     if not 1 <= len(seeds) <= 1_000:
         raise ValueError(f"expected 1 to 1,000 --seeds, got {options.seeds:,}")
-    command_line.settings(argparse.Namespace(**vars(options)))  # errors that no value causes
+    command_line.settings(argparse.Namespace(**vars(options)))  # errors that no swept value causes
     planned: list[tuple[Values, list[training.Settings]]] = []
     count = math.prod(map(len, swept.values())) * len(seeds)
     for texts in itertools.product(*swept.values()):

@@ -235,7 +235,7 @@ def uses_triton(device: torch.device) -> bool:
     if not torch.version.cuda or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        import triton  # noqa: F401  tried only
+        import triton  # noqa: F401  tests whether it is installed
     except ImportError:
         return False
     return True

@@ -154,7 +154,7 @@ class _Ring(NamedTuple):
         dx = x.new_zeros(x.shape, dtype=dtype) if wants_x or wants_scale else None
         db = x.new_zeros((), dtype=torch.float64) if wants_bias else None
         y_here, dy_here = y.contiguous(), y.new_zeros(y.shape, dtype=dtype) if wants_y else None
-        # One loop for all four results, which a split into functions would all pass on.
+        # One loop for all four results; functions split off would have to pass all of them on.
         for step in range(world):
             owner = (rank - step) % world
             wanted = Wants(wants_value, dx is not None, wants_y, wants_bias)

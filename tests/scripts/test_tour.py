@@ -42,7 +42,7 @@ def test_the_file_is_small_and_has_its_pictures():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_runs_to_the_outputs_in_the_file():
     try:
-        import ipykernel  # noqa: F401  tried only
+        import ipykernel  # noqa: F401  tests whether it is installed
         import nbformat
         from nbclient import NotebookClient
     except ImportError as error:

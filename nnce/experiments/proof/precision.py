@@ -115,7 +115,7 @@ def quantities() -> tuple[Quantity, ...]:
         **_ours(lambda z, y: functional.sigmoid_asymmetric_loss(z, y, margin=0, reduction="none")),
         **_peers("asymmetric"),
     }
-    # One table, which would be no shorter in parts.
+    # One table; splitting it would not make it shorter.
     return (
         Quantity(
             "cross-entropy, dC/dz", _CROSS_ENTROPY, lambda s, t, c, y: -t if y else s, 3.0, slopes
