@@ -1,6 +1,7 @@
 """The complete revised algorithm of the notes: forward, last delta, hidden deltas, gradients.
 
 Written to be read next to the notes, and to inspect a network: it returns every z, a and delta.
+May import `rules`, `losses`, `functional`, `modules` and the files with an underscore.
 """
 
 from collections.abc import Sequence

@@ -18,6 +18,8 @@ a differentiable backward only if `create_graph` is set.
 The public functions check shape, dtype and device, never values: a check on values would
 synchronize CUDA and break `torch.compile` and `torch.func`. `nnce.data` checks values when data is
 loaded.
+
+May import `rules`, `losses`, `kernels` and the files with an underscore.
 """
 
 import inspect

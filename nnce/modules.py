@@ -1,6 +1,7 @@
 """Layers, networks and losses as `torch.nn.Module`s, which hold only parameters and options.
 
-The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`.
+The arithmetic is in `nnce.functional`, and the rules are in `nnce.rules`. May import `rules`,
+`losses`, `functional` and the files with an underscore.
 """
 
 import itertools

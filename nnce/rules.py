@@ -1,8 +1,8 @@
 """The rules: equations 1 to 8 of the notes, each a plain function of tensors.
 
-No autograd and no state. Rows are examples: the last dimension of a tensor is the neurons of one
-layer, after any number of other dimensions. Products written ∘ are elementwise. Arguments are not
-checked; `nnce.functional` does that. The letters are those of the notes:
+No autograd, no state, no imports from nnce. Rows are examples: the last dimension of a tensor is
+the neurons of one layer, after any number of other dimensions. Products written ∘ are elementwise.
+Arguments are not checked; `nnce.functional` does that. The letters are those of the notes:
 
     a_prev  activations of the layer before     z   weighted inputs of a layer
     W, b    weights [n_out, n_in], biases       a   activations, a = σ(z)
