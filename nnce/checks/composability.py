@@ -63,11 +63,12 @@ class Composability(dict[str, Cell]):
             for verdict, words in (("works", "work"), ("fails", "fail"), ("not tried", "not tried"))
             if verdict in verdicts
         )
-        first = f"wrong: {', '.join(self.wrong)}" if self.wrong else "right: nothing silently wrong"
+        right = "right where it works: " if "fails" in verdicts else "right: "
+        first = f"wrong: {', '.join(self.wrong)}; " if self.wrong else right
         lines = [
             f"{name:<30}{cell.verdict:<11}{cell.detail}".rstrip() for name, cell in self.items()
         ]
-        return "\n".join([f"{first}; {counts or 'nothing else'}", *lines])
+        return "\n".join([f"{first}{counts or 'nothing else'}", *lines])
 
 
 def check_composability(

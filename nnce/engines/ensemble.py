@@ -178,9 +178,8 @@ class Ensemble:
             IndexError: an index in the order is out of range; no step has been taken.
         """
         self._check_data(x, y, order)
-        for number, network in enumerate(self.networks):
-            self._check_network(number)
-            _check_trains(network)
+        for number in range(len(self.networks)):
+            _check_trains(self._check_network(number))
         trainer = self._trainer_for(x)
         if isinstance(trainer, Loops):
             orders = order if order.dim() == 2 else order.expand(len(self.networks), -1)
@@ -296,11 +295,13 @@ class Ensemble:
         z: Tensor = self.networks[number](x)
         return z
 
-    def _check_network(self, number: int) -> None:
-        """Raise ValueError if a parameter was replaced or moved: it would silently not train."""
-        network, parameters = self.networks[number], self._parameters[number]
-        _check_network(network)
-        now = _parameters(network)
+    def _check_network(self, number: int) -> list[nn.Parameter]:
+        """Raise ValueError if a parameter was replaced or moved: it would silently not train.
+
+        Returns:
+            The network's parameters.
+        """
+        parameters, now = self._parameters[number], _check_network(self.networks[number])
         if not all(a is b for a, b in zip(now, parameters, strict=True)):
             raise ValueError(
                 "expected the parameters the ensemble was made with, but some have been replaced; "
@@ -316,6 +317,7 @@ class Ensemble:
                 "expected the networks' parameters in the ensemble's memory, but some have been "
                 "moved, by .to() or by another ensemble; make a new Ensemble"
             )
+        return now
 
     def _check_data(self, x: Tensor, y: Tensor, order: Tensor) -> None:
         check_alike({"the parameters": self._parameters[0][0], "x": x, "y": y})
@@ -423,14 +425,19 @@ def _place_of(parameter: nn.Parameter) -> _Place:
     return parameter.data_ptr(), parameter.stride(), parameter.is_neg()
 
 
-def _check_trains(network: MLP) -> None:
-    if not all(parameter.requires_grad for parameter in _parameters(network)):
+def _check_trains(parameters: Sequence[nn.Parameter]) -> None:
+    if not all(parameter.requires_grad for parameter in parameters):
         raise ValueError("expected networks to train, but one has parameters that are frozen")
 
 
-def _check_network(network: MLP) -> None:
-    """Raise ValueError where training by the rules would differ from PyTorch's."""
-    for parameter in _parameters(network):
+def _check_network(network: MLP) -> list[nn.Parameter]:
+    """Raise ValueError where training by the rules would differ from PyTorch's.
+
+    Returns:
+        The network's parameters.
+    """
+    parameters = _parameters(network)
+    for parameter in parameters:
         if parameter.is_inference():
             raise ValueError(
                 "expected networks that autograd can use, but one was made under inference_mode"
@@ -441,6 +448,7 @@ def _check_network(network: MLP) -> None:
         if _torch_private.hooks_of(module):
             kind = type(module).__name__
             raise ValueError(f"expected no hooks, which are not called, but a {kind} has some")
+    return parameters
 
 
 def _check(
@@ -449,12 +457,13 @@ def _check(
     """Check the arguments of an ensemble; return hyperparameters with plain Python numbers."""
     if not networks:
         raise ValueError("expected at least one network, got none")
+    parameters: list[nn.Parameter] = []
     for network in networks:
         if not isinstance(network, MLP):
             raise TypeError(f"expected networks to be nnce.MLPs, got {type(network).__name__}")
-        _check_network(network)
-        _check_trains(network)
-    parameters = [parameter for network in networks for parameter in _parameters(network)]
+        of_network = _check_network(network)
+        _check_trains(of_network)
+        parameters += of_network
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise ValueError("expected networks without common parameters, but one occurs twice")
     kinds = {

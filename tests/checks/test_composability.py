@@ -435,6 +435,8 @@ def test_a_function_that_says_that_it_works_in_place_may():
 
 def test_the_report_begins_with_the_verdict():
     right = str(found(torch.sin, only=["func.grad", "func.vmap"])).splitlines()[0]
-    assert right == "right: nothing silently wrong; 2 work"
+    assert right == "right: 2 work"
+    some = str(found(OnceOnly.apply, only=["func.grad", "double backward"])).splitlines()[0]
+    assert some == "right where it works: 1 work, 1 fail"
     wrong = str(found(NoTangent.apply, only=["func.jvp", "func.vmap"])).splitlines()[0]
     assert wrong == "wrong: func.jvp; 1 work"
