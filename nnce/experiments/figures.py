@@ -24,6 +24,7 @@ from nnce.losses import Loss
 from nnce.training import Record, best_record
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -47,7 +48,7 @@ def as_png(figure: Figure, dpi: float = 100) -> bytes:
     return file.getvalue()
 
 
-def _use_integer_ticks(panel: Any) -> None:
+def _use_integer_ticks(panel: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -148,7 +149,7 @@ def wrong_examples(split: data.Split, z: Tensor, count: int = 8) -> Figure:
     return figure
 
 
-def _show_images(panel: Any, x: Tensor, titles: Sequence[str], slot: int) -> None:
+def _show_images(panel: Axes, x: Tensor, titles: Sequence[str], slot: int) -> None:
     """Show images side by side, with square pixels, each in a slot of this width that begins at −1.
 
     If the number of inputs is not a square, only the titles are shown.
@@ -161,8 +162,8 @@ def _show_images(panel: Any, x: Tensor, titles: Sequence[str], slot: int) -> Non
         if side**2 == x.shape[1]:
             extent = (middle - wide / 2, middle + wide / 2, 0, wide / high)
             panel.imshow(image.view(side, side).tolist(), "gray_r", extent=extent, aspect="auto")
-        place = {"ha": "center", "transform": panel.get_xaxis_transform()}
-        panel.text(middle, 1.04, title, fontsize=9, **place)
+        above = panel.get_xaxis_transform()
+        panel.text(middle, 1.04, title, fontsize=9, ha="center", transform=above)
     panel.set_ylim(0, 1)
     panel.set_axis_off()
 
@@ -399,7 +400,7 @@ def _accuracy_limits(shown: Sequence[float]) -> tuple[float, float]:
     return max(min(shown) - 1, max(shown) - 15), max(shown) + 0.5
 
 
-def _legend_below(figure: Figure, *panels: Any) -> None:
+def _legend_below(figure: Figure, *panels: Axes) -> None:
     """Draw a common legend below all panels."""
     by_label = {
         label: handle
@@ -417,7 +418,7 @@ def _legend_below(figure: Figure, *panels: Any) -> None:
 
 
 def _draw_band(
-    panel: Any,
+    panel: Axes,
     x: Sequence[float],
     values: Sequence[Sequence[float]],
     limits: Limits,

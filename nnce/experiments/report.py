@@ -15,7 +15,7 @@ import time
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tabulate
 import torch
@@ -26,6 +26,9 @@ from nnce import data
 from nnce.experiments.command_line import from_here, keep, unmuted_stdout
 from nnce.saving import write_whole
 from nnce.training import Record, best_record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # No padding of the headers, so that tables fit the screen.
 tabulate.MIN_PADDING = 0
@@ -56,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def write_figure(path: Path, figure: Any, dpi: int) -> None:
+def write_figure(path: Path, figure: "Figure", dpi: int) -> None:
     """Write a matplotlib figure as PNG, atomically."""
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
     # Keep the computed layout: computing it again would take half of the drawing time.
