@@ -5,20 +5,13 @@ if __name__ == "__main__":
 
 
 import argparse
-import codecs
-import contextlib
 import functools
-import gzip
-import hashlib
 import itertools
 import math
-import re
-import sys
 import time
 import zipfile
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from nnce import LinearSigmoidCrossEntropyLoss, Positives
-from nnce.experiments import command_line, report, resuming
+from nnce.experiments import command_line, report, resuming, xmc
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.report import counted
 from nnce.experiments.timing import resident
+from nnce.experiments.xmc import Examples, Features
 from nnce.labels import blocks
-from nnce.saving import write_whole
 from nnce.training.parallel import ALONE
 from nnce.training.state import check_fits
 
@@ -43,33 +36,8 @@ BEST = (1, 3, 5)
 MODEL = "model.npz"
 # Allowance for Python, PyTorch's threads and the allocator, which are not modeled.
 SLACK_MB = 100
-LARGEST = 2**31 - 1
-"""Largest number of examples, features or labels in a file."""
-LARGEST_VALUE = torch.finfo(torch.float32).max
 PLANTED_LABELS = 2**24
 """Largest number of categories of `torch.multinomial`."""
-
-
-Features = Tensor | tuple[Tensor, Tensor, Tensor]
-"""Dense features, or the input, offsets and weights of `torch.nn.EmbeddingBag`."""
-
-
-class Examples(NamedTuple):
-    """Features (dense, or a SciPy sparse matrix) and positive labels of each example."""
-
-    features: Tensor | scipy.sparse.csr_array
-    positives: Positives
-
-    def batches(self, size: int, order: Tensor) -> Iterator[tuple[Features, Positives]]:
-        """Yield mini-batches in the given order."""
-        for chosen in order.split(size):
-            if isinstance(self.features, Tensor):
-                yield self.features[chosen], self.positives[chosen]
-                continue
-            rows = self.features[chosen.numpy()]
-            numbers, starts = (torch.from_numpy(t).long() for t in (rows.indices, rows.indptr[:-1]))
-            bags = (numbers, starts, torch.from_numpy(rows.data).float())
-            yield bags, self.positives[chosen]
 
 
 class Classifier(nn.Module):
@@ -131,165 +99,6 @@ def planted(
         x.index_add_(0, positives.rows(), directions[positives.col])
         both.append(Examples(x / math.sqrt(each + 1), positives))
     return both[0], both[1]
-
-
-def read(path: Path) -> tuple[Examples, int, int]:
-    """Read a file in the XMC repository's sparse text format.
-
-    The first line holds the numbers of examples, features and labels. Each other line is one
-    example: its labels, separated by commas, a blank, and feature:value pairs in any order. An
-    example may lack labels, features, or both.
-
-    Returns:
-        The examples, the number of features, and the number of labels.
-
-    Raises:
-        ValueError: the file cannot be read or a line is not in this format.
-    """
-    try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as lines:
-            return _parse(lines)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-    except _BadLine as error:
-        number, sentence = error.args
-        raise ValueError(f"{path}, line {number:,}: {sentence}") from error
-
-
-def cache_of(path: Path) -> Path:
-    """Path of the binary copy of a data file, in the same folder."""
-    return path.with_name(f"{path.name}.cache.npz")
-
-
-def read_cached(path: Path) -> tuple[Examples, int, int] | None:
-    """Read the binary copy of a data file; None if it is missing, damaged or outdated."""
-    with contextlib.suppress(Exception):  # many types; a damaged copy is written again
-        with cache_of(path).open("rb") as file, np.load(file, allow_pickle=False) as found:
-            if str(found["text"]) != _sha256(path):
-                return None
-            n, features, labels = map(int, found["sizes"])
-            arrays = (found["values"], found["columns"], found["starts"])
-            crow, col = torch.from_numpy(found["crow"]), torch.from_numpy(found["col"])
-        matrix = scipy.sparse.csr_array(arrays, shape=(n, features))
-        matrix.check_format(full_check=True)
-        if len(crow) == n + 1 and (not len(col) or col.max() < labels):
-            return Examples(matrix, Positives(crow, col)), features, labels
-    return None
-
-
-def write_cache(path: Path, examples: Examples, features: int, labels: int) -> None:
-    """Write the binary copy for `read_cached` atomically; print a warning if that fails."""
-    matrix = cast(scipy.sparse.csr_array, examples.features)
-    arrays = {
-        "text": np.array(_sha256(path)),
-        "sizes": np.array([len(examples.positives), features, labels]),
-        **{"values": matrix.data, "columns": matrix.indices, "starts": matrix.indptr},
-        **{"crow": examples.positives.crow.numpy(), "col": examples.positives.col.numpy()},
-    }
-    try:
-        write_arrays(cache_of(path), arrays)
-    except OSError as error:
-        print(
-            f"no binary copy of {path} written, the next run will parse it again: {error}",
-            file=sys.stderr,
-        )
-
-
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays as .npz atomically, a few megabytes at a time."""
-    write_whole(path, lambda file: np.savez(file, **arrays))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-class _BadLine(Exception):
-    """Invalid line; the arguments are its number, from 1, and the error."""
-
-
-# At most 18 digits, which fit in 64 bits.
-_WHOLE = re.compile(rb"\d{1,18}")
-_PAIR = re.compile(rb"\d{1,18}:[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
-
-
-def _parse(lines: Iterable[bytes]) -> tuple[Examples, int, int]:
-    numbered = enumerate(lines, start=1)
-    n, features, labels = _sizes(next(numbered, (1, b""))[1])
-    starts, columns, values = array("q", [0]), array("q"), array("f")
-    examples, positives = array("q"), array("q")
-    number = 1
-    for number, line in numbered:
-        if number > n + 1:
-            if line.strip():
-                raise _BadLine(number, f"expected the file to end after {counted(n, 'example')}")
-            continue
-        its_labels, its_features, its_values = _example(number, line, features, labels)
-        columns.extend(its_features)
-        values.extend(its_values)
-        starts.append(len(columns))
-        examples.extend([number - 2] * len(its_labels))
-        positives.extend(its_labels)
-    read = len(starts) - 1
-    if read < n:
-        raise _BadLine(
-            number, f"expected {counted(n, 'example')}, but the file ends after {read:,}"
-        )
-    matrix = scipy.sparse.csr_array((values, columns, starts), shape=(n, features))
-    matrix.sort_indices()
-    rows, col = (torch.tensor(numbers, dtype=torch.int64) for numbers in (examples, positives))
-    return Examples(matrix, Positives.from_coo(rows, col, n)), features, labels
-
-
-def _sizes(header: bytes) -> list[int]:
-    """Parse the numbers of examples, features and labels from the first line."""
-    words = header.removeprefix(codecs.BOM_UTF8).split()
-    sizes = [int(word) for word in words if _WHOLE.fullmatch(word)]
-    if not len(sizes) == len(words) == 3 or not 0 < min(sizes) <= max(sizes) <= LARGEST:
-        raise _BadLine(
-            1,
-            f"expected three integers from 1 to {LARGEST:,}, the numbers of examples, "
-            f"features and labels, got {_shown(b' '.join(words))}",
-        )
-    return sizes
-
-
-def _example(
-    number: int, line: bytes, features: int, labels: int
-) -> tuple[list[int], list[int], list[float]]:
-    """Parse and check the labels, features and values of one line."""
-    tokens = line.split()
-    first = tokens.pop(0).split(b",") if tokens and b":" not in tokens[0] else []
-    for expected, pattern, found in (
-        ("integer label numbers", _WHOLE, first),
-        ("feature:value", _PAIR, tokens),
-    ):
-        for wrong in itertools.filterfalse(pattern.fullmatch, found):
-            raise _BadLine(number, f"expected {expected}, got {_shown(wrong)}")
-    pairs = b" ".join(tokens).replace(b":", b" ").split()
-    its_labels, its_features = list(map(int, first)), list(map(int, pairs[::2]))
-    for kind, its, size in (("label", its_labels, labels), ("feature", its_features, features)):
-        if its and max(its) >= size:
-            raise _BadLine(
-                number, f"expected {kind} numbers from 0 to {size - 1:,}, got {max(its):,}"
-            )
-        if len(set(its)) < len(its):
-            twice = next(i for i in its if its.count(i) > 1)
-            raise _BadLine(number, f"expected each {kind} once, got {kind} {twice:,} twice")
-    its_values = list(map(float, pairs[1::2]))
-    largest = max(its_values, key=abs, default=0.0)
-    if abs(largest) > LARGEST_VALUE:
-        raise _BadLine(number, f"expected values within float32's range, got {largest:g}")
-    return its_labels, its_features, its_values
-
-
-def _shown(text: bytes) -> str:
-    return repr(text[:60].decode(errors="replace"))
 
 
 # ------------------------------------------------------------------------------------- figures
@@ -430,8 +239,8 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
     read_from = {}
     for path in filter(None, (options.data_file, options.test_file)):
         with command_line.announced(f"reading {path}", quiet=options.quiet):
-            if (found := read_cached(path)) is None:
-                found = parsed[path] = read(path)
+            if (found := xmc.read_cached(path)) is None:
+                found = parsed[path] = xmc.read(path)
         read_from[path] = found
     examples, inputs, num_labels = read_from[options.data_file]
     if options.test_file is not None:
@@ -450,7 +259,7 @@ def load(options: argparse.Namespace, generator: torch.Generator) -> Data:
             f"expected test examples with labels, found none in {source}: choose a different one"
         )
     for path, content in parsed.items():
-        write_cache(path, *content)
+        xmc.write_cache(path, *content)
     return Data(train, test, inputs, num_labels)
 
 
@@ -506,7 +315,9 @@ class Learning:
         """
         if self.epoch or self.step:
             name = f"state-{self.epoch:04}-{self.step:06}.npz"
-            write_arrays(run_dir / name, {key: t.numpy() for key, t in self._tensors().items()})
+            report.write_arrays(
+                run_dir / name, {key: t.numpy() for key, t in self._tensors().items()}
+            )
             self._files = [*[old for old in self._files if old != name][-1:], name]
         return {
             **resuming.header("labels.py", vars(self.options), ALONE),
@@ -654,7 +465,9 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
             learning.run_epoch(saver, writer, bar)
             line = learning.finish_epoch(writer)
             parameters = learning.model.state_dict().items()
-            write_arrays(run_dir / MODEL, {name: tensor.numpy() for name, tensor in parameters})
+            report.write_arrays(
+                run_dir / MODEL, {name: tensor.numpy() for name, tensor in parameters}
+            )
             command_line.keep(run_dir)
             bar.write(line)
             saver.after(learning.epoch, is_last=learning.epoch == epochs)

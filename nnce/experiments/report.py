@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tabulate
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ def write_json(path: Path, content: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as .npz atomically, a few megabytes at a time."""
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def write_figure(path: Path, figure: "Figure", dpi: int) -> None:
