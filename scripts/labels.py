@@ -176,7 +176,7 @@ def parser() -> ArgumentParser:
     add("--epochs", type=int, default=3, help="passes over the training data")
     add("--batch-size", type=int, default=512, help="mini-batch size")
     add("--lr", type=float, default=0.01, help="learning rate of Adam")
-    add("--seed", type=int, default=0, help="random seed")
+    add("--seed", type=command_line.seed, default=0, help="random seed")
     parser.add_run_directory_options()
     parser.add_speed_options()
     resuming.add_options(parser)

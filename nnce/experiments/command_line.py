@@ -174,7 +174,7 @@ class ArgumentParser(argparse.ArgumentParser):
         devices = ("auto", "cpu", "cuda")
         add("--device", choices=devices, default="auto", help="device to compute on")
         add("--dtype", choices=DTYPES, default="float32", help="dtype of all tensors")
-        add("--seed", type=int, default=0, help="random seed")
+        add("--seed", type=seed, default=0, help="random seed")
         self.add_run_directory_options()
 
     def add_run_directory_options(self) -> None:
@@ -317,6 +317,13 @@ def data_name(options: argparse.Namespace) -> str:
     """Short name of --data for titles and folder names; for a path, its last component."""
     name = Path(options.data).name.removesuffix(".npz")
     return re.sub(r"[^\w.+-]", "_", name)[:60] or "data"
+
+
+def seed(text: str) -> int:
+    """Parse --seed: PyTorch's CPU generator uses 32 bits, so that -1 would mean 2**32 - 1."""
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a seed from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
 
 
 def _name_suffix(text: str) -> str:

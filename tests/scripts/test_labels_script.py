@@ -341,6 +341,7 @@ def test_a_bad_gzip_file_is_one_sentence(labels, refused, tmp_path, spoil, sente
     [
         (("--labels", "0"), "expected a positive --labels, got 0"),
         (("--lr", "nan"), "expected a positive --lr, got nan"),
+        (("--seed", str(2**32)), "--seed: expected a seed from 0 to 2**32 - 1, got '4294967296'"),
         (("--test-file", "t.txt"), "--test-file requires --data-file"),
         (("--labels", str(2**24 + 1)), "expected at most 16,777,216 --labels, got 16,777,217"),
         (("--features", str(10**15)), "not enough memory"),

@@ -257,7 +257,7 @@ def test_the_name_of_a_run_says_what_differs_and_adds_a_word(train, tmp_path, mo
         (["--l2", "-1"], "expected --l2 of at least 0, got -1.0"),
         (["--optimizer", "adam", "--momentum", "0.9"], "no --momentum for optimizer 'adam'"),
         (["--hidden", "1000000000000"], "would need 900,000.0 GB of memory, but cpu has"),
-        (["--seed", "-1"], "expected a --seed from 0 to 2**32 - 1, got -1"),
+        (["--seed", "-1"], "--seed: expected a seed from 0 to 2**32 - 1, got '-1'"),
         (
             ["--name", "a/b"],
             "expected a letter or digit, then at most 59 letters, digits or . _ + -, got 'a/b'",
