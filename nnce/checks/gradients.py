@@ -72,6 +72,9 @@ class Finding(NamedTuple):
     precision; 0 for float64."""
 
 
+_OF_WHAT = "Derivatives are of Σ u f, with a random upstream gradient u."
+
+
 class Report(NamedTuple):
     """The report of `check_gradients`."""
 
@@ -99,12 +102,12 @@ class Report(NamedTuple):
         return self.right
 
     def __str__(self) -> str:
-        """A summary sentence, then one line per finding."""
-        lines = [self._summary()]
-        for name, finding in self._asdict().items():
-            title = name.replace("_", " ")
-            lines.append(f"{title:<13}{finding.verdict:<12}{finding.detail}")
-        return "\n".join(lines)
+        """A summary sentence, one line per finding, and what the numbers are."""
+        lines = [
+            f"{name.replace('_', ' '):<13}{finding.verdict:<12}{finding.detail}"
+            for name, finding in self._asdict().items()
+        ]
+        return "\n".join([self._summary(), *lines, _OF_WHAT])
 
     def _summary(self) -> str:
         verdicts = [finding.verdict for finding in self[1:]]

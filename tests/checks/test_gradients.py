@@ -511,6 +511,7 @@ def test_the_report_is_readable():
         "cannot tell: first and second derivatives, forward mode; 1 of 1 elements probed"
     )
     assert lines[2].startswith("first        cannot tell saturation at input 0, element (0): ")
+    assert lines[-1] == "Derivatives are of Σ u f, with a random upstream gradient u."
     x = torch.randn(4, 3, dtype=torch.float64)
     right = str(nnce.check_gradients(torch.tanh, x, reference=torch.tanh)).splitlines()[0]
     assert right == (
