@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nnce.experiments import command_line, pages, report
+from nnce.experiments import command_line, pages, report, running
 from nnce.experiments.benchmarks import checks, labels, losses, networks
 from nnce.experiments.command_line import ArgumentParser
 
@@ -135,4 +135,4 @@ def readable(row: dict[str, Any]) -> report.Row:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

@@ -19,7 +19,7 @@ from nnce import _memory, data
 from nnce.algorithm import backprop
 from nnce.checks import Cell, check_gradients
 from nnce.checks.composability import COLUMNS
-from nnce.experiments import command_line, figures, report
+from nnce.experiments import command_line, figures, report, running
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.proof import precision, table
 from nnce.experiments.proof.precision import Measured
@@ -251,4 +251,4 @@ def promises(
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

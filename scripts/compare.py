@@ -21,9 +21,11 @@ from nnce.experiments import (
     command_line,
     comparison,
     comparison_report,
+    directories,
     figures,
     report,
     resuming,
+    running,
     sweep,
 )
 from nnce.experiments.command_line import ArgumentParser
@@ -341,7 +343,7 @@ class Training:
                         log.epoch(self.side_by_side.runs, self.dataset)
                         log.finished = epoch
                         if epoch:
-                            command_line.keep(log.run_dir)
+                            directories.keep(log.run_dir)
                     self.saver.after(epoch, is_last=epoch == epochs)
                     bar.update(epoch - bar.n)
             bar.set_description("control, by autograd")
@@ -475,4 +477,4 @@ def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

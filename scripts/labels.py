@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from nnce import LinearSigmoidCrossEntropyLoss, Positives
-from nnce.experiments import command_line, report, resuming, xmc
+from nnce.experiments import command_line, directories, report, resuming, running, xmc
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.report import counted
 from nnce.experiments.timing import resident
@@ -450,7 +450,7 @@ def learn(learning: Learning, run_dir: Path) -> None:
     )
     table = f"{report.table([readable(row) for row in rows])}\n\n{learning.seconds:.1f} s"
     if learning.epoch:
-        path = command_line.from_here(run_dir / MODEL)
+        path = directories.from_here(run_dir / MODEL)
         conclusion += f"\nModel: labels.load_model({path!r})"
     report.print_results(conclusion, table, "Results", run_dir)
     ending.close(f"Interrupted after step {len(learning.losses):,}; resume with:")
@@ -468,7 +468,7 @@ def train(learning: Learning, saver: resuming.Saver, writer: SummaryWriter, run_
             report.write_arrays(
                 run_dir / MODEL, {name: tensor.numpy() for name, tensor in parameters}
             )
-            command_line.keep(run_dir)
+            directories.keep(run_dir)
             bar.write(line)
             saver.after(learning.epoch, is_last=learning.epoch == epochs)
             learning.remove_old_files(run_dir)
@@ -515,7 +515,7 @@ def answer(rows: Sequence[report.Row], num_labels: int, peak: float, bound: floa
 def check_loss(loss: float, examples: str, epoch: int) -> None:
     """Raise Failed unless the loss is finite."""
     if not math.isfinite(loss):
-        raise command_line.Failed(
+        raise running.Failed(
             f"the loss of the {examples} examples is {loss} in epoch {epoch}: lower --lr, or scale "
             f"the features"
         )
@@ -541,4 +541,4 @@ def readable(row: report.Row) -> report.Row:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

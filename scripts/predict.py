@@ -18,7 +18,7 @@ from torch import Tensor
 import nnce
 from nnce import data
 from nnce.data import pictures
-from nnce.experiments import command_line, report
+from nnce.experiments import report, running
 from nnce.experiments.command_line import ArgumentParser
 from nnce.saving import write_whole
 
@@ -158,4 +158,4 @@ def as_text(predictions: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

@@ -18,12 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 from nnce.experiments import (
     command_line,
     comparison,
+    directories,
     figures,
     pages,
     published,
     report,
     reproduction,
     resuming,
+    running,
 )
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
@@ -216,7 +218,7 @@ def run(work: Work, run_dir: Path) -> None:
                     report.write_figure(run_dir / row.name / "distortion.png", figure, dpi=90)
             work.attempt = monitor = None
             saver.save()
-            command_line.keep(run_dir)
+            directories.keep(run_dir)
             write(work, run_dir)
             cells = closing_row(work, row).items()
             print(", ".join(f"{name} {value}" for name, value in cells if value), flush=True)
@@ -364,4 +366,4 @@ def write(work: Work, run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

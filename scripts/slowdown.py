@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from nnce.algorithm import backprop
-from nnce.experiments import command_line, figures, report
+from nnce.experiments import command_line, figures, report, running
 from nnce.experiments.command_line import DTYPES, ArgumentParser
 from nnce.experiments.tensorboard import add_points
 from nnce.losses import LOSSES, Loss
@@ -198,4 +198,4 @@ def readable(story: Story) -> report.Row:
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

@@ -13,13 +13,13 @@ for number in range(3):
         os.open(os.devnull, os.O_RDONLY)
 
 # Imported objects live to the end; looking for garbage among them takes a tenth of the import.
-gc.disable()  # until `command_line.run_script`
+gc.disable()  # until `running.run_script`
 
 # Scripts plot to files only. When started from a notebook, they inherit its backend; if that is not
 # installed here, importing matplotlib would fail.
 os.environ["MPLBACKEND"] = "agg"
 
-# Until `command_line.run_script` installs its handlers, signals exit silently.
+# Until `running.run_script` installs its handlers, signals exit silently.
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     if not hasattr(signal, name):  # SIGHUP on Windows
         continue

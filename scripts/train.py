@@ -18,7 +18,7 @@ import torch
 import nnce
 from nnce import _memory, data, training
 from nnce.engines import ensemble
-from nnce.experiments import command_line, figures, report, resuming
+from nnce.experiments import command_line, directories, figures, report, resuming, running
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.epochs import EpochsFile, epoch_row
 from nnce.experiments.tensorboard import Monitor
@@ -249,7 +249,7 @@ class Training:
         if self.stopped_early:
             early = f": no higher validation accuracy in {report.counted(self.patience, 'epoch')}"
         _, validation, test = map(report.in_percent, best.accuracy.values())
-        network, best_one = map(command_line.from_here, (self.network_path, self.best_path))
+        network, best_one = map(directories.from_here, (self.network_path, self.best_path))
         return (
             f"Test accuracy {report.in_percent(last.accuracy['test'])} after epoch {last.epoch}"
             f"{early}.\n"
@@ -274,7 +274,7 @@ class Training:
                 if best is not None and best.epoch == record.epoch:
                     nnce.save(best.network, self.best_path)
                 if record.epoch:
-                    command_line.keep(self.run_dir)
+                    directories.keep(self.run_dir)
                 is_last = self.state.is_over(settings.epochs, self.patience)
                 saver.after(record.epoch, is_last=is_last)
                 bar.update(record.epoch - bar.n)
@@ -336,4 +336,4 @@ def introduce(
 
 
 if __name__ == "__main__":
-    command_line.run_script(main)
+    running.run_script(main)

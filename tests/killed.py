@@ -187,7 +187,7 @@ def run(name, arguments, log, dies_at=None):
     """
 
     def work():
-        from nnce.experiments import command_line
+        from nnce.experiments import running
 
         if dies_at is not None:
             calls = iter(range(dies_at))
@@ -203,7 +203,7 @@ def run(name, arguments, log, dies_at=None):
             for call in ("fsync", "replace", "unlink"):
                 setattr(os, call, counted(getattr(os, call)))
         sys.argv = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
-        command_line.run_script(loaded(name).main)
+        running.run_script(loaded(name).main)
 
     return forked(work, log)
 

@@ -37,9 +37,9 @@ def test_garbage_is_collected_once_all_is_imported():
     program = """
 import startup
 import gc
-from nnce.experiments import command_line
+from nnce.experiments import running
 print(gc.isenabled())
-command_line.run_script(lambda: print(gc.isenabled()))
+running.run_script(lambda: print(gc.isenabled()))
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)

@@ -1,43 +1,29 @@
-"""Command line of the scripts: options, signals, output streams and run directories."""
+"""Options of the scripts: parsing, checking, and what they stand for."""
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-import gc
-import io
 import json
 import os
 import re
-import shlex
-import shutil
-import signal
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, cast
 
 import torch
 from tqdm import tqdm
 
-from nnce import _memory, data, modules
+from nnce import data, modules
 from nnce.engines import ensemble, loops
-from nnce.training import Engine, Settings, checkpoints, parallel, schedules
-from nnce.training.parallel import ALONE, World
+from nnce.experiments import directories, running
+from nnce.training import Engine, Settings, parallel, schedules
 from nnce.training.schedules import Schedule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-# Marker file in a run directory that contains no result yet.
-_NO_RESULT = ".nothing-finished-yet"
-# Files of file managers and file systems; a folder with only these counts as empty.
-_SYSTEM_FILES = (".DS_Store", ".directory", "Thumbs.db", "desktop.ini", "lost+found")
-_CHECKPOINTS = "checkpoint-*"
 # For each option: the field of `nnce.data.Distortion`, and the help.
 _DISTORTIONS = {
     "rotation": ("rotation", "largest rotation, degrees"),
@@ -254,8 +240,9 @@ class ArgumentParser(argparse.ArgumentParser):
         try:
             yield
         except Exception as error:
-            is_usage = isinstance(error, ValueError)
-            message = _external_failure(error) or (self._named(str(error)) if is_usage else None)
+            message = running.external_failure(error)
+            if message is None and isinstance(error, ValueError):
+                message = self._named(str(error))
             if message is None:
                 raise
             self.error(message)
@@ -279,11 +266,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 if options.name and options.run_dir:
                     raise ValueError("expected --run-dir or --name, got both")
                 name = f"{name}-{options.name}" if options.name else name
-                path = stack.enter_context(run_directory(options.run_dir, name, **more))
+                path = stack.enter_context(directories.run_directory(options.run_dir, name, **more))
             if options.quiet:
-                out, err = _Muted(sys.stdout, mute=True), _Muted(sys.stderr, mute=False)
-                stack.enter_context(contextlib.redirect_stdout(cast(Any, out)))
-                stack.enter_context(contextlib.redirect_stderr(cast(Any, err)))
+                stack.enter_context(running.quiet())
             yield path
 
 
@@ -354,240 +339,6 @@ def _distortion(field: str, text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).replace(f"{field} ", "a number ", 1)) from error
     return value
-
-
-# ------------------------------------------------------------------------------ running a script
-
-
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run main() and exit with its status, without a traceback for errors outside the script.
-
-    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt, so that main() can save
-    its state; the status is 130, 143 or 129. A closed output pipe, as behind `| head`, is status
-    141. If standard output cannot be written, as on a full disk, the script continues without it
-    and exits with status 1. Running out of memory or disk space is a one-line error and status 1.
-    """
-    gc.freeze()
-    gc.enable()
-    program = Path(sys.argv[0]).name
-    out = _Stream(1, stops=True)
-    if not parallel.is_first():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = _text(sys.stdout, out)
-    sys.stderr = _text(sys.stderr, _Stream(2, stops=False))
-    threading.excepthook = _thread_failed
-    _signals.listen()
-    status: Any  # SystemExit.code may be any object
-    try:
-        try:
-            status = main()
-            sys.stdout.flush()
-        finally:
-            # SIG_IGN, because Python's own handlers are removed before the process ends.
-            for number in loops.SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-    except SystemExit as stop:
-        status = stop.code
-    except KeyboardInterrupt:
-        status = 128 + (_signals.first or signal.SIGINT)
-    except BrokenPipeError:
-        status = 141
-    except Exception as error:
-        message = _external_failure(error)
-        if message is None:
-            raise
-        print(f"{program}: error: {message}", file=sys.stderr)
-        status = 1
-    if out.lost and not status:
-        print(f"{program}: error: standard output: {out.lost.strerror}", file=sys.stderr)
-        status = 1
-    if parallel.under_torchrun():
-        parallel.exit_at_once(status or 0)
-    gc.freeze()  # otherwise Python looks for garbage among all objects, which takes half a second
-    sys.exit(status)
-
-
-class _Stream(io.FileIO):
-    """Standard output (1) or error (2), which discards text that cannot be written.
-
-    With `stops`, the first write to a closed pipe raises BrokenPipeError.
-    """
-
-    def __init__(self, number: int, *, stops: bool) -> None:
-        super().__init__(number, "w", closefd=False)
-        self._stops = stops
-        self.lost: OSError | None = None
-        """The last error on writing, if any."""
-
-    def write(self, content: Any) -> int:  # collections.abc.Buffer needs Python 3.12
-        try:
-            return super().write(content)
-        except OSError as error:
-            first, self.lost = self.lost is None, error
-            if first and self._stops and isinstance(error, BrokenPipeError):
-                raise
-            return len(content)
-
-
-def _text(old: object, stream: _Stream) -> io.TextIOWrapper:
-    return io.TextIOWrapper(
-        io.BufferedWriter(stream),
-        encoding=getattr(old, "encoding", None),
-        errors="replace",  # for terminals that cannot encode σ
-        line_buffering=True,
-    )
-
-
-class _Muted:
-    """Stream that poses as a non-terminal, to suppress progress bars, and may discard its text."""
-
-    def __init__(self, stream: Any, *, mute: bool) -> None:
-        self.stream, self._mute = stream, mute
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def isatty(self) -> bool:
-        return False
-
-    def write(self, text: str) -> int:
-        return len(text) if self._mute else self.stream.write(text)
-
-
-def unmuted_stdout() -> Any:
-    """Standard output, even under --quiet."""
-    return sys.stdout.stream if isinstance(sys.stdout, _Muted) else sys.stdout
-
-
-def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
-    """Ignore OSError in a thread: TensorBoard raises it again in the main thread."""
-    if not issubclass(arguments.exc_type, OSError):
-        threading.__excepthook__(arguments)
-
-
-class _Signals:
-    """Handlers for Ctrl-C (SIGINT), SIGTERM and SIGHUP.
-
-    The first signal raises KeyboardInterrupt; within an `undisturbed` block, at its end or at
-    `raise_pending`. A second Ctrl-C exits immediately; other signals after the first are ignored.
-
-    Python runs signal handlers in the main thread only, which a compiler may block for many
-    seconds. Therefore a second thread reads the signal numbers from a pipe, acknowledges the first
-    and exits at the second Ctrl-C.
-    """
-
-    def __init__(self) -> None:
-        self._held = self._waiting = False
-        self._numbers: list[int] = []
-        self.first: int | None = None
-        """The number of the first signal."""
-
-    def listen(self) -> None:
-        # Signals that nohup or a shell's & has disabled stay ignored.
-        self._numbers = [n for n in loops.SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-        for number in self._numbers:
-            signal.signal(number, self._handle)
-        read, write = os.pipe()
-        if hasattr(os, "set_blocking"):  # on Windows since Python 3.12; optional there
-            os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)
-        threading.Thread(target=self._read_pipe, args=(read,), daemon=True).start()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.first is None:
-            self.stop(number)
-
-    def _read_pipe(self, pipe: int) -> None:
-        # torchrun forwards the Ctrl-C that its processes have already received.
-        again_after = _SAME_PRESS if parallel.under_torchrun() else 0.0
-        began: float | None = None
-        while numbers := os.read(pipe, 1):
-            (number,) = numbers
-            if number not in self._numbers:  # ignored, or with another handler
-                continue
-            if began is None:
-                began = time.monotonic()
-                self._acknowledge()
-            elif number == signal.SIGINT and time.monotonic() - began > again_after:
-                os._exit(128 + number)
-
-    def _acknowledge(self) -> None:
-        def write(text: str) -> None:
-            new_line = "\n" if os.isatty(2) else ""  # after a progress bar and ^C
-            with contextlib.suppress(OSError):
-                os.write(2, f"{new_line}{text} (Ctrl-C again exits at once)\n".encode())
-
-        if not parallel.is_first():
-            return
-        if self._held:
-            write("stopping after this step ...")
-        else:  # stops immediately, unless the main thread is in compiled code
-            slow = threading.Timer(_AT_ONCE, write, ["stopping ..."])
-            slow.daemon = True
-            slow.start()
-
-    def stop(self, number: int) -> None:
-        """Stop as if this process had received the signal."""
-        if not self._waiting:
-            self.first, self._waiting = number, self._held
-            if not self._held:
-                raise KeyboardInterrupt
-
-    def waiting(self) -> int:
-        """The number of a signal that is pending until the end of a block; 0 without one."""
-        return self.first or 0 if self._waiting else 0
-
-    def raise_pending(self) -> None:
-        """Raise KeyboardInterrupt now if a signal is pending."""
-        if self._waiting:
-            self._waiting = False
-            raise KeyboardInterrupt
-
-    def ignore_pending(self) -> None:
-        """Ignore a pending signal, because there is nothing left to stop."""
-        self._waiting = False
-
-    @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Delay signals until the end of the outermost such block."""
-        outer, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = outer
-        if not outer:
-            self.raise_pending()
-
-
-_signals = _Signals()
-# Seconds within which a second SIGINT is the first one, forwarded by torchrun.
-_SAME_PRESS = 1.0
-# Seconds before "stopping ..." is printed outside an `undisturbed` block.
-_AT_ONCE = 0.5
-
-
-undisturbed = _signals.undisturbed
-waiting = _signals.waiting
-raise_pending = _signals.raise_pending
-ignore_pending = _signals.ignore_pending
-stop = _signals.stop
-
-
-class Failed(Exception):
-    """Failure outside the script, such as a full disk; the message names the kept results."""
-
-
-def _external_failure(error: BaseException) -> str | None:
-    """Message for a lack of memory or space, or a lost process; None for any other error."""
-    if isinstance(error, Failed):
-        return str(error)
-    if parallel.lost(error):
-        first_line = str(error).strip().splitlines()[0]
-        return f"process {os.environ.get('RANK')} lost its connection to another one: {first_line}"
-    if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
-        return _memory.shortage(error)
-    where = "" if error.filename is None else f": {error.filename}"
-    return f"{error.strerror}{where}" if error.strerror else str(error)
 
 
 # ------------------------------------------------------------------------------ option values
@@ -691,9 +442,6 @@ def announce_threads(options: argparse.Namespace) -> None:
         print(f"--threads {given} exceeds the number of processors, {processors}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------- the run's directory
-
-
 def announce_compilation(
     options: argparse.Namespace, sizes: Sequence[int], engine: Engine | None = "backprop"
 ) -> None:
@@ -704,225 +452,3 @@ def announce_compilation(
         options.quiet or loops.is_cached()
     ):
         print("compiling the loops (once, takes some seconds)", flush=True)
-
-
-@contextlib.contextmanager
-def run_directory(
-    chosen: Path | None,
-    name: str,
-    *,
-    dry_run: bool = False,
-    resumed: bool = False,
-    world: World = ALONE,
-) -> Iterator[Path]:
-    """Context with the directory of a run: the chosen one, or a new runs/NAME-DATE-TIME.
-
-    The directory is removed at the end of the block after a dry run, or if neither `keep` nor
-    `report.write_results` has been called. A killed process leaves it behind; a later run may reuse
-    it unless it contains a checkpoint. Rank 0 creates the directory and broadcasts its path.
-
-    Raises:
-        ValueError: the directory is already used, cannot be created or written, has a name that is
-            not UTF-8, or is in use by another process.
-        Failed: there are results to keep, and the block ran out of memory or disk space, lost
-            another process, or found the directory deleted.
-    """
-    if world.rank:
-        path: Path = world.broadcast(None)
-        with _raising_failed(path, lambda: path.is_dir() and any(path.glob(_CHECKPOINTS))):
-            yield path
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            path, made = _directory(chosen, name)
-            _begin(path, resumed, locked=stack.enter_context(_lock(path)))
-        except OSError as error:
-            raise ValueError(
-                f"the run directory {chosen or name} cannot be written: {error.strerror}"
-            ) from error
-        mark = path / _NO_RESULT
-        try:
-            with _raising_failed(path, lambda: not dry_run and not mark.exists()):
-                world.broadcast(path)
-                yield path
-        finally:
-            if path.is_dir() and (dry_run or mark.exists()):
-                clear(path)
-                # Another run may have started in the same directory.
-                with contextlib.suppress(OSError):
-                    for folder in made:
-                        folder.rmdir()
-
-
-def _directory(chosen: Path | None, name: str) -> tuple[Path, list[Path]]:
-    """Create the chosen directory, or a new one by name; return it and the list of new folders."""
-    if chosen is not None:
-        if chosen.exists() and not chosen.is_dir():
-            raise ValueError(f"the run directory {chosen} is a file; choose a folder")
-        _check_name(chosen)
-    path = first = chosen or Path("runs", f"{name}-{date_and_time()}")
-    number = 1
-    while True:
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        try:
-            path.mkdir(parents=True, exist_ok=chosen is not None)
-            return path, made
-        except FileExistsError:
-            if chosen is not None:
-                raise
-            number += 1  # two runs within one second
-            path = first.with_name(f"{first.name}-{number}")
-
-
-def _begin(path: Path, resumed: bool, *, locked: bool) -> None:
-    """Prepare the directory for a resumed run, or mark it as one without results."""
-    if resumed:
-        checkpoints.clear_unfinished(path)
-        keep(path)
-        return
-    if is_without_result(path) and locked:
-        clear(path)
-    elif is_without_result(path):
-        raise ValueError(
-            f"the run directory {path} belongs to a run that was killed before its first "
-            f"checkpoint; delete it, or choose a new one"
-        )
-    elif _content(path):
-        advice = f"resume it with --resume {path}, or " if any(path.glob(_CHECKPOINTS)) else ""
-        raise ValueError(f"the run directory {path} is already used; {advice}choose a new one")
-    with (path / _NO_RESULT).open("x") as file:
-        file.write(job())
-
-
-def is_without_result(path: Path) -> bool:
-    """Whether the directory belongs to a run that has left neither results nor a checkpoint."""
-    return (path / _NO_RESULT).exists() and not any(path.glob(_CHECKPOINTS))
-
-
-def _check_name(path: Path) -> None:
-    """Raise ValueError if the name is not UTF-8, which TensorBoard requires."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        try:
-            os.fsencode(path).decode()
-        except UnicodeError:
-            raise ValueError(
-                f"expected a run directory whose name is UTF-8, which TensorBoard needs, got {path}"
-            ) from error
-        raise ValueError(
-            f"the run directory {path} has a name that this locale's encoding "
-            f"({sys.getfilesystemencoding()}) cannot represent: set PYTHONUTF8=1 and run again"
-        ) from error
-
-
-def _content(folder: Path) -> list[Path]:
-    """Contents of a folder, without the files of file managers and file systems."""
-    return [path for path in folder.iterdir() if path.name not in _SYSTEM_FILES]
-
-
-@contextlib.contextmanager
-def _raising_failed(path: Path, has_results: Callable[[], bool]) -> Iterator[None]:
-    """Raise Failed for a failure outside the script, if there are results to keep."""
-    try:
-        yield
-    except Exception as error:
-        message = _external_failure(error)
-        if message is None:
-            raise
-        if parallel.is_first() and not path.is_dir():
-            raise Failed(f"the run directory {path} was deleted during the run") from error
-        if not has_results():
-            raise
-        torchrun_gives_up = parallel.lost(error) and not parallel.restarts_left()
-        resume = f"; resume with:\n{command_to_resume(path)}" if torchrun_gives_up else ""
-        raise Failed(f"{message}; finished results are kept in {path}{resume}") from error
-
-
-def command_to_resume(run_dir: Path) -> str:
-    """The command that resumes a run."""
-    python = [from_here(Path(sys.executable))]
-    if parallel.under_torchrun():
-        torchrun = Path(sys.executable).with_name("torchrun")
-        python = [from_here(torchrun), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*python, from_here(Path(sys.argv[0])), "--resume", from_here(run_dir)])
-
-
-def from_here(path: Path) -> str:
-    """The path relative to the working directory if it lies within, else unchanged."""
-    with contextlib.suppress(ValueError):
-        path = path.absolute().relative_to(Path.cwd())
-    return str(path)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Lock the folder during the block; yield False where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        locked = True
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"the run directory {path} is in use by another process") from error
-        except OSError:  # a file system without locks
-            locked = False
-        yield locked
-    finally:
-        os.close(folder)
-
-
-def clear(run_dir: Path) -> None:
-    """Remove all files of a run."""
-    for leftover in _content(run_dir):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
-
-
-def keep(run_dir: Path) -> None:
-    """Record that the run directory contains results, so that it is not removed."""
-    (run_dir / _NO_RESULT).unlink(missing_ok=True)
-
-
-def date_and_time() -> str:
-    """Start time of the run; under torchrun that of the job, the same after a restart."""
-    now = datetime.now()
-    if parallel.under_torchrun():
-        now = datetime.fromtimestamp(_agent().create_time())
-    return f"{now:%Y%m%d-%H%M%S}"
-
-
-def _agent() -> Any:
-    """The `torchrun` process that started this one."""
-    import psutil
-
-    return psutil.Process(os.getppid())
-
-
-def job() -> str:
-    """Identifier of the `torchrun` job, the same after a restart; "" without torchrun."""
-    if not parallel.under_torchrun():
-        return ""
-    agent = _agent()
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {agent.pid}-{agent.create_time()}"
-
-
-def is_this_job(name: str) -> bool:
-    """Whether the name is that of this job, here or on another host with the same --rdzv-id."""
-    now, then = job().split(" "), name.split(" ")
-    return bool(job()) and (now[-1] == then[-1] or now[0] == then[0] != "none")
-
-
-def remove_leftovers_of_this_job(run_dir: Path) -> None:
-    """Remove a run directory that this job created, if it contains no results."""
-    mark = run_dir / _NO_RESULT
-    if mark.is_file() and is_this_job(mark.read_text()):
-        clear(run_dir)
-        run_dir.rmdir()

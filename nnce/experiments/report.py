@@ -24,7 +24,8 @@ from torch import Tensor
 
 import nnce
 from nnce import data
-from nnce.experiments.command_line import from_here, keep, unmuted_stdout
+from nnce.experiments.directories import from_here, keep
+from nnce.experiments.running import unmuted_stdout
 from nnce.saving import write_whole
 from nnce.training import Record, best_record
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nnce import training
-from nnce.experiments import command_line, report
+from nnce.experiments import command_line, directories, report, running
 from nnce.experiments.command_line import ArgumentParser
 from nnce.training import checkpoints, mismatch_is_value_error, parallel
 from nnce.training.checkpoints import CheckpointError
@@ -75,9 +75,9 @@ class Start(NamedTuple):
         if self.run_dir is not None:
             options.run_dir, options.name = self.run_dir, None
             more["resumed"] = True
-        with command_line.undisturbed(), parser.run_directory(options, name, **more) as path:
+        with running.undisturbed(), parser.run_directory(options, name, **more) as path:
             yield path
-            command_line.ignore_pending()  # the run is finished and everything is written
+            running.ignore_pending()  # the run is finished and everything is written
 
 
 def start(
@@ -144,15 +144,15 @@ def _check_change(name: str, typed: str, was: Any, value: Any, run_dir: Path | N
 
 def _run_of_this_job(options: argparse.Namespace) -> Path | None:
     """Find the run directory that this torchrun job created before it was restarted."""
-    by_name = Path("runs").glob(f"*-{command_line.date_and_time()}*")
+    by_name = Path("runs").glob(f"*-{directories.date_and_time()}*")
     for run_dir in [options.run_dir] if options.run_dir else sorted(by_name):
         if not run_dir.is_dir():
             continue
         with contextlib.suppress(CheckpointError, OSError):
             found = checkpoints.latest_checkpoint(run_dir)
-            if found is not None and command_line.is_this_job(str(found.content.get("job"))):
+            if found is not None and directories.is_this_job(str(found.content.get("job"))):
                 return Path(run_dir)
-        command_line.remove_leftovers_of_this_job(run_dir)
+        directories.remove_leftovers_of_this_job(run_dir)
     return None
 
 
@@ -170,7 +170,7 @@ def _read(run_dir: Path, script: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"the folder cannot be read: {error.strerror}") from error
     if found is None:
-        if command_line.is_without_result(run_dir):
+        if directories.is_without_result(run_dir):
             raise ValueError(
                 "the run was killed before its first checkpoint: start it again without --resume"
             )
@@ -216,7 +216,7 @@ def header(
     """Entries common to the checkpoints of all scripts."""
     return {
         "script": script,
-        "job": command_line.job(),
+        "job": directories.job(),
         "config": {n: str(v) if isinstance(v, Path) else v for n, v in config.items()},
         "circumstances": circumstances(world),
         "command": command,
@@ -280,7 +280,7 @@ class Saver:
         Several processes exchange whether to do so at every `ask`-th call.
         """
         # 0 to continue, 1 to save, 1 + number for a signal (SIGHUP is number 1).
-        number = command_line.waiting()
+        number = running.waiting()
         code = 1 + number if number else int(self._is_time())
         if self._world.size > 1:
             self._calls += 1
@@ -290,8 +290,8 @@ class Saver:
         if code == 1:
             self.save()
         elif code:
-            command_line.stop(code - 1)
-            command_line.raise_pending()
+            running.stop(code - 1)
+            running.raise_pending()
 
     def after(self, epoch: int, *, is_last: bool) -> None:
         """Save if a checkpoint is due, and stop if a signal is pending; call after an epoch.
@@ -339,7 +339,7 @@ class Ending:
         can_resume = isinstance(error, KeyboardInterrupt | BrokenPipeError)
         if can_resume:
             self._save()
-            command_line.keep(self._run_dir)
+            directories.keep(self._run_dir)
         delayed = isinstance(error, OSError | training.Diverged) and self._has_results()
         if can_resume or delayed:
             self.stopped = error
@@ -348,7 +348,7 @@ class Ending:
     def close(self, interrupted: str) -> None:
         """Raise the exception that stopped the run; after Ctrl-C, print the command to resume."""
         if isinstance(self.stopped, KeyboardInterrupt):
-            resume = command_line.command_to_resume(self._run_dir)
+            resume = directories.command_to_resume(self._run_dir)
             print(f"{interrupted}\n{resume}", file=sys.stderr)
         if self.stopped is not None:
             raise self.stopped

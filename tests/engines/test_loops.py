@@ -385,14 +385,14 @@ def test_a_signal_that_has_waited_is_one_signal():
     program = """
 import os, signal, time
 from nnce.engines import loops
-from nnce.experiments import command_line
+from nnce.experiments import running
 def main():
-    with command_line.undisturbed():
+    with running.undisturbed():
         with loops.interrupts_wait():
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
         print("saved", flush=True)
-command_line.run_script(main)
+running.run_script(main)
 """
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (130, "saved\n")

@@ -26,7 +26,7 @@ import nnce
 from nnce import training
 from nnce.data import Distortion
 from nnce.engines import ensemble, products
-from nnce.experiments import command_line, report, resuming, timing
+from nnce.experiments import directories, report, resuming, timing
 from nnce.training import Settings, checkpoints, parallel
 from nnce.training.schedules import Schedule
 
@@ -459,7 +459,7 @@ def test_another_commit_or_version_is_said(begun, train, capsys, monkeypatch):
 
 def test_killed_before_its_first_checkpoint_it_says_what_to_do(train, refused, tmp_path):
     run_dir = tmp_path / "run"
-    with command_line.run_directory(run_dir, ""):
+    with directories.run_directory(run_dir, ""):
         shutil.copytree(run_dir, tmp_path / "killed")
     line = refused(train.main, "--resume", str(tmp_path / "killed"))
     assert "killed before its first checkpoint: start it again without --resume" in line
@@ -507,7 +507,7 @@ def test_a_restarted_job_finds_its_own_directory(train, alone, tmp_path, monkeyp
     content = checkpoints.latest_checkpoint(alone["train"]).content
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "under_torchrun", lambda: True)
-    monkeypatch.setattr(command_line, "date_and_time", lambda: "now")
+    monkeypatch.setattr(directories, "date_and_time", lambda: "now")
     jobs = {"a-now": "none 1-1.0", "a-now-2": "none 2-2.0", "a-now-3": "none 1-1.0"}
     for name, job in jobs.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -516,17 +516,17 @@ def test_a_restarted_job_finds_its_own_directory(train, alone, tmp_path, monkeyp
     def start():
         return resuming.start(train.parser(), [], "train.py", parallel.ALONE)
 
-    monkeypatch.setattr(command_line, "job", lambda: "none 2-2.0")
+    monkeypatch.setattr(directories, "job", lambda: "none 2-2.0")
     assert start().run_dir == Path("runs/a-now-2") and start().options.momentum == 0.5
-    monkeypatch.setattr(command_line, "job", lambda: "none 3-3.0")
-    with command_line.run_directory(tmp_path / "begun", "") as run_dir:
+    monkeypatch.setattr(directories, "job", lambda: "none 3-3.0")
+    with directories.run_directory(tmp_path / "begun", "") as run_dir:
         shutil.copytree(run_dir, tmp_path / "runs" / "a-now-4")
     assert start().run_dir is None
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == list(jobs)
 
 
 def test_two_processes_cannot_be_at_work_in_one_folder(begun, train, refused):
-    with command_line.run_directory(begun / "train", "", resumed=True):
+    with directories.run_directory(begun / "train", "", resumed=True):
         line = refused(train.main, "--resume", str(begun / "train"))
     assert f"the run directory {begun / 'train'} is in use by another process" in line
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchmetrics.functional.retrieval import retrieval_normalized_dcg, retrieval_precision
 
 from nnce import Positives
-from nnce.experiments import command_line, xmc
+from nnce.experiments import running, xmc
 
 SMALL = ("--labels", "300", "--examples", "400", "--features", "16", "--epochs", "3")
 FILE = b"""6 5 4
@@ -252,7 +252,7 @@ def test_a_test_set_whose_loss_is_not_a_number(labels, tmp_path):
     train.write_text("2 2 2\n0 0:1\n1 1:1\n")
     test.write_text("1 2 2\n0 0:3e38 1:3e38\n")
     options = ("--features", "64", "--epochs", "1", "--run-dir", str(tmp_path / "run"))
-    with pytest.raises(command_line.Failed, match=r"loss of the test examples is (nan|inf) in"):
+    with pytest.raises(running.Failed, match=r"loss of the test examples is (nan|inf) in"):
         labels.main(["--data-file", str(train), "--test-file", str(test), *options])
 
 

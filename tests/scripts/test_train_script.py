@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import nnce
 from nnce import training
 from nnce.data import Distortion
-from nnce.experiments import command_line
+from nnce.experiments import command_line, running
 from nnce.monitoring import LayerFigures
 from nnce.training import Settings
 from nnce.training.schedules import Schedule
@@ -343,14 +343,14 @@ def test_a_signal_in_a_run_that_is_finished_stops_nothing(during, train, tmp_pat
 
     def signal_at_the_end(*arguments):
         if during == "figures" or arguments[1].epoch == 2:
-            command_line.stop(signal.SIGINT)
-            signaled.append(command_line.waiting())
+            running.stop(signal.SIGINT)
+            signaled.append(running.waiting())
         return work(*arguments)
 
     monkeypatch.setattr(module, name, signal_at_the_end)
-    monkeypatch.setattr(command_line._signals, "first", None)
+    monkeypatch.setattr(running._signals, "first", None)
     assert train.main(["--epochs", "2", "--train-size", "20", "--run-dir", str(run_dir)]) == 0
-    assert signaled == [signal.SIGINT] and command_line.waiting() == 0
+    assert signaled == [signal.SIGINT] and running.waiting() == 0
     results = json.loads((run_dir / "results.json").read_text())
     assert not results["interrupted"] and len(results["epochs"]) == 3
     assert (run_dir / "learning-curves.png").exists()

@@ -22,7 +22,7 @@ from conftest import ROOT
 
 import nnce
 from nnce import data, training
-from nnce.experiments import command_line
+from nnce.experiments import command_line, directories, running
 from nnce.training import Settings, parallel
 from nnce.training.parallel import ALONE
 
@@ -234,10 +234,10 @@ def test_a_job_that_has_lost_a_process_says_how_to_go_on(of_a_job, tmp_path, mon
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
         run_dir = tmp_path / restarts
         with (
-            pytest.raises(command_line.Failed) as failed,
-            command_line.run_directory(run_dir, "") as path,
+            pytest.raises(running.Failed) as failed,
+            directories.run_directory(run_dir, "") as path,
         ):
-            command_line.keep(path)
+            directories.keep(path)
             raise gone
         sentence, *how = str(failed.value).splitlines()
         assert re.match(
