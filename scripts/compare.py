@@ -26,13 +26,15 @@ from nnce.experiments import (
     report,
     resuming,
     running,
+    side_by_side,
     sweep,
 )
 from nnce.experiments.command_line import ArgumentParser
-from nnce.experiments.comparison import Findings, Run, SideBySide, Variant
+from nnce.experiments.comparison import Findings
 from nnce.experiments.comparison_report import Log
 from nnce.experiments.epochs import as_csv
 from nnce.experiments.report import counted
+from nnce.experiments.side_by_side import Run, SideBySide, Variant
 from nnce.losses import LOSSES, Loss
 from nnce.training import Settings, parallel
 from nnce.training.parallel import World
@@ -91,7 +93,7 @@ def compare(options_parser: ArgumentParser, start: resuming.Start, world: World)
     options, found = start.options, start.found
     with options_parser.user_errors():
         settings, dataset = prepare(options)
-        runs = comparison.make_runs(settings, dataset)
+        runs = side_by_side.make_runs(settings, dataset)
         sizes = runs[0].network.sizes
         command_line.set_speed(options, ensemble.threads(sizes, options.batch_size))
         command_line.announce_compilation(options, sizes)
@@ -292,7 +294,7 @@ class Training:
         self.options, self.dataset, self.world, self._found = options, dataset, world, found
         threads = command_line.threads(options)
         self.side_by_side = SideBySide(runs, dataset, threads, world)
-        self.controls = comparison.controls([], dataset, world)
+        self.controls = side_by_side.controls([], dataset, world)
         self.costs = Costs(world.size)
         if found is not None:
             resuming.warn(found, world)
@@ -301,12 +303,12 @@ class Training:
                 self.costs.load_state_dict(found["costs"])
                 # With more epochs than before, other controls may be chosen.
                 if self.side_by_side.complete and found["controls"] is not None:
-                    self.controls = comparison.controls(self._chosen(), dataset, world)
+                    self.controls = side_by_side.controls(self._chosen(), dataset, world)
                     self.controls.load_state_dict(found["controls"])
 
     def _chosen(self) -> list[Run]:
         """Networks to train again: the first ones at the best rate of each loss."""
-        variants = comparison.by_variant(self.side_by_side.runs)
+        variants = side_by_side.by_variant(self.side_by_side.runs)
         return [
             run
             for loss, lr in comparison.best_lrs(self.side_by_side.runs).items()
@@ -348,7 +350,7 @@ class Training:
                     bar.update(epoch - bar.n)
             bar.set_description("control, by autograd")
             if not self.controls.runs:
-                self.controls = comparison.controls(self._chosen(), self.dataset, self.world)
+                self.controls = side_by_side.controls(self._chosen(), self.dataset, self.world)
             bar.reset(epochs * len(self.controls.runs))
             with self.costs.of("control", log):
                 # Several processes are not at the same step here, so they stop only after an epoch.
@@ -420,7 +422,7 @@ class Costs:
 def introduce(options: argparse.Namespace, dataset: data.Dataset, training: Training) -> None:
     """Print a description of the networks, the data and the hardware."""
     runs = training.side_by_side.runs
-    variants = comparison.by_variant(runs)
+    variants = side_by_side.by_variant(runs)
     threads = command_line.threads(options) or parallel.processors()
     world = training.world
     processes = f" in each of {counted(world.size, 'process', 'processes')}" if world.joined else ""
@@ -449,7 +451,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Settings], data.Dataset]:
             f"{options.control_seeds}"
         )
     dataset = command_line.load_data(options)
-    return comparison.plan(base, lrs, options.seeds, dataset), dataset
+    return side_by_side.plan(base, lrs, options.seeds, dataset), dataset
 
 
 def learning_rates(texts: Sequence[str]) -> dict[Loss, list[float]]:

@@ -17,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nnce.experiments import (
     command_line,
-    comparison,
     directories,
     figures,
     pages,
@@ -26,6 +25,7 @@ from nnce.experiments import (
     reproduction,
     resuming,
     running,
+    side_by_side,
 )
 from nnce.experiments.command_line import ArgumentParser
 from nnce.experiments.published import TABLES, Row, Table
@@ -109,7 +109,7 @@ class Work:
         }
         self.dataset = command_line.load_data(options)
         for row in self.rows:  # report errors before any training
-            comparison.check(self.settings[row.name], self.seeds, self.dataset)
+            side_by_side.check(self.settings[row.name], self.seeds, self.dataset)
         command_line.set_speed(options, torch.get_num_threads())
         self.outcomes: dict[str, Outcome] = {}
         self.attempt: Attempt | None = None

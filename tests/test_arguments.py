@@ -11,7 +11,7 @@ import nnce
 from nnce import _arguments, data
 from nnce.data import DataError
 from nnce.engines.ensemble import Ensemble
-from nnce.experiments import comparison
+from nnce.experiments import side_by_side
 from nnce.training import Settings
 from nnce.training.schedules import Schedule
 
@@ -82,7 +82,7 @@ DATASET = data.load("digits", train_size=20)
 
 def planned(seeds):
     lrs = {"quadratic": [3.0], "cross-entropy": [0.5]}
-    return comparison.plan(Settings(hidden=(3,), epochs=1), lrs, seeds, DATASET)
+    return side_by_side.plan(Settings(hidden=(3,), epochs=1), lrs, seeds, DATASET)
 
 
 # What takes a number, and that number as Python has it: a value that compares says what was made.

@@ -14,18 +14,15 @@ from typing import Any
 
 from nnce import data
 from nnce.experiments.comparison import (
-    CONTROL,
     MEASURES,
     Comparison,
     Findings,
-    Run,
     Summary,
-    Variant,
-    by_variant,
 )
 from nnce.experiments.epochs import EpochsFile, epoch_row
 from nnce.experiments.estimates import CONFIDENCE, Difference, Estimate
 from nnce.experiments.report import Row, counted, table
+from nnce.experiments.side_by_side import CONTROL, Run, Variant, by_variant
 from nnce.experiments.tensorboard import Monitor, options_table
 from nnce.losses import LOSSES, Loss
 from nnce.training import Record

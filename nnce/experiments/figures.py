@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nnce import data, rules
-from nnce.experiments.comparison import Run, Variant, by_variant
 from nnce.experiments.estimates import PERCENT, SHARE, Limits, estimate
 from nnce.experiments.proof.precision import Curve
+from nnce.experiments.side_by_side import Run, Variant, by_variant
 from nnce.losses import Loss
 from nnce.training import Record, best_record
 

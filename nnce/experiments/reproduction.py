@@ -17,10 +17,10 @@ from torch import Tensor
 
 from nnce import _memory, data, training
 from nnce.data import Distortion
-from nnce.experiments import comparison, estimates
-from nnce.experiments.comparison import InTurn, Run, SideBySide
+from nnce.experiments import estimates, side_by_side
 from nnce.experiments.published import Row, Table
 from nnce.experiments.report import counted
+from nnce.experiments.side_by_side import InTurn, Run, SideBySide
 from nnce.modules import MLP
 from nnce.training import Settings
 from nnce.training.schedules import CONSTANT, Schedule
@@ -71,7 +71,7 @@ class Attempt:
         splits = ("validation", "test") if self._uses_test else ("validation",)
         self._training: SideBySide | InTurn
         if settings.engine in training.ENSEMBLE_ENGINES:
-            runs = comparison.make_runs(by_seed, seen)
+            runs = side_by_side.make_runs(by_seed, seen)
             self._training = SideBySide(runs, seen, threads, splits=splits)
         else:
             self._training = InTurn(by_seed, seen, splits=splits)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nnce import data, training
-from nnce.experiments import command_line, comparison
+from nnce.experiments import command_line, side_by_side
 from nnce.experiments.command_line import ArgumentParser
-from nnce.experiments.comparison import Run, SideBySide
 from nnce.experiments.comparison_report import joined, percent
 from nnce.experiments.epochs import epoch_row
 from nnce.experiments.estimates import SHARE, Estimate, estimate
 from nnce.experiments.figures import HeatMap
 from nnce.experiments.report import Row, counted, table
+from nnce.experiments.side_by_side import Run, SideBySide
 from nnce.losses import LOSSES
 from nnce.training.parallel import World
 
@@ -114,7 +114,7 @@ def plan(
         except ValueError as error:
             raise ValueError(f"--sweep {as_typed(values)}: {error}") from error
         if not planned or "hidden" in swept:
-            comparison.check(settings, seeds, dataset, networks=count)
+            side_by_side.check(settings, seeds, dataset, networks=count)
         planned.append((values, [dataclasses.replace(settings, seed=seed) for seed in seeds]))
     return planned
 
@@ -128,7 +128,7 @@ class Sweep:
     def __init__(self, options: argparse.Namespace, dataset: data.Dataset, world: World) -> None:
         self._dataset = dataset
         self.combinations = [
-            Combination(values, comparison.make_runs(settings, dataset))
+            Combination(values, side_by_side.make_runs(settings, dataset))
             for values, settings in plan(options, dataset)
         ]
         by_kind: dict[object, list[Run]] = {}

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nnce import data
 from nnce.experiments import figures
-from nnce.experiments.comparison import Run
+from nnce.experiments.side_by_side import Run
 from nnce.monitoring.saturation import LayerFigures
 from nnce.training import Record, Settings
 

@@ -21,7 +21,7 @@ from programs import Program, run
 
 import nnce
 from nnce import _memory, data, training
-from nnce.experiments import comparison, comparison_report
+from nnce.experiments import comparison_report, side_by_side
 from nnce.training import Settings
 
 SCRIPTS = ROOT / "scripts"
@@ -353,7 +353,7 @@ def test_epochs_csv_has_whole_rows_where_the_disk_is_full(tmp_path, digits):
     settings = Settings((3,), epochs=2)
     short = data.Dataset(*(data.Split(x[:20], y[:20]) for x, y in digits))
     state = training.initial_state(settings, short)
-    run = comparison.Run(settings, state.network)
+    run = side_by_side.Run(settings, state.network)
     with comparison_report.Log(tmp_path, {}) as log:
         for record in training.train(state, settings, short):
             run.records.append(record)
