@@ -183,16 +183,36 @@ class Derivatives:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if not output.requires_grad:
             return torch.zeros_like(self.x)
-        found = iter(self._differentiate(output, wanted, upstream, **options))
-        gradients = (next(found) if t.requires_grad else torch.zeros_like(t) for t in leaves)
-        return torch.cat([gradient.flatten() for gradient in gradients])
+        return self._as_one(leaves, self._differentiate(output, wanted, upstream, **options))
+
+    @staticmethod
+    def _as_one(leaves: Sequence[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+        """Gradients as a vector like x; 0 for leaves that do not require one."""
+        found = iter(gradients)
+        each = (next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves)
+        return torch.cat([gradient.flatten() for gradient in each])
+
+    def pull_together(
+        self, recorded: Recorded, other: Recorded, upstream: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of two calls by one backward, which must not share memory."""
+        leaves = [*recorded.leaves, *other.leaves]
+        outputs = [recorded.output, other.output]
+        found = self._differentiate(outputs, leaves, [upstream, upstream])
+        n = len(recorded.leaves)
+        return self._as_one(recorded.leaves, found[:n]), self._as_one(other.leaves, found[n:])
 
     def first(self, upstream: Tensor, **options: Any) -> Tensor:
         """The gradient with respect to x, from a new call; options as in `record`."""
         return self.pull(self.record(**options), upstream)
 
     def second(
-        self, upstream: Tensor, along: Tensor, arrange: Arrange = torch.clone, times: int = 1
+        self,
+        upstream: Tensor,
+        along: Tensor,
+        arrange: Arrange = torch.clone,
+        times: int = 1,
+        wanted: Container[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The gradient of the slope along a direction, with respect to x and upstream gradient.
 
@@ -201,9 +221,13 @@ class Derivatives:
             along: the direction, a vector like x.
             arrange: applied to the inputs and the upstream gradient.
             times: how often to differentiate the same graph; the last result is returned.
+            wanted: which inputs require a gradient (default: all); it is 0 for the others.
         """
-        leaves, output = self.record(arrange=arrange)
+        every, output = self.record(arrange=arrange, wanted=wanted)
+        leaves = [leaf for leaf in every if leaf.requires_grad]
         upstream = upstream.clone().requires_grad_()
+        if not output.requires_grad:
+            return torch.zeros_like(self.x), torch.zeros_like(upstream)
         gradients = self._differentiate(output, leaves, arrange(upstream), create_graph=True)
         roots = [gradient for gradient in gradients if gradient.requires_grad]
         if not roots:  # autograd does not see the backward
@@ -211,7 +235,8 @@ class Derivatives:
         if any(refuses_derivative(root) for root in roots):
             raise Unsupported("marked with @once_differentiable")
         # Split into views, so that an expanded direction stays expanded.
-        pairs = zip(gradients, self.parts(along), strict=True)
+        pairs = zip(every, self.parts(along), strict=True)
+        pairs = zip(gradients, (part for leaf, part in pairs if leaf.requires_grad), strict=True)
         weights = [part for gradient, part in pairs if gradient.requires_grad]
         try:
             for _ in range(times):
@@ -222,13 +247,11 @@ class Derivatives:
             if NO_DERIVATIVE.search(str(error)):
                 raise Unsupported(str(error)) from error
             raise
-        return torch.cat([gradient.flatten() for gradient in by_x]), by_upstream
+        return self._as_one(every, by_x), by_upstream
 
-    def second_as_one(
-        self, upstream: Tensor, along: Tensor, arrange: Arrange = torch.clone, times: int = 1
-    ) -> Tensor:
-        """The two gradients of `second`, concatenated into one vector."""
-        by_x, by_upstream = self.second(upstream, along, arrange, times)
+    def second_as_one(self, upstream: Tensor, along: Tensor, **options: Any) -> Tensor:
+        """The two gradients of `second`, concatenated into one vector; options as there."""
+        by_x, by_upstream = self.second(upstream, along, **options)
         return torch.cat([by_x, by_upstream.flatten()])
 
     def tangent(
@@ -245,23 +268,48 @@ class Derivatives:
             arrange: applied to inputs and tangents.
             wanted: which inputs have a tangent (default: all).
         """
+        (tangent,) = self._tangents([self.x], along, arrange, wanted)
+        return tangent
+
+    def tangents_together(self, other: "Derivatives", along: Tensor) -> list[Tensor]:
+        """The tangents of two calls, which must not share memory."""
+        return self._tangents([self.x, other.x], along)
+
+    def _tangents(
+        self,
+        xs: Sequence[Tensor],
+        along: Tensor,
+        arrange: Arrange = torch.clone,
+        wanted: Container[int] | None = None,
+    ) -> list[Tensor]:
+        """The tangent at each x; all of them are read after the last call."""
         try:
             with fwAD.dual_level():
-                pairs = zip(self.parts(self.x), self.parts(along), strict=True)
-                output = self.call(
-                    fwAD.make_dual(arrange(part), arrange(dx))
-                    if wanted is None or i in wanted
-                    else arrange(part)
-                    for i, (part, dx) in enumerate(pairs)
-                )
-                tangent = fwAD.unpack_dual(output).tangent
-                return torch.zeros_like(output) if tangent is None else tangent.clone()
+                duals = [fwAD.unpack_dual(self._dual(x, along, arrange, wanted)) for x in xs]
+                return [
+                    torch.zeros_like(primal) if tangent is None else tangent.detach().clone()
+                    for primal, tangent in duals
+                ]
         except Exception as error:  # any error from the user's jvp
             cause = error.__cause__ or error
             if str(cause).startswith(NO_FORWARD_MODE):
                 raise Unsupported(sentence(cause)) from error
+            for x in xs:
+                self.at(x).value(arrange)  # raises ValueError if the function refuses these inputs
             name = self.subject.name
             raise Broken(f"the jvp of {name} failed: {sentence(cause)}") from error
+
+    def _dual(
+        self, x: Tensor, along: Tensor, arrange: Arrange, wanted: Container[int] | None
+    ) -> Tensor:
+        """The output of a call with tangents."""
+        pairs = zip(self.parts(x), self.parts(along), strict=True)
+        return self.call(
+            fwAD.make_dual(arrange(part), arrange(dx))
+            if wanted is None or i in wanted
+            else arrange(part)
+            for i, (part, dx) in enumerate(pairs)
+        )
 
     def ignores_tangents(self) -> str:
         """The function's operators without forward mode, whose tangents PyTorch drops."""

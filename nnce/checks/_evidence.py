@@ -162,6 +162,8 @@ def judge_one(piece: Evidence, few: Tensor, many: Tensor, rtol: float) -> tuple[
         cell = int(torch.where(wrong, error, -1.0).argmax())
         return _finding("wrong", piece, found.derivative, error, cell), right.nonzero()[:0]
     if right.all():
+        if single:  # a derivative far smaller than the largest has no digits
+            error = torch.minimum(error, (computed - found.derivative).abs() / piece.largest)
         finding = _finding("right", piece, found.derivative, error, int(error.argmax()))
         return finding._replace(resolution=float(resolution.max())), right.nonzero()[:0]
     undecided = (~right).nonzero().flatten()

@@ -241,9 +241,10 @@ class Line:
         if self._plateau is None:
             self._plateau = self._ends(exact=True)
             flat, fades = self._plateau
-            if not (flat | fades).all():
+            if not flat.all():
+                # Values that scatter by a unit seem to fade out.
                 scattered = self._ends(exact=False)
-                fades = fades | (scattered.fades & ~flat)
+                fades = (fades & ~scattered.flat) | (scattered.fades & ~flat)
                 self._plateau = Plateau((flat | scattered.flat) & ~fades, fades)
         return self._plateau
 

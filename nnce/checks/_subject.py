@@ -61,7 +61,8 @@ class Subject:
         try:
             output = self.function(*arguments)
         except Exception as error:  # any error from the user's function
-            raise ValueError(f"{self.name} failed in float64: {sentence(error)}") from error
+            where = "in float64" if torch.is_grad_enabled() else "under torch.no_grad()"
+            raise ValueError(f"{self.name} failed {where}: {sentence(error)}") from error
         if not is_real(output):
             raise TypeError(
                 f"expected {self.name} to return a floating-point tensor, got {kind(output)}"

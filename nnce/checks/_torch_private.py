@@ -17,8 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 # PyTorch has no exception types for these errors; they are recognized by their messages.
 NO_DERIVATIVE = re.compile("derivative for aten::|no second derivatives")
 """Pattern in the error of an operation without a (second) derivative."""
-NO_FORWARD_MODE = ("You must implement the jvp function", "Trying to use forward AD with")
-"""Text in the error of a Function or an operation without forward mode."""
+NO_FORWARD_MODE = (
+    "You must implement the jvp function",
+    "Trying to use forward AD with",
+    "Nested forward mode AD is not supported",
+)
+"""Beginnings of the errors of a Function or an operation without forward mode."""
 TANGENT_IGNORED = "PyTorch ignores the tangent of this operator, which has no forward mode"
 """Our message for `torch.library.custom_op` operators, where PyTorch raises no error."""
 

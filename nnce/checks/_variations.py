@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnce.checks._derivatives import Arrange, Derivatives, Recorded
+from nnce.checks._derivatives import Arrange, Broken, Derivatives, Recorded, Unsupported
 from nnce.checks._numerical import EPS
 from nnce.checks._resolution import Resolution
 
@@ -108,6 +108,11 @@ def _offset(t: Tensor) -> Tensor:
     return torch.cat([flat[:1].detach(), flat])[min(1, len(flat)) :].view(t.shape)
 
 
+def _padded(t: Tensor) -> Tensor:
+    """Copy into rows that are one element longer, as in x[:, :-1]."""
+    return torch.cat([t, t[..., :1].detach()], dim=-1)[..., : t.shape[-1]]
+
+
 def _channels_last(t: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return t.clone(memory_format=formats.get(t.dim(), torch.preserve_format))
@@ -118,7 +123,7 @@ def _layouts(tensors: list[Tensor]) -> dict[str, Arrange]:
     dims = max(t.dim() for t in tensors)
     layouts: dict[str, Arrange] = {"strided": _strided, "offset": _offset} if dims else {}
     if dims > 1:
-        layouts["transposed"] = _transposed
+        layouts |= {"transposed": _transposed, "padded": lambda t: _padded(t) if t.dim() else t}
     if dims > 3:
         layouts["channels_last"] = _channels_last
     return layouts
@@ -182,18 +187,48 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     def again() -> Pair:
         return ours.pull(recorded, upstream, retain_graph=True), first
 
+    nearby = ours.at(NEARBY * ours.x)
+
+    @functools.cache
+    def both() -> Tensor:
+        return torch.cat([first, _elsewhere(lambda: nearby.first(upstream))])
+
     def after_another_forward() -> Pair:
-        nearby = ours.at(NEARBY * ours.x)
-        alone = nearby.first(upstream)
-        mine, other = ours.record(), nearby.record()
-        got = torch.cat([ours.pull(mine, upstream), nearby.pull(other, upstream)])
-        return got, torch.cat([first, alone])
+        expected = both()
+        got = ours.pull_together(ours.record(), nearby.record(), upstream)
+        return torch.cat(got), expected
+
+    @functools.cache
+    def in_place() -> tuple[Tensor, Tensor]:
+        """Values and gradients at x and then nearby, in the same memory."""
+        values, gradients = [], []
+        leaves = [part.clone().requires_grad_() for part in ours.parts(ours.x)]
+        for point in (ours, nearby):
+            with torch.no_grad():
+                for leaf, part in zip(leaves, point.parts(point.x), strict=True):
+                    leaf.copy_(part)
+            output = point.call(leaves)
+            values.append(output.detach().clone())
+            gradients.append(
+                _elsewhere(functools.partial(point.pull, Recorded(leaves, output), upstream))
+            )
+        return torch.stack(values), torch.cat(gradients)
 
     requested = recorded.output.detach().clone()
     yield Variation("value", "when a gradient is requested", _always(requested, value))
     yield Variation("first", "at a second call", again)
     yield Variation("first", "at the second backward over one graph", again)
     yield Variation("first", "after a second forward", after_another_forward)
+    yield Variation(
+        "value",
+        "after a change of the inputs in place",
+        lambda: (in_place()[0], torch.stack([value, nearby.value()])),
+    )
+    yield Variation(
+        "first",
+        "after a change of the inputs in place",
+        lambda: (in_place()[1], both()),
+    )
     yield Variation(
         "first",
         "under create_graph=True",
@@ -252,7 +287,7 @@ def _of_layouts(setting: Setting) -> Iterator[Variation]:
         return lambda: (ours.tangent(along, arrange), expected)
 
     def of_second(arrange: Arrange, expected: Tensor) -> Callable[[], Pair]:
-        return lambda: (ours.second_as_one(upstream, along, arrange), expected)
+        return lambda: (ours.second_as_one(upstream, along, arrange=arrange), expected)
 
     for name, arrange in _layouts(ours.parts(ours.x)).items():
         try:
@@ -263,8 +298,16 @@ def _of_layouts(setting: Setting) -> Iterator[Variation]:
         yield Variation("first", f"inputs {name}", of_first(recorded))
         if tangent is not None:
             yield Variation("forward_mode", f"inputs {name}", of_tangent(arrange, tangent))
-        if second is not None and name != "offset":
+        if second is not None and name not in ("offset", "padded"):
             yield Variation("second", f"inputs {name}", of_second(arrange, second))
+
+
+def _elsewhere(compute: Callable[[], Tensor]) -> Tensor:
+    """A derivative at a point that the user has not chosen; there may be none."""
+    try:
+        return compute()
+    except Broken as error:
+        raise Unsupported(str(error)) from error
 
 
 def _always(got: Tensor, expected: Tensor) -> Callable[[], Pair]:
@@ -279,52 +322,52 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
     """
     ours, upstream, along = setting.ours, setting.upstream, setting.along
 
-    def value_and_first(arrange: Arrange) -> Tensor:
-        recorded = ours.record(arrange=arrange)
-        value = recorded.output.detach().clone().flatten()
-        return torch.cat([value, ours.pull(recorded, upstream)])
+    def of(compute: Callable[[Arrange], Tensor], arrange: Arrange) -> Callable[[], Pair]:
+        def pair() -> Pair:
+            expected = _elsewhere(lambda: compute(_then_contiguous(arrange)))
+            got = compute(arrange)
+            if not torch.allclose(got, expected, rtol=64 * EPS, atol=0.0):
+                rounded = _elsewhere(lambda: compute(_then_rounded(arrange)))
+                stable = torch.isclose(rounded, expected, rtol=1e-6, atol=0.0)
+                got = torch.where(stable, got, expected)
+            return got, expected
 
-    def pair(compute: Callable[[Arrange], Tensor], arrange: Arrange) -> Pair:
-        got, expected = compute(arrange), compute(_then_contiguous(arrange))
-        if not torch.allclose(got, expected, rtol=64 * EPS, atol=0.0):
-            rounded = compute(_then_rounded(arrange))
-            stable = torch.isclose(rounded, expected, rtol=1e-6, atol=0.0)
-            got = torch.where(stable, got, expected)
-        return got, expected
+        return pair
 
-    def parts(arrange: Arrange) -> Callable[[slice], Callable[[], Pair]]:
-        @functools.cache
-        def both() -> Pair:
-            return pair(value_and_first, arrange)
-
-        return lambda which: lambda: (both()[0][which], both()[1][which])
-
-    def of_tangent(arrange: Arrange) -> Callable[[], Pair]:
-        return lambda: pair(lambda arrange: ours.tangent(along, arrange), arrange)
-
-    n = setting.value.numel()
     for name, arrange in _expansions(ours.parts(ours.x)).items():
-        part = parts(arrange)
-        yield Variation("value", f"inputs {name}", part(slice(n)))
-        yield Variation("first", f"inputs {name}", part(slice(n, None)))
+        yield Variation("value", f"inputs {name}", of(ours.value, arrange))
+        first = of(lambda arrange: ours.first(upstream, arrange=arrange), arrange)
+        yield Variation("first", f"inputs {name}", first)
         if setting.tangent is not None:
-            yield Variation("forward_mode", f"inputs {name}", of_tangent(arrange))
+            tangent = of(lambda arrange: ours.tangent(along, arrange), arrange)
+            yield Variation("forward_mode", f"inputs {name}", tangent)
 
 
 def _of_frozen_inputs(setting: Setting) -> Iterator[Variation]:
-    ours, (_, _, first, upstream) = setting.ours, setting[:4]
+    ours, (_, _, first, upstream, along, *_) = setting.ours, setting
     everything = frozenset(range(len(ours.sizes)))
 
+    def part(vector: Tensor, wanted: frozenset[int]) -> Tensor:
+        parts = enumerate(vector.split(ours.sizes))
+        return torch.cat([p if i in wanted else torch.zeros_like(p) for i, p in parts])
+
     def alone(wanted: frozenset[int]) -> Callable[[], Pair]:
-        parts = enumerate(first.split(ours.sizes))
-        expected = torch.cat([p if i in wanted else torch.zeros_like(p) for i, p in parts])
-        return lambda: (ours.first(upstream, wanted=wanted), expected)
+        return lambda: (ours.first(upstream, wanted=wanted), part(first, wanted))
+
+    def second_alone(wanted: frozenset[int]) -> Pair:
+        got_x, got_upstream = ours.second(upstream, along, wanted=wanted)
+        by_x, by_upstream = ours.second(upstream, part(along, wanted))
+        expected = [part(by_x, wanted), by_upstream.flatten()]
+        return torch.cat([got_x, got_upstream.flatten()]), torch.cat(expected)
 
     one = [frozenset({i}) for i in everything]
     for wanted in dict.fromkeys([*one, *(everything - each for each in one)]):
         if wanted not in (everything, frozenset()):
             frozen = ", ".join(str(ours.subject.places[i]) for i in sorted(everything - wanted))
             yield Variation("first", f"input {frozen} frozen", alone(wanted))
+            if setting.second is not None:
+                second = functools.partial(second_alone, wanted)
+                yield Variation("second", f"input {frozen} frozen", second)
 
 
 def _of_equal_inputs(setting: Setting) -> Iterator[Variation]:
@@ -339,7 +382,7 @@ def _of_equal_inputs(setting: Setting) -> Iterator[Variation]:
         both = ours.at(torch.cat([part.flatten() for part in parts]))
 
         def compute() -> Pair:
-            apart = list(both.first(upstream).split(ours.sizes))
+            apart = list(_elsewhere(lambda: both.first(upstream)).split(ours.sizes))
             apart[i], apart[j] = apart[i] + apart[j], torch.zeros_like(apart[j])
             return both.first(upstream, shared=(i, j)), torch.cat(apart)
 
@@ -360,7 +403,13 @@ def _of_tangents(setting: Setting, tangent: Tensor) -> Iterator[Variation]:
         each = [ours.tangent(along, wanted={i}) for i in range(len(ours.sizes))]
         return torch.stack(each).sum(0), tangent
 
+    def after_another_call() -> Pair:
+        nearby = ours.at(NEARBY * ours.x)
+        alone = _elsewhere(lambda: nearby.tangent(along))
+        return torch.stack(ours.tangents_together(nearby, along)), torch.stack([tangent, alone])
+
     yield Variation("forward_mode", "at a second call", lambda: (ours.tangent(along), tangent))
+    yield Variation("forward_mode", "after a second call", after_another_call)
     yield from setting.scaled("forward_mode", "tangent", lambda k: ours.tangent(k * along), tangent)
     yield Variation(
         "forward_mode",

@@ -26,6 +26,8 @@ from nnce.checks._variations import Setting, Variation, variations
 
 # Sums in low precision differ by a few units of their largest terms.
 _FEW = 4
+# The unit of bfloat16. In float8 a derivative has no digits to compare.
+_COARSEST = 2.0**-7
 
 
 def check_gradients(
@@ -39,16 +41,18 @@ def check_gradients(
     """Compare a function's derivatives with numerical derivatives, or with a reference.
 
     Everything is computed in float64 with a random upstream gradient, and repeated under conditions
-    found in real graphs: inputs and upstream gradients that are expanded, strided, or at an offset
-    in memory; upstream gradients that contain zeros, or are very small or large; some inputs
-    frozen, or two inputs the same tensor; and a graph that is differentiated twice.
+    found in real graphs: inputs and upstream gradients that are expanded, strided, padded, or at an
+    offset in memory; upstream gradients that contain zeros, or are very small or large; one input
+    frozen, or all others, or two inputs the same tensor; inputs that were changed in place; two
+    calls before their backward passes; and a graph that is differentiated twice.
 
     Without a reference, first and second derivatives are compared element by element with central
     differences over several steps, which also show how many digits are certain:
 
     - right: numerical and computed derivative agree within rtol, and the numerical one is certain
-      to rtol. A computed 0 is right on a plateau that ends in a kink or a jump, and where the
-      slopes nearby shrink to 0 as a power of the distance.
+      to rtol. A computed 0 is right on a plateau that ends in a kink, or in a jump of at least
+      1/128 of the value (a smaller one may be rounding), and where the slopes nearby shrink to 0 as
+      a power of the distance.
     - wrong: the numerical derivative is certain to three digits, and they differ by more than rtol
       and twice its uncertainty, or the computed one is not finite; or the derivative changes under
       one of the conditions above; or the backward overwrites its upstream gradient; or the jvp
@@ -90,8 +94,8 @@ def check_gradients(
         TypeError: no input is a floating-point tensor, or an output is not one.
         ValueError: the inputs are empty, sparse or on the meta device; gradients are disabled; the
             function cannot take the inputs in float64, is random, returns an empty tensor, or is
-            not differentiable with respect to its inputs; its backward fails; or an option is
-            invalid.
+            not differentiable with respect to its inputs; it computes in float8; its backward
+            fails; or an option is invalid.
 
     >>> function = nnce.functional.SigmoidFunction.apply
     >>> report = nnce.check_gradients(function, torch.tensor([-1.0, 0.5]))
@@ -119,6 +123,8 @@ def _check(
     value = ours.value()
     draw = Draw(seed)
     try:
+        if ours.unit > _COARSEST:
+            raise ValueError(f"expected a function in float16 or more precise, got {ours.dtype}")
         upstream = ours.exact(draw.like(value))
         first = ours.first(upstream)
         if reference is None:
@@ -192,6 +198,7 @@ def _changes(start: Setting, rtol: float) -> dict[str, str]:
             continue
         except (Unsupported, TypeError, ValueError):
             continue  # judged elsewhere, or the function refuses such inputs
+        got, expected = got.detach(), expected.detach()
         if not torch.equal(upstream, start.upstream):
             changes.setdefault("first", "the backward overwrites its upstream gradient")
             start.upstream.copy_(upstream)
@@ -237,10 +244,10 @@ def _repeated(scatter: Tensor, length: int) -> Tensor:
 
 def _names(ours: Derivatives, shape: torch.Size, of: str) -> Callable[[int], str]:
     """Naming function for elements of values, gradients, tangents or second derivatives."""
-    n = len(ours.x)
+    n, m = len(ours.x), shape.numel()
 
     def output(at: int) -> str:
-        return element("output", at, shape)
+        return element("output", at % m, shape)
 
     def first(at: int) -> str:
         return ours.place(at % n)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import slow_unless
 from torch.autograd import Function, gradcheck, gradgradcheck
-from zoo import LOW, ZOO, SinOnce, normal
+from zoo import LOW, ZOO, SinOnce, normal, rows
 
 import nnce
 from nnce.checks._derivatives import Derivatives
@@ -547,6 +547,12 @@ CONDITIONS = {
     "jvp clipped": "tangent -1e+06 times as large",
     "wrong where one input is frozen": "input 0 frozen",
     "gradient under create_graph differs": "under create_graph=True",
+    "a gradient in shared memory": "after a second forward",
+    "a tangent in shared memory": "after a second call",
+    "cosines by address": "after a change of the inputs in place",
+    "input padded": "inputs padded",
+    "upstream padded": "upstream gradient padded",
+    "second derivative: 0 if an input is frozen": "input 1 frozen",
 }
 
 
@@ -769,3 +775,31 @@ def test_a_backward_that_overwrites_its_upstream_gradient_is_told_so(reference):
     shared = _Overwrites.apply(x) + x
     shared.backward(torch.ones(2, 2))
     assert not torch.allclose(x.grad, x.detach().cos() + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_in_float8_there_is_nothing_to_compare(dtype):
+    x = normal(6, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="expected a function in float16 or more precise, got"):
+        nnce.check_gradients(lambda x: x.sin() + x.to(dtype).double(), x)
+
+
+def test_a_module_with_parameters_is_checked_without_a_warning():
+    x = rows(15, torch.Generator().manual_seed(0))
+    assert nnce.check_gradients(torch.nn.BatchNorm1d(3).double(), x)
+
+
+def test_a_function_that_fails_without_a_graph_is_said_to():
+    def hooked(x):
+        y = 2 * x
+        y.register_hook(lambda gradient: gradient)
+        return y
+
+    with pytest.raises(ValueError, match=r"failed under torch\.no_grad\(\): RuntimeError"):
+        nnce.check_gradients(hooked, torch.ones(3))
+
+
+def test_where_rounding_hides_a_derivative_the_error_is_relative_to_the_largest():
+    x = normal(12, torch.Generator().manual_seed(0))
+    report = nnce.check_gradients(lambda x: (10 * x.float()).logsumexp(0).double(), x)
+    assert report.first.verdict == "right" and report.first.error < 1e-3

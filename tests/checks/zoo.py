@@ -1166,3 +1166,136 @@ sine(
     forward=into_buffer,
     once=True,
 )
+
+
+# Memory that calls share, inputs that are frozen or laid out in longer rows.
+def in_one_buffer(buffers, values):
+    return buffers.setdefault(values.shape, torch.empty_like(values)).copy_(values)
+
+
+gradients: dict[torch.Size, torch.Tensor] = {}
+sine(
+    "a gradient in shared memory",
+    lambda ctx, u: in_one_buffer(gradients, u * saved(ctx).cos()),
+    once=True,
+)
+
+
+class TangentInSharedMemory(Sin):
+    """A jvp that returns the same memory at each call."""
+
+    buffers: dict = {}  # noqa: RUF012  a mistake, on purpose
+
+    @staticmethod
+    def jvp(ctx, dz):
+        return in_one_buffer(TangentInSharedMemory.buffers, Sin.jvp(ctx, dz))
+
+
+add("a tangent in shared memory", TangentInSharedMemory.apply, right=False)
+
+
+def remembers_by_address(ctx, z):
+    """The cosine that was computed at the first call with this memory, which is kept."""
+    ctx.cosine, _ = cosines.setdefault(z.data_ptr(), (z.detach().cos(), z.detach()))
+    return z.sin()
+
+
+cosines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+sine("cosines by address", lambda ctx, u: u * ctx.cosine, forward=remembers_by_address, once=True)
+
+
+def read_in_order(t):
+    """As if rows followed each other where the elements of a row do."""
+    return t if t.stride(-1) != 1 or 0 in t.stride() else t.as_strided(t.shape, contiguous(t.shape))
+
+
+def contiguous(shape):
+    return torch.empty(shape).stride()
+
+
+sine("input padded", sine_of(read_in_order), wide_matrices)
+sine("upstream padded", lambda ctx, u: read_in_order(u) * saved(ctx).cos(), wide_matrices)
+
+
+class DetachedIfFrozen(Function):
+    """x² y, of whose gradient no derivative is taken with respect to x if y is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * x * y
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, y = ctx.saved_tensors
+        dy = upstream * x * x
+        x = x if all(ctx.needs_input_grad) else x.detach()
+        return 2 * upstream * x * y, dy
+
+
+add("second derivative: 0 if an input is frozen", DetachedIfFrozen.apply, pair, right=False)
+
+
+# Right where they are asked, and without a value or a derivative at points that the check makes.
+def square_matrix(n, generator):
+    side = max(2, math.isqrt(n))
+    return normal(side * side, generator).view(side, side) + 3 * torch.eye(side)
+
+
+def by_rule(name, f, rule, inputs):
+    """A Function f with a backward of the upstream gradient and the inputs."""
+
+    def backward(ctx, upstream):
+        return rule(upstream, *ctx.saved_tensors)
+
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return f(*tensors)
+
+    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    add(name, type("ByRule", (Function,), rules).apply, inputs, right=True)
+
+
+by_rule(
+    "right: log det",
+    lambda A: torch.linalg.slogdet(A)[1],
+    lambda u, A: u * torch.linalg.inv(A).mT,
+    square_matrix,
+)
+by_rule(
+    "right: det by the inverse",
+    torch.linalg.det,
+    lambda u, A: u * torch.linalg.det(A) * torch.linalg.inv(A).mT,
+    square_matrix,
+)
+
+
+def between_two_points(upstream, x, y):
+    if torch.equal(x, y):
+        raise ZeroDivisionError("the points coincide")
+    away = upstream * (x - y) / (x - y).norm()
+    return away, -away
+
+
+by_rule("right: distance", lambda x, y: (x - y).norm(), between_two_points, pair)
+add("right: inverse", torch.linalg.inv, square_matrix, right=True)
+
+
+def over_knots(x):
+    if not (x.diff() > 0).all():
+        raise ValueError("expected knots that increase")
+    return torch.trapezoid(x.sin(), x)
+
+
+add(
+    "right: knots that increase",
+    over_knots,
+    lambda n, g: positive(n + 1, g).cumsum(0),
+    right=True,
+)
+add(
+    "right: forward mode inside",
+    torch.func.jacfwd(lambda t: t.exp() * t.sum()),
+    lambda n, g: normal(min(n, 6), g),
+    right=True,
+)
