@@ -99,12 +99,11 @@ class Derivatives:
             return torch.stack([compute(self.at(self.x * (1 + step * k))) for k in numbers])
 
         first, second = values = moved(_COARSE_STEP, 1, 2)
-        if values.abs().max() < _NOISE:
+        if values.abs().max() < _NOISE or torch.equal(first, second):
             return None
         halves = (torch.bfloat16, torch.float16)
         exact = [half for half in halves if torch.equal(values.to(half).to(values), values)]
-        rounded = exact and not torch.equal(first, second)
-        if rounded and _keeps_changing(moved(_COARSE_STEP, *range(1, 7))):
+        if exact and _keeps_changing(moved(_COARSE_STEP, *range(1, 7))):
             return exact[0]
         # The larger an element, the larger its step, so that the order of elements does not change.
         rank = self.x.abs().argsort().argsort()
