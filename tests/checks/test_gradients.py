@@ -30,6 +30,7 @@ AT_SOME_POINTS = {
         for dtype in ("float16", "bfloat16")
         for of in ("softmax", "mean of tanh")
     },
+    "bfloat16 both ways: product with a sum": "a second derivative, uncertain by a twelfth",
     "bfloat16 both ways: summed loss": "a first derivative that rounding leaves as uncertain",
     "bfloat16: next to float64": "an inflection where rounding hides that it is one",
     "float16: a mask alone": "a jump within 64 units of float16",
