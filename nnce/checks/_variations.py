@@ -152,12 +152,13 @@ def _then_contiguous(arrange: Arrange) -> Arrange:
 
 
 def _then_rounded(arrange: Arrange) -> Arrange:
-    """Change the arranged values by about one rounding error."""
+    """Change the arranged values by a few rounding errors, at random."""
 
     def rounded(t: Tensor) -> Tensor:
         t = _then_contiguous(arrange)(t)
-        sign = 1 - 2 * (torch.arange(t.numel(), device=t.device) % 2).to(t.dtype)
-        return t * (1 + 4 * EPS * sign.view(t.shape))
+        # Random, so that equal rows of a matrix do not stay equal.
+        units = 4 * torch.rand(t.shape, generator=torch.Generator().manual_seed(0)) - 2
+        return t * (1 + 4 * EPS * units.to(t))
 
     return rounded
 
@@ -340,7 +341,8 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
         got = compute(expanded)
         if not torch.allclose(got, expected, rtol=64 * EPS, atol=0.0):
             nearby = _elsewhere(lambda: compute(rounded))
-            stable = torch.isclose(nearby, expected, rtol=1e-6, atol=0.0)
+            # At a pole, such as log det of equal rows, rounding makes a finite number of infinity.
+            stable = torch.isclose(nearby, expected, rtol=1e-6, atol=0.0) & expected.isfinite()
             got = torch.where(stable, got, expected)
         return got, expected
 
