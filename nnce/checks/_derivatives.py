@@ -235,8 +235,8 @@ class Derivatives:
             raise Unsupported("marked with @once_differentiable")
         # Split into views, so that an expanded direction stays expanded.
         pairs = zip(every, self.parts(along), strict=True)
-        pairs = zip(gradients, (part for leaf, part in pairs if leaf.requires_grad), strict=True)
-        weights = [part for gradient, part in pairs if gradient.requires_grad]
+        parts = [part for leaf, part in pairs if leaf.requires_grad]
+        weights = [part for g, part in zip(gradients, parts, strict=True) if g.requires_grad]
         try:
             for _ in range(times):
                 *by_x, by_upstream = self._differentiate(

@@ -112,6 +112,7 @@ def judge(pieces: Sequence[Evidence], few: Tensor, many: Tensor, rtol: float) ->
 
 
 def independent(count: int, place: str) -> Finding:
+    """The finding that derivatives are 0 because the values do not depend on these elements."""
     return Finding("right", 0.0, f"the values do not depend on {count} elements, such as {place}")
 
 

@@ -65,6 +65,11 @@ class Setting(NamedTuple):
         """The function."""
         return self.resolution.ours
 
+    @property
+    def nearby(self) -> Derivatives:
+        """The function at a nearby x."""
+        return self.ours.at(NEARBY * self.ours.x)
+
     def scaled(
         self, of: str, what: str, pull: Callable[[float], Tensor], expected: Tensor
     ) -> Iterator[Variation]:
@@ -110,6 +115,8 @@ def _offset(t: Tensor) -> Tensor:
 
 def _padded(t: Tensor) -> Tensor:
     """Copy into rows that are one element longer, as in x[:, :-1]."""
+    if not t.dim():
+        return t.clone()
     return torch.cat([t, t[..., :1].detach()], dim=-1)[..., : t.shape[-1]]
 
 
@@ -123,7 +130,7 @@ def _layouts(tensors: list[Tensor]) -> dict[str, Arrange]:
     dims = max(t.dim() for t in tensors)
     layouts: dict[str, Arrange] = {"strided": _strided, "offset": _offset} if dims else {}
     if dims > 1:
-        layouts |= {"transposed": _transposed, "padded": lambda t: _padded(t) if t.dim() else t}
+        layouts |= {"transposed": _transposed, "padded": _padded}
     if dims > 3:
         layouts["channels_last"] = _channels_last
     return layouts
@@ -188,7 +195,7 @@ def _of_calls(setting: Setting, recorded: Recorded) -> Iterator[Variation]:
     def again() -> Pair:
         return ours.pull(recorded, upstream, retain_graph=True), first
 
-    nearby = ours.at(NEARBY * ours.x)
+    nearby = setting.nearby
 
     @functools.cache
     def both() -> Tensor:
@@ -330,10 +337,10 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
     computed: dict[str, Callable[[Arrange], Tensor]] = {
         "value": lambda arrange: record(arrange).output.detach().clone(),
         "first": lambda arrange: ours.pull(record(arrange), upstream),
-        "forward_mode": lambda arrange: ours.tangent(along, arrange),
     }
-    if setting.tangent is None:
-        del computed["forward_mode"]
+    in_forward_mode: dict[str, Callable[[Arrange], Tensor]] = {}
+    if setting.tangent is not None:
+        in_forward_mode = {"forward_mode": lambda arrange: ours.tangent(along, arrange)}
 
     def pair(compute: Callable[[Arrange], Tensor], *arranges: Arrange) -> Pair:
         expanded, contiguous, rounded = arranges
@@ -346,11 +353,11 @@ def _of_expanded_inputs(setting: Setting) -> Iterator[Variation]:
             got = torch.where(stable, got, expected)
         return got, expected
 
-    for name, arrange in _expansions(ours.parts(ours.x)).items():
+    for number, (name, arrange) in enumerate(_expansions(ours.parts(ours.x)).items()):
         arranges = (arrange, _then_contiguous(arrange), _then_rounded(arrange))
-        for of, compute in computed.items():
+        # In forward mode one dimension is enough.
+        for of, compute in (computed if number else computed | in_forward_mode).items():
             yield Variation(of, f"inputs {name}", functools.partial(pair, compute, *arranges))
-        computed.pop("forward_mode", None)  # one dimension is enough
 
 
 def _of_frozen_inputs(setting: Setting) -> Iterator[Variation]:
@@ -414,7 +421,7 @@ def _of_tangents(setting: Setting, tangent: Tensor) -> Iterator[Variation]:
         return torch.stack(each).sum(0), tangent
 
     def after_another_call() -> Pair:
-        nearby = ours.at(NEARBY * ours.x)
+        nearby = setting.nearby
         alone = _elsewhere(lambda: nearby.tangent(along))
         return torch.stack(ours.tangents_together(nearby, along)), torch.stack([tangent, alone])
 
