@@ -1,6 +1,6 @@
-"""What stops a script, and what stays of its run, mostly in processes of their own.
+"""What stops a script, and what remains of its run, mostly in separate processes.
 
-The processes are forked (tests/programs.py) but where the start of Python matters.
+The processes are forked (tests/programs.py), except where the start of Python matters.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def csv_epochs(run_dir):
 
 @contextlib.contextmanager
 def begun(name, run_dir, change=""):
-    """A run without end in a process of its own, some epochs of it finished."""
+    """An endless run in a separate process, after its first epochs."""
     with Program(name, *ENDLESS[name], "--run-dir", str(run_dir), before=change) as process:
         # The first checkpoint is written before the first epoch.
         while len(list(run_dir.glob("checkpoint-*"))) < 2:
@@ -218,7 +218,7 @@ with {where}:
 
 @posix
 def test_signals_that_are_ignored_stay_ignored():
-    """As under nohup, also where a block of nnce's has a handler of its own for a moment."""
+    """As under nohup, also while a block of nnce's installs its own handler."""
     process = scripted(
         """
 from nnce.engines import loops
@@ -419,7 +419,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
     slow_unless(lambda name: name == "train", [("train",), ("compare",), ("check_gradients",)]),
 )
 def test_no_memory_is_one_sentence(name, tmp_path):
-    """PyTorch's bare RuntimeError, of its own allocator."""
+    """The plain RuntimeError of PyTorch's allocator."""
     options = ["--hidden", "2000000", "--run-dir", str(tmp_path / "run")]
     if name == "compare":
         options += ["--seeds", "1", "--lrs", "1"]
